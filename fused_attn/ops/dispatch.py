@@ -1,0 +1,64 @@
+"""Choice of implementation, shared by every op.
+
+Each op names its implementations in the order ``auto`` prefers them and gives, for each, one function that
+says whether it can run on the inputs at hand.  That one answer serves the choice, the error text of an
+explicit ``impl`` and ``fused-attn info``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+#: Every value that ``impl=`` may take, for any op.
+IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "cuda")
+
+#: Says why an implementation cannot run on the given inputs; None when it can.
+CanRun = Callable[..., "str | None"]
+
+
+def choose(op: str, impl: str, candidates: Mapping[str, CanRun], *inputs) -> str:
+    """Name the implementation of ``op`` to run.
+
+    Args:
+        op: the op's public name, for the error text.
+        impl: ``"auto"`` or one of ``candidates``.
+        candidates: implementation name -> ``can_run(*inputs)``, in the order ``auto`` tries them.
+        inputs: what each ``can_run`` is asked about.
+
+    Raises:
+        ValueError: ``impl`` is not a known name, or the op has no such implementation.
+        RuntimeError: ``impl`` names an implementation that cannot run here; the text says why.
+    """
+    if impl == "auto":
+        for name, can_run in candidates.items():
+            if can_run(*inputs) is None:
+                return name
+        reasons = "; ".join(f"{name}: {can_run(*inputs)}" for name, can_run in candidates.items())
+        raise RuntimeError(f"{op}: no implementation can run on these inputs ({reasons})")
+    if impl not in candidates:
+        expected = ", ".join(repr(name) for name in ("auto", *candidates))
+        raise ValueError(f"{op}: impl must be one of {expected}, got {impl!r}")
+    reason = candidates[impl](*inputs)
+    if reason is not None:
+        raise RuntimeError(f"{op}: impl={impl!r} cannot run: {reason}")
+    return impl
+
+
+def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Cast floating tensors to the autocast dtype where autocast is on for their device.
+
+    This is the rule ``torch.nn.functional.scaled_dot_product_attention`` follows: inputs in the lower
+    precision, statistics and accumulation in float32 inside the kernel.  float64 tensors are left alone.
+    """
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        tensor.to(dtype)
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+        else tensor
+        for tensor in tensors
+    )

@@ -1,0 +1,5 @@
+"""Relative-position 2D attention: see README.md in this folder."""
+
+from .api import decomposed_bias_attention, rel_attention_2d
+
+__all__ = ["decomposed_bias_attention", "rel_attention_2d"]

@@ -1,0 +1,206 @@
+"""Public functions: validation, autocast and the choice of implementation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from . import library, reference
+
+INDEX = ("key_minus_query", "query_minus_key")
+
+
+def rel_attention_2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rel_h: Tensor | None = None,
+    rel_w: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    rel_scale: float | None = None,
+    index: str = "key_minus_query",
+    dropout_p: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Compute attention over a 2D grid with decomposed relative position embeddings.
+
+    ``out[q] = sum_k softmax_k(scale * query[q].key[k] + rel_scale * query[q].(rel_h[i(yq, yk)] + rel_w[i(xq, xk)]))
+    value[k]`` for every query ``q = (yq, xq)`` over all keys ``k = (yk, xk)``.
+
+    Args:
+        query: (B, heads, Hq, Wq, d_k), float32, float16 or bfloat16 (float64: reference only).  Any strides.
+        key: (B, heads, Hk, Wk, d_k), dtype of ``query``.
+        value: (B, heads, Hk, Wk, d_v), dtype of ``query``.
+        rel_h: (Hq+Hk-1, d_k), or (heads, Hq+Hk-1, d_k) for one table per head; dtype of ``query``.
+            None: no term along the height.
+        rel_w: (Wq+Wk-1, d_k) or (heads, Wq+Wk-1, d_k), likewise along the width.
+        scale: factor of the content term; ``d_k**-0.5`` when None.
+        rel_scale: factor of the relative term; ``scale`` when None (AA-Conv, BoTNet).  SAM, ViTDet, MViTv2: 1.0.
+        index: row of a table that belongs to (query position q, key position k) along an axis with Lq and Lk
+            positions.  ``"key_minus_query"``: k - q + Lq - 1 (AA-Conv, BoTNet, timm).  ``"query_minus_key"``:
+            q - k + Lk - 1 (SAM, ViTDet, MViTv2).
+        dropout_p: probability of dropping an attention weight, in [0, 1); the kept ones are divided by
+            ``1 - dropout_p``.  Applied whenever it is positive: pass 0.0 in evaluation.  The mask is drawn from
+            PyTorch's generator of the query's device.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+
+    Returns:
+        (B, heads, Hq, Wq, d_v), dtype of ``query``, in the memory order of ``query``.
+
+    Raises:
+        TypeError: an argument is not a tensor, or not of a floating-point dtype.
+        ValueError: shapes, dtypes or devices do not fit, or an option is out of range.
+        RuntimeError: the named ``impl`` cannot run on these inputs.
+
+    Gradients reach query, key, value, rel_h and rel_w; they are computed without atomics and are bitwise the
+    same at every run and number of threads.  Nothing of size N x N is allocated (N = H*W): ``cpu`` holds O(N) and
+    ``triton`` O(N*(H+W)) while it runs; both save O(N) for backward.  A query whose logits are all -inf, or
+    that has no key, yields zeros.  Under autocast the inputs are cast to the autocast dtype.
+
+    Source: Bello et al. 2019, "Attention Augmented Convolutional Networks", eq. 3-5.
+    """
+    query, key, value = _check_attention(query, key, value, dropout_p)
+    if index not in INDEX:
+        raise ValueError(f"index must be one of {', '.join(map(repr, INDEX))}, got {index!r}")
+    _check_table("rel_h", rel_h, query, key, axis=2)
+    _check_table("rel_w", rel_w, query, key, axis=3)
+    query, key, value, rel_h, rel_w = dispatch.autocast(query, key, value, rel_h, rel_w)
+    _check_dtypes(query, key=key, value=value, rel_h=rel_h, rel_w=rel_w)
+
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    rel_scale = scale if rel_scale is None else float(rel_scale)
+    impl = dispatch.choose("rel_attention_2d", impl, library.IMPLEMENTATIONS, query, key, value)
+    seed = _draw_seed(query.device) if dropout_p > 0.0 else None
+    if impl == "reference":
+        return reference.rel_attention_2d(query, key, value, rel_h, rel_w, scale, rel_scale, index, dropout_p, seed)
+    return library.attention(
+        impl, query, key, value, rel_h, rel_w, scale, rel_scale, index == "key_minus_query", float(dropout_p), seed
+    )
+
+
+def decomposed_bias_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias_h: Tensor | None = None,
+    bias_w: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Compute attention whose logits carry a row term plus a column term.
+
+    ``out[q] = sum_k softmax_k(scale * query[q].key[k] + bias_h[q, yk] + bias_w[q, xk]) value[k]``: the primitive below
+    :func:`rel_attention_2d`, for any logits of that form (SAM, ViTDet, MViTv2, row and column masks).
+
+    Args:
+        query: (B, heads, Hq, Wq, d_k), float32, float16 or bfloat16 (float64: reference only).  Any strides.
+        key: (B, heads, Hk, Wk, d_k), dtype of ``query``.
+        value: (B, heads, Hk, Wk, d_v), dtype of ``query``.
+        bias_h: (B, heads, Hq, Wq, Hk), dtype of ``query``, added for every key of row yk; unscaled.  None: no term.
+            May be expanded (stride 0) along any axis.  -inf masks a row of keys.
+        bias_w: (B, heads, Hq, Wq, Wk), likewise for the columns.
+        scale, dropout_p, impl: as in :func:`rel_attention_2d`.
+
+    Returns:
+        (B, heads, Hq, Wq, d_v), dtype of ``query``, in the memory order of ``query``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`rel_attention_2d`.
+
+    Gradients reach all five tensors; determinism, masked queries and autocast as in :func:`rel_attention_2d`.
+    Memory O(N*(H+W)), which is the size of the two bias tensors.
+
+    Source: Li et al. 2022, "MViTv2", eq. 4-5 (the decomposition).
+    """
+    query, key, value = _check_attention(query, key, value, dropout_p)
+    _check_bias("bias_h", bias_h, query, key, axis=2)
+    _check_bias("bias_w", bias_w, query, key, axis=3)
+    query, key, value, bias_h, bias_w = dispatch.autocast(query, key, value, bias_h, bias_w)
+    _check_dtypes(query, key=key, value=value, bias_h=bias_h, bias_w=bias_w)
+
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    impl = dispatch.choose("decomposed_bias_attention", impl, library.IMPLEMENTATIONS, query, key, value)
+    seed = _draw_seed(query.device) if dropout_p > 0.0 else None
+    if impl == "reference":
+        return reference.decomposed_bias_attention(query, key, value, bias_h, bias_w, scale, dropout_p, seed)
+    return library.attention(impl, query, key, value, bias_h, bias_w, scale, 1.0, True, float(dropout_p), seed)
+
+
+def _draw_seed(device: torch.device) -> Tensor:
+    return torch.randint(0, 2**63 - 1, (1,), device=device, dtype=torch.int64)
+
+
+def _check_tensor(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+
+
+def _check_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> tuple[Tensor, Tensor, Tensor]:
+    for name, tensor, shape in (
+        ("query", query, "(B, heads, Hq, Wq, d_k)"),
+        ("key", key, "(B, heads, Hk, Wk, d_k)"),
+        ("value", value, "(B, heads, Hk, Wk, d_v)"),
+    ):
+        _check_tensor(name, tensor)
+        if tensor.dim() != 5:
+            raise ValueError(f"{name} must have 5 dimensions {shape}, got shape {tuple(tensor.shape)}")
+    if query.shape[-1] == 0:
+        raise ValueError(f"query must have a depth d_k of at least 1, got shape {tuple(query.shape)}")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape[:2] != query.shape[:2]:
+            raise ValueError(
+                f"{name} must have the batch and heads of query, {tuple(query.shape[:2])}, "
+                f"got {tuple(tensor.shape[:2])}"
+            )
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"key must have the depth of query, d_k={query.shape[-1]}, got {key.shape[-1]}")
+    if value.shape[2:4] != key.shape[2:4]:
+        raise ValueError(
+            f"value must have the grid of key, (Hk, Wk)={tuple(key.shape[2:4])}, got {tuple(value.shape[2:4])}"
+        )
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    return query, key, value
+
+
+def _check_dtypes(query: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
+
+
+def _check_table(name: str, table: Tensor | None, query: Tensor, key: Tensor, axis: int) -> None:
+    if table is None:
+        return
+    _check_tensor(name, table)
+    heads, depth = query.shape[1], query.shape[-1]
+    length = query.shape[axis] + key.shape[axis] - 1
+    # An empty grid has no positions: any table serves it, and Lq+Lk-1 may be -1.
+    if tuple(table.shape) not in ((length, depth), (heads, length, depth)) and length >= 0:
+        letter = "HW"[axis - 2]
+        raise ValueError(
+            f"{name} must have shape ({letter}q+{letter}k-1, d_k)=({length}, {depth}) or "
+            f"(heads, {letter}q+{letter}k-1, d_k)=({heads}, {length}, {depth}), got {tuple(table.shape)}"
+        )
+
+
+def _check_bias(name: str, bias: Tensor | None, query: Tensor, key: Tensor, axis: int) -> None:
+    if bias is None:
+        return
+    _check_tensor(name, bias)
+    expected = (*query.shape[:4], key.shape[axis])
+    if tuple(bias.shape) != expected:
+        letter = "HW"[axis - 2]
+        raise ValueError(
+            f"{name} must have shape (B, heads, Hq, Wq, {letter}k)={expected}, got {tuple(bias.shape)}"
+        )

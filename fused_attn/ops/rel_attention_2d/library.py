@@ -1,0 +1,169 @@
+"""Registration with PyTorch: schema, fake kernels, autograd, and what each implementation can run.
+
+One operator per implementation, all with the schema below, so that ``torch.compile``, ``opcheck`` and an
+explicit ``impl`` see exactly the kernel that runs.  ``row`` and ``col`` are either tables (2 or 3 dimensions,
+multiplied with the query inside the operator) or finished logits (5 dimensions), or None.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from ... import _extension
+from ..layout import empty_like_heads
+
+_SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col, float scale, float rel_scale, "
+    "bool key_minus_query, float dropout_p, Tensor? seed) -> (Tensor out, Tensor lse)"
+)
+_BACKWARD_SCHEMA = (
+    "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col, Tensor out, Tensor lse, "
+    "float scale, float rel_scale, bool key_minus_query, float dropout_p, Tensor? seed) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_row, Tensor grad_col)"
+)
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def attention(impl, query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed) -> Tensor:
+    """Run the operator of ``impl``; ``out`` only."""
+    operator = getattr(torch.ops.fused_attn, f"rel_attention_2d_{impl}").default
+    return operator(query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed)[0]
+
+
+# --- what can run -----------------------------------------------------------------------------------------------
+
+
+def _dtype_reason(query: Tensor) -> str | None:
+    if query.dtype in _KERNEL_DTYPES:
+        return None
+    return f"it computes float32, float16 and bfloat16, got {query.dtype} (impl='reference' computes any)"
+
+
+def can_run_cpu(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    if query.device.type != "cpu":
+        return f"it needs CPU tensors, got {query.device.type}"
+    if not _extension.available():
+        return f"the C++ extension is not available ({_extension.reason()})"
+    return _dtype_reason(query)
+
+
+def triton_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def can_run_triton(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    if not _HAS_TRITON:
+        return "the package triton is not installed"
+    if query.device.type != "cuda" and not _INTERPRETED:
+        return f"it needs CUDA tensors, got {query.device.type} (or TRITON_INTERPRET=1, which runs it slowly anywhere)"
+    return _dtype_reason(query)
+
+
+def can_run_reference(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    return None
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = triton_interpreted()
+
+#: Implementations in the order ``auto`` prefers them.  The interpreter never wins over a real kernel.
+IMPLEMENTATIONS = {"cpu": can_run_cpu, "triton": can_run_triton, "reference": can_run_reference}
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------
+
+
+def _allocate_forward(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return empty_like_heads(query, value.shape[-1]), query.new_empty(query.shape[:4], dtype=torch.float32)
+
+
+def _allocate_backward(query, key, value, row, col) -> tuple[Tensor, ...]:
+    grads = [empty_like_heads(tensor, tensor.shape[-1]) for tensor in (query, key, value)]
+    for term in (row, col):
+        grads.append(query.new_empty((0,)) if term is None else term.new_empty(term.shape))
+    return tuple(grads)
+
+
+def _cpu(query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed):
+    out, lse = _allocate_forward(query, value)
+    torch.ops.fused_attn_cpu.attention_2d_forward(
+        query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed, out, lse
+    )
+    return out, lse
+
+
+def _cpu_backward(
+    grad_out, query, key, value, row, col, out, lse, scale, rel_scale, key_minus_query, dropout_p, seed
+):
+    grads = _allocate_backward(query, key, value, row, col)
+    torch.ops.fused_attn_cpu.attention_2d_backward(
+        grad_out, query, key, value, row, col, out, lse, scale, rel_scale, key_minus_query, dropout_p, seed, *grads
+    )
+    return grads
+
+
+def _triton(*args):
+    from . import triton_launch
+
+    return triton_launch.forward(*args)
+
+
+def _triton_backward(*args):
+    from . import triton_launch
+
+    return triton_launch.backward(*args)
+
+
+# --- registration -----------------------------------------------------------------------------------------------
+
+
+def _fake(query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed):
+    return _allocate_forward(query, value)
+
+
+def _fake_backward(
+    grad_out, query, key, value, row, col, out, lse, scale, rel_scale, key_minus_query, dropout_p, seed
+):
+    return _allocate_backward(query, key, value, row, col)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    query, key, value, row, col, *options, seed = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(query, key, value, row, col, out, lse, seed)
+    ctx.options = options
+
+
+def _refuse_double_backward(ctx, *grads):
+    raise RuntimeError("rel_attention_2d: the fused kernels have no second derivative; use impl='reference' for it")
+
+
+def _register(impl: str, device_types: tuple[str, ...], forward, backward) -> None:
+    name = f"fused_attn::rel_attention_2d_{impl}"
+    torch.library.define(name, _SCHEMA)
+    torch.library.define(f"{name}_backward", _BACKWARD_SCHEMA)
+    torch.library.impl(name, device_types, forward)
+    torch.library.impl(f"{name}_backward", device_types, backward)
+    torch.library.register_fake(name, _fake)
+    torch.library.register_fake(f"{name}_backward", _fake_backward)
+
+    operator = getattr(torch.ops.fused_attn, f"rel_attention_2d_{impl}_backward").default
+
+    def autograd_backward(ctx, grad_out, _grad_lse):
+        query, key, value, row, col, out, lse, seed = ctx.saved_tensors
+        grads = operator(grad_out, query, key, value, row, col, out, lse, *ctx.options, seed)
+        grad_row = grads[3] if row is not None else None
+        grad_col = grads[4] if col is not None else None
+        return (*grads[:3], grad_row, grad_col, None, None, None, None, None)
+
+    torch.library.register_autograd(name, autograd_backward, setup_context=_setup_context)
+    torch.library.register_autograd(f"{name}_backward", _refuse_double_backward)
+
+
+_register("cpu", ("cpu",), _cpu, _cpu_backward)
+_register("triton", ("cuda", "cpu") if _INTERPRETED else ("cuda",), _triton, _triton_backward)
