@@ -1,0 +1,51 @@
+"""Which convolutions of a residual network are augmented with attention, and the grids that they work on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+BLOCKS = ("all", "first", "last")
+
+
+class AttentionCoverage:
+    """Choice of residual blocks.
+
+    Args:
+        stages: stages with attention, counted from 1; none for a plain network.
+        blocks: ``"all"`` blocks of those stages, or their ``"first"`` or ``"last"`` only.
+        num_stages: stages of the network.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(self, stages: Iterable[int], blocks: str, num_stages: int) -> None:
+        self.stages = tuple(stages)
+        if not all(stage in range(1, num_stages + 1) for stage in self.stages):
+            raise ValueError(f"attention_stages must be numbers from 1 to {num_stages}, got {self.stages}")
+        if blocks not in BLOCKS:
+            raise ValueError(f"attention_blocks must be one of {', '.join(map(repr, BLOCKS))}, got {blocks!r}")
+        self.blocks = blocks
+
+    def __call__(self, stage: int, block: int, num_blocks: int) -> bool:
+        """Whether block ``block``, counted from 0, of stage ``stage``, counted from 1, has attention."""
+        if stage not in self.stages:
+            return False
+        return {"all": True, "first": block == 0, "last": block == num_blocks - 1}[self.blocks]
+
+
+def grid(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(H, W) of an image given by one number or two.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"image_size must be a positive number or two of them (H, W), got {image_size}")
+    return size
+
+
+def strided(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Grid after a convolution or pooling of that stride with padding of half its (odd) kernel: rounded up."""
+    return -(-size[0] // stride), -(-size[1] // stride)

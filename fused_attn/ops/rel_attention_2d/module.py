@@ -1,0 +1,236 @@
+"""Modules: attention over a feature map, and a convolution augmented with it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import library
+from .api import rel_attention_2d
+
+
+class RelPosAttention2d(nn.Module):
+    """Multi-head self-attention over a feature map, with relative position embeddings along height and width.
+
+    One 1x1 convolution makes queries, keys and values; :func:`~fused_attn.rel_attention_2d` reads them where that
+    convolution wrote them, in contiguous as in channels_last memory; a 1x1 convolution mixes the heads.
+
+    Args:
+        in_channels: channels of the input.
+        key_channels: channels of queries and of keys, over all heads.
+        value_channels: channels of values, over all heads; also of the output unless ``out_channels`` says otherwise.
+        heads: number of heads; divides ``key_channels`` and ``value_channels``.
+        size: (H, W) of the largest input; the tables are (2H-1, d_k) and (2W-1, d_k), d_k = key_channels / heads.  A
+            smaller input uses their central rows, which belong to its relative positions.  Not used, and the input
+            of any size, when ``relative`` is False.
+        relative: whether there are relative position embeddings.  Without them the attention is blind to position.
+        per_head_tables: one table per head, (heads, 2H-1, d_k), instead of one for all heads.
+        dropout_p: probability of dropping an attention weight in training, in [0, 1).
+        bias: whether the two 1x1 convolutions have a bias.
+        out_channels: channels of the output; ``value_channels`` when None.
+        impl: implementation of the op; not part of the state dict, so weights load across implementations.
+
+    Shapes: input (B, in_channels, H', W') with H' <= H and W' <= W, output (B, out_channels, H', W').
+
+    Raises:
+        ValueError: an argument is out of range, or the input has the wrong shape or a grid larger than ``size``.
+
+    Source: Bello et al. 2019, "Attention Augmented Convolutional Networks", section 3; the tables start at a normal
+    distribution of standard deviation d_k**-0.5, as there.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        key_channels: int,
+        value_channels: int,
+        heads: int,
+        size: tuple[int, int],
+        *,
+        relative: bool = True,
+        per_head_tables: bool = False,
+        dropout_p: float = 0.0,
+        bias: bool = False,
+        out_channels: int | None = None,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if heads < 1:
+            raise ValueError(f"heads must be at least 1, got {heads}")
+        for name, channels in (("key_channels", key_channels), ("value_channels", value_channels)):
+            if channels < 1 or channels % heads:
+                raise ValueError(f"{name} must be a positive multiple of heads={heads}, got {channels}")
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"size must be two positive numbers (H, W), got {size}")
+        if not 0.0 <= dropout_p < 1.0:
+            raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+        implementations = ("auto", *library.IMPLEMENTATIONS)
+        if impl not in implementations:
+            raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")
+
+        self.key_channels, self.value_channels, self.heads = key_channels, value_channels, heads
+        self.size = tuple(size)
+        self.dropout_p = dropout_p
+        self.impl = impl
+        options = {"device": device, "dtype": dtype}
+        self.qkv = nn.Conv2d(in_channels, 2 * key_channels + value_channels, 1, bias=bias, **options)
+        self.proj = nn.Conv2d(value_channels, out_channels or value_channels, 1, bias=bias, **options)
+        if relative:
+            leading, depth = (heads,) if per_head_tables else (), key_channels // heads
+            self.rel_h = nn.Parameter(torch.empty(*leading, 2 * size[0] - 1, depth, **options))
+            self.rel_w = nn.Parameter(torch.empty(*leading, 2 * size[1] - 1, depth, **options))
+        else:
+            self.register_parameter("rel_h", None)
+            self.register_parameter("rel_w", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh parameters: PyTorch's default for the convolutions, normal for the tables."""
+        self.qkv.reset_parameters()
+        self.proj.reset_parameters()
+        for table in (self.rel_h, self.rel_w):
+            if table is not None:
+                nn.init.normal_(table, std=table.shape[-1] ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over all positions of x, (B, in_channels, H', W') -> (B, out_channels, H', W')."""
+        if x.dim() != 4 or x.shape[1] != self.qkv.in_channels:
+            raise ValueError(f"x must have shape (B, {self.qkv.in_channels}, H, W), got {tuple(x.shape)}")
+        height, width = x.shape[2:]
+        rel_h, rel_w = self._central_rows(height, width)
+        query, key, value = self.qkv(x).split((self.key_channels, self.key_channels, self.value_channels), dim=1)
+        out = rel_attention_2d(
+            self._split_heads(query),
+            self._split_heads(key),
+            self._split_heads(value),
+            rel_h,
+            rel_w,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            impl=self.impl,
+        )
+        return self.proj(out.permute(0, 1, 4, 2, 3).flatten(1, 2))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """View (B, heads*d, H, W) as (B, heads, H, W, d)."""
+        return x.unflatten(1, (self.heads, -1)).permute(0, 1, 3, 4, 2)
+
+    def _central_rows(self, height: int, width: int) -> tuple[Tensor | None, Tensor | None]:
+        if self.rel_h is None:
+            return None, None
+        if height > self.size[0] or width > self.size[1]:
+            raise ValueError(
+                f"x must have a grid (H, W) of at most size={self.size}, for which the relative position tables "
+                f"were built, got {(height, width)}"
+            )
+        # Row k - q + size - 1 of the full table is row k - q + length - 1 of this slice.
+        return tuple(
+            table.narrow(-2, size - length, 2 * length - 1)
+            for table, size, length in zip((self.rel_h, self.rel_w), self.size, (height, width), strict=True)
+        )
+
+    def extra_repr(self) -> str:
+        tables = "none" if self.rel_h is None else "per head" if self.rel_h.dim() == 3 else "shared"
+        return f"heads={self.heads}, size={self.size}, tables={tables}, dropout_p={self.dropout_p}, impl={self.impl!r}"
+
+
+class AttentionAugmentedConv2d(nn.Module):
+    """Convolution whose last output channels come from self-attention over the whole feature map.
+
+    ``out = cat(conv(x), attention(x))`` along the channels: d_v channels of attention, out_channels - d_v of
+    convolution.  Depths per head, from Bello et al. 2019, section 4: d_k = max(key_ratio * out_channels / heads,
+    min_key_depth) and d_v = value_ratio * out_channels / heads, rounded down, and at least 1.  The lower bound of 1
+    matters in networks narrower than the paper's (fewer than heads / value_ratio channels), where a head would
+    otherwise be left without any value.
+
+    With a stride the attention works on the grid of the output: its input passes a 3x3 average pooling of that
+    stride first.  That pooling is what the paper lowers the resolution of attention inputs with (section 3.3); it
+    gives every input position a part in the result, where a strided 1x1 convolution, the other obvious
+    way, would drop three out of four.  Pooling and the 1x1 convolution commute, and pooling first is the cheaper order.
+
+    Args:
+        in_channels, out_channels: channels of input and output.
+        kernel_size: of the convolution; odd.  Padding is ``kernel_size // 2``.
+        stride: of the convolution and, by pooling, of the attention.
+        size: (H, W) of the largest *output*, the grid that the attention sees.
+        heads: attention heads.
+        key_ratio: kappa of the paper, key channels per output channel.
+        value_ratio: upsilon of the paper, value channels per output channel.
+        min_key_depth: least d_k per head.
+        relative, per_head_tables, dropout_p, impl: as in :class:`RelPosAttention2d`.
+        bias: whether the convolution and the attention's 1x1 convolutions have a bias.
+
+    Shapes: input (B, in_channels, H, W), output (B, out_channels, ceil(H / stride), ceil(W / stride)).
+
+    Raises:
+        ValueError: an argument is out of range, or the values take all output channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        size: tuple[int, int],
+        *,
+        heads: int = 8,
+        key_ratio: float = 0.2,
+        value_ratio: float = 0.1,
+        min_key_depth: int = 20,
+        relative: bool = True,
+        per_head_tables: bool = False,
+        dropout_p: float = 0.0,
+        bias: bool = False,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be a positive odd number, got {kernel_size}")
+        if stride < 1:
+            raise ValueError(f"stride must be at least 1, got {stride}")
+        if heads < 1:
+            raise ValueError(f"heads must be at least 1, got {heads}")
+        key_channels = heads * max(_depth(out_channels, key_ratio, heads), min_key_depth)
+        value_channels = heads * _depth(out_channels, value_ratio, heads)
+        if value_channels >= out_channels:
+            raise ValueError(
+                f"the values, heads * d_v = {value_channels} channels, must leave some of out_channels={out_channels} "
+                f"to the convolution: use a smaller value_ratio than {value_ratio} or fewer heads than {heads}"
+            )
+        options = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(
+            in_channels, out_channels - value_channels, kernel_size, stride, kernel_size // 2, bias=bias, **options
+        )
+        # The kernel covers the stride and is odd, so that the grid is that of the convolution for any input size.
+        reach = stride // 2
+        self.pool = (
+            nn.Identity()
+            if stride == 1
+            else nn.AvgPool2d(2 * reach + 1, stride, padding=reach, count_include_pad=False)
+        )
+        self.attention = RelPosAttention2d(
+            in_channels,
+            key_channels,
+            value_channels,
+            heads,
+            size,
+            relative=relative,
+            per_head_tables=per_head_tables,
+            dropout_p=dropout_p,
+            bias=bias,
+            impl=impl,
+            **options,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve and attend, (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride))."""
+        return torch.cat((self.conv(x), self.attention(self.pool(x))), dim=1)
+
+
+def _depth(channels: int, ratio: float, heads: int) -> int:
+    # 0.1 * 240 / 8 must count as 3 whichever way its binary rounding went.
+    return max(int(ratio * channels / heads + 1e-6), 1)
