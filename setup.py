@@ -26,7 +26,6 @@ FLAGS = [
     "-Wno-psabi",
     "-Wno-unknown-pragmas",
     f"-DTORCH_TARGET_VERSION={TORCH_2_11}",
-    "-DPy_LIMITED_API=0x030a0000",
 ]
 
 

@@ -184,9 +184,8 @@ def _check_table(name: str, table: Tensor | None, query: Tensor, key: Tensor, ax
         return
     _check_tensor(name, table)
     heads, depth = query.shape[1], query.shape[-1]
-    length = query.shape[axis] + key.shape[axis] - 1
-    # An empty grid has no positions: any table serves it, and Lq+Lk-1 may be -1.
-    if tuple(table.shape) not in ((length, depth), (heads, length, depth)) and length >= 0:
+    length = max(query.shape[axis] + key.shape[axis] - 1, 0)
+    if tuple(table.shape) not in ((length, depth), (heads, length, depth)):
         letter = "HW"[axis - 2]
         raise ValueError(
             f"{name} must have shape ({letter}q+{letter}k-1, d_k)=({length}, {depth}) or "

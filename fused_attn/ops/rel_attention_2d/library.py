@@ -89,11 +89,11 @@ def _allocate_backward(query, key, value, row, col) -> tuple[Tensor, ...]:
 
 
 def _cpu(query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed):
-    out, lse = _allocate_forward(query, value)
+    out, statistics = _fake_cpu(query, key, value)
     torch.ops.fused_attn_cpu.attention_2d_forward(
-        query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed, out, lse
+        query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed, out, statistics
     )
-    return out, lse
+    return out, statistics
 
 
 def _cpu_backward(
@@ -121,8 +121,14 @@ def _triton_backward(*args):
 # --- registration -----------------------------------------------------------------------------------------------
 
 
-def _fake(query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed):
+def _fake_triton(query, key, value, *_):
     return _allocate_forward(query, value)
+
+
+def _fake_cpu(query, key, value, *_):
+    # Maximum and sum per query rather than their log-sum-exp: see csrc/rel_attention_2d/kernel.h.
+    out, lse = _allocate_forward(query, value)
+    return out, lse.new_empty((*lse.shape, 2))
 
 
 def _fake_backward(
@@ -143,13 +149,13 @@ def _refuse_double_backward(ctx, *grads):
     raise RuntimeError("rel_attention_2d: the fused kernels have no second derivative; use impl='reference' for it")
 
 
-def _register(impl: str, device_types: tuple[str, ...], forward, backward) -> None:
+def _register(impl: str, device_types: tuple[str, ...], forward, fake, backward) -> None:
     name = f"fused_attn::rel_attention_2d_{impl}"
     torch.library.define(name, _SCHEMA)
     torch.library.define(f"{name}_backward", _BACKWARD_SCHEMA)
     torch.library.impl(name, device_types, forward)
     torch.library.impl(f"{name}_backward", device_types, backward)
-    torch.library.register_fake(name, _fake)
+    torch.library.register_fake(name, fake)
     torch.library.register_fake(f"{name}_backward", _fake_backward)
 
     operator = getattr(torch.ops.fused_attn, f"rel_attention_2d_{impl}_backward").default
@@ -165,5 +171,5 @@ def _register(impl: str, device_types: tuple[str, ...], forward, backward) -> No
     torch.library.register_autograd(f"{name}_backward", _refuse_double_backward)
 
 
-_register("cpu", ("cpu",), _cpu, _cpu_backward)
-_register("triton", ("cuda", "cpu") if _INTERPRETED else ("cuda",), _triton, _triton_backward)
+_register("cpu", ("cpu",), _cpu, _fake_cpu, _cpu_backward)
+_register("triton", ("cuda", "cpu") if _INTERPRETED else ("cuda",), _triton, _fake_triton, _triton_backward)

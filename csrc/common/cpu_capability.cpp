@@ -1,0 +1,50 @@
+#include "common/cpu_capability.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <atomic>
+#include <stdexcept>
+
+namespace fused_attn {
+namespace {
+
+CpuCapability detect() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+    return CpuCapability::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return CpuCapability::avx2;
+#endif
+  return CpuCapability::generic;
+}
+
+const CpuCapability best = detect();
+std::atomic<CpuCapability> in_use{best};
+
+}  // namespace
+
+CpuCapability cpu_capability() { return in_use.load(std::memory_order_relaxed); }
+
+void set_cpu_capability(CpuCapability capability) {
+  if (capability < CpuCapability::generic || capability > best)
+    throw std::runtime_error("this processor does not have the requested instruction set");
+  in_use.store(capability, std::memory_order_relaxed);
+}
+
+namespace {
+int64_t cpu_capability_op() { return static_cast<int64_t>(cpu_capability()); }
+void set_cpu_capability_op(int64_t capability) { set_cpu_capability(static_cast<CpuCapability>(capability)); }
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn_cpu, m) {
+  m.def("cpu_capability() -> int");
+  m.def("set_cpu_capability(int capability) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_attn_cpu, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&cpu_capability_op));
+  m.impl("set_cpu_capability", TORCH_BOX(&set_cpu_capability_op));
+}
+
+}  // namespace fused_attn

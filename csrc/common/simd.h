@@ -1,0 +1,232 @@
+// Vector types and the two matrix microkernels, written once on GCC/Clang vector extensions.
+//
+// Included once per instruction set, inside `namespace fused_attn::FUSED_ATTN_ISA` and after a target pragma, with
+// FUSED_ATTN_LANES floats to a vector.  Deliberately without an include guard and without includes of its own: code
+// from a header that was first seen under a higher instruction set could be merged into the generic build.
+
+constexpr int L = FUSED_ATTN_LANES;
+constexpr float kInfinity = __builtin_inff();
+
+typedef float vf __attribute__((vector_size(L * 4)));
+typedef int32_t vi __attribute__((vector_size(L * 4)));
+typedef uint32_t vu __attribute__((vector_size(L * 4)));
+typedef float vf_unaligned __attribute__((vector_size(L * 4), aligned(4), may_alias));
+typedef int32_t vi_unaligned __attribute__((vector_size(L * 4), aligned(4), may_alias));
+typedef uint32_t vu_unaligned __attribute__((vector_size(L * 4), aligned(4), may_alias));
+
+#define FA_INLINE inline __attribute__((always_inline))
+#define FA_INLINE_CALL __attribute__((always_inline))
+
+FA_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
+FA_INLINE vi load(const int32_t* p) { return *reinterpret_cast<const vi_unaligned*>(p); }
+FA_INLINE vu load(const uint32_t* p) { return *reinterpret_cast<const vu_unaligned*>(p); }
+FA_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
+FA_INLINE vf broadcast(float x) { return x - vf{}; }
+FA_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+FA_INLINE vf maximum(vf a, vf b) { return select(a > b, a, b); }
+
+// 2^x for x <= 0 (and slightly above): relative error 1.7e-7, 0 below 2^-126, NaN stays NaN.
+// Degree-5 minimax polynomial of 2^r on [-1/2, 1/2] with p(0) = 1.
+FA_INLINE vf exp2_polynomial(vf r) {
+  vf p = broadcast(0.001326465280726552f);
+  p = p * r + 0.009671511128544807f;
+  p = p * r + 0.05550733953714371f;
+  p = p * r + 0.24022242426872253f;
+  p = p * r + 0.6931470036506653f;
+  return p * r + 1.0f;
+}
+
+FA_INLINE vf exp2_nonpositive(vf x) {
+#if defined(__AVX512DQ__) && FUSED_ATTN_LANES == 16
+  // scalef also takes care of -inf and of results that underflow.
+  const vf r = (vf)_mm512_reduce_ps((__m512)x, 0);
+  return (vf)_mm512_scalef_ps((__m512)exp2_polynomial(r), (__m512)(x - r));
+#else
+  const vf shifted = x + 12582912.0f;  // 1.5 * 2^23: rounds x to an integer held in the low mantissa bits
+  const vf r = x - (shifted - 12582912.0f);
+  const vi exponent = (vi)shifted << 23;
+  const vf result = (vf)((vi)exp2_polynomial(r) + exponent);
+  const vi underflow = x < -126.0f;
+  return (vf)((vi)result & ~underflow);
+#endif
+}
+
+// --- reductions over lanes ---------------------------------------------------------------------------------------
+
+// Lane j of the result is lane mask[j] of u followed by v; every mask here is a compile-time constant.
+FA_INLINE vf permute(vf u, vf v, vi mask) {
+#if defined(__clang__)
+  vf out;
+  for (int j = 0; j < L; ++j) out[j] = mask[j] < L ? u[mask[j]] : v[mask[j] - L];
+  return out;
+#else
+  return __builtin_shuffle(u, v, mask);
+#endif
+}
+
+template <int H, bool High>
+FA_INLINE vf interleave_blocks(vf u, vf v) {
+  // Of every 2H lanes: H of u, then H of v, taken from the low or the high half.
+  vi mask;
+  for (int j = 0; j < L; ++j) {
+    const int chunk = j / (2 * H) * (2 * H), r = j % (2 * H);
+    mask[j] = (r < H ? chunk + r : L + chunk + r - H) + (High ? H : 0);
+  }
+  return permute(u, v, mask);
+}
+
+template <int H>
+FA_INLINE void fold(vf* x) {
+  for (int i = 0; i < H; ++i) x[i] = interleave_blocks<H, false>(x[i], x[i + H]) + interleave_blocks<H, true>(x[i], x[i + H]);
+}
+
+// Lane i of the result is the sum over lanes of x[i], i < L.  Overwrites x.
+FA_INLINE vf sum_lanes_of_each(vf* x) {
+  if constexpr (L >= 16) fold<8>(x);
+  if constexpr (L >= 8) fold<4>(x);
+  fold<2>(x);
+  fold<1>(x);
+  return x[0];
+}
+
+template <int Width>
+FA_INLINE vf rotate_lanes(vf x) {
+  vi mask;
+  for (int j = 0; j < L; ++j) mask[j] = (j + Width) % L;
+  return permute(x, x, mask);
+}
+
+FA_INLINE float sum_lanes(vf x) {
+  if constexpr (L >= 16) x += rotate_lanes<8>(x);
+  if constexpr (L >= 8) x += rotate_lanes<4>(x);
+  x += rotate_lanes<2>(x);
+  x += rotate_lanes<1>(x);
+  return x[0];
+}
+
+FA_INLINE float max_lanes(vf x) {
+  if constexpr (L >= 16) x = maximum(x, rotate_lanes<8>(x));
+  if constexpr (L >= 8) x = maximum(x, rotate_lanes<4>(x));
+  x = maximum(x, rotate_lanes<2>(x));
+  x = maximum(x, rotate_lanes<1>(x));
+  return x[0];
+}
+
+// --- matrix microkernels -----------------------------------------------------------------------------------------
+//
+// All products run over panels: NR vectors (NR * L consecutive key positions) by some number of rows, rows
+// contiguous, so that a product streams through memory and never strides by a power of two.
+
+constexpr int NR = FUSED_ATTN_PANEL_VECTORS;
+constexpr int MR = FUSED_ATTN_BLOCK_ROWS;
+constexpr int PANEL = NR * L;
+
+// acc[m][n] = init(m, n) + sum_k A[m, k] * B[k][n]; finish(m, n, acc) receives the result.
+template <int M, int N, class Init, class Finish>
+FA_INLINE void outer_block(const float* a, int64_t a_row, int64_t a_depth, int64_t depth, const float* b,
+                           int64_t b_row, const Init& init, const Finish& finish) {
+  vf acc[M][N];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) acc[m][n] = init(m, n);
+  for (int64_t k = 0; k < depth; ++k) {
+    vf column[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) column[n] = load(b + k * b_row + n * L);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const vf scalar = broadcast(a[m * a_row + k * a_depth]);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) acc[m][n] += scalar * column[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) finish(m, n, acc[m][n]);
+}
+
+// The same for `rows` rows and `vectors` <= NR vectors; init and finish see the row's index in the whole.
+template <class Init, class Finish>
+FA_INLINE void outer_product(int64_t rows, int vectors, const float* a, int64_t a_row, int64_t a_depth, int64_t depth,
+                             const float* b, int64_t b_row, const Init& init, const Finish& finish) {
+  auto run = [&]<int M, int N>(int64_t row) FA_INLINE_CALL {
+    outer_block<M, N>(
+        a + row * a_row, a_row, a_depth, depth, b, b_row, [&](int m, int n) FA_INLINE_CALL { return init(row + m, n); },
+        [&](int m, int n, vf x) FA_INLINE_CALL { finish(row + m, n, x); });
+  };
+  auto run_rows = [&]<int N>() FA_INLINE_CALL {
+    int64_t row = 0;
+    for (; row + MR <= rows; row += MR) run.template operator()<MR, N>(row);
+    for (; row + 2 <= rows; row += 2) run.template operator()<2, N>(row);
+    if (row < rows) run.template operator()<1, N>(row);
+  };
+  if (vectors == NR) return run_rows.template operator()<NR>();
+  for (int n = 0; n < vectors; ++n) {  // a narrow last panel, one vector at a time
+    auto run_one = [&](int64_t row, auto count) FA_INLINE_CALL {
+      outer_block<decltype(count)::value, 1>(
+          a + row * a_row, a_row, a_depth, depth, b + n * L, b_row,
+          [&](int m, int) FA_INLINE_CALL { return init(row + m, n); },
+          [&](int m, int, vf x) FA_INLINE_CALL { finish(row + m, n, x); });
+    };
+    int64_t row = 0;
+    for (; row + MR <= rows; row += MR) run_one(row, std::integral_constant<int, MR>{});
+    for (; row < rows; ++row) run_one(row, std::integral_constant<int, 1>{});
+  }
+}
+
+// c[m * c_row + n] += sum over `vectors` vectors of A[m] * B[n]; A rows contiguous, B in panels of `b_rows` rows.
+template <int M, int N>
+FA_INLINE void dot_block(int64_t vectors, const float* a, int64_t a_row, const float* b, int64_t b_rows, float* c,
+                         int64_t c_row) {
+  static_assert(M * N <= 16);
+  constexpr int Sums = (M * N + L - 1) / L * L;
+  vf acc[Sums] = {};
+  const int64_t panels = vectors / NR;
+  for (int64_t p = 0; p < panels; ++p) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NR; ++v) {
+      vf column[N];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) column[n] = load(b + (p * b_rows + n) * PANEL + v * L);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const vf row = load(a + m * a_row + p * PANEL + v * L);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) acc[m * N + n] += row * column[n];
+      }
+    }
+  }
+  for (int64_t v = 0; v < vectors - panels * NR; ++v) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const vf row = load(a + m * a_row + panels * PANEL + v * L);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) acc[m * N + n] += row * load(b + (panels * b_rows + n) * PANEL + v * L);
+    }
+  }
+  alignas(64) float sums[Sums];
+#pragma GCC unroll 8
+  for (int i = 0; i < Sums; i += L) store(sums + i, sum_lanes_of_each(acc + i));
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) c[m * c_row + n] += sums[m * N + n];
+}
+
+// The same for `rows` rows (a multiple of 4) and `columns` columns.
+FA_INLINE void dot_product(int64_t rows, int64_t columns, int64_t vectors, const float* a, int64_t a_row,
+                           const float* b, float* c, int64_t c_row) {
+  for (int64_t row = 0; row < rows; row += 4) {
+    const float* a_block = a + row * a_row;
+    float* c_block = c + row * c_row;
+    int64_t column = 0;
+    for (; column + 4 <= columns; column += 4)
+      dot_block<4, 4>(vectors, a_block, a_row, b + column * PANEL, columns, c_block + column, c_row);
+    for (; column + 2 <= columns; column += 2)
+      dot_block<4, 2>(vectors, a_block, a_row, b + column * PANEL, columns, c_block + column, c_row);
+    if (column < columns)
+      dot_block<4, 1>(vectors, a_block, a_row, b + column * PANEL, columns, c_block + column, c_row);
+  }
+}

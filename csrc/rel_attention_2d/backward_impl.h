@@ -1,0 +1,301 @@
+// Backward pass; part of kernel_impl.h.  Weights are recomputed from the saved softmax statistics.
+
+struct BackwardScratch {
+  int64_t tile, score_stride, col_stride, group0 = 0, groups = 0;
+  Buffer<float> key, value, grad_key, grad_value;  // panels of the task's keys
+  Buffer<float> query, grad_out;                   // (QB, depth), scaled
+  Buffer<float> score, grad_score;                 // (QB, tile)
+  Buffer<float> grad_query, grad_relative;         // (QB, dk)
+  Buffer<float> grad_column, grad_row;             // (QB, lanes of a group), (QB, key rows)
+  Buffer<float> grad_product, grad_table;          // (QB, table positions); panels of the tables
+  float delta[QB], negative_max[QB];
+
+  BackwardScratch(const Problem& p, const KeyLayout& keys, const BiasTerms& bias, int64_t splits) {
+    const int64_t most_groups = (keys.groups + splits - 1) / splits, vectors = most_groups * keys.vectors;
+    const int64_t panels = panels_of(vectors);
+    tile = smaller(panels * NR, kBackwardTile);
+    score_stride = tile * L + L;  // an odd number of vectors: rows then spread over all cache sets
+    col_stride = keys.vectors * L;
+    key.allocate(panels * p.dk * PANEL);
+    value.allocate(panels * p.dv * PANEL);
+    grad_key.allocate(panels * p.dk * PANEL);
+    grad_value.allocate(panels * p.dv * PANEL);
+    query.allocate(QB * p.dk);
+    grad_out.allocate(QB * p.dv);
+    score.allocate(QB * score_stride);
+    grad_score.allocate(QB * score_stride);
+    grad_query.allocate(QB * p.dk);
+    grad_column.allocate(QB * col_stride);
+    grad_row.allocate(QB * bias.bias_rows);
+    if (bias.from_tables()) {
+      grad_relative.allocate(QB * p.dk);
+      grad_product.allocate(QB * bias.product_stride);
+      grad_table.allocate(panels_of(bias.table_vectors) * p.dk * PANEL);
+    }
+  }
+};
+
+// Block sums are formed first and then added, so that a long sum is rounded once per block and not once per term.
+FA_INLINE void add_to(float* to, vf x) { store(to, load(to) + x); }
+
+// Sums many vectors over their lanes, L at a time, adding each sum to its own target.
+struct LaneSums {
+  vf pending[L];
+  float* target[L];
+  int count = 0;
+
+  FA_INLINE void add(vf x, float* to) {
+    pending[count] = x;
+    target[count] = to;
+    if (++count == L) flush();
+  }
+  FA_INLINE void flush() {
+    for (int i = count; i < L; ++i) pending[i] = vf{};
+    const vf sums = sum_lanes_of_each(pending);
+    for (int i = 0; i < count; ++i) *target[i] += sums[i];
+    count = 0;
+  }
+};
+
+// From logits and the gradient of the (dropped) weights of one query on one tile, both in place: the dropped weights
+// and the gradient of the logits, which is also summed per column and per row.  Weights are left unnormalised,
+// 2^(logit - maximum) exactly as the forward pass had them; grad_out and delta carry the division by their sum.
+template <bool OneRow, bool Dropout>
+FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, BiasTerms& bias, int64_t i, int64_t v0,
+                                     int64_t count, const uint32_t* columns, uint64_t row) {
+  float* score = s.score + i * s.score_stride;
+  float* grad = s.grad_score + i * s.score_stride;
+  const DropoutKeys keys(p.seed, row);
+  LaneSums rows;
+  const int64_t per_group = bias.keys.vectors, group_rows = bias.keys.rows;
+  int64_t group = s.group0 + v0 / per_group, offset = v0 % per_group;
+  vf group_sum{};
+  for (int64_t v = 0; v < count; ++v) {
+    const vf weight = exp2_nonpositive(load(score + v * L) + s.negative_max[i]);
+    vf grad_weight = load(grad + v * L);
+    if constexpr (Dropout) {
+      const vi keep = keys.keep(load(columns + v * L), p.drop_below);
+      store(score + v * L, select(keep, weight, vf{}));
+      grad_weight = select(keep, grad_weight, vf{}) - s.delta[i];
+    } else {
+      store(score + v * L, weight);
+    }
+    const vf grad_logit = weight * grad_weight;
+    store(grad + v * L, grad_logit);
+
+    float* to_column = s.grad_column + i * s.col_stride + offset * L;
+    store(to_column, load(to_column) + grad_logit);
+    float* to_row = s.grad_row + i * bias.bias_rows + group * group_rows;
+    if constexpr (OneRow) {
+      group_sum += grad_logit;
+      if (offset == per_group - 1 || v == count - 1) {
+        rows.add(group_sum, to_row);
+        group_sum = vf{};
+      }
+    } else {
+      for (int64_t r = 0; r < group_rows; ++r)
+        rows.add((vf)((vi)grad_logit & load(bias.row_mask + r * s.col_stride + offset * L)), to_row + r);
+    }
+    if (++offset == per_group) offset = 0, ++group;
+  }
+  rows.flush();
+}
+
+template <bool OneRow, bool Dropout>
+void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s, BiasTerms& bias,
+                    const uint32_t* columns, int64_t task, int64_t q0, int64_t count) {
+  const int64_t pair = task / p.key_splits, b = pair / p.heads, h = pair % p.heads;
+  const int64_t rows = round_up(count, 4);
+  const uint64_t row0 = pair * p.queries() + q0;
+
+  for (int64_t i = 0; i < QB; ++i) {
+    float* query = s.query + i * p.dk;
+    float* grad_out = s.grad_out + i * p.dv;
+    s.delta[i] = 0.0f;
+    s.negative_max[i] = -kInfinity;  // weights of exactly 0: for padding and for queries with every key masked
+    for (int64_t d = 0; d < p.dk; ++d) query[d] = 0.0f;
+    for (int64_t d = 0; d < p.dv; ++d) grad_out[d] = 0.0f;
+    if (i >= count) continue;
+    const int64_t y = (q0 + i) / p.wq, x = (q0 + i) % p.wq;
+    auto at = [&](const TensorView& view) {
+      return head_offset(view, b, h) + y * view.stride[2] + x * view.stride[3];
+    };
+    gather(p.query, at(p.query), p.query.stride[4], p.dk, p.scale * kLog2e, query);
+    gather(p.grad_out, at(p.grad_out), p.grad_out.stride[4], p.dv, 1.0f, grad_out);
+    for (int64_t d = 0; d < p.dv; ++d) {
+      float out = 0.0f;
+      gather(p.out, at(p.out) + d * p.out.stride[4], 0, 1, 1.0f, &out);
+      s.delta[i] += out * grad_out[d];
+    }
+    const float max = p.statistics[2 * (row0 + i)], total = p.statistics[2 * (row0 + i) + 1];
+    const float normalize = total == 0.0f ? 0.0f : 1.0f / total;
+    if (total != 0.0f) s.negative_max[i] = -max;
+    s.delta[i] *= normalize;
+    for (int64_t d = 0; d < p.dv; ++d) grad_out[d] *= p.keep_scale * normalize;
+  }
+  bias.prepare(b, h, q0, count);
+  s.grad_query.fill(0.0f);
+  s.grad_column.fill(0.0f);
+  s.grad_row.fill(0.0f);
+
+  const int64_t vectors = s.groups * keys.vectors;
+  for (int64_t v0 = 0; v0 < vectors; v0 += kBackwardTile) {
+    const int64_t tile = smaller(kBackwardTile, vectors - v0);
+    score_tile<OneRow>(rows, v0, tile, s.query.data, p.dk, s.key.data, bias, s.group0,
+                       [&](int64_t m, int64_t v, vf x) FA_INLINE_CALL { store(s.score + m * s.score_stride + v * L, x); });
+    for (int64_t v = 0; v < tile; v += NR)  // gradient of the weights, less delta unless dropout comes between
+      outer_product(
+          rows, smaller(NR, tile - v), s.grad_out.data, p.dv, 1, p.dv, s.value + (v0 + v) / NR * p.dv * PANEL, PANEL,
+          [](int64_t, int) FA_INLINE_CALL { return vf{}; },
+          [&](int64_t m, int n, vf x) FA_INLINE_CALL {
+            store(s.grad_score + m * s.score_stride + (v + n) * L, Dropout ? x : x - s.delta[m]);
+          });
+    for (int64_t i = 0; i < rows; ++i)
+      softmax_tile_backward<OneRow, Dropout>(p, s, bias, i, v0, tile, columns + v0 * L, row0 + i);
+
+    auto accumulate = [&](int64_t depth, const float* a, const Buffer<float>& b_tile, Buffer<float>& panels)
+                          FA_INLINE_CALL {
+      for (int64_t v = 0; v < tile; v += NR) {
+        float* to = panels + (v0 + v) / NR * depth * PANEL;
+        outer_product(
+            depth, smaller(NR, tile - v), a, 1, depth, rows, b_tile.data + v * L, s.score_stride,
+            [](int64_t, int) FA_INLINE_CALL { return vf{}; },
+            [&](int64_t m, int n, vf x) FA_INLINE_CALL { add_to(to + m * PANEL + n * L, x); });
+      }
+    };
+    accumulate(p.dv, s.grad_out.data, s.score, s.grad_value);
+    accumulate(p.dk, s.query.data, s.grad_score, s.grad_key);
+    dot_product(rows, p.dk, tile, s.grad_score.data, s.score_stride, s.key + v0 / NR * p.dk * PANEL,
+                s.grad_query.data, p.dk);
+  }
+
+  for (int64_t i = 0; i < count; ++i)  // fold the rows of a group onto its first
+    for (int64_t r = 1; r < keys.rows; ++r)
+      for (int64_t x = 0; x < p.wk; ++x)
+        s.grad_column[i * s.col_stride + x] += s.grad_column[i * s.col_stride + r * p.wk + x];
+
+  for (int64_t i = 0; i < rows * p.dk; ++i) s.grad_query[i] *= p.scale;
+  if (bias.from_tables()) {
+    s.grad_product.fill(0.0f);
+    s.grad_relative.fill(0.0f);
+    for (int64_t i = 0; i < count; ++i) {
+      float* product = s.grad_product + i * bias.product_stride;
+      if (p.row) BiasTerms::copy(s.grad_row + i * bias.bias_rows, p.hk, product + bias.row_start(q0 + i));
+      if (p.col) BiasTerms::copy(s.grad_column + i * s.col_stride, p.wk, product + bias.col_start(q0 + i));
+    }
+    for (int64_t v = 0; v < bias.table_vectors; v += NR) {
+      float* to = s.grad_table + v / NR * p.dk * PANEL;
+      outer_product(
+          p.dk, smaller(NR, bias.table_vectors - v), bias.query.data, 1, p.dk, rows, s.grad_product + v * L,
+          bias.product_stride, [](int64_t, int) FA_INLINE_CALL { return vf{}; },
+          [&](int64_t m, int n, vf x) FA_INLINE_CALL { add_to(to + m * PANEL + n * L, x); });
+    }
+    dot_product(rows, p.dk, bias.table_vectors, s.grad_product.data, bias.product_stride, bias.table.data,
+                s.grad_relative.data, p.dk);
+    for (int64_t i = 0; i < rows * p.dk; ++i) s.grad_query[i] += p.rel_scale * s.grad_relative[i];
+  }
+
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t q = q0 + i, y = q / p.wq, x = q % p.wq;
+    auto at = [&](const TensorView& view) {
+      return head_offset(view, b, h) + y * view.stride[2] + x * view.stride[3];
+    };
+    if (p.key_splits == 1)
+      scatter(p.grad_query, at(p.grad_query), p.grad_query.stride[4], p.dk, 1.0f, s.grad_query + i * p.dk);
+    else
+      BiasTerms::copy(s.grad_query + i * p.dk, p.dk, p.query_partials + (task * p.queries() + q) * p.dk);
+    if (p.tables) continue;
+    if (p.col && p.key_splits == 1)
+      scatter(p.grad_col, at(p.grad_col), p.grad_col.stride[4], p.wk, 1.0f, s.grad_column + i * s.col_stride);
+    else if (p.col)
+      BiasTerms::copy(s.grad_column + i * s.col_stride, p.wk, p.col_partials + (task * p.queries() + q) * p.wk);
+    if (p.row) {  // key rows belong to one task each
+      const int64_t y0 = s.group0 * keys.rows, y1 = smaller(p.hk, (s.group0 + s.groups) * keys.rows);
+      scatter(p.grad_row, at(p.grad_row) + y0 * p.grad_row.stride[4], p.grad_row.stride[4], y1 > y0 ? y1 - y0 : 0,
+              1.0f, s.grad_row + i * bias.bias_rows + y0);
+    }
+  }
+}
+
+void backward(const Backward& p, int64_t begin, int64_t end) {
+  const KeyLayout keys(p);
+  BiasTerms bias(p, keys);
+  BackwardScratch s(p, keys, bias, p.key_splits);
+  Buffer<uint32_t> columns;
+  if (p.drop_below > 0) hash_columns(p, keys, columns);
+  const auto block = keys.rows == 1 ? (p.drop_below > 0 ? backward_block<true, true> : backward_block<true, false>)
+                                    : (p.drop_below > 0 ? backward_block<false, true> : backward_block<false, false>);
+  int64_t packed_table = -1;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t pair = task / p.key_splits, split = task % p.key_splits, b = pair / p.heads, h = pair % p.heads;
+    const int64_t group0 = split_begin(keys.groups, p.key_splits, split);
+    const int64_t group1 = split_begin(keys.groups, p.key_splits, split + 1);
+    s.group0 = group0, s.groups = group1 - group0;
+    pack_keys(p.key, head_offset(p.key, b, h), p, keys, group0, group1, p.dk, true, s.key.data);
+    pack_keys(p.value, head_offset(p.value, b, h), p, keys, group0, group1, p.dv, false, s.value.data);
+    s.grad_key.fill(0.0f);
+    s.grad_value.fill(0.0f);
+    if (bias.from_tables()) {
+      if (h != packed_table) bias.pack_tables(packed_table = h);
+      s.grad_table.fill(0.0f);
+    }
+    for (int64_t q0 = 0; q0 < p.queries(); q0 += QB)
+      block(p, keys, s, bias, columns.data + group0 * keys.vectors * L, task, q0, smaller(QB, p.queries() - q0));
+
+    // The packed query carries scale * log2(e).
+    unpack_keys(p.grad_key, head_offset(p.grad_key, b, h), p, keys, group0, group1, p.dk, kLn2, s.grad_key.data);
+    unpack_keys(p.grad_value, head_offset(p.grad_value, b, h), p, keys, group0, group1, p.dv, 1.0f, s.grad_value.data);
+    if (!bias.from_tables()) continue;
+    auto unpack = [&](int64_t length, int64_t first, float* to) {
+      for (int64_t i = 0; i < length; ++i) {
+        const float* from = panel_slot(s.grad_table.data, first + i, p.dk);
+        float* row = to + (p.key_minus_query ? i : length - 1 - i) * p.dk;
+        for (int64_t d = 0; d < p.dk; ++d) row[d] = kLn2 * from[d * PANEL];
+      }
+    };
+    float* partial = p.table_partials + task * (p.row_length() + p.col_length()) * p.dk;
+    unpack(p.row_length(), 0, partial);
+    unpack(p.col_length(), bias.row_vectors * L, partial + p.row_length() * p.dk);
+  }
+}
+
+void sum_query_partials(const Backward& p, int64_t begin, int64_t end) {
+  Buffer<float> sum;
+  sum.allocate(p.dk > p.wk ? p.dk : p.wk);
+  for (int64_t pair = begin; pair < end; ++pair) {
+    auto sum_and_scatter = [&](const float* partials, int64_t depth, const TensorView& to) {
+      for (int64_t q = 0; q < p.queries(); ++q) {
+        for (int64_t d = 0; d < depth; ++d) sum[d] = 0.0f;
+        for (int64_t split = 0; split < p.key_splits; ++split) {
+          const float* partial = partials + ((pair * p.key_splits + split) * p.queries() + q) * depth;
+          for (int64_t d = 0; d < depth; ++d) sum[d] += partial[d];
+        }
+        const int64_t offset = head_offset(to, pair / p.heads, pair % p.heads);
+        scatter(to, offset + q / p.wq * to.stride[2] + q % p.wq * to.stride[3], to.stride[4], depth, 1.0f, sum.data);
+      }
+    };
+    sum_and_scatter(p.query_partials, p.dk, p.grad_query);
+    if (!p.tables && p.col) sum_and_scatter(p.col_partials, p.wk, p.grad_col);
+  }
+}
+
+void sum_table_partials(const Backward& p, int64_t begin, int64_t end) {
+  Buffer<float> sum;
+  sum.allocate(p.dk);
+  const int64_t rows = p.row_length() + p.col_length();
+  for (int64_t row = begin; row < end; ++row) {
+    const bool in_col = row >= p.row_length();
+    const TensorView& to = in_col ? p.grad_col : p.grad_row;
+    const bool shared = to.stride[0] == 0;
+    for (int64_t table = 0; table < (shared ? 1 : p.heads); ++table) {
+      for (int64_t d = 0; d < p.dk; ++d) sum[d] = 0.0f;
+      for (int64_t task = 0; task < p.tasks(); ++task) {
+        if (!shared && task / p.key_splits % p.heads != table) continue;
+        const float* partial = p.table_partials + (task * rows + row) * p.dk;
+        for (int64_t d = 0; d < p.dk; ++d) sum[d] += partial[d];
+      }
+      const int64_t position = in_col ? row - p.row_length() : row;
+      scatter(to, table * to.stride[0] + position * to.stride[1], to.stride[2], p.dk, 1.0f, sum.data);
+    }
+  }
+}

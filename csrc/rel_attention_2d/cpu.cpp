@@ -1,0 +1,144 @@
+// Registration of the CPU kernels: LibTorch tensors in, plain views to the kernels, work split over threads.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+#include "common/cpu_capability.h"
+#include "rel_attention_2d/kernel.h"
+
+namespace fused_attn::rel_attention_2d {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    default: throw std::runtime_error("rel_attention_2d: the CPU kernel takes float32, float16 and bfloat16");
+  }
+}
+
+TensorView view_of(const Tensor& tensor) {
+  TensorView view{tensor.data_ptr(), dtype_of(tensor), {}};
+  for (int64_t i = 0; i < tensor.dim(); ++i) view.stride[i] = tensor.stride(i);
+  return view;
+}
+
+// Tables become (head, position, depth); a shared one gets a head stride of 0.
+TensorView term_view(const std::optional<Tensor>& term) {
+  if (!term || term->numel() == 0) return {};
+  TensorView view = view_of(*term);
+  if (term->dim() == 2) {
+    view.stride[2] = view.stride[1], view.stride[1] = view.stride[0], view.stride[0] = 0;
+  }
+  return view;
+}
+
+void fill_problem(Problem& p, const Tensor& query, const Tensor& key, const Tensor& value,
+                  const std::optional<Tensor>& row, const std::optional<Tensor>& col, double scale, double rel_scale,
+                  bool key_minus_query, double dropout_p, const std::optional<Tensor>& seed) {
+  p.batch = query.size(0), p.heads = query.size(1), p.hq = query.size(2), p.wq = query.size(3);
+  p.hk = key.size(2), p.wk = key.size(3), p.dk = query.size(4), p.dv = value.size(4);
+  p.scale = static_cast<float>(scale), p.rel_scale = static_cast<float>(rel_scale);
+  p.tables = (row && row->dim() < 5) || (col && col->dim() < 5);
+  p.key_minus_query = key_minus_query;
+  p.drop_below = seed ? static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 4294967296.0), 4294967295.0)) : 0;
+  p.keep_scale = seed ? static_cast<float>(1.0 / (1.0 - dropout_p)) : 1.0f;
+  p.seed = seed ? static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr())) : 0;
+  p.query = view_of(query), p.key = view_of(key), p.value = view_of(value);
+  p.row = term_view(row), p.col = term_view(col);
+}
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  if (cpu_capability() == CpuCapability::avx512) return avx512::kernels;
+  if (cpu_capability() == CpuCapability::avx2) return avx2::kernels;
+#endif
+  return generic::kernels;
+}
+
+template <class Run>
+void parallel(int64_t count, const Run& run) {
+  if (count > 0) torch::stable::parallel_for(0, count, 1, run);
+}
+
+void attention_2d_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> row, std::optional<Tensor> col,
+                          double scale, double rel_scale, bool key_minus_query, double dropout_p,
+                          std::optional<Tensor> seed, Tensor out, Tensor statistics) {
+  Forward p;
+  fill_problem(p, query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed);
+  p.out = view_of(out);
+  p.statistics = static_cast<float*>(statistics.mutable_data_ptr());
+  if (p.queries() == 0) return;
+  // Splitting the queries does not change a result, so it may follow the number of threads; each part packs the
+  // keys anew, which at least 128 queries make cheap.
+  const int64_t pairs = std::max<int64_t>(p.batch * p.heads, 1), wanted = 4 * torch::stable::get_num_threads();
+  p.query_splits = std::clamp<int64_t>((wanted + pairs - 1) / pairs, 1, std::max<int64_t>(p.queries() / 128, 1));
+  if (pairs % torch::stable::get_num_threads() == 0) p.query_splits = 1;
+  const auto run = kernels().forward;
+  parallel(p.tasks(), [&](int64_t begin, int64_t end) { run(p, begin, end); });
+}
+
+void attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, std::optional<Tensor> row,
+                           std::optional<Tensor> col, Tensor out, Tensor statistics, double scale, double rel_scale,
+                           bool key_minus_query, double dropout_p, std::optional<Tensor> seed, Tensor grad_query,
+                           Tensor grad_key, Tensor grad_value, Tensor grad_row, Tensor grad_col) {
+  Backward p;
+  fill_problem(p, query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed);
+  p.grad_out = view_of(grad_out), p.out = view_of(out);
+  p.statistics = static_cast<const float*>(statistics.const_data_ptr());
+  p.grad_query = view_of(grad_query), p.grad_key = view_of(grad_key), p.grad_value = view_of(grad_value);
+  p.grad_row = term_view(grad_row), p.grad_col = term_view(grad_col);
+
+  // The split of the keys changes the order of summation, so it follows the shape alone: enough tasks for 16 threads
+  // where the image is large, at the cost of one float32 copy of grad_query for every further part.
+  const int64_t pairs = p.batch * p.heads;
+  const int64_t wanted = pairs > 0 ? (16 + pairs - 1) / pairs : 1;
+  p.key_splits = std::clamp<int64_t>(std::min(wanted, p.hk * p.wk / 512), 1, std::max<int64_t>(p.hk / 16, 1));
+
+  std::vector<float> query_partials, col_partials, table_partials;
+  if (p.key_splits > 1) {
+    query_partials.resize(p.tasks() * p.queries() * p.dk);
+    if (p.col && !p.tables) col_partials.resize(p.tasks() * p.queries() * p.wk);
+  }
+  const int64_t table_rows = p.row_length() + p.col_length();
+  table_partials.resize(p.tasks() * table_rows * p.dk);
+  p.query_partials = query_partials.data(), p.col_partials = col_partials.data();
+  p.table_partials = table_partials.data();
+
+  const Kernels& use = kernels();
+  parallel(p.tasks(), [&](int64_t begin, int64_t end) { use.backward(p, begin, end); });
+  if (p.key_splits > 1)
+    parallel(pairs, [&](int64_t begin, int64_t end) { use.sum_query_partials(p, begin, end); });
+  parallel(table_rows, [&](int64_t begin, int64_t end) { use.sum_table_partials(p, begin, end); });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn_cpu, m) {
+  m.def(
+      "attention_2d_forward(Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col, float scale, "
+      "float rel_scale, bool key_minus_query, float dropout_p, Tensor? seed, Tensor(a!) out, Tensor(b!) statistics) -> ()");
+  m.def(
+      "attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col, "
+      "Tensor out, Tensor statistics, float scale, float rel_scale, bool key_minus_query, float dropout_p, Tensor? seed, "
+      "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) grad_row, "
+      "Tensor(e!) grad_col) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_attn_cpu, CPU, m) {
+  m.impl("attention_2d_forward", TORCH_BOX(&attention_2d_forward));
+  m.impl("attention_2d_backward", TORCH_BOX(&attention_2d_backward));
+}
+
+}  // namespace fused_attn::rel_attention_2d

@@ -1,0 +1,109 @@
+// Forward pass; part of kernel_impl.h.
+
+struct ForwardScratch {
+  int64_t score_stride;
+  Buffer<float> key, value, query, score, sum;
+  float max[QB], total[QB];
+
+  ForwardScratch(const Problem& p, const KeyLayout& keys) {
+    const int64_t vectors = keys.total_vectors(), tile = smaller(panels_of(vectors) * NR, kForwardTile);
+    score_stride = tile * L + L;  // an odd number of vectors: rows then spread over all cache sets
+    key.allocate(panels_of(vectors) * p.dk * PANEL);
+    value.allocate(panels_of(vectors) * p.dv * PANEL);
+    query.allocate(QB * p.dk);
+    score.allocate(QB * score_stride);
+    sum.allocate(QB * p.dv);
+  }
+};
+
+// Weights of one tile from its logits, in place; updates the running maximum, total and weighted sum.
+template <bool Dropout>
+FA_INLINE void softmax_tile(const Forward& p, ForwardScratch& s, int64_t i, const float* tile_max, int64_t count,
+                            const uint32_t* columns, uint64_t row) {
+  float* score = s.score + i * s.score_stride;
+  const float max = tile_max[i] > s.max[i] ? tile_max[i] : s.max[i];
+  const float shift = max == -kInfinity ? 0.0f : max;  // every key so far masked: weights of exactly 0
+  const float decay = __builtin_exp2f(s.max[i] - shift);
+  s.max[i] = max;
+  vf total{};
+  const DropoutKeys keys(p.seed, row);
+  for (int64_t v = 0; v < count; ++v) {
+    const vf weight = exp2_nonpositive(load(score + v * L) - shift);
+    total += weight;
+    if constexpr (Dropout)
+      store(score + v * L, select(keys.keep(load(columns + v * L), p.drop_below), weight, vf{}));
+    else
+      store(score + v * L, weight);
+  }
+  s.total[i] = s.total[i] * decay + sum_lanes(total);
+  float* sum = s.sum + i * p.dv;
+  for (int64_t d = 0; d < p.dv; ++d) sum[d] *= decay;
+}
+
+template <bool OneRow, bool Dropout>
+void forward_block(const Forward& p, const KeyLayout& keys, ForwardScratch& s, BiasTerms& bias,
+                   const uint32_t* columns, int64_t b, int64_t h, int64_t q0, int64_t count) {
+  const int64_t rows = round_up(count, 4);
+  for (int64_t i = 0; i < QB; ++i) {
+    const int64_t q = q0 + i;
+    if (i < count)
+      gather(p.query, head_offset(p.query, b, h) + q / p.wq * p.query.stride[2] + q % p.wq * p.query.stride[3],
+             p.query.stride[4], p.dk, p.scale * kLog2e, s.query + i * p.dk);
+    else
+      for (int64_t d = 0; d < p.dk; ++d) s.query[i * p.dk + d] = 0.0f;
+    s.max[i] = -kInfinity;
+    s.total[i] = 0.0f;
+  }
+  s.sum.fill(0.0f);
+  bias.prepare(b, h, q0, count);
+
+  const uint64_t row0 = (b * p.heads + h) * p.queries() + q0;
+  const int64_t vectors = keys.total_vectors();
+  for (int64_t v0 = 0; v0 < vectors; v0 += kForwardTile) {
+    const int64_t tile = smaller(kForwardTile, vectors - v0);
+    vf lane_max[QB];
+    for (int64_t i = 0; i < rows; ++i) lane_max[i] = broadcast(-kInfinity);
+    score_tile<OneRow>(rows, v0, tile, s.query.data, p.dk, s.key.data, bias, 0,
+                       [&](int64_t m, int64_t v, vf x) FA_INLINE_CALL {
+                         store(s.score + m * s.score_stride + v * L, x);
+                         lane_max[m] = maximum(x, lane_max[m]);
+                       });
+    float tile_max[QB];
+    for (int64_t i = 0; i < rows; ++i) tile_max[i] = max_lanes(lane_max[i]);
+    for (int64_t i = 0; i < rows; ++i) softmax_tile<Dropout>(p, s, i, tile_max, tile, columns + v0 * L, row0 + i);
+    dot_product(rows, p.dv, tile, s.score.data, s.score_stride, s.value + v0 / NR * p.dv * PANEL, s.sum.data, p.dv);
+  }
+
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t q = q0 + i;
+    const bool masked = s.max[i] == -kInfinity && s.total[i] == 0.0f;
+    scatter(p.out, head_offset(p.out, b, h) + q / p.wq * p.out.stride[2] + q % p.wq * p.out.stride[3],
+            p.out.stride[4], p.dv, masked ? 0.0f : p.keep_scale / s.total[i], s.sum + i * p.dv);
+    p.statistics[2 * (row0 + i)] = s.max[i];
+    p.statistics[2 * (row0 + i) + 1] = masked ? 0.0f : s.total[i];
+  }
+}
+
+void forward(const Forward& p, int64_t begin, int64_t end) {
+  const KeyLayout keys(p);
+  ForwardScratch scratch(p, keys);
+  BiasTerms bias(p, keys);
+  Buffer<uint32_t> columns;
+  if (p.drop_below > 0) hash_columns(p, keys, columns);
+  const auto block = keys.rows == 1 ? (p.drop_below > 0 ? forward_block<true, true> : forward_block<true, false>)
+                                    : (p.drop_below > 0 ? forward_block<false, true> : forward_block<false, false>);
+  int64_t packed_head = -1, packed_table = -1;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t pair = task / p.query_splits, b = pair / p.heads, h = pair % p.heads;
+    if (pair != packed_head) {
+      pack_keys(p.key, head_offset(p.key, b, h), p, keys, 0, keys.groups, p.dk, true, scratch.key.data);
+      pack_keys(p.value, head_offset(p.value, b, h), p, keys, 0, keys.groups, p.dv, false, scratch.value.data);
+      if (h != packed_table) bias.pack_tables(packed_table = h);
+      packed_head = pair;
+    }
+    const int64_t blocks = (p.queries() + QB - 1) / QB, split = task % p.query_splits;
+    const int64_t last = split_begin(blocks, p.query_splits, split + 1);
+    for (int64_t i = split_begin(blocks, p.query_splits, split); i < last; ++i)
+      block(p, keys, scratch, bias, columns.data, b, h, i * QB, smaller(QB, p.queries() - i * QB));
+  }
+}

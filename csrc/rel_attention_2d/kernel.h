@@ -1,0 +1,71 @@
+// What cpu.cpp hands to the kernels.  One implementation (kernel_impl.h), compiled once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/tensor_view.h"
+
+namespace fused_attn::rel_attention_2d {
+
+// Sizes, options and inputs.  Tensors are indexed (batch, heads, y, x, depth); `row` and `col` hold tables,
+// indexed (head, position, depth, -, -) with a head stride of 0 for shared ones, or logits, indexed
+// (batch, heads, yq, xq, key position), or nothing.
+struct Problem {
+  int64_t batch, heads, hq, wq, hk, wk, dk, dv;
+  float scale, rel_scale;
+  bool tables;           // row and col are tables
+  bool key_minus_query;  // index convention of the tables
+  uint32_t drop_below;   // dropout: weights whose hash is below this number are dropped; 0 = no dropout
+  float keep_scale;      // 1 / (1 - dropout_p)
+  uint64_t seed;
+  TensorView query, key, value, row, col;
+
+  int64_t queries() const { return hq * wq; }
+  int64_t row_length() const { return tables && row ? hq + hk - 1 : 0; }
+  int64_t col_length() const { return tables && col ? wq + wk - 1 : 0; }
+};
+
+struct Forward : Problem {
+  TensorView out;
+  // (batch, heads, queries, 2): maximum of the base-2 logits and sum of 2^(logit - maximum), 0 with every key masked.
+  // The pair rather than its log-sum-exp, whose rounding would be an error common to a whole row of weights.
+  float* statistics;
+  int64_t query_splits;  // a task is one (batch, head) and one range of queries
+
+  int64_t tasks() const { return batch * heads * query_splits; }
+};
+
+// A backward task is one (batch, head) and one range of key rows.  What several tasks contribute to is summed
+// afterwards in a fixed order, from float32 partial results, so that no result depends on the number of threads.
+struct Backward : Problem {
+  TensorView grad_out, out;
+  const float* statistics;
+  TensorView grad_query, grad_key, grad_value, grad_row, grad_col;
+  int64_t key_splits;
+  float* query_partials;  // (tasks, queries, dk); null when key_splits is 1
+  float* col_partials;    // (tasks, queries, wk), for logits; null when key_splits is 1
+  float* table_partials;  // (tasks, row_length + col_length, dk)
+
+  int64_t tasks() const { return batch * heads * key_splits; }
+};
+
+struct Kernels {
+  void (*forward)(const Forward&, int64_t begin, int64_t end);             // tasks
+  void (*backward)(const Backward&, int64_t begin, int64_t end);           // tasks
+  void (*sum_query_partials)(const Backward&, int64_t begin, int64_t end);  // (batch, head) pairs
+  void (*sum_table_partials)(const Backward&, int64_t begin, int64_t end);  // table rows, over all heads
+};
+
+namespace generic {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+}  // namespace fused_attn::rel_attention_2d

@@ -1,0 +1,12 @@
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <type_traits>
+
+#include "rel_attention_2d/kernel.h"
+
+#define FUSED_ATTN_ISA generic
+#define FUSED_ATTN_LANES 4
+#define FUSED_ATTN_PANEL_VECTORS 2
+#define FUSED_ATTN_BLOCK_ROWS 4
+#include "rel_attention_2d/kernel_impl.h"

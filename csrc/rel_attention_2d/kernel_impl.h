@@ -1,0 +1,272 @@
+// The CPU kernels of relative-position 2D attention; see the op's README.md for the method.
+//
+// Included by kernel_<isa>.cpp only, once each.  Keys lie along the lanes; a block of QB queries meets a tile of key
+// vectors at a time, so that nothing larger than QB x tile exists of the N x N map.
+
+namespace fused_attn::rel_attention_2d::FUSED_ATTN_ISA {
+namespace {
+
+#include "common/simd.h"
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr int QB = 32;  // queries to a block
+// Key vectors to a tile.  Forward wants few rescalings; backward holds two tiles (weights and their gradients).
+constexpr int kForwardTile = 1024 / L;
+constexpr int kBackwardTile = 512 / L;
+
+FA_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Scratch memory, one aligned allocation per buffer, freed at the end of a range of tasks.
+template <class T>
+struct Buffer {
+  T* data = nullptr;
+  int64_t size = 0;
+
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { std::free(data); }
+  void allocate(int64_t count) {
+    size = round_up(count + L, 64 / sizeof(T));  // room for a vector load at the last element
+    data = static_cast<T*>(std::aligned_alloc(64, size * sizeof(T)));
+    if (data == nullptr) throw std::bad_alloc();
+  }
+  void fill(T x) {
+    for (int64_t i = 0; i < size; ++i) data[i] = x;
+  }
+  T* operator+(int64_t i) { return data + i; }
+  T& operator[](int64_t i) { return data[i]; }
+};
+
+// How keys map to vectors.  A group is `rows` whole image rows padded to `vectors` vectors, so that the column
+// logits are the same for every group and a group has a fixed lane -> (row of the group, column) pattern.
+struct KeyLayout {
+  int64_t wk, rows, groups, vectors;
+
+  explicit KeyLayout(const Problem& p) : wk(p.wk) {
+    // Several rows to a group waste fewer lanes on narrow images; every row costs one blend per vector.
+    double best = kInfinity;
+    for (int64_t candidate = 1; candidate <= 16 && candidate <= (p.hk > 1 ? p.hk : 1); ++candidate) {
+      const int64_t groups_ = (p.hk + candidate - 1) / candidate, vectors_ = (candidate * wk + L - 1) / L;
+      const double cost = double(groups_ * vectors_) * (2 * p.dk + 2 * p.dv + 20 + (candidate > 1 ? candidate : 0));
+      if (cost < best) best = cost, rows = candidate, groups = groups_, vectors = vectors_;
+    }
+  }
+  int64_t total_vectors() const { return groups * vectors; }
+};
+
+FA_INLINE int64_t panels_of(int64_t vectors) { return (vectors + NR - 1) / NR; }
+
+// Packs columns into panels: to[(panel, depth, lane)].
+FA_INLINE float* panel_slot(float* panels, int64_t position, int64_t depth) {
+  return panels + position / PANEL * depth * PANEL + position % PANEL;
+}
+
+// A strided (batch, heads, y, x, depth) tensor at one (batch, head).
+FA_INLINE int64_t head_offset(const TensorView& view, int64_t b, int64_t h) {
+  return b * view.stride[0] + h * view.stride[1];
+}
+
+// Keys [group0, group1) of one head as panels.  Lanes without a key repeat the last key when `repeat` (their logits
+// are then as finite as a real key's) and are zero otherwise.
+void pack_keys(const TensorView& view, int64_t base, const Problem& p, const KeyLayout& keys, int64_t group0,
+               int64_t group1, int64_t depth, bool repeat, float* panels) {
+  for (int64_t g = group0; g < group1; ++g) {
+    for (int64_t lane = 0; lane < keys.vectors * L; ++lane) {
+      int64_t r = lane / p.wk, x = lane % p.wk;
+      const bool real = r < keys.rows && g * keys.rows + r < p.hk;
+      if (r >= keys.rows) r = keys.rows - 1, x = p.wk - 1;
+      const int64_t y = smaller(g * keys.rows + r, p.hk - 1);
+      float* to = panel_slot(panels, (g - group0) * keys.vectors * L + lane, depth);
+      gather(view, base + y * view.stride[2] + x * view.stride[3], view.stride[4], depth, real || repeat ? 1.0f : 0.0f,
+             to, PANEL);
+    }
+  }
+}
+
+// The inverse of pack_keys for gradients: real lanes only.
+void unpack_keys(const TensorView& view, int64_t base, const Problem& p, const KeyLayout& keys, int64_t group0,
+                 int64_t group1, int64_t depth, float factor, float* panels) {
+  for (int64_t g = group0; g < group1; ++g)
+    for (int64_t lane = 0; lane < keys.rows * p.wk; ++lane) {
+      const int64_t y = g * keys.rows + lane / p.wk, x = lane % p.wk;
+      if (y >= p.hk) break;
+      const float* from = panel_slot(panels, (g - group0) * keys.vectors * L + lane, depth);
+      scatter(view, base + y * view.stride[2] + x * view.stride[3], view.stride[4], depth, factor, from, PANEL);
+    }
+}
+
+// Splits 0..count into `splits` near-equal ranges.
+FA_INLINE int64_t split_begin(int64_t count, int64_t splits, int64_t i) { return count * i / splits; }
+
+// The logits of one block of queries that do not depend on the key's content, in base 2.
+struct BiasTerms {
+  const Problem& p;
+  const KeyLayout& keys;
+  int64_t bias_rows;               // key rows with room for the last group
+  int64_t row_vectors = 0, col_vectors = 0, table_vectors = 0;
+  Buffer<float> column;            // (QB, keys.vectors * L): column logit per lane of a group, -inf on padding
+  Buffer<float> row;               // (QB, bias_rows): row logit per key row, -inf past the image
+  Buffer<int32_t> row_mask;        // (keys.rows, keys.vectors * L): all ones where the lane lies in that row
+  Buffer<float> table;             // panels (table_vectors, dk): row table, then column table
+  Buffer<float> query;             // (QB, dk): query * rel_scale * log2(e)
+  Buffer<float> product;           // (QB, table_vectors * L): query times every table row
+  int64_t column_stride, product_stride;
+
+  BiasTerms(const Problem& problem, const KeyLayout& layout)
+      : p(problem), keys(layout), bias_rows(layout.groups * layout.rows), column_stride(layout.vectors * L) {
+    column.allocate(QB * column_stride);
+    row.allocate(QB * bias_rows);
+    row_mask.allocate(keys.rows * column_stride);
+    for (int64_t r = 0; r < keys.rows; ++r)
+      for (int64_t lane = 0; lane < column_stride; ++lane) row_mask[r * column_stride + lane] = lane / p.wk == r ? -1 : 0;
+    if (p.tables) {
+      row_vectors = (p.row_length() + L - 1) / L;
+      col_vectors = (p.col_length() + L - 1) / L;
+      table_vectors = row_vectors + col_vectors;
+      product_stride = panels_of(table_vectors) * PANEL + L;
+      table.allocate(panels_of(table_vectors) * p.dk * PANEL);
+      query.allocate(QB * p.dk);
+      product.allocate(QB * product_stride);
+    }
+  }
+
+  bool from_tables() const { return table_vectors > 0; }
+
+  // Position of a query's first key in the product; the tables are packed so that the key position counts up.
+  int64_t row_start(int64_t q) const { return p.hq - 1 - q / p.wq; }
+  int64_t col_start(int64_t q) const { return row_vectors * L + p.wq - 1 - q % p.wq; }
+
+  void pack_tables(int64_t head) {
+    if (!from_tables()) return;
+    table.fill(0.0f);
+    auto pack = [&](const TensorView& view, int64_t length, int64_t first) {
+      for (int64_t i = 0; i < length; ++i) {
+        const int64_t position = p.key_minus_query ? i : length - 1 - i;
+        gather(view, head * view.stride[0] + position * view.stride[1], view.stride[2], p.dk, 1.0f,
+               panel_slot(table.data, first + i, p.dk), PANEL);
+      }
+    };
+    pack(p.row, p.row_length(), 0);
+    pack(p.col, p.col_length(), row_vectors * L);
+  }
+
+  // Fills column and row for queries [q0, q0 + count) of head (b, h).
+  void prepare(int64_t b, int64_t h, int64_t q0, int64_t count) {
+    if (from_tables()) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t q = q0 + i;
+        gather(p.query, head_offset(p.query, b, h) + q / p.wq * p.query.stride[2] + q % p.wq * p.query.stride[3],
+               p.query.stride[4], p.dk, p.rel_scale * kLog2e, query + i * p.dk);
+      }
+      for (int64_t i = count; i < QB; ++i)
+        for (int64_t d = 0; d < p.dk; ++d) query[i * p.dk + d] = 0.0f;
+      for (int64_t panel = 0; panel < panels_of(table_vectors); ++panel)
+        outer_product(
+            round_up(count, MR), smaller(NR, table_vectors - panel * NR), query.data, p.dk, 1, p.dk,
+            table + panel * p.dk * PANEL, PANEL, [](int64_t, int) FA_INLINE_CALL { return vf{}; },
+            [&](int64_t m, int n, vf x)
+                FA_INLINE_CALL { store(product + m * product_stride + panel * PANEL + n * L, x); });
+    }
+    for (int64_t i = 0; i < QB; ++i) {
+      const int64_t q = q0 + i;
+      float* to_column = column + i * column_stride;
+      float* to_row = row + i * bias_rows;
+      if (i < count && !p.tables && p.col)
+        gather(p.col, head_offset(p.col, b, h) + q / p.wq * p.col.stride[2] + q % p.wq * p.col.stride[3],
+               p.col.stride[4], p.wk, kLog2e, to_column);
+      else if (i < count && p.col)
+        copy(product + i * product_stride + col_start(q), p.wk, to_column);
+      else
+        for (int64_t x = 0; x < p.wk; ++x) to_column[x] = 0.0f;
+      for (int64_t r = 1; r < keys.rows; ++r) copy(to_column, p.wk, to_column + r * p.wk);
+      for (int64_t lane = keys.rows * p.wk; lane < column_stride; ++lane) to_column[lane] = -kInfinity;
+
+      if (i < count && !p.tables && p.row)
+        gather(p.row, head_offset(p.row, b, h) + q / p.wq * p.row.stride[2] + q % p.wq * p.row.stride[3],
+               p.row.stride[4], p.hk, kLog2e, to_row);
+      else if (i < count && p.row)
+        copy(product + i * product_stride + row_start(q), p.hk, to_row);
+      else
+        for (int64_t y = 0; y < p.hk; ++y) to_row[y] = 0.0f;
+      for (int64_t y = p.hk; y < bias_rows; ++y) to_row[y] = -kInfinity;
+    }
+  }
+
+  static void copy(const float* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+  }
+
+  // Logit terms of block row i on vector `offset` of key group `group`.
+  template <bool OneRow>
+  FA_INLINE vf at(int64_t i, int64_t group, int64_t offset) {
+    const float* logits = row + i * bias_rows + group * keys.rows;
+    const vf col = load(column + i * column_stride + offset * L);
+    if constexpr (OneRow) return col + logits[0];
+    vi bits{};
+    for (int64_t r = 0; r < keys.rows; ++r)
+      bits |= load(row_mask + r * column_stride + offset * L) & (vi)broadcast(logits[r]);
+    return col + (vf)bits;
+  }
+};
+
+// Dropout: a hash of (seed, row, column); the same function as fused_attn/ops/dropout.py.
+struct DropoutKeys {
+  uint32_t key0, key1;
+
+  DropoutKeys(uint64_t seed, uint64_t row) {
+    uint64_t z = seed + (row + 1) * 0x9E3779B97F4A7C15ull;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    z ^= z >> 31;
+    key0 = static_cast<uint32_t>(z), key1 = static_cast<uint32_t>(z >> 32);
+  }
+
+  // Lanes to keep; `column` holds key index * 0x9E3779B1.
+  FA_INLINE vi keep(vu column, uint32_t drop_below) const {
+    vu x = column + key0;
+    x = (x ^ (x >> 16)) * 0x21F0AAADu;
+    x = (x ^ (x >> 15) ^ key1) * 0x735A2D97u;
+    x ^= x >> 15;
+    return x >= drop_below;
+  }
+};
+
+void hash_columns(const Problem& p, const KeyLayout& keys, Buffer<uint32_t>& to) {
+  to.allocate(keys.total_vectors() * L);
+  for (int64_t i = 0; i < keys.total_vectors() * L; ++i) {
+    const int64_t g = i / (keys.vectors * L), lane = i % (keys.vectors * L);
+    to[i] = static_cast<uint32_t>((g * keys.rows + lane / p.wk) * p.wk + lane % p.wk) * 0x9E3779B1u;
+  }
+}
+
+// Logits of `rows` queries against key vectors [v0, v0 + count) into scores (row stride `stride`), in base 2.
+template <bool OneRow, class Finish>
+FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const float* query, int64_t dk, const float* panels,
+                          BiasTerms& bias, int64_t group0, const Finish& finish) {
+  const int64_t per_group = bias.keys.vectors;
+  for (int64_t v = 0; v < count; v += NR) {
+    int64_t group[NR], offset[NR];
+    for (int n = 0; n < NR; ++n) {
+      group[n] = group0 + (v0 + v + n) / per_group;
+      offset[n] = (v0 + v + n) % per_group;
+    }
+    outer_product(
+        rows, smaller(NR, count - v), query, dk, 1, dk, panels + (v0 + v) / NR * dk * PANEL, PANEL,
+        [](int64_t, int) FA_INLINE_CALL { return vf{}; },
+        // Added last: starting the sum from a large bias would round every term of it at the bias's magnitude.
+        [&](int64_t m, int n, vf x)
+            FA_INLINE_CALL { finish(m, v + n, x + bias.template at<OneRow>(m, group[n], offset[n])); });
+  }
+}
+
+#include "rel_attention_2d/forward_impl.h"
+
+#include "rel_attention_2d/backward_impl.h"
+
+}  // namespace
+
+extern const Kernels kernels = {forward, backward, sum_query_partials, sum_table_partials};
+
+}  // namespace fused_attn::rel_attention_2d::FUSED_ATTN_ISA
