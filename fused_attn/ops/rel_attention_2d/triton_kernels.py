@@ -1,0 +1,505 @@
+"""Triton kernels of attention with decomposed (row + column) logits: forward, dQ pass, dK/dV pass.
+
+``logits[q, k] = scale*q.k + row_scale*row[q, yk] + col_scale*col[q, xk]``.  Tensors are (B, heads, H, W, depth) with
+any strides; addresses are 64-bit.  The exponentials are base 2: ``scales`` holds the three factors times log2(e).
+
+A key tile is ROWS rows by BLOCK_W columns of the key grid.  While the loop walks down the rows of one column strip, the
+column logits of the query tile stay in registers and a row logit is one number per (query, row).  Padding of the key
+grid costs no instruction per score: a padded column has a column logit of -inf, a padded row a row logit of -inf.
+
+No atomics: the dQ pass owns query rows, the dK/dV pass owns key tiles, every element is written once.
+"""
+
+import triton
+import triton.language as tl
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b, accumulated in float32."""
+    if _INTERPRETED:
+        # The interpreter multiplies the bit patterns of bfloat16; products of two are exact in float32.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _int64(x):
+    return tl.full((), 0, tl.int64) + x
+
+
+@triton.jit
+def _plane(ptr, batch, head, strides, ALIGN: tl.constexpr):
+    """Pointer to a (batch, head) plane.  ALIGN elements divide its address and every stride but that of the depth."""
+    ptr += batch * strides[0] + head * strides[1]
+    if ALIGN > 1:
+        ptr = tl.multiple_of(ptr, ALIGN * (ptr.dtype.element_ty.primitive_bitwidth // 8))
+    return ptr
+
+
+@triton.jit
+def _offsets(y, x, depth, strides, ALIGN: tl.constexpr):
+    """(positions, depth) offsets inside a plane."""
+    positions = y.to(tl.int64) * strides[2] + x.to(tl.int64) * strides[3]
+    if ALIGN > 1:
+        positions = tl.multiple_of(positions, ALIGN)
+    return positions[:, None] + (depth.to(tl.int64) * strides[4])[None, :]
+
+
+@triton.jit
+def _shift(y, x, strides, ALIGN: tl.constexpr):
+    """Offset of the tile whose first position is (y, x)."""
+    shift = _int64(y) * strides[2] + _int64(x) * strides[3]
+    if ALIGN > 1:
+        shift = tl.multiple_of(shift, ALIGN)
+    return shift
+
+
+@triton.jit
+def _row_keys(seed_ptr, row):
+    """Two 32-bit keys for every int64 ``row`` of the dropout mask: fused_attn/ops/dropout.py, bit for bit."""
+    z = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
+    z = z + (row + 1).to(tl.uint64, bitcast=True) * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    z = z ^ (z >> 31)
+    return z.to(tl.uint32), (z >> 32).to(tl.uint32)
+
+
+@triton.jit
+def _keep(key0, key1, column, threshold):
+    """Dropout mask of row keys against int32 ``column`` indices, broadcast."""
+    x = column.to(tl.uint32, bitcast=True) * tl.full((), 0x9E3779B1, tl.uint32) + key0
+    x = (x ^ (x >> 16)) * tl.full((), 0x21F0AAAD, tl.uint32)
+    x = x ^ (x >> 15) ^ key1
+    x = x * tl.full((), 0x735A2D97, tl.uint32)
+    x = x ^ (x >> 15)
+    return x >= _int64(threshold).to(tl.uint32)
+
+
+@triton.jit
+def rel_attention_fwd_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    row_ptr,
+    col_ptr,
+    out_ptr,
+    lse_ptr,
+    seed_ptr,
+    query_strides,
+    key_strides,
+    value_strides,
+    row_strides,
+    col_strides,
+    out_strides,
+    heads,
+    queries,
+    query_width,
+    key_height,
+    key_width,
+    scale,
+    row_scale,
+    col_scale,
+    threshold,
+    keep_scale,
+    D_K: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    ONE_STRIP: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    EVEN_W: tl.constexpr,
+    QUERY_ALIGN: tl.constexpr,
+    KEY_ALIGN: tl.constexpr,
+    VALUE_ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out (B, heads, Hq, Wq, D_V) and lse (B, heads, Hq, Wq): natural log, float32, -inf where every logit is -inf.
+
+    Grid: B * heads * ceil(queries / BLOCK_M) programs; each owns BLOCK_M queries and loops over all keys.
+    """
+    BLOCK_N: tl.constexpr = ROWS * BLOCK_W
+    ONES_COLUMN: tl.constexpr = (BLOCK_DV > D_V) and (seed_ptr is None)
+    HAS_ROW: tl.constexpr = (row_ptr is not None) or (not EVEN_H)
+    HAS_COL: tl.constexpr = (col_ptr is not None) or (not EVEN_W)
+    tiles = tl.cdiv(queries, BLOCK_M)
+    plane = _int64(tl.program_id(0) // tiles)
+    batch, head = plane // heads, plane % heads
+    m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live_m = m < queries
+    y_m, x_m = m // query_width, m % query_width
+    n = tl.arange(0, BLOCK_N)
+    y_n, x_n = n // BLOCK_W, n % BLOCK_W
+    r, w = tl.arange(0, ROWS), tl.arange(0, BLOCK_W)
+    d_k, d_v = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
+    live_k, live_v = (d_k < D_K)[None, :], (d_v < D_V)[None, :]
+
+    q_ptrs = _plane(query_ptr, batch, head, query_strides, QUERY_ALIGN)
+    q_ptrs += _offsets(y_m, x_m, d_k, query_strides, QUERY_ALIGN)
+    q_block = tl.load(q_ptrs, mask=live_m[:, None] & live_k, other=0.0)
+    key_ptr = _plane(key_ptr, batch, head, key_strides, KEY_ALIGN)
+    k_offsets = _offsets(y_n, x_n, d_k, key_strides, KEY_ALIGN)
+    value_ptr = _plane(value_ptr, batch, head, value_strides, VALUE_ALIGN)
+    v_offsets = _offsets(y_n, x_n, d_v, value_strides, VALUE_ALIGN)
+    if row_ptr is not None:
+        row_ptrs = _plane(row_ptr, batch, head, row_strides, 1) + _offsets(y_m, x_m, r, row_strides, 1)
+    if col_ptr is not None:
+        col_ptrs = _plane(col_ptr, batch, head, col_strides, 1) + _offsets(y_m, x_m, w, col_strides, 1)
+    if seed_ptr is not None:
+        key0, key1 = _row_keys(seed_ptr, plane * queries + m)
+
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    for x0 in range(0, BLOCK_W if ONE_STRIP else key_width, BLOCK_W):
+        live_w = x0 + w < key_width
+        if col_ptr is not None:
+            col_mask = live_m[:, None] & live_w[None, :]
+            col = tl.load(col_ptrs + _int64(x0) * col_strides[4], mask=col_mask, other=float("-inf"))
+            col = col.to(tl.float32) * col_scale
+        elif HAS_COL:
+            col = tl.where(live_w, 0.0, float("-inf"))[None, :]
+        for y0 in range(0, key_height, ROWS):
+            live_r = y0 + r < key_height
+            live_n = ((y0 + y_n < key_height) & (x0 + x_n < key_width))[:, None]
+            if EVEN_H and EVEN_W:
+                live_n = tl.full((BLOCK_N, 1), 1, tl.int1)
+            k_block = tl.load(
+                key_ptr + _shift(y0, x0, key_strides, KEY_ALIGN) + k_offsets, mask=live_n & live_k, other=0.0
+            )
+            v_block = tl.load(
+                value_ptr + _shift(y0, x0, value_strides, VALUE_ALIGN) + v_offsets, mask=live_n & live_v, other=0.0
+            )
+            if ONES_COLUMN:
+                v_block = tl.where((d_v == D_V)[None, :], 1.0, v_block).to(v_block.dtype)
+
+            s = _dot(q_block, tl.trans(k_block), None, PRECISION)
+            s = tl.reshape(s, (BLOCK_M, ROWS, BLOCK_W)) * scale
+            if HAS_COL:
+                s += col[:, None, :]
+            if HAS_ROW:
+                if row_ptr is not None:
+                    row_mask = live_m[:, None] & live_r[None, :]
+                    row = tl.load(row_ptrs + _int64(y0) * row_strides[4], mask=row_mask, other=float("-inf"))
+                    row = row.to(tl.float32) * row_scale
+                else:
+                    row = tl.where(live_r, 0.0, float("-inf"))[None, :]
+                s += row[:, :, None]
+            s = tl.reshape(s, (BLOCK_M, BLOCK_N))
+
+            m_new = tl.maximum(m_i, tl.max(s, 1))
+            # With every logit so far at -inf, subtracting the maximum would make NaN; any finite number will do.
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+            p = tl.exp2(s - shift[:, None])
+            alpha = tl.exp2(m_i - shift)
+            m_i = m_new
+            acc *= alpha[:, None]
+            if not ONES_COLUMN:
+                l_i = l_i * alpha + tl.sum(p, 1)
+            if seed_ptr is not None:
+                column = (y0 + y_n) * key_width + x0 + x_n
+                p = tl.where(_keep(key0[:, None], key1[:, None], column[None, :], threshold), p * keep_scale, 0.0)
+            acc = _dot(p.to(v_block.dtype), v_block, acc, PRECISION)
+
+    if ONES_COLUMN:
+        l_i = tl.sum(tl.where((d_v == D_V)[None, :], acc, 0.0), 1)
+    shift = tl.where(m_i == float("-inf"), 0.0, m_i)
+    out = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+    o_ptrs = _plane(out_ptr, batch, head, out_strides, 1) + _offsets(y_m, x_m, d_v, out_strides, 1)
+    tl.store(o_ptrs, out.to(out_ptr.dtype.element_ty), mask=live_m[:, None] & live_v)
+    LN_2: tl.constexpr = 0.6931471805599453
+    tl.store(lse_ptr + plane * queries + m, (shift + tl.log2(l_i)) * LN_2, mask=live_m)
+
+
+@triton.jit
+def rel_attention_bwd_dq_kernel(
+    grad_out_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    row_ptr,
+    col_ptr,
+    out_ptr,
+    lse_ptr,
+    delta_ptr,
+    grad_query_ptr,
+    grad_row_ptr,
+    grad_col_ptr,
+    seed_ptr,
+    grad_out_strides,
+    query_strides,
+    key_strides,
+    value_strides,
+    row_strides,
+    col_strides,
+    out_strides,
+    grad_query_strides,
+    grad_row_strides,
+    grad_col_strides,
+    heads,
+    queries,
+    query_width,
+    key_height,
+    key_width,
+    scale,
+    row_scale,
+    col_scale,
+    grad_scale,
+    grad_row_scale,
+    grad_col_scale,
+    threshold,
+    keep_scale,
+    D_K: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    ONE_STRIP: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    EVEN_W: tl.constexpr,
+    QUERY_ALIGN: tl.constexpr,
+    KEY_ALIGN: tl.constexpr,
+    VALUE_ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """grad_query, grad of the row and column logits, and delta = rowsum(grad_out * out), which the dK/dV pass reads.
+
+    grad_row is (strips, B*heads, queries, Hk): one partial sum per column strip, float32 when there are several.
+    Grid and ownership as in the forward kernel.
+    """
+    BLOCK_N: tl.constexpr = ROWS * BLOCK_W
+    HAS_COL: tl.constexpr = (col_ptr is not None) or (not EVEN_W)
+    HAS_ROW: tl.constexpr = (row_ptr is not None) or (not EVEN_H)
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    tiles = tl.cdiv(queries, BLOCK_M)
+    plane = _int64(tl.program_id(0) // tiles)
+    batch, head = plane // heads, plane % heads
+    m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live_m = m < queries
+    y_m, x_m = m // query_width, m % query_width
+    n = tl.arange(0, BLOCK_N)
+    y_n, x_n = n // BLOCK_W, n % BLOCK_W
+    r, w = tl.arange(0, ROWS), tl.arange(0, BLOCK_W)
+    d_k, d_v = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
+    live_k, live_v = (d_k < D_K)[None, :], (d_v < D_V)[None, :]
+
+    q_ptrs = _plane(query_ptr, batch, head, query_strides, QUERY_ALIGN)
+    q_ptrs += _offsets(y_m, x_m, d_k, query_strides, QUERY_ALIGN)
+    q_block = tl.load(q_ptrs, mask=live_m[:, None] & live_k, other=0.0)
+    do_ptrs = _plane(grad_out_ptr, batch, head, grad_out_strides, 1) + _offsets(y_m, x_m, d_v, grad_out_strides, 1)
+    do_block = tl.load(do_ptrs, mask=live_m[:, None] & live_v, other=0.0)
+    o_ptrs = _plane(out_ptr, batch, head, out_strides, 1) + _offsets(y_m, x_m, d_v, out_strides, 1)
+    o_block = tl.load(o_ptrs, mask=live_m[:, None] & live_v, other=0.0)
+    delta = tl.sum(do_block.to(tl.float32) * o_block.to(tl.float32), 1)
+    tl.store(delta_ptr + plane * queries + m, delta, mask=live_m)
+    lse = tl.load(lse_ptr + plane * queries + m, mask=live_m, other=float("-inf"))
+    # A masked query has weight exp2(-inf) = 0 everywhere.
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+
+    key_ptr = _plane(key_ptr, batch, head, key_strides, KEY_ALIGN)
+    k_offsets = _offsets(y_n, x_n, d_k, key_strides, KEY_ALIGN)
+    value_ptr = _plane(value_ptr, batch, head, value_strides, VALUE_ALIGN)
+    v_offsets = _offsets(y_n, x_n, d_v, value_strides, VALUE_ALIGN)
+    if row_ptr is not None:
+        row_ptrs = _plane(row_ptr, batch, head, row_strides, 1) + _offsets(y_m, x_m, r, row_strides, 1)
+        grad_row_ptrs = _plane(grad_row_ptr, batch, head, grad_row_strides, 1)
+        grad_row_ptrs += _offsets(y_m, x_m, r, grad_row_strides, 1)
+    if col_ptr is not None:
+        col_ptrs = _plane(col_ptr, batch, head, col_strides, 1) + _offsets(y_m, x_m, w, col_strides, 1)
+        grad_col_ptrs = _plane(grad_col_ptr, batch, head, grad_col_strides, 1)
+        grad_col_ptrs += _offsets(y_m, x_m, w, grad_col_strides, 1)
+    if seed_ptr is not None:
+        key0, key1 = _row_keys(seed_ptr, plane * queries + m)
+
+    dq = tl.zeros((BLOCK_M, BLOCK_DK), tl.float32)
+    for x0 in range(0, BLOCK_W if ONE_STRIP else key_width, BLOCK_W):
+        live_w = x0 + w < key_width
+        if col_ptr is not None:
+            col_mask = live_m[:, None] & live_w[None, :]
+            col = tl.load(col_ptrs + _int64(x0) * col_strides[4], mask=col_mask, other=float("-inf"))
+            col = col.to(tl.float32) * col_scale
+            d_col = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
+        elif HAS_COL:
+            col = tl.where(live_w, 0.0, float("-inf"))[None, :]
+        for y0 in range(0, key_height, ROWS):
+            live_r = y0 + r < key_height
+            live_n = ((y0 + y_n < key_height) & (x0 + x_n < key_width))[:, None]
+            if EVEN_H and EVEN_W:
+                live_n = tl.full((BLOCK_N, 1), 1, tl.int1)
+            k_block = tl.load(
+                key_ptr + _shift(y0, x0, key_strides, KEY_ALIGN) + k_offsets, mask=live_n & live_k, other=0.0
+            )
+            v_block = tl.load(
+                value_ptr + _shift(y0, x0, value_strides, VALUE_ALIGN) + v_offsets, mask=live_n & live_v, other=0.0
+            )
+
+            s = _dot(q_block, tl.trans(k_block), None, PRECISION)
+            s = tl.reshape(s, (BLOCK_M, ROWS, BLOCK_W)) * scale
+            if HAS_COL:
+                s += col[:, None, :]
+            if HAS_ROW:
+                row_mask = live_m[:, None] & live_r[None, :]
+                if row_ptr is not None:
+                    row = tl.load(row_ptrs + _int64(y0) * row_strides[4], mask=row_mask, other=float("-inf"))
+                    row = row.to(tl.float32) * row_scale
+                else:
+                    row = tl.where(live_r, 0.0, float("-inf"))[None, :]
+                p = tl.exp2(s + (row - lse[:, None])[:, :, None])
+            else:
+                p = tl.exp2(s - lse[:, None, None])
+
+            dp = _dot(do_block, tl.trans(v_block), None, PRECISION)
+            if seed_ptr is not None:
+                column = (y0 + y_n) * key_width + x0 + x_n
+                dp = tl.where(_keep(key0[:, None], key1[:, None], column[None, :], threshold), dp * keep_scale, 0.0)
+            ds = p * (tl.reshape(dp, (BLOCK_M, ROWS, BLOCK_W)) - delta[:, None, None])
+            if col_ptr is not None:
+                d_col += tl.sum(ds, 1)
+            if row_ptr is not None:
+                d_row = tl.sum(ds, 2) * grad_row_scale
+                row_shift = _int64(y0) * grad_row_strides[4] + _int64(x0 // BLOCK_W) * grad_row_strides[5]
+                tl.store(grad_row_ptrs + row_shift, d_row.to(grad_row_ptr.dtype.element_ty), mask=row_mask)
+            ds = tl.reshape(ds, (BLOCK_M, BLOCK_N)).to(k_block.dtype)
+            dq = _dot(ds, k_block, dq, PRECISION)
+        if col_ptr is not None:
+            d_col = (d_col * grad_col_scale).to(grad_col_ptr.dtype.element_ty)
+            tl.store(grad_col_ptrs + _int64(x0) * grad_col_strides[4], d_col, mask=col_mask)
+
+    dq_ptrs = _plane(grad_query_ptr, batch, head, grad_query_strides, 1)
+    dq_ptrs += _offsets(y_m, x_m, d_k, grad_query_strides, 1)
+    tl.store(dq_ptrs, (dq * grad_scale).to(grad_query_ptr.dtype.element_ty), mask=live_m[:, None] & live_k)
+
+
+@triton.jit
+def rel_attention_bwd_dkv_kernel(
+    grad_out_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    row_ptr,
+    col_ptr,
+    lse_ptr,
+    delta_ptr,
+    grad_key_ptr,
+    grad_value_ptr,
+    seed_ptr,
+    grad_out_strides,
+    query_strides,
+    key_strides,
+    value_strides,
+    row_strides,
+    col_strides,
+    grad_key_strides,
+    grad_value_strides,
+    heads,
+    queries,
+    query_width,
+    key_height,
+    key_width,
+    scale,
+    row_scale,
+    col_scale,
+    grad_scale,
+    threshold,
+    keep_scale,
+    D_K: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    QUERY_ALIGN: tl.constexpr,
+    GRAD_OUT_ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """grad_key and grad_value.
+
+    Grid: B * heads * ceil(Hk / ROWS) * ceil(Wk / BLOCK_W) programs; each owns one key tile and loops over all queries.
+    Scores are held transposed, (keys, queries), so that both gradients are plain products.
+    """
+    BLOCK_N: tl.constexpr = ROWS * BLOCK_W
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    row_tiles, strips = tl.cdiv(key_height, ROWS), tl.cdiv(key_width, BLOCK_W)
+    tile = tl.program_id(0) % (row_tiles * strips)
+    plane = _int64(tl.program_id(0) // (row_tiles * strips))
+    batch, head = plane // heads, plane % heads
+    y0, x0 = (tile // strips) * ROWS, (tile % strips) * BLOCK_W
+    n = tl.arange(0, BLOCK_N)
+    y_n, x_n = y0 + n // BLOCK_W, x0 + n % BLOCK_W
+    r, w = y0 + tl.arange(0, ROWS), x0 + tl.arange(0, BLOCK_W)
+    d_k, d_v = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
+    live_n = ((y_n < key_height) & (x_n < key_width))[:, None]
+    live_k, live_v = (d_k < D_K)[None, :], (d_v < D_V)[None, :]
+
+    # Padded keys need no mask on the scores: their rows of dK and dV are never stored.
+    k_ptrs = _plane(key_ptr, batch, head, key_strides, 1) + _offsets(y_n, x_n, d_k, key_strides, 1)
+    k_block = tl.load(k_ptrs, mask=live_n & live_k, other=0.0)
+    v_ptrs = _plane(value_ptr, batch, head, value_strides, 1) + _offsets(y_n, x_n, d_v, value_strides, 1)
+    v_block = tl.load(v_ptrs, mask=live_n & live_v, other=0.0)
+    query_ptr = _plane(query_ptr, batch, head, query_strides, QUERY_ALIGN)
+    grad_out_ptr = _plane(grad_out_ptr, batch, head, grad_out_strides, GRAD_OUT_ALIGN)
+    if row_ptr is not None:
+        row_ptr = _plane(row_ptr, batch, head, row_strides, 1)
+        live_r = (r < key_height)[:, None]
+    if col_ptr is not None:
+        col_ptr = _plane(col_ptr, batch, head, col_strides, 1)
+        live_w = (w < key_width)[:, None]
+
+    dk = tl.zeros((BLOCK_N, BLOCK_DK), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    for m0 in range(0, queries, BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        live_m = m < queries
+        if EVEN_M:
+            live_m = tl.full((BLOCK_M,), 1, tl.int1)
+        y_m, x_m = m // query_width, m % query_width
+        q_offsets = _offsets(y_m, x_m, d_k, query_strides, QUERY_ALIGN)
+        q_block = tl.load(query_ptr + q_offsets, mask=live_m[:, None] & live_k, other=0.0)
+        do_offsets = _offsets(y_m, x_m, d_v, grad_out_strides, GRAD_OUT_ALIGN)
+        do_block = tl.load(grad_out_ptr + do_offsets, mask=live_m[:, None] & live_v, other=0.0)
+        lse = tl.load(lse_ptr + plane * queries + m, mask=live_m, other=float("-inf"))
+        lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+        delta = tl.load(delta_ptr + plane * queries + m, mask=live_m, other=0.0)
+
+        s = _dot(k_block, tl.trans(q_block), None, PRECISION)
+        s = tl.reshape(s, (ROWS, BLOCK_W, BLOCK_M)) * scale
+        if col_ptr is not None:
+            col_offsets = tl.trans(_offsets(y_m, x_m, w, col_strides, 1))
+            col = tl.load(col_ptr + col_offsets, mask=live_w & live_m[None, :], other=0.0)
+            s += (col.to(tl.float32) * col_scale)[None, :, :]
+        if row_ptr is not None:
+            row_offsets = tl.trans(_offsets(y_m, x_m, r, row_strides, 1))
+            row = tl.load(row_ptr + row_offsets, mask=live_r & live_m[None, :], other=0.0)
+            p = tl.exp2(s + (row.to(tl.float32) * row_scale - lse[None, :])[:, None, :])
+        else:
+            p = tl.exp2(s - lse[None, None, :])
+        p = tl.reshape(p, (BLOCK_N, BLOCK_M))
+
+        dp = _dot(v_block, tl.trans(do_block), None, PRECISION)
+        if seed_ptr is not None:
+            key0, key1 = _row_keys(seed_ptr, plane * queries + m)
+            column = y_n * key_width + x_n
+            keep = _keep(key0[None, :], key1[None, :], column[:, None], threshold)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+            p_kept = tl.where(keep, p * keep_scale, 0.0)
+            dv = _dot(p_kept.to(do_block.dtype), do_block, dv, PRECISION)
+        else:
+            dv = _dot(p.to(do_block.dtype), do_block, dv, PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk = _dot(ds.to(q_block.dtype), q_block, dk, PRECISION)
+
+    dk_ptrs = _plane(grad_key_ptr, batch, head, grad_key_strides, 1) + _offsets(y_n, x_n, d_k, grad_key_strides, 1)
+    tl.store(dk_ptrs, (dk * grad_scale).to(grad_key_ptr.dtype.element_ty), mask=live_n & live_k)
+    dv_ptrs = _plane(grad_value_ptr, batch, head, grad_value_strides, 1)
+    dv_ptrs += _offsets(y_n, x_n, d_v, grad_value_strides, 1)
+    tl.store(dv_ptrs, dv.to(grad_value_ptr.dtype.element_ty), mask=live_n & live_v)

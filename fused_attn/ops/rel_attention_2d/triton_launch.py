@@ -1,0 +1,328 @@
+"""Launches of the Triton kernels: tile shapes per architecture, arguments, and the two entry points of library.py.
+
+A launch is planned as data (:class:`Launch`) from shapes, strides and the architecture alone.  ``forward`` and ``backward``
+run the plans; ``compile_cases`` gives the same plans over meta tensors to benchmarks/compile_report.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..dropout import threshold
+from . import triton_kernels
+from .library import _allocate_backward, _allocate_forward
+from .relative_logits import relative_logits, relative_logits_backward
+
+_LOG2_E = math.log2(math.e)
+
+
+class Tile(NamedTuple):
+    """Launch parameters of one kernel: queries per tile, keys per tile (aimed at), warps, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+class Launch(NamedTuple):
+    """One kernel launch: ``kernel[(programs,)](**arguments, **options)``."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+
+# Depth bucket -> tile, by kernel and architecture family.  The bucket is the larger padded depth of key and value.
+# Chosen from the registers, spills and instructions per score in benchmarks/results/compile_report.md.
+_TILES: dict[str, dict[str, dict[int, Tile]]] = {
+    "forward": {
+        "nvidia": {32: Tile(128, 128, 8, 2), 64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 1)},
+        "amd": {32: Tile(128, 64, 4, 1), 64: Tile(128, 64, 4, 1), 128: Tile(64, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
+    },
+    "backward_dq": {
+        "nvidia": {32: Tile(128, 64, 8, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
+        "amd": {32: Tile(128, 64, 4, 1), 64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
+    },
+    "backward_dkv": {
+        "nvidia": {32: Tile(64, 128, 8, 2), 64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
+        "amd": {32: Tile(64, 64, 4, 1), 64: Tile(32, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
+    },
+}
+# float32 runs on the vector units and holds twice the registers.
+_TILES_FLOAT32 = {
+    "forward": {32: Tile(64, 64, 4, 1), 64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    "backward_dq": {32: Tile(64, 32, 4, 1), 64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    "backward_dkv": {32: Tile(32, 64, 4, 1), 64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+}
+
+
+def architecture(tensor: Tensor) -> str:
+    """``"sm_90"``, ``"gfx942"``, ...: what ``tensor`` lives on.  ``"sm_90"`` for the interpreter."""
+    if tensor.device.type != "cuda":
+        return "sm_90"
+    properties = torch.cuda.get_device_properties(tensor.device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def choose_tile(kernel: str, arch: str, dtype: torch.dtype, block_dk: int, block_dv: int) -> Tile:
+    tiles = _TILES_FLOAT32[kernel] if dtype == torch.float32 else _TILES[kernel]["amd" if arch.startswith("gfx") else "nvidia"]
+    bucket = min(max(32, triton.next_power_of_2(max(block_dk, block_dv))), 256)
+    return tiles[bucket]
+
+
+def key_tile(block_n: int, height: int, width: int) -> tuple[int, int]:
+    """(rows, columns) of a key tile of at most ``block_n`` keys: powers of two, at least 16 keys together.
+
+    Whole image rows unless narrower strips pad so much less that they pay for their row logits (one per row and strip).
+    """
+
+    def shape(columns: int) -> tuple[int, int]:
+        return max(min(block_n // columns, triton.next_power_of_2(height)), -(-16 // columns)), columns
+
+    def cost(columns: int) -> tuple[float, int]:
+        rows, _ = shape(columns)
+        padded = -(-height // rows) * rows * -(-width // columns) * columns
+        return padded * (1.0 + 2.0 / columns), -columns
+
+    widest = min(triton.next_power_of_2(width), block_n)
+    return shape(min((2**i for i in range(widest.bit_length())), key=cost))
+
+
+def _depth_block(depth: int) -> int:
+    return max(16, triton.next_power_of_2(depth))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...] | None:
+    """Strides, 0 along dimensions of size 1: what they say there is arbitrary."""
+    if tensor is None:
+        return None
+    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _align(tensor: Tensor) -> int:
+    """Elements, up to 16 bytes' worth, that divide the address and all strides of a tensor whose depth is contiguous."""
+    strides = _strides(tensor)
+    if strides[4] != 1:
+        return 1
+    itemsize = tensor.element_size()
+    address = 0 if tensor.is_meta else tensor.data_ptr()
+    return math.gcd(16 // itemsize, address // itemsize if address % itemsize == 0 else 1, *strides[:4])
+
+
+def _common(query, key, value, row, col, scale, row_scale, col_scale, dropout_p, seed, tile) -> dict[str, Any]:
+    """Arguments that all three kernels take, by name."""
+    heads, height, width, d_k = query.shape[1:]
+    rows, columns = key_tile(tile.block_n, *key.shape[2:4])
+    return {
+        "query_ptr": query,
+        "key_ptr": key,
+        "value_ptr": value,
+        "row_ptr": row,
+        "col_ptr": col,
+        "seed_ptr": seed if dropout_p > 0.0 else None,
+        "query_strides": _strides(query),
+        "key_strides": _strides(key),
+        "value_strides": _strides(value),
+        "row_strides": _strides(row),
+        "col_strides": _strides(col),
+        "heads": heads,
+        "queries": height * width,
+        "query_width": width,
+        "key_height": key.shape[2],
+        "key_width": key.shape[3],
+        "scale": scale * _LOG2_E,
+        "row_scale": row_scale * _LOG2_E,
+        "col_scale": col_scale * _LOG2_E,
+        "threshold": threshold(dropout_p),
+        "keep_scale": 1.0 / (1.0 - dropout_p),
+        "D_K": d_k,
+        "D_V": value.shape[4],
+        "BLOCK_DK": _depth_block(d_k),
+        "BLOCK_DV": _depth_block(value.shape[4]),
+        "BLOCK_M": max(16, min(tile.block_m, triton.next_power_of_2(height * width))),
+        "ROWS": rows,
+        "BLOCK_W": columns,
+        "QUERY_ALIGN": _align(query),
+        "PRECISION": _precision(query.dtype),
+    }
+
+
+def plan_forward(
+    query, key, value, row, col, out, lse, scale, row_scale, col_scale, dropout_p, seed, *, arch: str
+) -> Launch:
+    """The forward launch over finished row and column logits; writes ``out`` and ``lse``."""
+    block_dk, block_dv = _depth_block(query.shape[4]), _depth_block(value.shape[4])
+    tile = choose_tile("forward", arch, query.dtype, block_dk, block_dv)
+    arguments = _common(query, key, value, row, col, scale, row_scale, col_scale, dropout_p, seed, tile)
+    arguments |= {"out_ptr": out, "out_strides": _strides(out), "lse_ptr": lse, **_key_loop(key, value, arguments)}
+    return _launch(triton_kernels.rel_attention_fwd_kernel, _query_programs(query, arguments), arguments, tile)
+
+
+def plan_backward_dq(
+    grad_out, query, key, value, row, col, out, lse, delta, grad_query, grad_row, grad_col, scale, row_scale, col_scale,
+    dropout_p, seed, *, arch: str,
+) -> Launch:  # fmt: skip
+    """The dQ launch; writes ``grad_query``, ``delta`` and, where the logits exist, ``grad_row`` and ``grad_col``.
+
+    ``grad_row`` has a leading dimension of one entry per column strip (:func:`strips`).
+    """
+    block_dk, block_dv = _depth_block(query.shape[4]), _depth_block(value.shape[4])
+    tile = choose_tile("backward_dq", arch, query.dtype, block_dk, block_dv)
+    arguments = _common(query, key, value, row, col, scale, row_scale, col_scale, dropout_p, seed, tile)
+    row_strides = None if grad_row is None else (*_strides(grad_row[0]), grad_row.stride(0))
+    arguments |= {
+        "grad_out_ptr": grad_out,
+        "grad_out_strides": _strides(grad_out),
+        "out_ptr": out,
+        "out_strides": _strides(out),
+        "lse_ptr": lse,
+        "delta_ptr": delta,
+        "grad_query_ptr": grad_query,
+        "grad_query_strides": _strides(grad_query),
+        "grad_row_ptr": grad_row,
+        "grad_row_strides": row_strides,
+        "grad_col_ptr": grad_col,
+        "grad_col_strides": _strides(grad_col),
+        "grad_scale": scale,
+        "grad_row_scale": row_scale,
+        "grad_col_scale": col_scale,
+        **_key_loop(key, value, arguments),
+    }
+    return _launch(triton_kernels.rel_attention_bwd_dq_kernel, _query_programs(query, arguments), arguments, tile)
+
+
+def plan_backward_dkv(
+    grad_out, query, key, value, row, col, lse, delta, grad_key, grad_value, scale, row_scale, col_scale, dropout_p, seed,
+    *, arch: str,
+) -> Launch:  # fmt: skip
+    """The dK/dV launch; reads the ``delta`` that the dQ launch wrote; writes ``grad_key`` and ``grad_value``."""
+    block_dk, block_dv = _depth_block(query.shape[4]), _depth_block(value.shape[4])
+    tile = choose_tile("backward_dkv", arch, query.dtype, block_dk, block_dv)
+    arguments = _common(query, key, value, row, col, scale, row_scale, col_scale, dropout_p, seed, tile)
+    arguments |= {
+        "grad_out_ptr": grad_out,
+        "grad_out_strides": _strides(grad_out),
+        "lse_ptr": lse,
+        "delta_ptr": delta,
+        "grad_key_ptr": grad_key,
+        "grad_key_strides": _strides(grad_key),
+        "grad_value_ptr": grad_value,
+        "grad_value_strides": _strides(grad_value),
+        "grad_scale": scale,
+        "EVEN_M": query.shape[2] * query.shape[3] % arguments["BLOCK_M"] == 0,
+        "GRAD_OUT_ALIGN": _align(grad_out),
+    }
+    row_tiles = -(-key.shape[2] // arguments["ROWS"])
+    programs = query.shape[0] * query.shape[1] * row_tiles * -(-key.shape[3] // arguments["BLOCK_W"])
+    return _launch(triton_kernels.rel_attention_bwd_dkv_kernel, programs, arguments, tile)
+
+
+def strips(query: Tensor, key: Tensor, value: Tensor, arch: str) -> int:
+    """Column strips that the dQ pass walks: the leading dimension of its ``grad_row``."""
+    tile = choose_tile("backward_dq", arch, query.dtype, _depth_block(query.shape[4]), _depth_block(value.shape[4]))
+    return -(-key.shape[3] // key_tile(tile.block_n, *key.shape[2:4])[1])
+
+
+def _key_loop(key: Tensor, value: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the kernels that loop over keys."""
+    height, width = key.shape[2:4]
+    return {
+        "ONE_STRIP": width <= arguments["BLOCK_W"],
+        "EVEN_H": height % arguments["ROWS"] == 0,
+        "EVEN_W": width % arguments["BLOCK_W"] == 0,
+        "KEY_ALIGN": _align(key),
+        "VALUE_ALIGN": _align(value),
+    }
+
+
+def _query_programs(query: Tensor, arguments: dict[str, Any]) -> int:
+    return query.shape[0] * query.shape[1] * -(-arguments["queries"] // arguments["BLOCK_M"])
+
+
+def _launch(kernel, programs: int, arguments: dict[str, Any], tile: Tile) -> Launch:
+    if programs >= 2**31:
+        raise ValueError(f"query and key make {programs} tiles of work, expected fewer than 2**31; split the batch")
+    # FMA contraction is the default up to Triton 3.9 and no longer after it; the tile table counts on it.
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    return Launch(kernel, programs, arguments, options)
+
+
+def _logits(query, term, key_length, axis, rel_scale, key_minus_query):
+    """Finished logits of ``term`` and the factor the kernel applies to them; a table has 2 or 3 dimensions."""
+    if term is None or term.dim() == 5:
+        return term, 1.0
+    return relative_logits(query, term, key_length, axis, key_minus_query), rel_scale
+
+
+def forward(query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed) -> tuple[Tensor, Tensor]:
+    """``out`` and ``lse`` of the operator in library.py."""
+    out, lse = _allocate_forward(query, value)
+    if key.shape[2] * key.shape[3] == 0:
+        return out.zero_(), lse.fill_(-math.inf)
+    if lse.numel() == 0:
+        return out, lse
+    with torch.cuda.device_of(query):
+        row, row_scale = _logits(query, row, key.shape[2], 2, rel_scale, key_minus_query)
+        col, col_scale = _logits(query, col, key.shape[3], 3, rel_scale, key_minus_query)
+        plan_forward(
+            query, key, value, row, col, out, lse, scale, row_scale, col_scale, dropout_p, seed, arch=architecture(query)
+        ).run()
+    return out, lse
+
+
+def backward(
+    grad_out, query, key, value, row, col, out, lse, scale, rel_scale, key_minus_query, dropout_p, seed
+) -> tuple[Tensor, ...]:
+    """The five gradients of the operator in library.py.  Logits of tables are computed again, not saved."""
+    grads = _allocate_backward(query, key, value, row, col)
+    if 0 in (lse.numel(), key.shape[2] * key.shape[3], value.shape[4]):
+        for grad in grads:
+            grad.zero_()
+        return grads
+    grad_query, grad_key, grad_value, grad_row, grad_col = grads
+    arch = architecture(query)
+    with torch.cuda.device_of(query):
+        tables = {2: row, 3: col}
+        row, row_scale = _logits(query, row, key.shape[2], 2, rel_scale, key_minus_query)
+        col, col_scale = _logits(query, col, key.shape[3], 3, rel_scale, key_minus_query)
+        # Where the term is a table, what the kernel writes is the gradient of its logits.
+        d_row = grad_row if row is tables[2] else torch.empty_like(row, memory_format=torch.contiguous_format)
+        d_col = grad_col if col is tables[3] else torch.empty_like(col, memory_format=torch.contiguous_format)
+        count = strips(query, key, value, arch)
+        partial_row = d_row[None] if count == 1 else d_row.new_empty((count, *d_row.shape), dtype=torch.float32)
+        delta = torch.empty_like(lse)
+
+        terms = (query, key, value, row, col)
+        factors = (scale, row_scale, col_scale, dropout_p, seed)
+        plan_backward_dq(
+            grad_out, *terms, out, lse, delta, grad_query,
+            None if row is None else partial_row, None if col is None else d_col, *factors, arch=arch,
+        ).run()  # fmt: skip
+        plan_backward_dkv(grad_out, *terms, lse, delta, grad_key, grad_value, *factors, arch=arch).run()
+        if row is not None and count > 1:
+            d_row.copy_(partial_row.sum(0))
+
+        for axis, d_logits, grad_table in ((2, d_row, grad_row), (3, d_col, grad_col)):
+            table = tables[axis]
+            if table is not None and table.dim() != 5:
+                d_query, d_table = relative_logits_backward(d_logits, query, table, axis, key_minus_query)
+                grad_query.add_(d_query)
+                grad_table.copy_(d_table)
+    return grads
