@@ -144,10 +144,11 @@ class AttentionAugmentedConv2d(nn.Module):
     matters in networks narrower than the paper's (fewer than heads / value_ratio channels), where a head would
     otherwise be left without any value.
 
-    With a stride the attention works on the grid of the output: its input passes a 3x3 average pooling of that
-    stride first.  That pooling is what the paper lowers the resolution of attention inputs with (section 3.3); it
-    gives every input position a part in the result, where a strided 1x1 convolution, the other obvious
-    way, would drop three out of four.  Pooling and the 1x1 convolution commute, and pooling first is the cheaper order.
+    With a stride of 2 the attention works on the grid of the output: its input passes a 3x3 average pooling of stride 2
+    first (for other strides, one of size 2 * stride - 1).  The paper leaves strided augmented convolutions open, but
+    lowers the resolution of attention inputs with just this pooling (section 3.3).  It lets every input position take
+    part; the other way in use, a strided 1x1 convolution, ignores three out of four.  Pooling and 1x1 convolution
+    commute; pooling first is cheaper.
 
     Args:
         in_channels, out_channels: channels of input and output.
@@ -205,13 +206,10 @@ class AttentionAugmentedConv2d(nn.Module):
         self.conv = nn.Conv2d(
             in_channels, out_channels - value_channels, kernel_size, stride, kernel_size // 2, bias=bias, **options
         )
-        # The kernel covers the stride and is odd, so that the grid is that of the convolution for any input size.
-        reach = stride // 2
-        self.pool = (
-            nn.Identity()
-            if stride == 1
-            else nn.AvgPool2d(2 * reach + 1, stride, padding=reach, count_include_pad=False)
-        )
+        # 2 * stride - 1 is the least odd kernel that reaches every position of any input on the convolution's grid.
+        self.pool = nn.Identity()
+        if stride > 1:
+            self.pool = nn.AvgPool2d(2 * stride - 1, stride, padding=stride - 1, count_include_pad=False)
         self.attention = RelPosAttention2d(
             in_channels,
             key_channels,

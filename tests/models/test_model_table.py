@@ -1,0 +1,43 @@
+"""The README's table of parameters and FLOPs is what the models are."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def model_table():
+    spec = importlib.util.spec_from_file_location("model_table", BENCHMARKS / "model_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_committed_table_is_current(model_table):
+    committed = json.loads((BENCHMARKS / "results" / "model_table.json").read_text())
+    assert [(row["model"], row["attention_in"]) for row in committed] == [row[:2] for row in model_table.ROWS]
+    for row, (name, _, options) in zip(committed, model_table.ROWS, strict=True):
+        assert {key: row[key] for key in ("parameters", "flops", "attention_flops")} == model_table.measure(
+            name, **options
+        )
+
+
+def test_flops_are_two_per_multiply_add(model_table):
+    """Against sums written from the architecture."""
+    convolutions, channels = 2 * 9 * 3 * 16 * 32**2, 16
+    attention = 0
+    for stage in range(3):
+        c_in, channels, grid = channels, 32 * 2**stage, 32 // 2**stage
+        # Two blocks: four 3x3 convolutions, a 1x1 shortcut in the first.
+        convolutions += 2 * grid**2 * (9 * (c_in + 3 * channels) + c_in) * channels
+        d_k, d_v = 20, max(channels // 80, 1)
+        content, position = grid**4 * (d_k + d_v), grid**2 * d_k * 2 * grid
+        attention += 2 * 2 * 8 * (content + position)
+    plain = model_table.measure("wrn_16_2")
+    assert plain["attention_flops"] == 0
+    assert plain["flops"] == convolutions + 2 * channels * model_table.NUM_CLASSES
+    assert model_table.measure("aa_wrn_16_2")["attention_flops"] == attention

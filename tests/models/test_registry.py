@@ -1,0 +1,101 @@
+"""Names, options and errors of create_model and list_models."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from fused_attn import create_model, list_models
+from fused_attn.models import register_model, registry
+
+
+def test_listed_names_are_what_a_user_finds():
+    names = list_models()
+    assert len(set(names)) == len(names)
+    assert {"wrn_28_10", "aa_wrn_28_10", "aa_wrn_28_10_replication", "resnet34", "aa_resnet34"} <= set(names)
+    assert list_models("aa_*") == [name for name in names if name.startswith("aa_")]
+    # numbers in order of size, not of spelling
+    assert names.index("wrn_28_2") < names.index("wrn_28_10") < names.index("wrn_40_2")
+
+
+def test_families_have_members_that_are_not_listed():
+    assert "wrn_22_3" not in list_models()
+    model = create_model("wrn_22_3", num_classes=7, in_chans=2)
+    assert [len(stage) for stage in model.stages] == [3, 3, 3]
+    assert (model.stem.in_channels, model.fc.in_features, model.fc.out_features) == (2, 64 * 3, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "match"),
+    [
+        ("wrn_28_1O", {}, ValueError, "must be a registered model, got 'wrn_28_1O': did you mean .*wrn_28_10"),
+        ("aa_resnet_34", {}, ValueError, "did you mean .*aa_resnet34"),
+        ("vit", {}, ValueError, r"got 'vit': list_models\(\) names them all"),
+        ("wrn_28_10_extra", {}, ValueError, "must be a registered model"),
+        ("wrn_27_2", {}, ValueError, r"depth of a Wide ResNet must be 6n\+4 .* got 27"),
+        ("wrn_4_2", {}, ValueError, r"depth of a Wide ResNet must be 6n\+4 .* got 4"),
+        ("wrn_10_0", {}, ValueError, "width of a Wide ResNet must be at least 1, got 0"),
+        ("wrn_10_1", {"droput": 0.1}, TypeError, "wrn_10_1 has no option 'droput'; its options are .*dropout"),
+        ("wrn_10_1", {"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
+        ("wrn_10_1", {"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
+        ("wrn_10_1", {"in_chans": 0}, ValueError, "in_chans must be at least 1, got 0"),
+        ("wrn_10_1", {"impl": "fast"}, ValueError, "impl must be one of 'auto', .* got 'fast'"),
+        ("wrn_10_1", {"image_size": 0}, ValueError, "image_size must be a positive number or two of them"),
+        (
+            "aa_wrn_10_1",
+            {"attention_stages": (0, 1)},
+            ValueError,
+            r"attention_stages must be numbers from 1 to 3, got \(",
+        ),
+        ("aa_wrn_10_1", {"attention_stages": (4,)}, ValueError, "attention_stages must be numbers from 1 to 3"),
+        (
+            "aa_wrn_10_1",
+            {"attention_blocks": "some"},
+            ValueError,
+            "attention_blocks must be one of 'all', 'first', 'last'",
+        ),
+        ("aa_wrn_10_1", {"heads": 16}, ValueError, "must leave some of out_channels=16 to the convolution"),
+        (
+            "resnet34",
+            {"stem": "none"},
+            ValueError,
+            "stem must be one of 'imagenet', 'replication', 'cifar', got 'none'",
+        ),
+        (
+            "aa_resnet34",
+            {"attention_convs": (3,)},
+            ValueError,
+            r"attention_convs must be numbers from 1 to 2, got \(3,\)",
+        ),
+        ("aa_resnet34", {"attention_stages": (5,)}, ValueError, "attention_stages must be numbers from 1 to 4"),
+    ],
+)
+def test_bad_input(name, options, error, match):
+    with pytest.raises(error, match=match):
+        create_model(name, **options)
+
+
+def test_impl_reaches_the_op_and_cannot_be_quietly_ignored():
+    model = create_model("aa_wrn_10_1", impl="triton", image_size=8).eval()
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run"):
+        model(torch.randn(1, 3, 8, 8))
+
+
+def test_new_families_register_themselves(monkeypatch):
+    class Toy(nn.Module):
+        def __init__(self, depth, *, num_classes, in_chans, bias=True):
+            super().__init__()
+            self.arguments = (depth, num_classes, in_chans, bias)
+
+    monkeypatch.setattr(registry, "_FAMILIES", list(registry._FAMILIES))
+    register_model(r"toy(\d+)", Toy, names=["toy1", "toy12"])
+    register_model(r"toy(\d+)_free", Toy, names=["toy3_free"], bias=False)
+    assert list_models("toy*") == ["toy1", "toy3_free", "toy12"]
+    assert create_model("toy7").arguments == (7, 10, 3, True)
+    assert create_model("toy3_free", num_classes=2, in_chans=1).arguments == (3, 2, 1, False)
+    assert create_model("toy3_free", bias=True).arguments == (3, 10, 3, True)
+    with pytest.raises(ValueError, match="'toy1' is already registered"):
+        register_model("toy1", Toy)
+    with pytest.raises(ValueError, match=re.escape(r"names must match pattern 'toe(\\d+)', got 'toy99'")):
+        register_model(r"toe(\d+)", Toy, names=["toy99"])
