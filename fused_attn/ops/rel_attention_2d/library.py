@@ -78,7 +78,9 @@ IMPLEMENTATIONS = {"cpu": can_run_cpu, "triton": can_run_triton, "reference": ca
 
 
 def _allocate_forward(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    return empty_like_heads(query, value.shape[-1]), query.new_empty(query.shape[:4], dtype=torch.float32)
+    # Per query the maximum and the sum of the exponentials: their log-sum-exp would round them, by up to 5 ulp of a weight.
+    statistics = query.new_empty((*query.shape[:4], 2), dtype=torch.float32)
+    return empty_like_heads(query, value.shape[-1]), statistics
 
 
 def _allocate_backward(query, key, value, row, col) -> tuple[Tensor, ...]:
@@ -89,7 +91,7 @@ def _allocate_backward(query, key, value, row, col) -> tuple[Tensor, ...]:
 
 
 def _cpu(query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed):
-    out, statistics = _fake_cpu(query, key, value)
+    out, statistics = _allocate_forward(query, value)
     torch.ops.fused_attn_cpu.attention_2d_forward(
         query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed, out, statistics
     )
@@ -121,14 +123,8 @@ def _triton_backward(*args):
 # --- registration -----------------------------------------------------------------------------------------------
 
 
-def _fake_triton(query, key, value, *_):
+def _fake(query, key, value, *_):
     return _allocate_forward(query, value)
-
-
-def _fake_cpu(query, key, value, *_):
-    # Maximum and sum per query rather than their log-sum-exp: see csrc/rel_attention_2d/kernel.h.
-    out, lse = _allocate_forward(query, value)
-    return out, lse.new_empty((*lse.shape, 2))
 
 
 def _fake_backward(
@@ -149,13 +145,13 @@ def _refuse_double_backward(ctx, *grads):
     raise RuntimeError("rel_attention_2d: the fused kernels have no second derivative; use impl='reference' for it")
 
 
-def _register(impl: str, device_types: tuple[str, ...], forward, fake, backward) -> None:
+def _register(impl: str, device_types: tuple[str, ...], forward, backward) -> None:
     name = f"fused_attn::rel_attention_2d_{impl}"
     torch.library.define(name, _SCHEMA)
     torch.library.define(f"{name}_backward", _BACKWARD_SCHEMA)
     torch.library.impl(name, device_types, forward)
     torch.library.impl(f"{name}_backward", device_types, backward)
-    torch.library.register_fake(name, fake)
+    torch.library.register_fake(name, _fake)
     torch.library.register_fake(f"{name}_backward", _fake_backward)
 
     operator = getattr(torch.ops.fused_attn, f"rel_attention_2d_{impl}_backward").default
@@ -171,5 +167,5 @@ def _register(impl: str, device_types: tuple[str, ...], forward, fake, backward)
     torch.library.register_autograd(f"{name}_backward", _refuse_double_backward)
 
 
-_register("cpu", ("cpu",), _cpu, _fake_cpu, _cpu_backward)
-_register("triton", ("cuda", "cpu") if _INTERPRETED else ("cuda",), _triton, _fake_triton, _triton_backward)
+_register("cpu", ("cpu",), _cpu, _cpu_backward)
+_register("triton", ("cuda", "cpu") if _INTERPRETED else ("cuda",), _triton, _triton_backward)

@@ -80,6 +80,20 @@ def _keep(key0, key1, column, threshold):
 
 
 @triton.jit
+def _normaliser(statistics_ptr, query, live, EXACT: tl.constexpr):
+    """(a, b) such that a softmax weight is exp2(logit - a) * b; both 0 weight and no NaN for a masked query.
+
+    b is 1 unless EXACT: a holds the base-2 log-sum-exp, whose rounding error is within that of a 16-bit weight, not
+    within that of a float32 one.
+    """
+    maximum = tl.load(statistics_ptr + 2 * query, mask=live, other=0.0)
+    total = tl.load(statistics_ptr + 2 * query + 1, mask=live, other=0.0)
+    if EXACT:
+        return maximum, tl.where(total == 0.0, 0.0, 1.0 / total)
+    return tl.where(total == 0.0, float("inf"), maximum + tl.log2(total)), 1.0
+
+
+@triton.jit
 def rel_attention_fwd_kernel(
     query_ptr,
     key_ptr,
@@ -87,7 +101,7 @@ def rel_attention_fwd_kernel(
     row_ptr,
     col_ptr,
     out_ptr,
-    lse_ptr,
+    statistics_ptr,
     seed_ptr,
     query_strides,
     key_strides,
@@ -120,7 +134,8 @@ def rel_attention_fwd_kernel(
     VALUE_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out (B, heads, Hq, Wq, D_V) and lse (B, heads, Hq, Wq): natural log, float32, -inf where every logit is -inf.
+    """out (B, heads, Hq, Wq, D_V) and statistics (B, heads, Hq, Wq, 2), float32: the largest logit in base 2 and the sum
+    of the exponentials after subtracting it; (0, 0) for a query whose logits are all -inf.
 
     Grid: B * heads * ceil(queries / BLOCK_M) programs; each owns BLOCK_M queries and loops over all keys.
     """
@@ -213,8 +228,8 @@ def rel_attention_fwd_kernel(
     out = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     o_ptrs = _plane(out_ptr, batch, head, out_strides, 1) + _offsets(y_m, x_m, d_v, out_strides, 1)
     tl.store(o_ptrs, out.to(out_ptr.dtype.element_ty), mask=live_m[:, None] & live_v)
-    LN_2: tl.constexpr = 0.6931471805599453
-    tl.store(lse_ptr + plane * queries + m, (shift + tl.log2(l_i)) * LN_2, mask=live_m)
+    tl.store(statistics_ptr + 2 * (plane * queries + m), shift, mask=live_m)
+    tl.store(statistics_ptr + 2 * (plane * queries + m) + 1, l_i, mask=live_m)
 
 
 @triton.jit
@@ -226,7 +241,7 @@ def rel_attention_bwd_dq_kernel(
     row_ptr,
     col_ptr,
     out_ptr,
-    lse_ptr,
+    statistics_ptr,
     delta_ptr,
     grad_query_ptr,
     grad_row_ptr,
@@ -278,7 +293,7 @@ def rel_attention_bwd_dq_kernel(
     BLOCK_N: tl.constexpr = ROWS * BLOCK_W
     HAS_COL: tl.constexpr = (col_ptr is not None) or (not EVEN_W)
     HAS_ROW: tl.constexpr = (row_ptr is not None) or (not EVEN_H)
-    LOG2_E: tl.constexpr = 1.4426950408889634
+    EXACT: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
     tiles = tl.cdiv(queries, BLOCK_M)
     plane = _int64(tl.program_id(0) // tiles)
     batch, head = plane // heads, plane % heads
@@ -300,9 +315,7 @@ def rel_attention_bwd_dq_kernel(
     o_block = tl.load(o_ptrs, mask=live_m[:, None] & live_v, other=0.0)
     delta = tl.sum(do_block.to(tl.float32) * o_block.to(tl.float32), 1)
     tl.store(delta_ptr + plane * queries + m, delta, mask=live_m)
-    lse = tl.load(lse_ptr + plane * queries + m, mask=live_m, other=float("-inf"))
-    # A masked query has weight exp2(-inf) = 0 everywhere.
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    lse, inverse_sum = _normaliser(statistics_ptr, plane * queries + m, live_m, EXACT)
 
     key_ptr = _plane(key_ptr, batch, head, key_strides, KEY_ALIGN)
     k_offsets = _offsets(y_n, x_n, d_k, key_strides, KEY_ALIGN)
@@ -355,6 +368,8 @@ def rel_attention_bwd_dq_kernel(
                 p = tl.exp2(s + (row - lse[:, None])[:, :, None])
             else:
                 p = tl.exp2(s - lse[:, None, None])
+            if EXACT:
+                p *= inverse_sum[:, None, None]
 
             dp = _dot(do_block, tl.trans(v_block), None, PRECISION)
             if seed_ptr is not None:
@@ -386,7 +401,7 @@ def rel_attention_bwd_dkv_kernel(
     value_ptr,
     row_ptr,
     col_ptr,
-    lse_ptr,
+    statistics_ptr,
     delta_ptr,
     grad_key_ptr,
     grad_value_ptr,
@@ -428,7 +443,7 @@ def rel_attention_bwd_dkv_kernel(
     Scores are held transposed, (keys, queries), so that both gradients are plain products.
     """
     BLOCK_N: tl.constexpr = ROWS * BLOCK_W
-    LOG2_E: tl.constexpr = 1.4426950408889634
+    EXACT: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
     row_tiles, strips = tl.cdiv(key_height, ROWS), tl.cdiv(key_width, BLOCK_W)
     tile = tl.program_id(0) % (row_tiles * strips)
     plane = _int64(tl.program_id(0) // (row_tiles * strips))
@@ -467,8 +482,7 @@ def rel_attention_bwd_dkv_kernel(
         q_block = tl.load(query_ptr + q_offsets, mask=live_m[:, None] & live_k, other=0.0)
         do_offsets = _offsets(y_m, x_m, d_v, grad_out_strides, GRAD_OUT_ALIGN)
         do_block = tl.load(grad_out_ptr + do_offsets, mask=live_m[:, None] & live_v, other=0.0)
-        lse = tl.load(lse_ptr + plane * queries + m, mask=live_m, other=float("-inf"))
-        lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+        lse, inverse_sum = _normaliser(statistics_ptr, plane * queries + m, live_m, EXACT)
         delta = tl.load(delta_ptr + plane * queries + m, mask=live_m, other=0.0)
 
         s = _dot(k_block, tl.trans(q_block), None, PRECISION)
@@ -483,6 +497,8 @@ def rel_attention_bwd_dkv_kernel(
             p = tl.exp2(s + (row.to(tl.float32) * row_scale - lse[None, :])[:, None, :])
         else:
             p = tl.exp2(s - lse[None, None, :])
+        if EXACT:
+            p *= inverse_sum[None, None, :]
         p = tl.reshape(p, (BLOCK_N, BLOCK_M))
 
         dp = _dot(v_block, tl.trans(do_block), None, PRECISION)

@@ -165,18 +165,18 @@ def _common(query, key, value, row, col, scale, row_scale, col_scale, dropout_p,
 
 
 def plan_forward(
-    query, key, value, row, col, out, lse, scale, row_scale, col_scale, dropout_p, seed, *, arch: str
+    query, key, value, row, col, out, statistics, scale, row_scale, col_scale, dropout_p, seed, *, arch: str
 ) -> Launch:
-    """The forward launch over finished row and column logits; writes ``out`` and ``lse``."""
+    """The forward launch over finished row and column logits; writes ``out`` and ``statistics``."""
     block_dk, block_dv = _depth_block(query.shape[4]), _depth_block(value.shape[4])
     tile = choose_tile("forward", arch, query.dtype, block_dk, block_dv)
     arguments = _common(query, key, value, row, col, scale, row_scale, col_scale, dropout_p, seed, tile)
-    arguments |= {"out_ptr": out, "out_strides": _strides(out), "lse_ptr": lse, **_key_loop(key, value, arguments)}
+    arguments |= {"out_ptr": out, "out_strides": _strides(out), "statistics_ptr": statistics, **_key_loop(key, value, arguments)}
     return _launch(triton_kernels.rel_attention_fwd_kernel, _query_programs(query, arguments), arguments, tile)
 
 
 def plan_backward_dq(
-    grad_out, query, key, value, row, col, out, lse, delta, grad_query, grad_row, grad_col, scale, row_scale, col_scale,
+    grad_out, query, key, value, row, col, out, statistics, delta, grad_query, grad_row, grad_col, scale, row_scale, col_scale,
     dropout_p, seed, *, arch: str,
 ) -> Launch:  # fmt: skip
     """The dQ launch; writes ``grad_query``, ``delta`` and, where the logits exist, ``grad_row`` and ``grad_col``.
@@ -192,7 +192,7 @@ def plan_backward_dq(
         "grad_out_strides": _strides(grad_out),
         "out_ptr": out,
         "out_strides": _strides(out),
-        "lse_ptr": lse,
+        "statistics_ptr": statistics,
         "delta_ptr": delta,
         "grad_query_ptr": grad_query,
         "grad_query_strides": _strides(grad_query),
@@ -209,7 +209,7 @@ def plan_backward_dq(
 
 
 def plan_backward_dkv(
-    grad_out, query, key, value, row, col, lse, delta, grad_key, grad_value, scale, row_scale, col_scale, dropout_p, seed,
+    grad_out, query, key, value, row, col, statistics, delta, grad_key, grad_value, scale, row_scale, col_scale, dropout_p, seed,
     *, arch: str,
 ) -> Launch:  # fmt: skip
     """The dK/dV launch; reads the ``delta`` that the dQ launch wrote; writes ``grad_key`` and ``grad_value``."""
@@ -219,7 +219,7 @@ def plan_backward_dkv(
     arguments |= {
         "grad_out_ptr": grad_out,
         "grad_out_strides": _strides(grad_out),
-        "lse_ptr": lse,
+        "statistics_ptr": statistics,
         "delta_ptr": delta,
         "grad_key_ptr": grad_key,
         "grad_key_strides": _strides(grad_key),
@@ -272,27 +272,27 @@ def _logits(query, term, key_length, axis, rel_scale, key_minus_query):
 
 
 def forward(query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed) -> tuple[Tensor, Tensor]:
-    """``out`` and ``lse`` of the operator in library.py."""
-    out, lse = _allocate_forward(query, value)
+    """``out`` and ``statistics`` of the operator in library.py."""
+    out, statistics = _allocate_forward(query, value)
     if key.shape[2] * key.shape[3] == 0:
-        return out.zero_(), lse.fill_(-math.inf)
-    if lse.numel() == 0:
-        return out, lse
+        return out.zero_(), statistics.zero_()
+    if statistics.numel() == 0:
+        return out, statistics
     with torch.cuda.device_of(query):
         row, row_scale = _logits(query, row, key.shape[2], 2, rel_scale, key_minus_query)
         col, col_scale = _logits(query, col, key.shape[3], 3, rel_scale, key_minus_query)
         plan_forward(
-            query, key, value, row, col, out, lse, scale, row_scale, col_scale, dropout_p, seed, arch=architecture(query)
+            query, key, value, row, col, out, statistics, scale, row_scale, col_scale, dropout_p, seed, arch=architecture(query)
         ).run()
-    return out, lse
+    return out, statistics
 
 
 def backward(
-    grad_out, query, key, value, row, col, out, lse, scale, rel_scale, key_minus_query, dropout_p, seed
+    grad_out, query, key, value, row, col, out, statistics, scale, rel_scale, key_minus_query, dropout_p, seed
 ) -> tuple[Tensor, ...]:
     """The five gradients of the operator in library.py.  Logits of tables are computed again, not saved."""
     grads = _allocate_backward(query, key, value, row, col)
-    if 0 in (lse.numel(), key.shape[2] * key.shape[3], value.shape[4]):
+    if 0 in (statistics.numel(), key.shape[2] * key.shape[3], value.shape[4]):
         for grad in grads:
             grad.zero_()
         return grads
@@ -307,15 +307,15 @@ def backward(
         d_col = grad_col if col is tables[3] else torch.empty_like(col, memory_format=torch.contiguous_format)
         count = strips(query, key, value, arch)
         partial_row = d_row[None] if count == 1 else d_row.new_empty((count, *d_row.shape), dtype=torch.float32)
-        delta = torch.empty_like(lse)
+        delta = statistics.new_empty(query.shape[:4])
 
         terms = (query, key, value, row, col)
         factors = (scale, row_scale, col_scale, dropout_p, seed)
         plan_backward_dq(
-            grad_out, *terms, out, lse, delta, grad_query,
+            grad_out, *terms, out, statistics, delta, grad_query,
             None if row is None else partial_row, None if col is None else d_col, *factors, arch=arch,
         ).run()  # fmt: skip
-        plan_backward_dkv(grad_out, *terms, lse, delta, grad_key, grad_value, *factors, arch=arch).run()
+        plan_backward_dkv(grad_out, *terms, statistics, delta, grad_key, grad_value, *factors, arch=arch).run()
         if row is not None and count > 1:
             d_row.copy_(partial_row.sum(0))
 
