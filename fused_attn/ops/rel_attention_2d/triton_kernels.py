@@ -81,16 +81,15 @@ def _keep(key0, key1, column, threshold):
 
 @triton.jit
 def _normaliser(statistics_ptr, query, live, EXACT: tl.constexpr):
-    """(a, b) such that a softmax weight is exp2(logit - a) * b; both 0 weight and no NaN for a masked query.
+    """(a, b) such that a softmax weight is exp2(logit - a), times b if EXACT; 0 for a masked query.
 
-    b is 1 unless EXACT: a holds the base-2 log-sum-exp, whose rounding error is within that of a 16-bit weight, not
-    within that of a float32 one.
+    Without EXACT a is the base-2 log-sum-exp: its rounding error is lost in that of a 16-bit weight, not of a float32 one.
     """
     maximum = tl.load(statistics_ptr + 2 * query, mask=live, other=0.0)
     total = tl.load(statistics_ptr + 2 * query + 1, mask=live, other=0.0)
     if EXACT:
         return maximum, tl.where(total == 0.0, 0.0, 1.0 / total)
-    return tl.where(total == 0.0, float("inf"), maximum + tl.log2(total)), 1.0
+    return tl.where(total == 0.0, float("inf"), maximum + tl.log2(total)), total
 
 
 @triton.jit

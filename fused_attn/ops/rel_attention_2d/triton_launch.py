@@ -326,3 +326,57 @@ def backward(
                 grad_query.add_(d_query)
                 grad_table.copy_(d_table)
     return grads
+
+
+#: Cases of benchmarks/compile_report.py: name -> (query grid, d_k, d_v, dtype, options).
+_COMPILE_SHAPES: dict[str, tuple] = {
+    "aa-wrn stage 1": ((32, 32), 20, 2, torch.bfloat16, {}),
+    "aa-wrn stage 2": ((16, 16), 20, 4, torch.bfloat16, {}),
+    "aa-wrn stage 3": ((8, 8), 20, 8, torch.bfloat16, {}),
+    "aa-wrn stage 1, channels first": ((32, 32), 20, 2, torch.bfloat16, {"channels_first": True}),
+    "aa-wrn stage 1, dropout": ((32, 32), 20, 2, torch.bfloat16, {"dropout_p": 0.1}),
+    "aa-wrn stage 1, no logits": ((32, 32), 20, 2, torch.bfloat16, {"logits": False}),
+    "odd grid 33x47": ((33, 47), 20, 2, torch.float16, {}),
+    "sam window 14x14": ((14, 14), 64, 64, torch.float16, {}),
+    "sam global 64x64": ((64, 64), 64, 64, torch.bfloat16, {}),
+    "botnet 14x14": ((14, 14), 128, 128, torch.bfloat16, {}),
+    "deep 16x16": ((16, 16), 256, 256, torch.bfloat16, {}),
+    "aa-wrn stage 1, float32": ((32, 32), 20, 2, torch.float32, {}),
+    "sam global 64x64, float32": ((64, 64), 64, 64, torch.float32, {}),
+    "botnet 14x14, float32": ((14, 14), 128, 128, torch.float32, {}),
+    "deep 16x16, float32": ((16, 16), 256, 256, torch.float32, {}),
+}
+
+
+def compile_cases(arch: str) -> Iterator[tuple[str, Launch]]:
+    """(case, launch) of every shipped configuration on ``arch``, over meta tensors; the protocol of compile_report.py."""
+    for name, (grid, d_k, d_v, dtype, options) in _COMPILE_SHAPES.items():
+        for launch in _plan_all(grid, d_k, d_v, dtype, arch, **options):
+            yield name, launch
+
+
+def _plan_all(grid, d_k, d_v, dtype, arch, *, channels_first=False, dropout_p=0.0, logits=True) -> list[Launch]:
+    lead = (8, 8)
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def feature(depth: int) -> Tensor:
+        return empty(*lead, depth, *grid).permute(0, 1, 3, 4, 2) if channels_first else empty(*lead, *grid, depth)
+
+    query, key, value, out, grad_out = feature(d_k), feature(d_k), feature(d_v), feature(d_v), feature(d_v)
+    row = empty(*lead, *grid, grid[0]) if logits else None
+    col = empty(*lead, *grid, grid[1]) if logits else None
+    statistics = empty(*lead, *grid, 2, dtype=torch.float32)
+    delta = empty(*lead, *grid, dtype=torch.float32)
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    terms, factors = (query, key, value, row, col), (d_k**-0.5, 1.0, 1.0, dropout_p, seed)
+    d_row = None
+    if logits:
+        count = strips(query, key, value, arch)
+        d_row = row[None] if count == 1 else empty(count, *row.shape, dtype=torch.float32)
+    return [
+        plan_forward(*terms, out, statistics, *factors, arch=arch),
+        plan_backward_dq(grad_out, *terms, out, statistics, delta, query, d_row, col, *factors, arch=arch),
+        plan_backward_dkv(grad_out, *terms, statistics, delta, key, value, *factors, arch=arch),
+    ]
