@@ -77,7 +77,8 @@ FA_INLINE vf interleave_blocks(vf u, vf v) {
 
 template <int H>
 FA_INLINE void fold(vf* x) {
-  for (int i = 0; i < H; ++i) x[i] = interleave_blocks<H, false>(x[i], x[i + H]) + interleave_blocks<H, true>(x[i], x[i + H]);
+  for (int i = 0; i < H; ++i)
+    x[i] = interleave_blocks<H, false>(x[i], x[i + H]) + interleave_blocks<H, true>(x[i], x[i + H]);
 }
 
 // Lane i of the result is the sum over lanes of x[i], i < L.  Overwrites x.
@@ -123,8 +124,8 @@ constexpr int PANEL = NR * L;
 
 // acc[m][n] = init(m, n) + sum_k A[m, k] * B[k][n]; finish(m, n, acc) receives the result.
 template <int M, int N, class Init, class Finish>
-FA_INLINE void outer_block(const float* a, int64_t a_row, int64_t a_depth, int64_t depth, const float* b,
-                           int64_t b_row, const Init& init, const Finish& finish) {
+FA_INLINE void outer_block(const float* a, int64_t a_row, int64_t a_depth, int64_t depth, const float* b, int64_t b_row,
+                           const Init& init, const Finish& finish) {
   vf acc[M][N];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)

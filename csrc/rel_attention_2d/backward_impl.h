@@ -117,9 +117,7 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
     for (int64_t d = 0; d < p.dv; ++d) grad_out[d] = 0.0f;
     if (i >= count) continue;
     const int64_t y = (q0 + i) / p.wq, x = (q0 + i) % p.wq;
-    auto at = [&](const TensorView& view) {
-      return head_offset(view, b, h) + y * view.stride[2] + x * view.stride[3];
-    };
+    auto at = [&](const TensorView& view) { return head_offset(view, b, h) + y * view.stride[2] + x * view.stride[3]; };
     gather(p.query, at(p.query), p.query.stride[4], p.dk, p.scale * kLog2e, query);
     gather(p.grad_out, at(p.grad_out), p.grad_out.stride[4], p.dv, 1.0f, grad_out);
     for (int64_t d = 0; d < p.dv; ++d) {
@@ -142,31 +140,31 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
   for (int64_t v0 = 0; v0 < vectors; v0 += kBackwardTile) {
     const int64_t tile = smaller(kBackwardTile, vectors - v0);
     score_tile<OneRow>(rows, v0, tile, s.query.data, p.dk, s.key.data, bias, s.group0,
-                       [&](int64_t m, int64_t v, vf x) FA_INLINE_CALL { store(s.score + m * s.score_stride + v * L, x); });
+                       [&](int64_t m, int64_t v, vf x)
+                           FA_INLINE_CALL { store(s.score + m * s.score_stride + v * L, x); });
     for (int64_t v = 0; v < tile; v += NR)  // gradient of the weights, less delta unless dropout comes between
       outer_product(
           rows, smaller(NR, tile - v), s.grad_out.data, p.dv, 1, p.dv, s.value + (v0 + v) / NR * p.dv * PANEL, PANEL,
           [](int64_t, int) FA_INLINE_CALL { return vf{}; },
-          [&](int64_t m, int n, vf x) FA_INLINE_CALL {
-            store(s.grad_score + m * s.score_stride + (v + n) * L, Dropout ? x : x - s.delta[m]);
-          });
+          [&](int64_t m, int n, vf x)
+              FA_INLINE_CALL { store(s.grad_score + m * s.score_stride + (v + n) * L, Dropout ? x : x - s.delta[m]); });
     for (int64_t i = 0; i < rows; ++i)
       softmax_tile_backward<OneRow, Dropout>(p, s, bias, i, v0, tile, columns + v0 * L, row0 + i);
 
     auto accumulate = [&](int64_t depth, const float* a, const Buffer<float>& b_tile, Buffer<float>& panels)
                           FA_INLINE_CALL {
-      for (int64_t v = 0; v < tile; v += NR) {
-        float* to = panels + (v0 + v) / NR * depth * PANEL;
-        outer_product(
-            depth, smaller(NR, tile - v), a, 1, depth, rows, b_tile.data + v * L, s.score_stride,
-            [](int64_t, int) FA_INLINE_CALL { return vf{}; },
-            [&](int64_t m, int n, vf x) FA_INLINE_CALL { add_to(to + m * PANEL + n * L, x); });
-      }
-    };
+                            for (int64_t v = 0; v < tile; v += NR) {
+                              float* to = panels + (v0 + v) / NR * depth * PANEL;
+                              outer_product(
+                                  depth, smaller(NR, tile - v), a, 1, depth, rows, b_tile.data + v * L, s.score_stride,
+                                  [](int64_t, int) FA_INLINE_CALL { return vf{}; },
+                                  [&](int64_t m, int n, vf x) FA_INLINE_CALL { add_to(to + m * PANEL + n * L, x); });
+                            }
+                          };
     accumulate(p.dv, s.grad_out.data, s.score, s.grad_value);
     accumulate(p.dk, s.query.data, s.grad_score, s.grad_key);
-    dot_product(rows, p.dk, tile, s.grad_score.data, s.score_stride, s.key + v0 / NR * p.dk * PANEL,
-                s.grad_query.data, p.dk);
+    dot_product(rows, p.dk, tile, s.grad_score.data, s.score_stride, s.key + v0 / NR * p.dk * PANEL, s.grad_query.data,
+                p.dk);
   }
 
   for (int64_t i = 0; i < count; ++i)  // fold the rows of a group onto its first
@@ -197,9 +195,7 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
 
   for (int64_t i = 0; i < count; ++i) {
     const int64_t q = q0 + i, y = q / p.wq, x = q % p.wq;
-    auto at = [&](const TensorView& view) {
-      return head_offset(view, b, h) + y * view.stride[2] + x * view.stride[3];
-    };
+    auto at = [&](const TensorView& view) { return head_offset(view, b, h) + y * view.stride[2] + x * view.stride[3]; };
     if (p.key_splits == 1)
       scatter(p.grad_query, at(p.grad_query), p.grad_query.stride[4], p.dk, 1.0f, s.grad_query + i * p.dk);
     else
@@ -211,8 +207,8 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
       BiasTerms::copy(s.grad_column + i * s.col_stride, p.wk, p.col_partials + (task * p.queries() + q) * p.wk);
     if (p.row) {  // key rows belong to one task each
       const int64_t y0 = s.group0 * keys.rows, y1 = smaller(p.hk, (s.group0 + s.groups) * keys.rows);
-      scatter(p.grad_row, at(p.grad_row) + y0 * p.grad_row.stride[4], p.grad_row.stride[4], y1 > y0 ? y1 - y0 : 0,
-              1.0f, s.grad_row + i * bias.bias_rows + y0);
+      scatter(p.grad_row, at(p.grad_row) + y0 * p.grad_row.stride[4], p.grad_row.stride[4], y1 > y0 ? y1 - y0 : 0, 1.0f,
+              s.grad_row + i * bias.bias_rows + y0);
     }
   }
 }

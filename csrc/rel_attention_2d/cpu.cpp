@@ -118,8 +118,7 @@ void attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor val
 
   const Kernels& use = kernels();
   parallel(p.tasks(), [&](int64_t begin, int64_t end) { use.backward(p, begin, end); });
-  if (p.key_splits > 1)
-    parallel(pairs, [&](int64_t begin, int64_t end) { use.sum_query_partials(p, begin, end); });
+  if (p.key_splits > 1) parallel(pairs, [&](int64_t begin, int64_t end) { use.sum_query_partials(p, begin, end); });
   parallel(table_rows, [&](int64_t begin, int64_t end) { use.sum_table_partials(p, begin, end); });
 }
 
@@ -128,10 +127,12 @@ void attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor val
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn_cpu, m) {
   m.def(
       "attention_2d_forward(Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col, float scale, "
-      "float rel_scale, bool key_minus_query, float dropout_p, Tensor? seed, Tensor(a!) out, Tensor(b!) statistics) -> ()");
+      "float rel_scale, bool key_minus_query, float dropout_p, Tensor? seed, Tensor(a!) out, Tensor(b!) statistics) -> "
+      "()");
   m.def(
       "attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col, "
-      "Tensor out, Tensor statistics, float scale, float rel_scale, bool key_minus_query, float dropout_p, Tensor? seed, "
+      "Tensor out, Tensor statistics, float scale, float rel_scale, bool key_minus_query, float dropout_p, Tensor? "
+      "seed, "
       "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) grad_row, "
       "Tensor(e!) grad_col) -> ()");
 }

@@ -41,8 +41,8 @@ FA_INLINE void softmax_tile(const Forward& p, ForwardScratch& s, int64_t i, cons
 }
 
 template <bool OneRow, bool Dropout>
-void forward_block(const Forward& p, const KeyLayout& keys, ForwardScratch& s, BiasTerms& bias,
-                   const uint32_t* columns, int64_t b, int64_t h, int64_t q0, int64_t count) {
+void forward_block(const Forward& p, const KeyLayout& keys, ForwardScratch& s, BiasTerms& bias, const uint32_t* columns,
+                   int64_t b, int64_t h, int64_t q0, int64_t count) {
   const int64_t rows = round_up(count, 4);
   for (int64_t i = 0; i < QB; ++i) {
     const int64_t q = q0 + i;
@@ -77,8 +77,8 @@ void forward_block(const Forward& p, const KeyLayout& keys, ForwardScratch& s, B
   for (int64_t i = 0; i < count; ++i) {
     const int64_t q = q0 + i;
     const bool masked = s.max[i] == -kInfinity && s.total[i] == 0.0f;
-    scatter(p.out, head_offset(p.out, b, h) + q / p.wq * p.out.stride[2] + q % p.wq * p.out.stride[3],
-            p.out.stride[4], p.dv, masked ? 0.0f : p.keep_scale / s.total[i], s.sum + i * p.dv);
+    scatter(p.out, head_offset(p.out, b, h) + q / p.wq * p.out.stride[2] + q % p.wq * p.out.stride[3], p.out.stride[4],
+            p.dv, masked ? 0.0f : p.keep_scale / s.total[i], s.sum + i * p.dv);
     p.statistics[2 * (row0 + i)] = s.max[i];
     p.statistics[2 * (row0 + i) + 1] = masked ? 0.0f : s.total[i];
   }

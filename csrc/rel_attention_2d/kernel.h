@@ -50,8 +50,8 @@ struct Backward : Problem {
 };
 
 struct Kernels {
-  void (*forward)(const Forward&, int64_t begin, int64_t end);             // tasks
-  void (*backward)(const Backward&, int64_t begin, int64_t end);           // tasks
+  void (*forward)(const Forward&, int64_t begin, int64_t end);              // tasks
+  void (*backward)(const Backward&, int64_t begin, int64_t end);            // tasks
   void (*sum_query_partials)(const Backward&, int64_t begin, int64_t end);  // (batch, head) pairs
   void (*sum_table_partials)(const Backward&, int64_t begin, int64_t end);  // table rows, over all heads
 };

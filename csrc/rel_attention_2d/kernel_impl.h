@@ -104,14 +104,14 @@ FA_INLINE int64_t split_begin(int64_t count, int64_t splits, int64_t i) { return
 struct BiasTerms {
   const Problem& p;
   const KeyLayout& keys;
-  int64_t bias_rows;               // key rows with room for the last group
+  int64_t bias_rows;  // key rows with room for the last group
   int64_t row_vectors = 0, col_vectors = 0, table_vectors = 0;
-  Buffer<float> column;            // (QB, keys.vectors * L): column logit per lane of a group, -inf on padding
-  Buffer<float> row;               // (QB, bias_rows): row logit per key row, -inf past the image
-  Buffer<int32_t> row_mask;        // (keys.rows, keys.vectors * L): all ones where the lane lies in that row
-  Buffer<float> table;             // panels (table_vectors, dk): row table, then column table
-  Buffer<float> query;             // (QB, dk): query * rel_scale * log2(e)
-  Buffer<float> product;           // (QB, table_vectors * L): query times every table row
+  Buffer<float> column;      // (QB, keys.vectors * L): column logit per lane of a group, -inf on padding
+  Buffer<float> row;         // (QB, bias_rows): row logit per key row, -inf past the image
+  Buffer<int32_t> row_mask;  // (keys.rows, keys.vectors * L): all ones where the lane lies in that row
+  Buffer<float> table;       // panels (table_vectors, dk): row table, then column table
+  Buffer<float> query;       // (QB, dk): query * rel_scale * log2(e)
+  Buffer<float> product;     // (QB, table_vectors * L): query times every table row
   int64_t column_stride, product_stride;
 
   BiasTerms(const Problem& problem, const KeyLayout& layout)
@@ -120,7 +120,8 @@ struct BiasTerms {
     row.allocate(QB * bias_rows);
     row_mask.allocate(keys.rows * column_stride);
     for (int64_t r = 0; r < keys.rows; ++r)
-      for (int64_t lane = 0; lane < column_stride; ++lane) row_mask[r * column_stride + lane] = lane / p.wk == r ? -1 : 0;
+      for (int64_t lane = 0; lane < column_stride; ++lane)
+        row_mask[r * column_stride + lane] = lane / p.wk == r ? -1 : 0;
     if (p.tables) {
       row_vectors = (p.row_length() + L - 1) / L;
       col_vectors = (p.col_length() + L - 1) / L;
@@ -261,9 +262,8 @@ FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const float* 
   }
 }
 
-#include "rel_attention_2d/forward_impl.h"
-
 #include "rel_attention_2d/backward_impl.h"
+#include "rel_attention_2d/forward_impl.h"
 
 }  // namespace
 

@@ -1,0 +1,37 @@
+# Every target sets up what it needs in a local virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+
+.PHONY: demo test lint format clean
+
+# What a newcomer sees: build, train, compare.
+demo: $(VENV)/installed
+	$(BIN)/fused-attn demo
+
+test: $(VENV)/installed
+	$(BIN)/pytest -n 2
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+# torch comes first and pinned: with it present, nothing that follows fetches another build of it.
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch numpy setuptools wheel ninja
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	FUSED_ATTN_REQUIRE_EXTENSION=1 $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e '.[test,lint]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info fused_attn/_C*.so
