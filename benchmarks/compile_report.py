@@ -7,7 +7,7 @@ per score element, by class, read from the disassembly.  Writes ``results/compil
 with status 1 when anything spills on an NVIDIA target.
 
 An op takes part by a ``triton_launch`` module with ``compile_cases(arch) -> iterator of (case name, launch)``, where a launch has
-``kernel``, ``arguments`` (by parameter name, meta tensors for pointers, tuples of integers for strides) and ``options``.
+``kernel``, ``arguments`` (by parameter name, meta tensors for pointers, tuples of integers for strides), ``options``, ``tile`` (its shape in words) and ``scores_per_tile`` (scores of one loop iteration).
 """
 
 from __future__ import annotations
@@ -133,8 +133,7 @@ def classify(body: list[str]) -> dict[str, int]:
 def report_nvidia(compiled: Any, launch: Any) -> dict[str, Any]:
     code, resources = disassemble(compiled.asm["cubin"])
     body = innermost_loop(code)
-    arguments = launch.arguments
-    scores_per_thread = arguments["BLOCK_M"] * arguments["ROWS"] * arguments["BLOCK_W"] / (32 * launch.options["num_warps"])
+    scores_per_thread = launch.scores_per_tile / (32 * launch.options["num_warps"])
     # The compiler may unroll the loop; the exponentials say how many tiles one pass holds.
     exponentials = sum("MUFU.EX2" in text for text in body)
     scores = scores_per_thread * max(1, round(exponentials / scores_per_thread))
@@ -172,13 +171,12 @@ def report_one(arch: str, index: int, pattern: str) -> dict[str, Any]:
     """Compile and measure case ``index`` of ``arch``."""
     op, case, launch = _cases(arch, pattern)[index]
     compiled = compile_launch(launch, TARGETS[arch])
-    arguments = launch.arguments
     row = {
         "op": op,
         "kernel": launch.kernel.__name__,
         "case": case,
         "target": arch,
-        "tile": f"{arguments['BLOCK_M']} x ({arguments['ROWS']}x{arguments['BLOCK_W']})",
+        "tile": launch.tile,
         "warps": launch.options["num_warps"],
         "stages": launch.options["num_stages"],
     }
@@ -190,7 +188,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "# Compile report",
         "",
         f"Written by `python benchmarks/compile_report.py` with Triton {triton.__version__}; no GPU involved.",
-        "Tile: queries x (key rows x key columns).  Spills: local loads and stores in the code (NVIDIA), spilled registers (AMD).",
+        "Tile: queries x (key rows x key columns), or (query rows x query columns) x keys where the loop is over queries.  Spills: local loads and stores in the code (NVIDIA), spilled registers (AMD).",
         "Instructions per score: thread instructions of the innermost loop divided by the scores it computes.",
         "",
     ]

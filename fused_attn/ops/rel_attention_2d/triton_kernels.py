@@ -1,7 +1,8 @@
 """Triton kernels of attention with decomposed (row + column) logits: forward, dQ pass, dK/dV pass.
 
 ``logits[q, k] = scale*q.k + row_scale*row[q, yk] + col_scale*col[q, xk]``.  Tensors are (B, heads, H, W, depth) with
-any strides; addresses are 64-bit.  The exponentials are base 2: ``scales`` holds the three factors times log2(e).
+any strides; addresses are 64-bit.  The three scales come multiplied by log2(e) (except in float32), so that each weight
+is one base-2 exponential.
 
 A key tile is ROWS rows by BLOCK_W columns of the key grid.  While the loop walks down the rows of one column strip, the
 column logits of the query tile stay in registers and a row logit is one number per (query, row).  Padding of the key
@@ -23,6 +24,14 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
         # The interpreter multiplies the bit patterns of bfloat16; products of two are exact in float32.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _exp2(x, EXACT: tl.constexpr):
+    """2**x; e**x if EXACT, where rounding log2(e) into a scale would cost float32 about an ulp per unit of logit."""
+    if EXACT:
+        x = x * 1.4426950408889634
+    return tl.math.exp2(x)
 
 
 @triton.jit
@@ -93,6 +102,21 @@ def _normaliser(statistics_ptr, query, live, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _max_with_rows(s, row):
+    """max over (r, w) of s[m, r, w] + row[m, r], adding ``row`` to the maxima of the rows and not to every score.
+
+    A thread of an NVIDIA score tile holds two neighbouring columns of every eight.  Reducing those first, the threads
+    meet once per query rather than once per query and row.
+    """
+    M: tl.constexpr = s.shape[0]
+    R: tl.constexpr = s.shape[1]
+    W: tl.constexpr = s.shape[2]
+    if W >= 8:
+        s = tl.max(tl.max(tl.reshape(s, (M, R, W // 8, 4, 2)), 4), 2)
+    return tl.max(tl.max(s + row[:, :, None], 1), 1)
+
+
+@triton.jit
 def rel_attention_fwd_kernel(
     query_ptr,
     key_ptr,
@@ -129,16 +153,19 @@ def rel_attention_fwd_kernel(
     EVEN_H: tl.constexpr,
     EVEN_W: tl.constexpr,
     QUERY_ALIGN: tl.constexpr,
+    ROW_ALIGN: tl.constexpr,
+    COL_ALIGN: tl.constexpr,
     KEY_ALIGN: tl.constexpr,
     VALUE_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out (B, heads, Hq, Wq, D_V) and statistics (B, heads, Hq, Wq, 2), float32: the largest logit in base 2 and the sum
-    of the exponentials after subtracting it; (0, 0) for a query whose logits are all -inf.
+    """out (B, heads, Hq, Wq, D_V) and statistics (B, heads, Hq, Wq, 2), float32: the largest logit as scaled, and the
+    sum of the exponentials after subtracting it; (0, 0) for a query whose logits are all -inf.
 
     Grid: B * heads * ceil(queries / BLOCK_M) programs; each owns BLOCK_M queries and loops over all keys.
     """
     BLOCK_N: tl.constexpr = ROWS * BLOCK_W
+    EXACT: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
     ONES_COLUMN: tl.constexpr = (BLOCK_DV > D_V) and (seed_ptr is None)
     HAS_ROW: tl.constexpr = (row_ptr is not None) or (not EVEN_H)
     HAS_COL: tl.constexpr = (col_ptr is not None) or (not EVEN_W)
@@ -162,9 +189,9 @@ def rel_attention_fwd_kernel(
     value_ptr = _plane(value_ptr, batch, head, value_strides, VALUE_ALIGN)
     v_offsets = _offsets(y_n, x_n, d_v, value_strides, VALUE_ALIGN)
     if row_ptr is not None:
-        row_ptrs = _plane(row_ptr, batch, head, row_strides, 1) + _offsets(y_m, x_m, r, row_strides, 1)
+        row_ptrs = _plane(row_ptr, batch, head, row_strides, ROW_ALIGN) + _offsets(y_m, x_m, r, row_strides, ROW_ALIGN)
     if col_ptr is not None:
-        col_ptrs = _plane(col_ptr, batch, head, col_strides, 1) + _offsets(y_m, x_m, w, col_strides, 1)
+        col_ptrs = _plane(col_ptr, batch, head, col_strides, COL_ALIGN) + _offsets(y_m, x_m, w, col_strides, COL_ALIGN)
     if seed_ptr is not None:
         key0, key1 = _row_keys(seed_ptr, plane * queries + m)
 
@@ -197,21 +224,25 @@ def rel_attention_fwd_kernel(
             s = tl.reshape(s, (BLOCK_M, ROWS, BLOCK_W)) * scale
             if HAS_COL:
                 s += col[:, None, :]
-            if HAS_ROW:
-                if row_ptr is not None:
-                    row_mask = live_m[:, None] & live_r[None, :]
-                    row = tl.load(row_ptrs + _int64(y0) * row_strides[4], mask=row_mask, other=float("-inf"))
-                    row = row.to(tl.float32) * row_scale
-                else:
-                    row = tl.where(live_r, 0.0, float("-inf"))[None, :]
-                s += row[:, :, None]
-            s = tl.reshape(s, (BLOCK_M, BLOCK_N))
+            if row_ptr is not None:
+                row_mask = live_m[:, None] & live_r[None, :]
+                row = tl.load(row_ptrs + _int64(y0) * row_strides[4], mask=row_mask, other=float("-inf"))
+                row = row.to(tl.float32) * row_scale
+            elif HAS_ROW:
+                row = tl.where(live_r, 0.0, float("-inf"))[None, :]
 
-            m_new = tl.maximum(m_i, tl.max(s, 1))
+            if HAS_ROW:
+                m_new = tl.maximum(m_i, _max_with_rows(s, row))
+            else:
+                m_new = tl.maximum(m_i, tl.max(tl.reshape(s, (BLOCK_M, BLOCK_N)), 1))
             # With every logit so far at -inf, subtracting the maximum would make NaN; any finite number will do.
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(s - shift[:, None])
-            alpha = tl.exp2(m_i - shift)
+            if HAS_ROW:
+                p = _exp2(s + (row - shift[:, None])[:, :, None], EXACT)
+            else:
+                p = _exp2(s - shift[:, None, None], EXACT)
+            p = tl.reshape(p, (BLOCK_M, BLOCK_N))
+            alpha = _exp2(m_i - shift, EXACT)
             m_i = m_new
             acc *= alpha[:, None]
             if not ONES_COLUMN:
@@ -280,6 +311,8 @@ def rel_attention_bwd_dq_kernel(
     EVEN_H: tl.constexpr,
     EVEN_W: tl.constexpr,
     QUERY_ALIGN: tl.constexpr,
+    ROW_ALIGN: tl.constexpr,
+    COL_ALIGN: tl.constexpr,
     KEY_ALIGN: tl.constexpr,
     VALUE_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -321,11 +354,11 @@ def rel_attention_bwd_dq_kernel(
     value_ptr = _plane(value_ptr, batch, head, value_strides, VALUE_ALIGN)
     v_offsets = _offsets(y_n, x_n, d_v, value_strides, VALUE_ALIGN)
     if row_ptr is not None:
-        row_ptrs = _plane(row_ptr, batch, head, row_strides, 1) + _offsets(y_m, x_m, r, row_strides, 1)
+        row_ptrs = _plane(row_ptr, batch, head, row_strides, ROW_ALIGN) + _offsets(y_m, x_m, r, row_strides, ROW_ALIGN)
         grad_row_ptrs = _plane(grad_row_ptr, batch, head, grad_row_strides, 1)
         grad_row_ptrs += _offsets(y_m, x_m, r, grad_row_strides, 1)
     if col_ptr is not None:
-        col_ptrs = _plane(col_ptr, batch, head, col_strides, 1) + _offsets(y_m, x_m, w, col_strides, 1)
+        col_ptrs = _plane(col_ptr, batch, head, col_strides, COL_ALIGN) + _offsets(y_m, x_m, w, col_strides, COL_ALIGN)
         grad_col_ptrs = _plane(grad_col_ptr, batch, head, grad_col_strides, 1)
         grad_col_ptrs += _offsets(y_m, x_m, w, grad_col_strides, 1)
     if seed_ptr is not None:
@@ -364,9 +397,9 @@ def rel_attention_bwd_dq_kernel(
                     row = row.to(tl.float32) * row_scale
                 else:
                     row = tl.where(live_r, 0.0, float("-inf"))[None, :]
-                p = tl.exp2(s + (row - lse[:, None])[:, :, None])
+                p = _exp2(s + (row - lse[:, None])[:, :, None], EXACT)
             else:
-                p = tl.exp2(s - lse[:, None, None])
+                p = _exp2(s - lse[:, None, None], EXACT)
             if EXACT:
                 p *= inverse_sum[:, None, None]
 
@@ -414,7 +447,7 @@ def rel_attention_bwd_dkv_kernel(
     grad_key_strides,
     grad_value_strides,
     heads,
-    queries,
+    query_height,
     query_width,
     key_height,
     key_width,
@@ -428,29 +461,34 @@ def rel_attention_bwd_dkv_kernel(
     D_V: tl.constexpr,
     BLOCK_DK: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    QUERY_ROWS: tl.constexpr,
+    QUERY_W: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    ONE_STRIP: tl.constexpr,
     EVEN_M: tl.constexpr,
     QUERY_ALIGN: tl.constexpr,
+    ROW_ALIGN: tl.constexpr,
+    COL_ALIGN: tl.constexpr,
     GRAD_OUT_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """grad_key and grad_value.
 
-    Grid: B * heads * ceil(Hk / ROWS) * ceil(Wk / BLOCK_W) programs; each owns one key tile and loops over all queries.
+    Grid: B * heads * ceil(Hk / ROWS) * ceil(Wk / BLOCK_W) programs; each owns one key tile and loops over all queries,
+    in tiles of QUERY_ROWS x QUERY_W, so that no address needs a division inside the loop.
     Scores are held transposed, (keys, queries), so that both gradients are plain products.
     """
     BLOCK_N: tl.constexpr = ROWS * BLOCK_W
+    BLOCK_M: tl.constexpr = QUERY_ROWS * QUERY_W
     EXACT: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
     row_tiles, strips = tl.cdiv(key_height, ROWS), tl.cdiv(key_width, BLOCK_W)
     tile = tl.program_id(0) % (row_tiles * strips)
     plane = _int64(tl.program_id(0) // (row_tiles * strips))
     batch, head = plane // heads, plane % heads
-    y0, x0 = (tile // strips) * ROWS, (tile % strips) * BLOCK_W
+    y_tile, x_tile = (tile // strips) * ROWS, (tile % strips) * BLOCK_W
     n = tl.arange(0, BLOCK_N)
-    y_n, x_n = y0 + n // BLOCK_W, x0 + n % BLOCK_W
-    r, w = y0 + tl.arange(0, ROWS), x0 + tl.arange(0, BLOCK_W)
+    y_n, x_n = y_tile + n // BLOCK_W, x_tile + n % BLOCK_W
     d_k, d_v = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
     live_n = ((y_n < key_height) & (x_n < key_width))[:, None]
     live_k, live_v = (d_k < D_K)[None, :], (d_v < D_V)[None, :]
@@ -460,58 +498,64 @@ def rel_attention_bwd_dkv_kernel(
     k_block = tl.load(k_ptrs, mask=live_n & live_k, other=0.0)
     v_ptrs = _plane(value_ptr, batch, head, value_strides, 1) + _offsets(y_n, x_n, d_v, value_strides, 1)
     v_block = tl.load(v_ptrs, mask=live_n & live_v, other=0.0)
+    m = tl.arange(0, BLOCK_M)
+    y_m, x_m = m // QUERY_W, m % QUERY_W
     query_ptr = _plane(query_ptr, batch, head, query_strides, QUERY_ALIGN)
+    q_offsets = _offsets(y_m, x_m, d_k, query_strides, QUERY_ALIGN)
     grad_out_ptr = _plane(grad_out_ptr, batch, head, grad_out_strides, GRAD_OUT_ALIGN)
+    do_offsets = _offsets(y_m, x_m, d_v, grad_out_strides, GRAD_OUT_ALIGN)
     if row_ptr is not None:
-        row_ptr = _plane(row_ptr, batch, head, row_strides, 1)
-        live_r = (r < key_height)[:, None]
+        row_ptr = _plane(row_ptr, batch, head, row_strides, ROW_ALIGN)
+        row_offsets = tl.trans(_offsets(y_m, x_m, y_tile + tl.arange(0, ROWS), row_strides, ROW_ALIGN))
+        live_r = (y_tile + tl.arange(0, ROWS) < key_height)[:, None]
     if col_ptr is not None:
-        col_ptr = _plane(col_ptr, batch, head, col_strides, 1)
-        live_w = (w < key_width)[:, None]
+        col_ptr = _plane(col_ptr, batch, head, col_strides, COL_ALIGN)
+        col_offsets = tl.trans(_offsets(y_m, x_m, x_tile + tl.arange(0, BLOCK_W), col_strides, COL_ALIGN))
+        live_w = (x_tile + tl.arange(0, BLOCK_W) < key_width)[:, None]
 
     dk = tl.zeros((BLOCK_N, BLOCK_DK), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
-    for m0 in range(0, queries, BLOCK_M):
-        m = m0 + tl.arange(0, BLOCK_M)
-        live_m = m < queries
-        if EVEN_M:
-            live_m = tl.full((BLOCK_M,), 1, tl.int1)
-        y_m, x_m = m // query_width, m % query_width
-        q_offsets = _offsets(y_m, x_m, d_k, query_strides, QUERY_ALIGN)
-        q_block = tl.load(query_ptr + q_offsets, mask=live_m[:, None] & live_k, other=0.0)
-        do_offsets = _offsets(y_m, x_m, d_v, grad_out_strides, GRAD_OUT_ALIGN)
-        do_block = tl.load(grad_out_ptr + do_offsets, mask=live_m[:, None] & live_v, other=0.0)
-        lse, inverse_sum = _normaliser(statistics_ptr, plane * queries + m, live_m, EXACT)
-        delta = tl.load(delta_ptr + plane * queries + m, mask=live_m, other=0.0)
+    for x0 in range(0, QUERY_W if ONE_STRIP else query_width, QUERY_W):
+        for y0 in range(0, query_height, QUERY_ROWS):
+            live_m = (y0 + y_m < query_height) & (x0 + x_m < query_width)
+            if EVEN_M:
+                live_m = tl.full((BLOCK_M,), 1, tl.int1)
+            q_shift = _shift(y0, x0, query_strides, QUERY_ALIGN)
+            q_block = tl.load(query_ptr + q_shift + q_offsets, mask=live_m[:, None] & live_k, other=0.0)
+            do_shift = _shift(y0, x0, grad_out_strides, GRAD_OUT_ALIGN)
+            do_block = tl.load(grad_out_ptr + do_shift + do_offsets, mask=live_m[:, None] & live_v, other=0.0)
+            index = plane * (query_height * query_width) + y0 * query_width + x0 + (y_m * query_width + x_m)
+            lse, inverse_sum = _normaliser(statistics_ptr, index, live_m, EXACT)
+            delta = tl.load(delta_ptr + index, mask=live_m, other=0.0)
 
-        s = _dot(k_block, tl.trans(q_block), None, PRECISION)
-        s = tl.reshape(s, (ROWS, BLOCK_W, BLOCK_M)) * scale
-        if col_ptr is not None:
-            col_offsets = tl.trans(_offsets(y_m, x_m, w, col_strides, 1))
-            col = tl.load(col_ptr + col_offsets, mask=live_w & live_m[None, :], other=0.0)
-            s += (col.to(tl.float32) * col_scale)[None, :, :]
-        if row_ptr is not None:
-            row_offsets = tl.trans(_offsets(y_m, x_m, r, row_strides, 1))
-            row = tl.load(row_ptr + row_offsets, mask=live_r & live_m[None, :], other=0.0)
-            p = tl.exp2(s + (row.to(tl.float32) * row_scale - lse[None, :])[:, None, :])
-        else:
-            p = tl.exp2(s - lse[None, None, :])
-        if EXACT:
-            p *= inverse_sum[None, None, :]
-        p = tl.reshape(p, (BLOCK_N, BLOCK_M))
+            s = _dot(k_block, tl.trans(q_block), None, PRECISION)
+            s = tl.reshape(s, (ROWS, BLOCK_W, BLOCK_M)) * scale
+            if col_ptr is not None:
+                col_mask = live_w & live_m[None, :]
+                col = tl.load(col_ptr + _shift(y0, x0, col_strides, COL_ALIGN) + col_offsets, mask=col_mask, other=0.0)
+                s += (col.to(tl.float32) * col_scale)[None, :, :]
+            if row_ptr is not None:
+                row_mask = live_r & live_m[None, :]
+                row = tl.load(row_ptr + _shift(y0, x0, row_strides, ROW_ALIGN) + row_offsets, mask=row_mask, other=0.0)
+                p = _exp2(s + (row.to(tl.float32) * row_scale - lse[None, :])[:, None, :], EXACT)
+            else:
+                p = _exp2(s - lse[None, None, :], EXACT)
+            if EXACT:
+                p *= inverse_sum[None, None, :]
+            p = tl.reshape(p, (BLOCK_N, BLOCK_M))
 
-        dp = _dot(v_block, tl.trans(do_block), None, PRECISION)
-        if seed_ptr is not None:
-            key0, key1 = _row_keys(seed_ptr, plane * queries + m)
-            column = y_n * key_width + x_n
-            keep = _keep(key0[None, :], key1[None, :], column[:, None], threshold)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-            p_kept = tl.where(keep, p * keep_scale, 0.0)
-            dv = _dot(p_kept.to(do_block.dtype), do_block, dv, PRECISION)
-        else:
-            dv = _dot(p.to(do_block.dtype), do_block, dv, PRECISION)
-        ds = p * (dp - delta[None, :])
-        dk = _dot(ds.to(q_block.dtype), q_block, dk, PRECISION)
+            dp = _dot(v_block, tl.trans(do_block), None, PRECISION)
+            if seed_ptr is not None:
+                key0, key1 = _row_keys(seed_ptr, index)
+                column = y_n * key_width + x_n
+                keep = _keep(key0[None, :], key1[None, :], column[:, None], threshold)
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+                p_kept = tl.where(keep, p * keep_scale, 0.0)
+                dv = _dot(p_kept.to(do_block.dtype), do_block, dv, PRECISION)
+            else:
+                dv = _dot(p.to(do_block.dtype), do_block, dv, PRECISION)
+            ds = p * (dp - delta[None, :])
+            dk = _dot(ds.to(q_block.dtype), q_block, dk, PRECISION)
 
     dk_ptrs = _plane(grad_key_ptr, batch, head, grad_key_strides, 1) + _offsets(y_n, x_n, d_k, grad_key_strides, 1)
     tl.store(dk_ptrs, (dk * grad_scale).to(grad_key_ptr.dtype.element_ty), mask=live_n & live_k)

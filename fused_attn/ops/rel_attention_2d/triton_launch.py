@@ -39,6 +39,18 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     options: dict[str, Any]
 
+    @property
+    def tile(self) -> str:
+        a = self.arguments
+        queries = f"({a['QUERY_ROWS']}x{a['QUERY_W']})" if "QUERY_W" in a else a["BLOCK_M"]
+        return f"{queries} x ({a['ROWS']}x{a['BLOCK_W']})"
+
+    @property
+    def scores_per_tile(self) -> int:
+        a = self.arguments
+        queries = a["QUERY_ROWS"] * a["QUERY_W"] if "QUERY_W" in a else a["BLOCK_M"]
+        return queries * a["ROWS"] * a["BLOCK_W"]
+
     def run(self) -> None:
         self.kernel[(self.programs,)](**self.arguments, **self.options)
 
@@ -116,10 +128,10 @@ def _strides(tensor: Tensor | None) -> tuple[int, ...] | None:
     return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _align(tensor: Tensor) -> int:
+def _align(tensor: Tensor | None) -> int:
     """Elements, up to 16 bytes' worth, that divide the address and all strides of a tensor whose depth is contiguous."""
     strides = _strides(tensor)
-    if strides[4] != 1:
+    if strides is None or strides[4] != 1:
         return 1
     itemsize = tensor.element_size()
     address = 0 if tensor.is_meta else tensor.data_ptr()
@@ -130,6 +142,7 @@ def _common(query, key, value, row, col, scale, row_scale, col_scale, dropout_p,
     """Arguments that all three kernels take, by name."""
     heads, height, width, d_k = query.shape[1:]
     rows, columns = key_tile(tile.block_n, *key.shape[2:4])
+    base = 1.0 if query.dtype == torch.float32 else _LOG2_E
     return {
         "query_ptr": query,
         "key_ptr": key,
@@ -147,9 +160,9 @@ def _common(query, key, value, row, col, scale, row_scale, col_scale, dropout_p,
         "query_width": width,
         "key_height": key.shape[2],
         "key_width": key.shape[3],
-        "scale": scale * _LOG2_E,
-        "row_scale": row_scale * _LOG2_E,
-        "col_scale": col_scale * _LOG2_E,
+        "scale": scale * base,
+        "row_scale": row_scale * base,
+        "col_scale": col_scale * base,
         "threshold": threshold(dropout_p),
         "keep_scale": 1.0 / (1.0 - dropout_p),
         "D_K": d_k,
@@ -160,6 +173,8 @@ def _common(query, key, value, row, col, scale, row_scale, col_scale, dropout_p,
         "ROWS": rows,
         "BLOCK_W": columns,
         "QUERY_ALIGN": _align(query),
+        "ROW_ALIGN": _align(row),
+        "COL_ALIGN": _align(col),
         "PRECISION": _precision(query.dtype),
     }
 
@@ -216,6 +231,7 @@ def plan_backward_dkv(
     block_dk, block_dv = _depth_block(query.shape[4]), _depth_block(value.shape[4])
     tile = choose_tile("backward_dkv", arch, query.dtype, block_dk, block_dv)
     arguments = _common(query, key, value, row, col, scale, row_scale, col_scale, dropout_p, seed, tile)
+    query_rows, query_columns = key_tile(tile.block_m, *query.shape[2:4])
     arguments |= {
         "grad_out_ptr": grad_out,
         "grad_out_strides": _strides(grad_out),
@@ -226,9 +242,14 @@ def plan_backward_dkv(
         "grad_value_ptr": grad_value,
         "grad_value_strides": _strides(grad_value),
         "grad_scale": scale,
-        "EVEN_M": query.shape[2] * query.shape[3] % arguments["BLOCK_M"] == 0,
+        "query_height": query.shape[2],
+        "QUERY_ROWS": query_rows,
+        "QUERY_W": query_columns,
+        "ONE_STRIP": query.shape[3] <= query_columns,
+        "EVEN_M": query.shape[2] % query_rows == 0 and query.shape[3] % query_columns == 0,
         "GRAD_OUT_ALIGN": _align(grad_out),
     }
+    del arguments["queries"], arguments["BLOCK_M"]
     row_tiles = -(-key.shape[2] // arguments["ROWS"])
     programs = query.shape[0] * query.shape[1] * row_tiles * -(-key.shape[3] // arguments["BLOCK_W"])
     return _launch(triton_kernels.rel_attention_bwd_dkv_kernel, programs, arguments, tile)
