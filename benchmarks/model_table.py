@@ -2,6 +2,8 @@
 
 FLOPs are those of one forward pass of one image, two per multiply-add, counted by ``torch.utils.flop_counter`` on the
 reference implementation with fake tensors: nothing is computed, so the table is the same on every machine.
+
+Run from the repository root: ``python -m benchmarks.model_table``.
 """
 
 from __future__ import annotations

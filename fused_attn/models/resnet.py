@@ -37,7 +37,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         residual = F.relu(self.bn1(self.conv1(x)), inplace=True)
         residual = self.bn2(self.conv2(residual))
-        return F.relu(residual + (x if self.shortcut is None else self.shortcut(x)))
+        return F.relu(residual + (x if self.shortcut is None else self.shortcut(x)), inplace=True)
 
 
 class ResNet34(nn.Module):

@@ -22,12 +22,12 @@ def resized(table, length):
 def sam_axis_logits(query_row, table, queries, keys):
     """(queries, d) -> (queries, keys) along one axis; coordinates in float32 as in SAM and MViTv2."""
     table = resized(table, 2 * max(queries, keys) - 1)
-    query_ratio = np.float32(max(keys / queries, 1.0))
-    key_ratio = np.float32(max(queries / keys, 1.0))
+    query_ratio, key_ratio = np.float32(max(keys / queries, 1.0)), np.float32(max(queries / keys, 1.0))
+    shift = np.float32((keys - 1) * max(queries / keys, 1.0))
     logits = np.zeros((queries, keys))
     for q in range(queries):
         for k in range(keys):
-            offset = np.float32(q) * query_ratio - np.float32(k) * key_ratio + np.float32(keys - 1) * key_ratio
+            offset = np.float32(q) * query_ratio - np.float32(k) * key_ratio + shift
             logits[q, k] = query_row[q] @ table[int(offset)]
     return logits
 
@@ -41,6 +41,7 @@ def sam_axis_logits(query_row, table, queries, keys):
         ((3, 2), (6, 5), (11, 9)),  # pooled queries, ratio 5/2
         ((7, 5), (3, 4), (4, 1)),  # ratios 7/3 and 5/4, resized
         ((1, 1), (5, 1), (3, 1)),
+        ((8, 16), (6, 7), (15, 31)),  # float32 and float64 coordinates truncate differently
     ],
 )
 def test_sam_logits_follow_the_definition(query_size, key_size, lengths):

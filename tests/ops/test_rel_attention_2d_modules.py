@@ -135,9 +135,9 @@ def test_attention_and_convolution_meet_on_one_grid_for_any_input_size(stride, k
         (640, {}, (20, 8)),
         (1600, {}, (40, 20)),  # kappa decides once it gives more than 20
         (512, {}, (20, 6)),  # 6.4, rounded down
-        (240, {}, (20, 3)),  # 0.1 * 240 / 8 is 3 but for binary rounding
         (64, {}, (20, 1)),  # 0.8: a head keeps one value
         (16, {}, (20, 1)),
+        (200, {"heads": 2, "key_ratio": 0.29}, (29, 10)),  # 28.999999999999996 in binary
         (64, {"heads": 2, "key_ratio": 0.5, "value_ratio": 0.25, "min_key_depth": 4}, (16, 8)),
     ],
 )

@@ -230,5 +230,5 @@ class AttentionAugmentedConv2d(nn.Module):
 
 
 def _depth(channels: int, ratio: float, heads: int) -> int:
-    # 0.1 * 240 / 8 must count as 3 whichever way its binary rounding went.
+    # 0.29 * 200 / 2 is 29, though its binary rounding lies just below.
     return max(int(ratio * channels / heads + 1e-6), 1)
