@@ -8,10 +8,12 @@ multiplied with the query inside the operator) or finished logits (5 dimensions)
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ... import _extension
 from ..layout import empty_like_heads
@@ -60,7 +62,14 @@ def can_run_triton(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         return "the package triton is not installed"
     if query.device.type != "cuda" and not _INTERPRETED:
         return f"it needs CUDA tensors, got {query.device.type} (or TRITON_INTERPRET=1, which runs it slowly anywhere)"
+    depth = max(query.shape[-1], value.shape[-1])
+    if depth > _TRITON_MAX_DEPTH:
+        return f"it computes depths up to {_TRITON_MAX_DEPTH}, got {depth}"
     return _dtype_reason(query)
+
+
+#: The deepest bucket of the tile table in triton_launch.py.
+_TRITON_MAX_DEPTH = 256
 
 
 def can_run_reference(query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -78,7 +87,8 @@ IMPLEMENTATIONS = {"cpu": can_run_cpu, "triton": can_run_triton, "reference": ca
 
 
 def _allocate_forward(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    # Per query the maximum and the sum of the exponentials: their log-sum-exp would round them, by up to 5 ulp of a weight.
+    # Per query the maximum and the sum of the exponentials: the rounding of their log-sum-exp would be an error
+    # common to a whole row of weights.
     statistics = query.new_empty((*query.shape[:4], 2), dtype=torch.float32)
     return empty_like_heads(query, value.shape[-1]), statistics
 
@@ -98,9 +108,7 @@ def _cpu(query, key, value, row, col, scale, rel_scale, key_minus_query, dropout
     return out, statistics
 
 
-def _cpu_backward(
-    grad_out, query, key, value, row, col, out, lse, scale, rel_scale, key_minus_query, dropout_p, seed
-):
+def _cpu_backward(grad_out, query, key, value, row, col, out, lse, scale, rel_scale, key_minus_query, dropout_p, seed):
     grads = _allocate_backward(query, key, value, row, col)
     torch.ops.fused_attn_cpu.attention_2d_backward(
         grad_out, query, key, value, row, col, out, lse, scale, rel_scale, key_minus_query, dropout_p, seed, *grads
@@ -127,9 +135,7 @@ def _fake(query, key, value, *_):
     return _allocate_forward(query, value)
 
 
-def _fake_backward(
-    grad_out, query, key, value, row, col, out, lse, scale, rel_scale, key_minus_query, dropout_p, seed
-):
+def _fake_backward(grad_out, query, key, value, row, col, out, lse, scale, rel_scale, key_minus_query, dropout_p, seed):
     return _allocate_backward(query, key, value, row, col)
 
 
@@ -145,6 +151,30 @@ def _refuse_double_backward(ctx, *grads):
     raise RuntimeError("rel_attention_2d: the fused kernels have no second derivative; use impl='reference' for it")
 
 
+def _score_elements(query_shape, key_shape) -> int:
+    return math.prod(query_shape[:4]) * math.prod(key_shape[2:4])
+
+
+def _table_elements(query_shape, key_shape, row_shape, col_shape) -> int:
+    """Query-position pairs along the axes that have a table; finished logits cost no product."""
+    keys = sum(
+        key_shape[axis] for axis, shape in ((2, row_shape), (3, col_shape)) if shape is not None and len(shape) < 5
+    )
+    return math.prod(query_shape[:4]) * keys
+
+
+def _flops(query, key, value, row, col, *_, **__) -> int:
+    products = _score_elements(query, key) * (query[4] + value[4]) + _table_elements(query, key, row, col) * query[4]
+    return 2 * products
+
+
+def _flops_backward(grad_out, query, key, value, row, col, *_, **__) -> int:
+    # As PyTorch counts its own fused attention: the logits once more, then two products for each forward one.
+    elements = _score_elements(query, key)
+    products = elements * (3 * query[4] + 2 * value[4]) + 3 * _table_elements(query, key, row, col) * query[4]
+    return 2 * products
+
+
 def _register(impl: str, device_types: tuple[str, ...], forward, backward) -> None:
     name = f"fused_attn::rel_attention_2d_{impl}"
     torch.library.define(name, _SCHEMA)
@@ -155,6 +185,8 @@ def _register(impl: str, device_types: tuple[str, ...], forward, backward) -> No
     torch.library.register_fake(f"{name}_backward", _fake_backward)
 
     operator = getattr(torch.ops.fused_attn, f"rel_attention_2d_{impl}_backward").default
+    register_flop_formula(getattr(torch.ops.fused_attn, f"rel_attention_2d_{impl}"))(_flops)
+    register_flop_formula(operator.overloadpacket)(_flops_backward)
 
     def autograd_backward(ctx, grad_out, _grad_lse):
         query, key, value, row, col, out, lse, seed = ctx.saved_tensors
