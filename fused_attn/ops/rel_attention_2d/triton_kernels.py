@@ -23,6 +23,13 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
     if _INTERPRETED:
         # The interpreter multiplies the bit patterns of bfloat16; products of two are exact in float32.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+    K: tl.constexpr = a.shape[1]
+    if a.dtype == tl.float32 and K > 128:
+        # Keeping rows of 256 operands in registers would spill.
+        a0, a1 = tl.split(tl.permute(tl.reshape(a, (a.shape[0], 2, K // 2)), (0, 2, 1)))
+        b0, b1 = tl.split(tl.permute(tl.reshape(b, (2, K // 2, b.shape[1])), (1, 2, 0)))
+        acc = tl.dot(a0, b0, acc, input_precision=PRECISION)
+        return tl.dot(a1, b1, acc, input_precision=PRECISION)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
@@ -272,7 +279,7 @@ def rel_attention_bwd_dq_kernel(
     col_ptr,
     out_ptr,
     statistics_ptr,
-    delta_ptr,
+    normaliser_ptr,
     grad_query_ptr,
     grad_row_ptr,
     grad_col_ptr,
@@ -287,6 +294,7 @@ def rel_attention_bwd_dq_kernel(
     grad_query_strides,
     grad_row_strides,
     grad_col_strides,
+    planes,
     heads,
     queries,
     query_width,
@@ -317,7 +325,9 @@ def rel_attention_bwd_dq_kernel(
     VALUE_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """grad_query, grad of the row and column logits, and delta = rowsum(grad_out * out), which the dK/dV pass reads.
+    """grad_query, the gradients of the row and column logits, and what the dK/dV pass needs to know of each query:
+    normaliser (5, B, heads, Hq, Wq), float32, is a of ``_normaliser``, delta = rowsum(grad_out * out), b of ``_normaliser``
+    if float32, and the bits of both dropout keys if there is dropout.
 
     grad_row is (strips, B*heads, queries, Hk): one partial sum per column strip, float32 when there are several.
     Grid and ownership as in the forward kernel.
@@ -346,8 +356,17 @@ def rel_attention_bwd_dq_kernel(
     o_ptrs = _plane(out_ptr, batch, head, out_strides, 1) + _offsets(y_m, x_m, d_v, out_strides, 1)
     o_block = tl.load(o_ptrs, mask=live_m[:, None] & live_v, other=0.0)
     delta = tl.sum(do_block.to(tl.float32) * o_block.to(tl.float32), 1)
-    tl.store(delta_ptr + plane * queries + m, delta, mask=live_m)
-    lse, inverse_sum = _normaliser(statistics_ptr, plane * queries + m, live_m, EXACT)
+    index = plane * queries + m
+    lse, inverse_sum = _normaliser(statistics_ptr, index, live_m, EXACT)
+    total = _int64(queries) * planes
+    tl.store(normaliser_ptr + index, lse, mask=live_m)
+    tl.store(normaliser_ptr + total + index, delta, mask=live_m)
+    if EXACT:
+        tl.store(normaliser_ptr + 2 * total + index, inverse_sum, mask=live_m)
+    if seed_ptr is not None:
+        key0, key1 = _row_keys(seed_ptr, index)
+        tl.store(normaliser_ptr + 3 * total + index, key0.to(tl.float32, bitcast=True), mask=live_m)
+        tl.store(normaliser_ptr + 4 * total + index, key1.to(tl.float32, bitcast=True), mask=live_m)
 
     key_ptr = _plane(key_ptr, batch, head, key_strides, KEY_ALIGN)
     k_offsets = _offsets(y_n, x_n, d_k, key_strides, KEY_ALIGN)
@@ -361,8 +380,6 @@ def rel_attention_bwd_dq_kernel(
         col_ptrs = _plane(col_ptr, batch, head, col_strides, COL_ALIGN) + _offsets(y_m, x_m, w, col_strides, COL_ALIGN)
         grad_col_ptrs = _plane(grad_col_ptr, batch, head, grad_col_strides, 1)
         grad_col_ptrs += _offsets(y_m, x_m, w, grad_col_strides, 1)
-    if seed_ptr is not None:
-        key0, key1 = _row_keys(seed_ptr, plane * queries + m)
 
     dq = tl.zeros((BLOCK_M, BLOCK_DK), tl.float32)
     for x0 in range(0, BLOCK_W if ONE_STRIP else key_width, BLOCK_W):
@@ -433,8 +450,7 @@ def rel_attention_bwd_dkv_kernel(
     value_ptr,
     row_ptr,
     col_ptr,
-    statistics_ptr,
-    delta_ptr,
+    normaliser_ptr,
     grad_key_ptr,
     grad_value_ptr,
     seed_ptr,
@@ -446,6 +462,7 @@ def rel_attention_bwd_dkv_kernel(
     col_strides,
     grad_key_strides,
     grad_value_strides,
+    planes,
     heads,
     query_height,
     query_width,
@@ -493,6 +510,12 @@ def rel_attention_bwd_dkv_kernel(
     live_n = ((y_n < key_height) & (x_n < key_width))[:, None]
     live_k, live_v = (d_k < D_K)[None, :], (d_v < D_V)[None, :]
 
+    # The column logits change with every tile here.  Scaled together with the product, they cost one FMA per score and no
+    # multiply; a scale of 0 becomes one that vanishes beside them.  The quotient's rounding would show in float32.
+    scale = tl.where(scale == 0.0, 1e-30, scale)
+    pre_scale = scale if EXACT else 1.0
+    col_scale = col_scale if EXACT else col_scale / scale
+    post_scale = 1.0 if EXACT else scale
     # Padded keys need no mask on the scores: their rows of dK and dV are never stored.
     k_ptrs = _plane(key_ptr, batch, head, key_strides, 1) + _offsets(y_n, x_n, d_k, key_strides, 1)
     k_block = tl.load(k_ptrs, mask=live_n & live_k, other=0.0)
@@ -513,6 +536,8 @@ def rel_attention_bwd_dkv_kernel(
         col_offsets = tl.trans(_offsets(y_m, x_m, x_tile + tl.arange(0, BLOCK_W), col_strides, COL_ALIGN))
         live_w = (x_tile + tl.arange(0, BLOCK_W) < key_width)[:, None]
 
+    queries = query_height * query_width
+    total = _int64(queries) * planes
     dk = tl.zeros((BLOCK_N, BLOCK_DK), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     for x0 in range(0, QUERY_W if ONE_STRIP else query_width, QUERY_W):
@@ -524,12 +549,14 @@ def rel_attention_bwd_dkv_kernel(
             q_block = tl.load(query_ptr + q_shift + q_offsets, mask=live_m[:, None] & live_k, other=0.0)
             do_shift = _shift(y0, x0, grad_out_strides, GRAD_OUT_ALIGN)
             do_block = tl.load(grad_out_ptr + do_shift + do_offsets, mask=live_m[:, None] & live_v, other=0.0)
-            index = plane * (query_height * query_width) + y0 * query_width + x0 + (y_m * query_width + x_m)
-            lse, inverse_sum = _normaliser(statistics_ptr, index, live_m, EXACT)
-            delta = tl.load(delta_ptr + index, mask=live_m, other=0.0)
+            index = plane * queries + y0 * query_width + x0 + (y_m * query_width + x_m)
+            lse = tl.load(normaliser_ptr + index, mask=live_m, other=float("inf"))
+            delta = tl.load(normaliser_ptr + total + index, mask=live_m, other=0.0)
+            if EXACT:
+                inverse_sum = tl.load(normaliser_ptr + 2 * total + index, mask=live_m, other=0.0)
 
             s = _dot(k_block, tl.trans(q_block), None, PRECISION)
-            s = tl.reshape(s, (ROWS, BLOCK_W, BLOCK_M)) * scale
+            s = tl.reshape(s, (ROWS, BLOCK_W, BLOCK_M)) * pre_scale
             if col_ptr is not None:
                 col_mask = live_w & live_m[None, :]
                 col = tl.load(col_ptr + _shift(y0, x0, col_strides, COL_ALIGN) + col_offsets, mask=col_mask, other=0.0)
@@ -537,16 +564,17 @@ def rel_attention_bwd_dkv_kernel(
             if row_ptr is not None:
                 row_mask = live_r & live_m[None, :]
                 row = tl.load(row_ptr + _shift(y0, x0, row_strides, ROW_ALIGN) + row_offsets, mask=row_mask, other=0.0)
-                p = _exp2(s + (row.to(tl.float32) * row_scale - lse[None, :])[:, None, :], EXACT)
+                p = _exp2(s * post_scale + (row.to(tl.float32) * row_scale - lse[None, :])[:, None, :], EXACT)
             else:
-                p = _exp2(s - lse[None, None, :], EXACT)
+                p = _exp2(s * post_scale - lse[None, None, :], EXACT)
             if EXACT:
                 p *= inverse_sum[None, None, :]
             p = tl.reshape(p, (BLOCK_N, BLOCK_M))
 
             dp = _dot(v_block, tl.trans(do_block), None, PRECISION)
             if seed_ptr is not None:
-                key0, key1 = _row_keys(seed_ptr, index)
+                key0 = tl.load(normaliser_ptr + 3 * total + index, mask=live_m, other=0.0).to(tl.uint32, bitcast=True)
+                key1 = tl.load(normaliser_ptr + 4 * total + index, mask=live_m, other=0.0).to(tl.uint32, bitcast=True)
                 column = y_n * key_width + x_n
                 keep = _keep(key0[None, :], key1[None, :], column[:, None], threshold)
                 dp = tl.where(keep, dp * keep_scale, 0.0)

@@ -55,27 +55,24 @@ class Launch(NamedTuple):
         self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
-# Depth bucket -> tile, by kernel and architecture family.  The bucket is the larger padded depth of key and value.
-# Chosen from the registers, spills and instructions per score in benchmarks/results/compile_report.md.
-_TILES: dict[str, dict[str, dict[int, Tile]]] = {
-    "forward": {
-        "nvidia": {32: Tile(128, 128, 8, 2), 64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 1)},
-        "amd": {32: Tile(128, 64, 4, 1), 64: Tile(128, 64, 4, 1), 128: Tile(64, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
-    },
-    "backward_dq": {
-        "nvidia": {32: Tile(128, 64, 8, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
-        "amd": {32: Tile(128, 64, 4, 1), 64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
-    },
-    "backward_dkv": {
-        "nvidia": {32: Tile(64, 128, 8, 2), 64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
-        "amd": {32: Tile(64, 64, 4, 1), 64: Tile(32, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
-    },
+# Kernel -> depth bucket -> tile; the bucket is the larger padded depth of key and value.  Chosen by
+# benchmarks/compile_report.py: no spills, few instructions per score, and on NVIDIA at least two independent thread blocks
+# per multiprocessor where registers allow, so that one block's exponentials cover another's products.
+_TILES_NVIDIA = {
+    "forward": {32: Tile(64, 128, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 1)},
+    "backward_dq": {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 8, 1)},
+    "backward_dkv": {32: Tile(64, 64, 4, 2), 64: Tile(32, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 8, 1)},
 }
-# float32 runs on the vector units and holds twice the registers.
+_TILES_AMD = {
+    "forward": {32: Tile(128, 64, 4, 1), 64: Tile(128, 64, 4, 1), 128: Tile(64, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
+    "backward_dq": {32: Tile(128, 64, 4, 1), 64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
+    "backward_dkv": {32: Tile(64, 64, 4, 1), 64: Tile(32, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
+}
+# IEEE float32 products run on the vector units and keep whole rows of the operands in registers.
 _TILES_FLOAT32 = {
-    "forward": {32: Tile(64, 64, 4, 1), 64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
-    "backward_dq": {32: Tile(64, 32, 4, 1), 64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
-    "backward_dkv": {32: Tile(32, 64, 4, 1), 64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    "forward": {32: Tile(32, 64, 4, 1), 64: Tile(32, 32, 4, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "backward_dq": {32: Tile(64, 32, 4, 1), 64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "backward_dkv": {32: Tile(32, 64, 4, 1), 64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 8, 1)},
 }
 
 
@@ -90,9 +87,8 @@ def architecture(tensor: Tensor) -> str:
 
 
 def choose_tile(kernel: str, arch: str, dtype: torch.dtype, block_dk: int, block_dv: int) -> Tile:
-    tiles = _TILES_FLOAT32[kernel] if dtype == torch.float32 else _TILES[kernel]["amd" if arch.startswith("gfx") else "nvidia"]
-    bucket = min(max(32, triton.next_power_of_2(max(block_dk, block_dv))), 256)
-    return tiles[bucket]
+    tiles = _TILES_FLOAT32 if dtype == torch.float32 else _TILES_AMD if arch.startswith("gfx") else _TILES_NVIDIA
+    return tiles[kernel][max(32, block_dk, block_dv)]
 
 
 def key_tile(block_n: int, height: int, width: int) -> tuple[int, int]:
@@ -141,6 +137,7 @@ def _align(tensor: Tensor | None) -> int:
 def _common(query, key, value, row, col, scale, row_scale, col_scale, dropout_p, seed, tile) -> dict[str, Any]:
     """Arguments that all three kernels take, by name."""
     heads, height, width, d_k = query.shape[1:]
+    block_dk, block_dv = _depth_block(d_k), _depth_block(value.shape[4])
     rows, columns = key_tile(tile.block_n, *key.shape[2:4])
     base = 1.0 if query.dtype == torch.float32 else _LOG2_E
     return {
@@ -167,8 +164,8 @@ def _common(query, key, value, row, col, scale, row_scale, col_scale, dropout_p,
         "keep_scale": 1.0 / (1.0 - dropout_p),
         "D_K": d_k,
         "D_V": value.shape[4],
-        "BLOCK_DK": _depth_block(d_k),
-        "BLOCK_DV": _depth_block(value.shape[4]),
+        "BLOCK_DK": block_dk,
+        "BLOCK_DV": block_dv,
         "BLOCK_M": max(16, min(tile.block_m, triton.next_power_of_2(height * width))),
         "ROWS": rows,
         "BLOCK_W": columns,
@@ -191,10 +188,10 @@ def plan_forward(
 
 
 def plan_backward_dq(
-    grad_out, query, key, value, row, col, out, statistics, delta, grad_query, grad_row, grad_col, scale, row_scale, col_scale,
+    grad_out, query, key, value, row, col, out, statistics, normaliser, grad_query, grad_row, grad_col, scale, row_scale, col_scale,
     dropout_p, seed, *, arch: str,
 ) -> Launch:  # fmt: skip
-    """The dQ launch; writes ``grad_query``, ``delta`` and, where the logits exist, ``grad_row`` and ``grad_col``.
+    """The dQ launch; writes ``grad_query``, ``normaliser`` and, where the logits exist, ``grad_row`` and ``grad_col``.
 
     ``grad_row`` has a leading dimension of one entry per column strip (:func:`strips`).
     """
@@ -208,7 +205,8 @@ def plan_backward_dq(
         "out_ptr": out,
         "out_strides": _strides(out),
         "statistics_ptr": statistics,
-        "delta_ptr": delta,
+        "planes": query.shape[0] * query.shape[1],
+        "normaliser_ptr": normaliser,
         "grad_query_ptr": grad_query,
         "grad_query_strides": _strides(grad_query),
         "grad_row_ptr": grad_row,
@@ -224,10 +222,10 @@ def plan_backward_dq(
 
 
 def plan_backward_dkv(
-    grad_out, query, key, value, row, col, statistics, delta, grad_key, grad_value, scale, row_scale, col_scale, dropout_p, seed,
+    grad_out, query, key, value, row, col, normaliser, grad_key, grad_value, scale, row_scale, col_scale, dropout_p, seed,
     *, arch: str,
 ) -> Launch:  # fmt: skip
-    """The dK/dV launch; reads the ``delta`` that the dQ launch wrote; writes ``grad_key`` and ``grad_value``."""
+    """The dK/dV launch; reads the ``normaliser`` that the dQ launch wrote; writes ``grad_key`` and ``grad_value``."""
     block_dk, block_dv = _depth_block(query.shape[4]), _depth_block(value.shape[4])
     tile = choose_tile("backward_dkv", arch, query.dtype, block_dk, block_dv)
     arguments = _common(query, key, value, row, col, scale, row_scale, col_scale, dropout_p, seed, tile)
@@ -235,8 +233,8 @@ def plan_backward_dkv(
     arguments |= {
         "grad_out_ptr": grad_out,
         "grad_out_strides": _strides(grad_out),
-        "statistics_ptr": statistics,
-        "delta_ptr": delta,
+        "planes": query.shape[0] * query.shape[1],
+        "normaliser_ptr": normaliser,
         "grad_key_ptr": grad_key,
         "grad_key_strides": _strides(grad_key),
         "grad_value_ptr": grad_value,
@@ -328,15 +326,15 @@ def backward(
         d_col = grad_col if col is tables[3] else torch.empty_like(col, memory_format=torch.contiguous_format)
         count = strips(query, key, value, arch)
         partial_row = d_row[None] if count == 1 else d_row.new_empty((count, *d_row.shape), dtype=torch.float32)
-        delta = statistics.new_empty(query.shape[:4])
+        normaliser = statistics.new_empty((5, *query.shape[:4]))
 
         terms = (query, key, value, row, col)
         factors = (scale, row_scale, col_scale, dropout_p, seed)
         plan_backward_dq(
-            grad_out, *terms, out, statistics, delta, grad_query,
+            grad_out, *terms, out, statistics, normaliser, grad_query,
             None if row is None else partial_row, None if col is None else d_col, *factors, arch=arch,
         ).run()  # fmt: skip
-        plan_backward_dkv(grad_out, *terms, statistics, delta, grad_key, grad_value, *factors, arch=arch).run()
+        plan_backward_dkv(grad_out, *terms, normaliser, grad_key, grad_value, *factors, arch=arch).run()
         if row is not None and count > 1:
             d_row.copy_(partial_row.sum(0))
 
@@ -389,7 +387,7 @@ def _plan_all(grid, d_k, d_v, dtype, arch, *, channels_first=False, dropout_p=0.
     row = empty(*lead, *grid, grid[0]) if logits else None
     col = empty(*lead, *grid, grid[1]) if logits else None
     statistics = empty(*lead, *grid, 2, dtype=torch.float32)
-    delta = empty(*lead, *grid, dtype=torch.float32)
+    normaliser = empty(5, *lead, *grid, dtype=torch.float32)
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     terms, factors = (query, key, value, row, col), (d_k**-0.5, 1.0, 1.0, dropout_p, seed)
     d_row = None
@@ -398,6 +396,6 @@ def _plan_all(grid, d_k, d_v, dtype, arch, *, channels_first=False, dropout_p=0.
         d_row = row[None] if count == 1 else empty(count, *row.shape, dtype=torch.float32)
     return [
         plan_forward(*terms, out, statistics, *factors, arch=arch),
-        plan_backward_dq(grad_out, *terms, out, statistics, delta, query, d_row, col, *factors, arch=arch),
-        plan_backward_dkv(grad_out, *terms, statistics, delta, key, value, *factors, arch=arch),
+        plan_backward_dq(grad_out, *terms, out, statistics, normaliser, query, d_row, col, *factors, arch=arch),
+        plan_backward_dkv(grad_out, *terms, normaliser, key, value, *factors, arch=arch),
     ]

@@ -1,0 +1,242 @@
+"""Numerics of the Triton kernels in Triton's interpreter.  Run by tests/ops/test_rel_attention_2d_triton.py, in a process of
+its own, because TRITON_INTERPRET is read when triton is imported.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fused_attn.ops.rel_attention_2d import library, reference, triton_launch
+
+NAMES = ("out", "query", "key", "value", "row", "col")
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(*shape, dtype=F32):
+    return torch.randn(*shape).to(dtype)
+
+
+def inputs(dtype, heads, query_grid, key_grid, d_k, d_v, terms, batch=1):
+    """query, key, value, row, col; ``terms``: "tables", "per-head tables", "logits", "row", "col" or "none"."""
+    torch.manual_seed(0)
+    query = draw(batch, heads, *query_grid, d_k, dtype=dtype)
+    key = draw(batch, heads, *key_grid, d_k, dtype=dtype)
+    value = draw(batch, heads, *key_grid, d_v, dtype=dtype)
+    row = col = None
+    if "tables" in terms:
+        lead = (heads,) if terms == "per-head tables" else ()
+        row, col = (draw(*lead, query_grid[i] + key_grid[i] - 1, d_k, dtype=dtype) for i in (0, 1))
+    if terms in ("logits", "row"):
+        row = draw(batch, heads, *query_grid, key_grid[0], dtype=dtype)
+    if terms in ("logits", "col"):
+        col = draw(batch, heads, *query_grid, key_grid[1], dtype=dtype)
+    return query, key, value, row, col
+
+
+def run(function, tensors, dtype, grad_out):
+    """[out, gradients...] of ``function`` over copies of ``tensors`` in ``dtype`` with the same strides."""
+    leaves = []
+    for tensor in tensors:
+        if tensor is None:
+            leaves.append(None)
+        else:
+            copy = tensor.detach() if dtype == tensor.dtype else tensor.detach().to(dtype)
+            leaves.append(copy.requires_grad_())
+    out = function(*leaves)
+    grads = torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], grad_out.to(dtype))
+    return [out.detach(), *grads]
+
+
+def check(tensors, *, rel_scale=0.7, key_minus_query=True, dropout_p=0.0, grad_out=None, **tolerances):
+    """Compare the kernels' output and gradients with the float64 reference: see ``assert_close``."""
+    query, value = tensors[0], tensors[2]
+    scale = query.shape[-1] ** -0.5
+    seed = torch.tensor([7463847412093847561]) if dropout_p else None
+    if grad_out is None:
+        grad_out = draw(*query.shape[:4], value.shape[-1], dtype=query.dtype)
+
+    def expected(q, k, v, row, col):
+        if any(term is not None and term.dim() == 5 for term in (row, col)):
+            return reference.decomposed_bias_attention(q, k, v, row, col, scale, dropout_p, seed)
+        index = "key_minus_query" if key_minus_query else "query_minus_key"
+        return reference.rel_attention_2d(q, k, v, row, col, scale, rel_scale, index, dropout_p, seed)
+
+    def actual(q, k, v, row, col):
+        return library.attention("triton", q, k, v, row, col, scale, rel_scale, key_minus_query, dropout_p, seed)
+
+    got = run(actual, tensors, query.dtype, grad_out)
+    exact = run(expected, tensors, torch.float64, grad_out)
+    rounded = run(expected, tensors, query.dtype, grad_out)
+    names = [name for name, present in zip(NAMES, (True, *(t is not None for t in tensors)), strict=True) if present]
+    for name, a, b, c in zip(names, got, exact, rounded, strict=True):
+        assert_close(name, a, b, c, **tolerances)
+    return got
+
+
+def assert_close(name, actual, exact, rounded, ulps=4):
+    """At most twice the error of the reference in the same dtype, plus ``ulps`` of the largest value."""
+    assert actual.shape == exact.shape, name
+    assert torch.equal(actual.isnan(), exact.isnan()), f"{name}: NaN in other places than the reference"
+    finite = ~exact.isnan()
+    error = (actual.double() - exact)[finite].abs().max().item() if finite.any() else 0.0
+    allowed = 2 * (rounded.double() - exact)[finite].abs().max().item() if finite.any() else 0.0
+    allowed += ulps * torch.finfo(actual.dtype).eps * exact[finite].abs().max().item() if finite.any() else 0.0
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("terms", ["tables", "per-head tables", "logits", "row", "col", "none"])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_terms(dtype, terms):
+    check(inputs(dtype, 2, (3, 5), (3, 5), 20, 2, terms))
+
+
+@pytest.mark.parametrize(
+    ("query_grid", "key_grid", "d_k", "d_v"),
+    [
+        ((1, 1), (1, 1), 2, 2),
+        ((1, 1), (3, 7), 4, 8),
+        ((4, 4), (4, 4), 80, 64),
+        ((7, 11), (7, 11), 4, 4),
+        ((2, 13), (5, 3), 8, 20),
+        ((6, 2), (1, 9), 16, 16),
+        ((40, 1), (37, 1), 4, 4),
+        ((16, 16), (16, 16), 4, 4),
+        ((3, 3), (33, 33), 4, 4),
+    ],
+)
+def test_geometry(query_grid, key_grid, d_k, d_v):
+    check(inputs(F32, 1, query_grid, key_grid, d_k, d_v, "tables"))
+    check(inputs(BF16, 1, query_grid, key_grid, d_k, d_v, "logits"))
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_depth_beyond_128(dtype):
+    check(inputs(dtype, 1, (2, 3), (2, 3), 160, 256, "tables"))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_wide_image_is_walked_in_several_strips(dtype):
+    tensors = inputs(dtype, 1, (2, 2), (3, 161), 4, 4, "logits")
+    assert triton_launch.strips(*tensors[:3], "sm_90") > 1
+    check(tensors)
+
+
+def test_query_minus_key():
+    check(inputs(F32, 2, (3, 4), (5, 2), 4, 4, "per-head tables"), key_minus_query=False)
+    check(inputs(F32, 2, (3, 4), (5, 2), 4, 4, "tables"), key_minus_query=False)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_dropout_draws_the_reference_mask(dtype):
+    check(inputs(dtype, 2, (3, 5), (4, 3), 4, 2, "tables", batch=2), dropout_p=0.3)
+
+
+def test_no_scale():
+    tensors = inputs(BF16, 1, (3, 3), (3, 3), 4, 4, "logits")
+    query, key, value, row, col = (t.double().requires_grad_() for t in tensors)
+    exact = reference.decomposed_bias_attention(query, key, value, row, col, 0.0)
+    grad_out = draw(*exact.shape, dtype=BF16)
+    expected = torch.autograd.grad(exact, (value, row, col), grad_out.double())
+    query, key, value, row, col = (t.detach().requires_grad_() for t in tensors)
+    out = library.attention("triton", query, key, value, row, col, 0.0, 1.0, True, 0.0, None)
+    torch.testing.assert_close(out.double(), exact, atol=0.02, rtol=0.02)
+    grads = torch.autograd.grad(out, (query, key, value, row, col), grad_out)
+    assert not grads[0].any()
+    assert not grads[1].any()
+    for actual, reference_grad in zip(grads[2:], expected, strict=True):
+        torch.testing.assert_close(actual.double(), reference_grad, atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("layout", ["channels first", "channels last", "sliced", "expanded"])
+def test_strides(layout):
+    query, key, value, row, col = inputs(F32, 2, (3, 5), (3, 5), 20, 2, "logits", batch=2)
+    grad_out = draw(*query.shape[:4], 2)
+    if layout == "channels first":
+        query, key, value, grad_out = (
+            t.permute(0, 1, 4, 2, 3).contiguous().permute(0, 1, 3, 4, 2) for t in (query, key, value, grad_out)
+        )
+    if layout == "channels last":
+        query, key, value, grad_out = (
+            t.permute(0, 2, 3, 1, 4).contiguous().permute(0, 3, 1, 2, 4) for t in (query, key, value, grad_out)
+        )
+    if layout == "sliced":
+        query, key, value = torch.cat((query, key, value), -1).split((20, 20, 2), -1)
+        assert query.data_ptr() % 16 == 0
+        assert value.data_ptr() % 16 != 0 or value.stride(3) % 4 != 0
+    if layout == "expanded":
+        key, value = (t[:1, :, :, :1].expand(*u.shape) for t, u in ((key, key), (value, value)))
+        row, col = row[:, :, :1, :1].expand_as(row), col[:1, :1].expand_as(col)
+        grad_out = grad_out[..., :1].expand_as(grad_out)
+    got = check((query, key, value, row, col), grad_out=grad_out)
+    assert got[0].stride(4) == (15 if layout == "channels first" else 1)
+
+
+def test_offsets_past_two_to_the_31():
+    far = 2**31 + 16
+    storage = torch.from_numpy(np.zeros(far + 4096, dtype=np.int16)).view(BF16)
+    tensors = inputs(BF16, 1, (2, 3), (2, 3), 4, 4, "none", batch=2)
+    moved = []
+    for i, tensor in enumerate(tensors[:3]):
+        view = storage.as_strided(tensor.shape, (far, 64, 32, 4, 1), 1024 * i)
+        moved.append(view.copy_(tensor))
+    check((*moved, None, None))
+
+
+def test_masked_rows_columns_and_queries():
+    query, key, value, row, col = inputs(F32, 1, (3, 4), (3, 4), 4, 4, "logits")
+    row[..., 1] = -math.inf
+    col[..., 2] = -math.inf
+    row[0, 0, 1, 1] = -math.inf
+    col[0, 0, 2, 3] = -math.inf
+    got = check((query, key, value, row, col))
+    for i in (0, 1, 4, 5):
+        assert not got[i][0, 0, 1, 1].any(), NAMES[i]
+        assert not got[i][0, 0, 2, 3].any(), NAMES[i]
+    assert not got[2][0, 0, 1].any()
+    assert not got[3][0, 0, :, 2].any()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_nan_and_inf_reach_what_they_reach_in_the_reference(which, bad):
+    tensors = inputs(F32, 1, (3, 4), (3, 4), 4, 4, "logits")
+    tensors[which][0, 0, 1, 2, 3] = bad
+    exact = reference.decomposed_bias_attention(*tensors, 0.5)
+    out = library.attention("triton", *tensors, 0.5, 1.0, True, 0.0, None)
+    assert torch.equal(out.isnan(), exact.isnan())
+    assert torch.equal(out.isinf(), exact.isinf())
+    finite = exact.isfinite()
+    torch.testing.assert_close(out[finite], exact[finite])
+
+
+@pytest.mark.parametrize(
+    ("batch", "query_grid", "key_grid", "d_v"),
+    [(1, (2, 3), (0, 3), 4), (1, (0, 3), (2, 3), 4), (0, (2, 3), (2, 3), 4), (1, (2, 3), (2, 3), 0)],
+)
+def test_empty(batch, query_grid, key_grid, d_v):
+    tensors = [t.requires_grad_() for t in inputs(F32, 2, query_grid, key_grid, 4, d_v, "logits", batch=batch)]
+    out = library.attention("triton", *tensors, 0.5, 1.0, True, 0.0, None)
+    assert torch.equal(out, torch.zeros(batch, 2, *query_grid, d_v))
+    for tensor, grad in zip(tensors, torch.autograd.grad(out.sum(), tensors), strict=True):
+        assert torch.equal(grad, torch.zeros_like(tensor))
+
+
+def test_repeated_runs_are_bitwise_equal():
+    tensors = inputs(BF16, 2, (5, 7), (5, 7), 20, 2, "tables")
+    first, second = check(tensors), check(tensors, grad_out=None)
+    assert torch.equal(first[0], second[0])
+
+
+def test_deeper_than_the_tile_table_is_refused():
+    query = torch.zeros(1, 1, 1, 1, 257)
+    assert "up to 256, got 257" in library.can_run_triton(query, query, query)
