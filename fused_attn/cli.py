@@ -1,0 +1,89 @@
+"""The command line: ``fused-attn train | demo | info``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+import tyro
+
+from .train.config import TrainConfig
+from .train.errors import TrainError
+from .train.recipes import RECIPES
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 (failed), 2 (bad usage) or 130 (interrupted)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] not in COMMANDS:
+        wants_help = bool(arguments) and arguments[0] in ("-h", "--help")
+        lines = [f"  {name:8}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+        usage = "\n".join(["usage: fused-attn COMMAND [options]; fused-attn COMMAND --help shows the options", *lines])
+        if arguments and not wants_help:
+            usage = (
+                f"fused-attn: error: the command must be one of {', '.join(COMMANDS)}, got {arguments[0]!r}\n{usage}"
+            )
+        print(usage, file=sys.stdout if wants_help else sys.stderr)
+        return 0 if wants_help else 2
+    try:
+        return COMMANDS[arguments[0]](arguments[1:])
+    except TrainError as error:
+        print(f"fused-attn: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fused-attn: interrupted", file=sys.stderr)
+        return 130
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train a model on CPU or GPU; alone, or on several processes under torchrun."""
+    settings = _recipe_settings(arguments)
+    missing = {name: tyro.MISSING for name in ("model", "dataset", "out") if name not in settings}
+    config = tyro.cli(TrainConfig, args=arguments, default=TrainConfig(**missing, **settings), prog="fused-attn train")
+    from .train.loop import train as run
+
+    try:
+        metrics = run(config)
+    except KeyboardInterrupt:
+        print(f"fused-attn: interrupted; go on with --resume --out {config.out}", file=sys.stderr)
+        return 130
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.endswith(("_loss", "_accuracy")))
+    print(f"{config.out}: {metrics['steps']} steps in {metrics['seconds']:.0f} s, {shown}")
+    return 0
+
+
+def _recipe_settings(arguments: Sequence[str]) -> dict:
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--recipe":
+            recipe = value if equals else "".join(arguments[i + 1 : i + 2])
+            if recipe not in RECIPES:
+                raise TrainError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+            return RECIPES[recipe][1]
+    return {}
+
+
+def info(arguments: Sequence[str]) -> int:
+    """Say what is installed, and which implementation each op would use here and why not the others."""
+    tyro.cli(_no_options, args=arguments, prog="fused-attn info", description=info.__doc__)
+    from .info import report
+
+    print(report())
+    return 0
+
+
+def _no_options() -> None:
+    pass
+
+
+def demo(arguments: Sequence[str]) -> int:
+    """Train a small attention-augmented network on real images, and compare the fused op with eager PyTorch."""
+    from .demo import run
+
+    return tyro.cli(run, args=arguments, prog="fused-attn demo")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "demo": demo, "info": info}
+
+if __name__ == "__main__":
+    sys.exit(main())

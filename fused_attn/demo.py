@@ -1,0 +1,143 @@
+"""``fused-attn demo``: real images to a trained network, and the fused op beside eager PyTorch, on this machine."""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .ops import rel_attention_2d
+from .train.checkpoint import write_text
+from .train.config import TrainConfig
+from .train.environment import describe
+from .train.errors import TrainError
+
+SHAPE = {"B": 8, "heads": 8, "H": 32, "W": 32, "d_k": 20, "d_v": 2}
+IMPLEMENTATIONS = {"cpu": "fused", "reference": "eager PyTorch"}
+ACCURACY = 0.95
+
+
+def run(out: Path | None = None, smoke: bool = False) -> int:
+    """Train a small attention-augmented network on real images, and compare the fused op with eager PyTorch.
+
+    Args:
+        out: folder for the run and the pictures; a new one under runs/ when not given.
+        smoke: a few steps on few images, no demand on the accuracy.
+    """
+    from .train.loop import train
+
+    out = out or _next_folder(Path("runs"))
+    config = TrainConfig(
+        model="aa_wrn_10_1" if smoke else "aa_wrn_10_2",
+        dataset="digits",
+        out=out,
+        batch_size=32,
+        epochs=1 if smoke else 5,
+        max_steps=4 if smoke else None,
+        lr=0.05,
+        schedule="cosine",
+        warmup_epochs=0.5,
+        data_note="digits of scikit-learn, resized to 32x32",
+    )
+    print(f"training {config.model} on handwritten digits, 32x32: stage 1 attends over 1,024 positions", flush=True)
+    metrics = train(config)
+    accuracy = metrics["test_accuracy"]
+    print(f"test accuracy {accuracy:.1%} after {metrics['seconds']:.0f} s ({metrics['parameters']:,} parameters)")
+
+    print("\ncomparing rel_attention_2d with eager PyTorch, forward + backward ...", flush=True)
+    comparison = compare(repetitions=1 if smoke else 5)
+    write_text(out / "comparison.json", json.dumps({**comparison, "environment": describe()}, indent=1) + "\n")
+    plot(comparison, out / "comparison.png")
+    print(table(comparison))
+    print(f"curves: {out / 'curves.png'}\ncomparison: {out / 'comparison.png'}")
+    if not smoke and accuracy < ACCURACY:
+        print(f"fused-attn: the demo must reach {ACCURACY:.0%} test accuracy, got {accuracy:.1%}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def compare(repetitions: int) -> dict:
+    """Median seconds and peak extra bytes of forward + backward, float32, for each of ``IMPLEMENTATIONS``."""
+    inputs = make_inputs()
+    seconds: dict[str, list[float]] = {impl: [] for impl in IMPLEMENTATIONS}
+    for repetition in range(repetitions + 1):
+        for impl, times in seconds.items():
+            started = time.perf_counter()
+            forward_backward(inputs, impl)
+            if repetition > 0:  # the first warms up
+                times.append(time.perf_counter() - started)
+    return {
+        "shape": SHAPE,
+        "seconds": {impl: statistics.median(times) for impl, times in seconds.items()},
+        "peak_bytes": {impl: peak_bytes(impl) for impl in IMPLEMENTATIONS},
+    }
+
+
+def make_inputs() -> list[torch.Tensor]:
+    batch, heads, height, width, d_k, d_v = SHAPE.values()
+    torch.manual_seed(0)
+    shapes = [(batch, heads, height, width, depth) for depth in (d_k, d_k, d_v)]
+    shapes += [(2 * height - 1, d_k), (2 * width - 1, d_k)]
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def forward_backward(inputs: list[torch.Tensor], impl: str) -> None:
+    rel_attention_2d(*inputs, impl=impl).sum().backward()
+
+
+def peak_bytes(impl: str) -> int:
+    """Growth of a fresh process's peak resident memory over one forward and backward pass."""
+    code = f"from fused_attn import demo; demo.print_peak({impl!r})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise TrainError(f"the memory of impl={impl!r} could not be measured: {result.stderr.strip()}")
+    return int(result.stdout)
+
+
+def print_peak(impl: str) -> None:
+    inputs = make_inputs()
+    # A tiny call first: threads and libraries are not the op's memory.
+    x = torch.randn(1, 1, 2, 2, 4, requires_grad=True)
+    rel_attention_2d(x, x, x, impl=impl).sum().backward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    forward_backward(inputs, impl)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def table(comparison: dict) -> str:
+    seconds, peak = comparison["seconds"], comparison["peak_bytes"]
+    shape = ", ".join(f"{name}={value}" for name, value in comparison["shape"].items())
+    lines = [f"rel_attention_2d, {shape}, float32, forward + backward", f"{'':16}{'time':>12}{'peak memory':>16}"]
+    for impl, label in IMPLEMENTATIONS.items():
+        lines.append(f"{label:16}{seconds[impl] * 1e3:9.1f} ms{peak[impl] / 2**20:12.1f} MiB")
+    ratio_time, ratio_memory = seconds["reference"] / seconds["cpu"], peak["reference"] / max(peak["cpu"], 1)
+    lines.append(f"{'ratio':16}{ratio_time:11.1f}x{ratio_memory:15.1f}x")
+    return "\n".join(lines)
+
+
+def plot(comparison: dict, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    bars = (("seconds", "time (ms)", 1e3), ("peak_bytes", "peak memory (MiB)", 2**-20))
+    for axes, (key, title, factor) in zip(figure.subplots(1, 2), bars, strict=True):
+        values = [comparison[key][impl] * factor for impl in IMPLEMENTATIONS]
+        drawn = axes.bar(list(IMPLEMENTATIONS.values()), values, color=["tab:blue", "tab:gray"])
+        axes.bar_label(drawn, fmt="%.0f", padding=2)
+        axes.set(title=title, ylim=(0, 1.15 * max(values)))
+    shape = ", ".join(f"{name}={value}" for name, value in comparison["shape"].items())
+    figure.suptitle(f"rel_attention_2d forward + backward, float32\n{shape}", fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def _next_folder(parent: Path) -> Path:
+    number = 1
+    while (folder := parent / f"demo-{number}").exists():
+        number += 1
+    return folder
