@@ -1,6 +1,6 @@
 """Model families, one file each, and the registry that names them."""
 
 from . import resnet, wide_resnet
-from .registry import create_model, list_models, model_options, register_model
+from .registry import create_model, list_models, register_model
 
-__all__ = ["create_model", "list_models", "model_options", "register_model", "resnet", "wide_resnet"]
+__all__ = ["create_model", "list_models", "register_model", "resnet", "wide_resnet"]

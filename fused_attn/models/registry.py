@@ -78,48 +78,27 @@ def create_model(
         ValueError: the name is unknown, or an option's value is out of range.
         TypeError: the model has no such option.
     """
-    family = _get(name)
+    family = _find(name)
+    if family is None:
+        close = difflib.get_close_matches(name, list_models(), n=4, cutoff=0.5)
+        hint = f"did you mean {', '.join(close)}?" if close else "list_models() names them all"
+        raise ValueError(f"name must be a registered model, got {name!r}: {hint}")
     for argument, number in (("num_classes", num_classes), ("in_chans", in_chans)):
         if number < 1:
             raise ValueError(f"{argument} must be at least 1, got {number}")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
 
-    accepted = _keywords(family)
-    unknown = sorted(options.keys() - accepted.keys())
+    parameters = inspect.signature(family.build).parameters.values()
+    accepted = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    unknown = sorted(options.keys() - accepted)
     if unknown:
-        raise TypeError(
-            f"{name} has no option {', '.join(map(repr, unknown))}; its options are {', '.join(model_options(name))}"
-        )
+        public = ", ".join(sorted(accepted - {"num_classes", "in_chans", "impl"}))
+        raise TypeError(f"{name} has no option {', '.join(map(repr, unknown))}; its options are {public}")
     if "impl" in accepted:
         options["impl"] = impl
     numbers = map(int, family.pattern.fullmatch(name).groups())
     return family.build(*numbers, num_classes=num_classes, in_chans=in_chans, **{**family.defaults, **options})
-
-
-def model_options(name: str) -> dict[str, Any]:
-    """Options that :func:`create_model` takes for ``name`` -> their defaults, sorted.
-
-    Raises:
-        ValueError: the name is unknown.
-    """
-    keywords = {**_keywords(_get(name)), **_get(name).defaults}
-    return {key: keywords[key] for key in sorted(keywords.keys() - {"num_classes", "in_chans", "impl"})}
-
-
-def _keywords(family: _Family) -> dict[str, Any]:
-    """Keyword-only arguments of the model's class -> their defaults."""
-    parameters = inspect.signature(family.build).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-
-
-def _get(name: str) -> _Family:
-    family = _find(name)
-    if family is None:
-        close = difflib.get_close_matches(name, list_models(), n=4, cutoff=0.5)
-        hint = f"did you mean {', '.join(close)}?" if close else "list_models() names them all"
-        raise ValueError(f"name must be a registered model, got {name!r}: {hint}")
-    return family
 
 
 def _find(name: str) -> _Family | None:
