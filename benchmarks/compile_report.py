@@ -1,13 +1,15 @@
 """Compile every Triton kernel in its shipped configurations, with no GPU, and tabulate what the compilers made of them.
 
-    python benchmarks/compile_report.py [--arch sm_90] [--filter TEXT] [--jobs 2] [--no-write]
+    python benchmarks/compile_report.py [--arch sm_90] [--filter REGEX] [--jobs 2] [--no-write]
 
-For each kernel, case and target: registers, spills and shared memory; on NVIDIA also the instructions of the innermost loop
-per score element, by class, read from the disassembly.  Writes ``results/compile_report.{md,json}`` beside this file and exits
-with status 1 when anything spills on an NVIDIA target.
+For each kernel, case and target: registers, spills and shared memory; on NVIDIA also the instructions of the
+innermost loop per score element, by class, read from the disassembly.  Writes ``results/compile_report.{md,json}``
+beside this file and exits with status 1 when anything spills on an NVIDIA target.
 
-An op takes part by a ``triton_launch`` module with ``compile_cases(arch) -> iterator of (case name, launch)``, where a launch has
-``kernel``, ``arguments`` (by parameter name, meta tensors for pointers, tuples of integers for strides), ``options``, ``tile`` (its shape in words) and ``scores_per_tile`` (scores of one loop iteration).
+An op takes part by a ``triton_launch`` module with ``compile_cases(arch) -> iterator of (case name, launch)``, where
+a launch has ``kernel``, ``arguments`` (by parameter name, meta tensors for pointers, tuples of integers for strides),
+``options``, ``tile`` (its shape in words) and ``scores_per_tile`` (scores of one loop iteration).  Its optional
+``COMPILE_NOTES`` is appended to the report.
 """
 
 from __future__ import annotations
@@ -53,8 +55,8 @@ CLASSES = {
     "shared": r"LDS|STS|LDSM|STSM|ATOMS|LDGSTS|MATRIX|MOVM",
     "global": r"LDG|STG|LD|ST|LDC|ULDC",
     "move": r"MOV|SEL|PRMT|UMOV|CS2R|PLOP3|R2P|P2R|VOTE",
-    "integer": r"IADD|IMAD|LEA|LOP3|SHF|ISETP|IMNMX|UIADD|UIMAD|ULEA|ULOP3|USHF|UISETP|USEL|UPRMT|VIADD|VIMNMX|IABS|POPC|USGXT|UF2FP",
-    "control": r"BRA|BAR|DEPBAR|LDGDEPBAR|SYNCS|BSSY|BSYNC|WARPSYNC|NOP|EXIT|ELECT|FENCE|MEMBAR|YIELD|BREAK|UBLKCP|CCTL|ERRBAR",
+    "integer": r"U?(IADD|IMAD|LEA|LOP3|SHF|ISETP|SEL|PRMT|F2FP)|IMNMX|VIADD|VIMNMX|IABS|POPC|USGXT",
+    "control": r"BRA|BAR|DEPBAR|LDGDEPBAR|SYNCS|BSSY|BSYNC|WARPSYNC|NOP|EXIT|ELECT|FENCE|MEMBAR|YIELD|BREAK|ERRBAR",
 }
 
 
@@ -70,7 +72,9 @@ def compile_launch(launch: Any, target: GPUTarget) -> Any:
             return tuple(specialise(item, (*path, i)) for i, item in enumerate(value))
         if isinstance(value, torch.Tensor):
             attributes[path] = [["tt.divisibility", 16]]
-            return "*" + {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64"}[str(value.dtype)[6:]]
+            return (
+                "*" + {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64"}[str(value.dtype)[6:]]
+            )
         if value is None or isinstance(value, bool | str) or value == 1:
             constants[path] = value
             return "constexpr"
@@ -95,11 +99,13 @@ def _tool(name: str) -> str:
 
 
 def disassemble(cubin: bytes) -> tuple[list[tuple[int, str]], dict[str, int]]:
-    """(address, instruction) of the kernel in a cubin, and its resource usage by the names of cuobjdump (REG, STACK, ...)."""
+    """(address, instruction) of the kernel in a cubin, and its resources as cuobjdump names them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([_tool("cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
         sass = subprocess.run([_tool("cuobjdump"), "-sass", file.name], capture_output=True, text=True, check=True)
     resources = {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage.stdout)}
     return [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S[^;]*);", sass.stdout)], resources
@@ -164,7 +170,7 @@ def _cases(arch: str, pattern: str) -> list[tuple[str, str, Any]]:
     for op in OPS:
         module = importlib.import_module(f"fused_attn.ops.{op}.triton_launch")
         found += [(op, case, launch) for case, launch in module.compile_cases(arch)]
-    return [c for c in found if pattern in f"{c[2].kernel.__name__} {c[1]}"]
+    return [c for c in found if re.search(pattern, f"{c[2].kernel.__name__}: {c[1]}")]
 
 
 def report_one(arch: str, index: int, pattern: str) -> dict[str, Any]:
@@ -188,7 +194,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "# Compile report",
         "",
         f"Written by `python benchmarks/compile_report.py` with Triton {triton.__version__}; no GPU involved.",
-        "Tile: queries x (key rows x key columns), or (query rows x query columns) x keys where the loop is over queries.  Spills: local loads and stores in the code (NVIDIA), spilled registers (AMD).",
+        "Tile: queries x (key rows x key columns); (query rows x query columns) where the loop is over queries.",
+        "Spills: local loads and stores in the code (NVIDIA), spilled registers (AMD).",
         "Instructions per score: thread instructions of the innermost loop divided by the scores it computes.",
         "",
     ]
@@ -201,8 +208,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         ]
         for row in (r for r in rows if r["kernel"] == kernel):
             lines.append(
-                f"| {row['case']} | {row['target']} | {row['tile']} | {row['warps']} | {row['stages']} | {row['registers']} "
-                f"| {row['spills']} | {row['shared']} | {row.get('instructions_per_score', '')} |"
+                f"| {row['case']} | {row['target']} | {row['tile']} | {row['warps']} | {row['stages']} "
+                f"| {row['registers']} | {row['spills']} | {row['shared']} | {row.get('instructions_per_score', '')} |"
             )
         lines.append("")
     nvidia = [row for row in rows if row["target"] == "sm_90"]
@@ -212,18 +219,25 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for row in nvidia:
         cells = " | ".join(f"{row['classes_per_score'].get(name, 0):.2f}" for name in names)
         lines.append(f"| {row['kernel']} | {row['case']} | {cells} |")
+    for op in dict.fromkeys(row["op"] for row in rows):
+        notes = getattr(importlib.import_module(f"fused_attn.ops.{op}.triton_launch"), "COMPILE_NOTES", "")
+        lines += ["", f"## Notes on {op}", notes.rstrip()] if notes else []
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", action="append", choices=list(TARGETS), help="targets to compile for (default: all)")
-    parser.add_argument("--filter", default="", help="only cases whose kernel and case name contain this text")
+    parser.add_argument(
+        "--filter", default="", help="only cases where this regular expression is found in 'kernel: case'"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--no-write", action="store_true", help="print the report instead of writing it")
     options = parser.parse_args()
 
-    work = [(arch, i, options.filter) for arch in options.arch or TARGETS for i in range(len(_cases(arch, options.filter)))]
+    work = [
+        (arch, i, options.filter) for arch in options.arch or TARGETS for i in range(len(_cases(arch, options.filter)))
+    ]
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(report_one, *zip(*work, strict=True)))
     rows.sort(key=lambda row: (row["kernel"], row["case"]))
@@ -232,7 +246,9 @@ def main() -> int:
     else:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "compile_report.md").write_text(markdown(rows))
-        (RESULTS / "compile_report.json").write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+        (RESULTS / "compile_report.json").write_text(
+            json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n"
+        )
     spilled = [row for row in rows if row["spills"] and not row["target"].startswith("gfx")]
     for row in spilled:
         print(f"spills: {row['kernel']}, {row['case']}, {row['target']}: {row['spills']}", file=sys.stderr)

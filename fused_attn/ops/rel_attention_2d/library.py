@@ -62,14 +62,10 @@ def can_run_triton(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         return "the package triton is not installed"
     if query.device.type != "cuda" and not _INTERPRETED:
         return f"it needs CUDA tensors, got {query.device.type} (or TRITON_INTERPRET=1, which runs it slowly anywhere)"
-    depth = max(query.shape[-1], value.shape[-1])
-    if depth > _TRITON_MAX_DEPTH:
-        return f"it computes depths up to {_TRITON_MAX_DEPTH}, got {depth}"
+    depth, deepest = max(query.shape[-1], value.shape[-1]), 128 if query.dtype == torch.float32 else 256
+    if depth > deepest:
+        return f"it computes depths up to 128 in float32 and 256 in float16 and bfloat16, got {depth} in {query.dtype}"
     return _dtype_reason(query)
-
-
-#: The deepest bucket of the tile table in triton_launch.py.
-_TRITON_MAX_DEPTH = 256
 
 
 def can_run_reference(query: Tensor, key: Tensor, value: Tensor) -> str | None:

@@ -1,7 +1,7 @@
 """Relative position tables to row or column logits and back, as a few small matrix products in PyTorch.
 
-The logits of one axis are (B, heads, Hq, Wq, Lk), O(N*(H+W)) in all, never N x N.  The windows of the table that belong to
-each query position come from ``Tensor.unfold``: no gather, and in the backward no scatter and no atomics.
+The logits of one axis are (B, heads, Hq, Wq, Lk), O(N*(H+W)) in all, never N x N.  The windows of the table that
+belong to each query position come from ``Tensor.unfold``: no gather, and in the backward no scatter and no atomics.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def _windows(table: Tensor, key_length: int, key_minus_query: bool) -> Tensor:
 def _sum_windows(grad_windows: Tensor, key_minus_query: bool) -> Tensor:
     """Adjoint of :func:`_windows`, summed in float32 in the order of the query positions."""
     grad = grad_windows.flip(-3 if key_minus_query else -1).transpose(-1, -2).float()
-    *lead, queries, keys, depth = grad.shape
-    # Window i, element k belongs to table row i+k.  Rows padded to queries+keys and read back with length queries+keys-1
-    # move one place to the right each, which puts i+k in one column.
+    queries, keys = grad.shape[-3:-1]
+    # Window i, element k belongs to table row i+k.  Rows padded to queries+keys and read back with length
+    # queries+keys-1 move one place to the right each, which puts i+k in one column.
     skewed = torch.nn.functional.pad(grad, (0, 0, 0, queries)).flatten(-3, -2)
     length = queries + keys - 1
     return skewed[..., : queries * length, :].unflatten(-2, (queries, length)).sum(-3)

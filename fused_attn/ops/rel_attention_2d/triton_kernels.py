@@ -23,13 +23,6 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
     if _INTERPRETED:
         # The interpreter multiplies the bit patterns of bfloat16; products of two are exact in float32.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
-    K: tl.constexpr = a.shape[1]
-    if a.dtype == tl.float32 and K > 128:
-        # Keeping rows of 256 operands in registers would spill.
-        a0, a1 = tl.split(tl.permute(tl.reshape(a, (a.shape[0], 2, K // 2)), (0, 2, 1)))
-        b0, b1 = tl.split(tl.permute(tl.reshape(b, (2, K // 2, b.shape[1])), (1, 2, 0)))
-        acc = tl.dot(a0, b0, acc, input_precision=PRECISION)
-        return tl.dot(a1, b1, acc, input_precision=PRECISION)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
@@ -99,7 +92,8 @@ def _keep(key0, key1, column, threshold):
 def _normaliser(statistics_ptr, query, live, EXACT: tl.constexpr):
     """(a, b) such that a softmax weight is exp2(logit - a), times b if EXACT; 0 for a masked query.
 
-    Without EXACT a is the base-2 log-sum-exp: its rounding error is lost in that of a 16-bit weight, not of a float32 one.
+    Without EXACT a is the base-2 log-sum-exp: its rounding error is lost in that of a 16-bit weight, not of a float32
+    one.
     """
     maximum = tl.load(statistics_ptr + 2 * query, mask=live, other=0.0)
     total = tl.load(statistics_ptr + 2 * query + 1, mask=live, other=0.0)
@@ -324,13 +318,17 @@ def rel_attention_bwd_dq_kernel(
     KEY_ALIGN: tl.constexpr,
     VALUE_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
+    DELTA_ONLY: tl.constexpr,
 ):
     """grad_query, the gradients of the row and column logits, and what the dK/dV pass needs to know of each query:
-    normaliser (5, B, heads, Hq, Wq), float32, is a of ``_normaliser``, delta = rowsum(grad_out * out), b of ``_normaliser``
-    if float32, and the bits of both dropout keys if there is dropout.
+    normaliser (5, B, heads, Hq, Wq), float32, is a of ``_normaliser``, delta, b of
+    ``_normaliser`` if float32, and the bits of both dropout keys if there is dropout.
 
     grad_row is (strips, B*heads, queries, Hk): one partial sum per column strip, float32 when there are several.
     Grid and ownership as in the forward kernel.
+
+    delta, the mean over keys of the gradient of the weights, is rowsum(grad_out * out).  The rounding of ``out`` in it
+    is amplified where the weights' gradients cancel; float32 sums it from the weights, in a DELTA_ONLY launch before.
     """
     BLOCK_N: tl.constexpr = ROWS * BLOCK_W
     HAS_COL: tl.constexpr = (col_ptr is not None) or (not EVEN_W)
@@ -353,14 +351,19 @@ def rel_attention_bwd_dq_kernel(
     q_block = tl.load(q_ptrs, mask=live_m[:, None] & live_k, other=0.0)
     do_ptrs = _plane(grad_out_ptr, batch, head, grad_out_strides, 1) + _offsets(y_m, x_m, d_v, grad_out_strides, 1)
     do_block = tl.load(do_ptrs, mask=live_m[:, None] & live_v, other=0.0)
-    o_ptrs = _plane(out_ptr, batch, head, out_strides, 1) + _offsets(y_m, x_m, d_v, out_strides, 1)
-    o_block = tl.load(o_ptrs, mask=live_m[:, None] & live_v, other=0.0)
-    delta = tl.sum(do_block.to(tl.float32) * o_block.to(tl.float32), 1)
     index = plane * queries + m
     lse, inverse_sum = _normaliser(statistics_ptr, index, live_m, EXACT)
     total = _int64(queries) * planes
+    if DELTA_ONLY:
+        delta = tl.zeros((BLOCK_M,), tl.float32)
+    elif EXACT:
+        delta = tl.load(normaliser_ptr + total + index, mask=live_m, other=0.0)
+    else:
+        o_ptrs = _plane(out_ptr, batch, head, out_strides, 1) + _offsets(y_m, x_m, d_v, out_strides, 1)
+        o_block = tl.load(o_ptrs, mask=live_m[:, None] & live_v, other=0.0)
+        delta = tl.sum(do_block.to(tl.float32) * o_block.to(tl.float32), 1)
+        tl.store(normaliser_ptr + total + index, delta, mask=live_m)
     tl.store(normaliser_ptr + index, lse, mask=live_m)
-    tl.store(normaliser_ptr + total + index, delta, mask=live_m)
     if EXACT:
         tl.store(normaliser_ptr + 2 * total + index, inverse_sum, mask=live_m)
     if seed_ptr is not None:
@@ -424,22 +427,28 @@ def rel_attention_bwd_dq_kernel(
             if seed_ptr is not None:
                 column = (y0 + y_n) * key_width + x0 + x_n
                 dp = tl.where(_keep(key0[:, None], key1[:, None], column[None, :], threshold), dp * keep_scale, 0.0)
-            ds = p * (tl.reshape(dp, (BLOCK_M, ROWS, BLOCK_W)) - delta[:, None, None])
-            if col_ptr is not None:
-                d_col += tl.sum(ds, 1)
-            if row_ptr is not None:
-                d_row = tl.sum(ds, 2) * grad_row_scale
-                row_shift = _int64(y0) * grad_row_strides[4] + _int64(x0 // BLOCK_W) * grad_row_strides[5]
-                tl.store(grad_row_ptrs + row_shift, d_row.to(grad_row_ptr.dtype.element_ty), mask=row_mask)
-            ds = tl.reshape(ds, (BLOCK_M, BLOCK_N)).to(k_block.dtype)
-            dq = _dot(ds, k_block, dq, PRECISION)
-        if col_ptr is not None:
+            if DELTA_ONLY:
+                delta += tl.sum(tl.reshape(p, (BLOCK_M, BLOCK_N)) * dp, 1)
+            else:
+                ds = p * (tl.reshape(dp, (BLOCK_M, ROWS, BLOCK_W)) - delta[:, None, None])
+                if col_ptr is not None:
+                    d_col += tl.sum(ds, 1)
+                if row_ptr is not None:
+                    d_row = tl.sum(ds, 2) * grad_row_scale
+                    row_shift = _int64(y0) * grad_row_strides[4] + _int64(x0 // BLOCK_W) * grad_row_strides[5]
+                    tl.store(grad_row_ptrs + row_shift, d_row.to(grad_row_ptr.dtype.element_ty), mask=row_mask)
+                ds = tl.reshape(ds, (BLOCK_M, BLOCK_N)).to(k_block.dtype)
+                dq = _dot(ds, k_block, dq, PRECISION)
+        if (col_ptr is not None) and (not DELTA_ONLY):
             d_col = (d_col * grad_col_scale).to(grad_col_ptr.dtype.element_ty)
             tl.store(grad_col_ptrs + _int64(x0) * grad_col_strides[4], d_col, mask=col_mask)
 
-    dq_ptrs = _plane(grad_query_ptr, batch, head, grad_query_strides, 1)
-    dq_ptrs += _offsets(y_m, x_m, d_k, grad_query_strides, 1)
-    tl.store(dq_ptrs, (dq * grad_scale).to(grad_query_ptr.dtype.element_ty), mask=live_m[:, None] & live_k)
+    if DELTA_ONLY:
+        tl.store(normaliser_ptr + total + index, delta, mask=live_m)
+    else:
+        dq_ptrs = _plane(grad_query_ptr, batch, head, grad_query_strides, 1)
+        dq_ptrs += _offsets(y_m, x_m, d_k, grad_query_strides, 1)
+        tl.store(dq_ptrs, (dq * grad_scale).to(grad_query_ptr.dtype.element_ty), mask=live_m[:, None] & live_k)
 
 
 @triton.jit
@@ -510,8 +519,9 @@ def rel_attention_bwd_dkv_kernel(
     live_n = ((y_n < key_height) & (x_n < key_width))[:, None]
     live_k, live_v = (d_k < D_K)[None, :], (d_v < D_V)[None, :]
 
-    # The column logits change with every tile here.  Scaled together with the product, they cost one FMA per score and no
-    # multiply; a scale of 0 becomes one that vanishes beside them.  The quotient's rounding would show in float32.
+    # The column logits change with every tile here.  Scaled together with the product, they cost one FMA per score
+    # and no multiply; a scale of 0 becomes one that vanishes beside them.  The quotient's rounding would show in
+    # float32.
     scale = tl.where(scale == 0.0, 1e-30, scale)
     pre_scale = scale if EXACT else 1.0
     col_scale = col_scale if EXACT else col_scale / scale

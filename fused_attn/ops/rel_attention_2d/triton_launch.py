@@ -1,7 +1,7 @@
 """Launches of the Triton kernels: tile shapes per architecture, arguments, and the two entry points of library.py.
 
-A launch is planned as data (:class:`Launch`) from shapes, strides and the architecture alone.  ``forward`` and ``backward``
-run the plans; ``compile_cases`` gives the same plans over meta tensors to benchmarks/compile_report.py.
+A launch is planned as data (:class:`Launch`) from shapes, strides and the architecture alone.  ``forward`` and
+``backward`` run the plans; ``compile_cases`` gives the same plans over meta tensors to benchmarks/compile_report.py.
 """
 
 from __future__ import annotations
@@ -56,23 +56,33 @@ class Launch(NamedTuple):
 
 
 # Kernel -> depth bucket -> tile; the bucket is the larger padded depth of key and value.  Chosen by
-# benchmarks/compile_report.py: no spills, few instructions per score, and on NVIDIA at least two independent thread blocks
-# per multiprocessor where registers allow, so that one block's exponentials cover another's products.
+# benchmarks/compile_report.py: first no spills, then few instructions per score, then several independent thread
+# blocks per multiprocessor, so that one block's exponentials cover another's products.
 _TILES_NVIDIA = {
-    "forward": {32: Tile(64, 128, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 1)},
+    "forward": {32: Tile(128, 128, 8, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 1)},
     "backward_dq": {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 8, 1)},
     "backward_dkv": {32: Tile(64, 64, 4, 2), 64: Tile(32, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 8, 1)},
+}
+# Where a family's registers do not hold the tile above.  sm_80 stands for every part with warp-level matrix products.
+_TILES_BY_FAMILY = {
+    ("sm_80", "forward", 128): Tile(64, 32, 4, 2),
+    ("sm_80", "forward", 256): Tile(64, 32, 8, 1),
+    ("sm_80", "backward_dq", 64): Tile(64, 32, 4, 2),
+    ("sm_80", "backward_dq", 128): Tile(64, 32, 8, 1),
+    ("sm_80", "backward_dkv", 32): Tile(64, 64, 4, 1),
+    ("sm_100", "forward", 256): Tile(64, 32, 8, 1),
+    ("sm_100", "backward_dkv", 32): Tile(64, 64, 4, 1),
 }
 _TILES_AMD = {
     "forward": {32: Tile(128, 64, 4, 1), 64: Tile(128, 64, 4, 1), 128: Tile(64, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
     "backward_dq": {32: Tile(128, 64, 4, 1), 64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
     "backward_dkv": {32: Tile(64, 64, 4, 1), 64: Tile(32, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
 }
-# IEEE float32 products run on the vector units and keep whole rows of the operands in registers.
+# IEEE float32 products run on the vector units and keep whole rows of operands in registers: none holds a depth of 256.
 _TILES_FLOAT32 = {
-    "forward": {32: Tile(32, 64, 4, 1), 64: Tile(32, 32, 4, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-    "backward_dq": {32: Tile(64, 32, 4, 1), 64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-    "backward_dkv": {32: Tile(32, 64, 4, 1), 64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 8, 1)},
+    "forward": {32: Tile(32, 64, 4, 1), 64: Tile(32, 32, 4, 1), 128: Tile(16, 16, 8, 1)},
+    "backward_dq": {32: Tile(64, 32, 4, 1), 64: Tile(16, 32, 8, 1), 128: Tile(16, 16, 8, 1)},
+    "backward_dkv": {32: Tile(32, 32, 4, 1), 64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 4, 1)},
 }
 
 
@@ -87,8 +97,14 @@ def architecture(tensor: Tensor) -> str:
 
 
 def choose_tile(kernel: str, arch: str, dtype: torch.dtype, block_dk: int, block_dv: int) -> Tile:
-    tiles = _TILES_FLOAT32 if dtype == torch.float32 else _TILES_AMD if arch.startswith("gfx") else _TILES_NVIDIA
-    return tiles[kernel][max(32, block_dk, block_dv)]
+    """Tile of ``kernel`` ("forward", "backward_dq" or "backward_dkv") on ``arch``."""
+    bucket = max(32, block_dk, block_dv)
+    if dtype == torch.float32:
+        return _TILES_FLOAT32[kernel][bucket]
+    if arch.startswith("gfx"):
+        return _TILES_AMD[kernel][bucket]
+    family = {"sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}.get(arch, "sm_80")
+    return _TILES_BY_FAMILY.get((family, kernel, bucket), _TILES_NVIDIA[kernel][bucket])
 
 
 def key_tile(block_n: int, height: int, width: int) -> tuple[int, int]:
@@ -125,7 +141,7 @@ def _strides(tensor: Tensor | None) -> tuple[int, ...] | None:
 
 
 def _align(tensor: Tensor | None) -> int:
-    """Elements, up to 16 bytes' worth, that divide the address and all strides of a tensor whose depth is contiguous."""
+    """Elements, up to 16 bytes, that divide the address and strides of a tensor whose depth is contiguous; else 1."""
     strides = _strides(tensor)
     if strides is None or strides[4] != 1:
         return 1
@@ -183,17 +199,23 @@ def plan_forward(
     block_dk, block_dv = _depth_block(query.shape[4]), _depth_block(value.shape[4])
     tile = choose_tile("forward", arch, query.dtype, block_dk, block_dv)
     arguments = _common(query, key, value, row, col, scale, row_scale, col_scale, dropout_p, seed, tile)
-    arguments |= {"out_ptr": out, "out_strides": _strides(out), "statistics_ptr": statistics, **_key_loop(key, value, arguments)}
+    arguments |= {
+        "out_ptr": out,
+        "out_strides": _strides(out),
+        "statistics_ptr": statistics,
+        **_key_loop(key, value, arguments),
+    }
     return _launch(triton_kernels.rel_attention_fwd_kernel, _query_programs(query, arguments), arguments, tile)
 
 
 def plan_backward_dq(
-    grad_out, query, key, value, row, col, out, statistics, normaliser, grad_query, grad_row, grad_col, scale, row_scale, col_scale,
-    dropout_p, seed, *, arch: str,
+    grad_out, query, key, value, row, col, out, statistics, normaliser, grad_query, grad_row, grad_col, scale,
+    row_scale, col_scale, dropout_p, seed, *, arch: str, delta_only: bool = False,
 ) -> Launch:  # fmt: skip
     """The dQ launch; writes ``grad_query``, ``normaliser`` and, where the logits exist, ``grad_row`` and ``grad_col``.
 
-    ``grad_row`` has a leading dimension of one entry per column strip (:func:`strips`).
+    ``grad_row`` has a leading dimension of one entry per column strip (:func:`strips`).  In float32 a launch with
+    ``delta_only`` has to precede it.
     """
     block_dk, block_dv = _depth_block(query.shape[4]), _depth_block(value.shape[4])
     tile = choose_tile("backward_dq", arch, query.dtype, block_dk, block_dv)
@@ -216,14 +238,15 @@ def plan_backward_dq(
         "grad_scale": scale,
         "grad_row_scale": row_scale,
         "grad_col_scale": col_scale,
+        "DELTA_ONLY": delta_only,
         **_key_loop(key, value, arguments),
     }
     return _launch(triton_kernels.rel_attention_bwd_dq_kernel, _query_programs(query, arguments), arguments, tile)
 
 
 def plan_backward_dkv(
-    grad_out, query, key, value, row, col, normaliser, grad_key, grad_value, scale, row_scale, col_scale, dropout_p, seed,
-    *, arch: str,
+    grad_out, query, key, value, row, col, normaliser, grad_key, grad_value, scale, row_scale, col_scale,
+    dropout_p, seed, *, arch: str,
 ) -> Launch:  # fmt: skip
     """The dK/dV launch; reads the ``normaliser`` that the dQ launch wrote; writes ``grad_key`` and ``grad_value``."""
     block_dk, block_dv = _depth_block(query.shape[4]), _depth_block(value.shape[4])
@@ -251,6 +274,23 @@ def plan_backward_dkv(
     row_tiles = -(-key.shape[2] // arguments["ROWS"])
     programs = query.shape[0] * query.shape[1] * row_tiles * -(-key.shape[3] // arguments["BLOCK_W"])
     return _launch(triton_kernels.rel_attention_bwd_dkv_kernel, programs, arguments, tile)
+
+
+def plan_backward(
+    grad_out, query, key, value, row, col, out, statistics, normaliser, grads, scale, row_scale, col_scale, dropout_p,
+    seed, *, arch: str,
+) -> list[Launch]:  # fmt: skip
+    """The backward launches in order; ``grads`` as in library.py, but ``grad_row`` as in :func:`plan_backward_dq`."""
+    grad_query, grad_key, grad_value, grad_row, grad_col = grads
+    terms, factors = (grad_out, query, key, value, row, col), (scale, row_scale, col_scale, dropout_p, seed)
+    launches = [
+        plan_backward_dq(
+            *terms, out, statistics, normaliser, grad_query, grad_row, grad_col, *factors,
+            arch=arch, delta_only=delta_only,
+        )
+        for delta_only in ((True, False) if query.dtype == torch.float32 else (False,))
+    ]  # fmt: skip
+    return [*launches, plan_backward_dkv(*terms, normaliser, grad_key, grad_value, *factors, arch=arch)]
 
 
 def strips(query: Tensor, key: Tensor, value: Tensor, arch: str) -> int:
@@ -301,7 +341,19 @@ def forward(query, key, value, row, col, scale, rel_scale, key_minus_query, drop
         row, row_scale = _logits(query, row, key.shape[2], 2, rel_scale, key_minus_query)
         col, col_scale = _logits(query, col, key.shape[3], 3, rel_scale, key_minus_query)
         plan_forward(
-            query, key, value, row, col, out, statistics, scale, row_scale, col_scale, dropout_p, seed, arch=architecture(query)
+            query,
+            key,
+            value,
+            row,
+            col,
+            out,
+            statistics,
+            scale,
+            row_scale,
+            col_scale,
+            dropout_p,
+            seed,
+            arch=architecture(query),
         ).run()
     return out, statistics
 
@@ -315,7 +367,7 @@ def backward(
         for grad in grads:
             grad.zero_()
         return grads
-    grad_query, grad_key, grad_value, grad_row, grad_col = grads
+    grad_query, _, _, grad_row, grad_col = grads
     arch = architecture(query)
     with torch.cuda.device_of(query):
         tables = {2: row, 3: col}
@@ -325,18 +377,20 @@ def backward(
         d_row = grad_row if row is tables[2] else torch.empty_like(row, memory_format=torch.contiguous_format)
         d_col = grad_col if col is tables[3] else torch.empty_like(col, memory_format=torch.contiguous_format)
         count = strips(query, key, value, arch)
-        partial_row = d_row[None] if count == 1 else d_row.new_empty((count, *d_row.shape), dtype=torch.float32)
+        strip_rows = d_row[None] if count == 1 else d_row.new_empty((count, *d_row.shape), dtype=torch.float32)
+        written = (
+            *grads[:3],
+            None if row is None else strip_rows,
+            None if col is None else d_col,
+        )
         normaliser = statistics.new_empty((5, *query.shape[:4]))
-
-        terms = (query, key, value, row, col)
-        factors = (scale, row_scale, col_scale, dropout_p, seed)
-        plan_backward_dq(
-            grad_out, *terms, out, statistics, normaliser, grad_query,
-            None if row is None else partial_row, None if col is None else d_col, *factors, arch=arch,
-        ).run()  # fmt: skip
-        plan_backward_dkv(grad_out, *terms, normaliser, grad_key, grad_value, *factors, arch=arch).run()
+        for launch in plan_backward(
+            grad_out, query, key, value, row, col, out, statistics, normaliser, written, scale, row_scale, col_scale,
+            dropout_p, seed, arch=arch,
+        ):  # fmt: skip
+            launch.run()
         if row is not None and count > 1:
-            d_row.copy_(partial_row.sum(0))
+            d_row.copy_(strip_rows.sum(0))
 
         for axis, d_logits, grad_table in ((2, d_row, grad_row), (3, d_col, grad_col)):
             table = tables[axis]
@@ -363,15 +417,29 @@ _COMPILE_SHAPES: dict[str, tuple] = {
     "aa-wrn stage 1, float32": ((32, 32), 20, 2, torch.float32, {}),
     "sam global 64x64, float32": ((64, 64), 64, 64, torch.float32, {}),
     "botnet 14x14, float32": ((14, 14), 128, 128, torch.float32, {}),
-    "deep 16x16, float32": ((16, 16), 256, 256, torch.float32, {}),
 }
+
+COMPILE_NOTES = """
+Instructions per score that no formulation of the loop avoids, for d_k=20, d_v=2 in bfloat16 (tensor products run
+beside them):
+
+- forward 4.5: scale and column logit (1 FMA), maximum (1), subtraction (1), exponential (1), half a conversion.  The
+  row logit joins the maximum of a row and the number subtracted, an eighth of an instruction each at 4 rows of 32;
+  the row sum is a column of ones in the padding of the values and costs none.  What remains in the loop loads the key
+  tile and builds that column.
+- dQ pass 7.5: FMA, subtraction, exponential, subtraction of delta, product, one addition each for the row and the
+  column gradient, half a conversion.
+- dK/dV pass 6.0: FMA for the column logit, FMA for scale and normaliser, exponential, subtraction of delta, product,
+  two half conversions.  Column logits change with every tile here, so that reading and widening them adds about 2.
+- dropout adds the hash, about 11 integer instructions.
+"""
 
 
 def compile_cases(arch: str) -> Iterator[tuple[str, Launch]]:
-    """(case, launch) of every shipped configuration on ``arch``, over meta tensors; the protocol of compile_report.py."""
+    """(case, launch) of every shipped configuration on ``arch``, over meta tensors: see compile_report.py."""
     for name, (grid, d_k, d_v, dtype, options) in _COMPILE_SHAPES.items():
         for launch in _plan_all(grid, d_k, d_v, dtype, arch, **options):
-            yield name, launch
+            yield f"{name}, delta" if launch.arguments.get("DELTA_ONLY") else name, launch
 
 
 def _plan_all(grid, d_k, d_v, dtype, arch, *, channels_first=False, dropout_p=0.0, logits=True) -> list[Launch]:
@@ -396,6 +464,7 @@ def _plan_all(grid, d_k, d_v, dtype, arch, *, channels_first=False, dropout_p=0.
         d_row = row[None] if count == 1 else empty(count, *row.shape, dtype=torch.float32)
     return [
         plan_forward(*terms, out, statistics, *factors, arch=arch),
-        plan_backward_dq(grad_out, *terms, out, statistics, normaliser, query, d_row, col, *factors, arch=arch),
-        plan_backward_dkv(grad_out, *terms, normaliser, key, value, *factors, arch=arch),
+        *plan_backward(
+            grad_out, *terms, out, statistics, normaliser, (query, key, value, d_row, col), *factors, arch=arch
+        ),
     ]

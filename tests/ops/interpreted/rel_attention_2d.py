@@ -1,5 +1,5 @@
-"""Numerics of the Triton kernels in Triton's interpreter.  Run by tests/ops/test_rel_attention_2d_triton.py, in a process of
-its own, because TRITON_INTERPRET is read when triton is imported.
+"""Numerics of the Triton kernels in Triton's interpreter.  Run by tests/ops/test_rel_attention_2d_triton.py, in a
+process of its own, because TRITON_INTERPRET is read when triton is imported.
 """
 
 import math
@@ -108,7 +108,7 @@ def test_terms(dtype, terms):
         ((4, 4), (4, 4), 80, 64),
         ((7, 11), (7, 11), 4, 4),
         ((2, 13), (5, 3), 8, 20),
-        ((6, 2), (1, 9), 16, 16),
+        ((6, 2), (2, 9), 16, 16),
         ((40, 1), (37, 1), 4, 4),
         ((16, 16), (16, 16), 4, 4),
         ((3, 3), (33, 33), 4, 4),
@@ -119,9 +119,9 @@ def test_geometry(query_grid, key_grid, d_k, d_v):
     check(inputs(BF16, 1, query_grid, key_grid, d_k, d_v, "logits"))
 
 
-@pytest.mark.parametrize("dtype", [F32, F16])
-def test_depth_beyond_128(dtype):
-    check(inputs(dtype, 1, (2, 3), (2, 3), 160, 256, "tables"))
+@pytest.mark.parametrize(("dtype", "d_k", "d_v"), [(F32, 128, 100), (F16, 160, 256)])
+def test_deepest_tiles(dtype, d_k, d_v):
+    check(inputs(dtype, 1, (2, 3), (2, 3), d_k, d_v, "logits"))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -232,11 +232,14 @@ def test_empty(batch, query_grid, key_grid, d_v):
 
 
 def test_repeated_runs_are_bitwise_equal():
-    tensors = inputs(BF16, 2, (5, 7), (5, 7), 20, 2, "tables")
-    first, second = check(tensors), check(tensors, grad_out=None)
-    assert torch.equal(first[0], second[0])
+    tensors = inputs(BF16, 2, (5, 7), (5, 7), 20, 2, "tables", batch=2)
+    grad_out = draw(2, 2, 5, 7, 2, dtype=BF16)
+    for first, second in zip(*(check(tensors, grad_out=grad_out) for _ in range(2)), strict=True):
+        assert torch.equal(first, second)
 
 
-def test_deeper_than_the_tile_table_is_refused():
-    query = torch.zeros(1, 1, 1, 1, 257)
-    assert "up to 256, got 257" in library.can_run_triton(query, query, query)
+@pytest.mark.parametrize(("dtype", "depth"), [(F32, 129), (BF16, 257)])
+def test_deeper_than_the_tile_table_is_refused(dtype, depth):
+    query = torch.zeros(1, 1, 1, 1, depth, dtype=dtype)
+    assert f"got {depth} in {dtype}" in library.can_run_triton(query, query, query)
+    assert library.can_run_triton(query[..., 1:], query[..., 1:], query[..., 1:]) is None
