@@ -104,16 +104,16 @@ class TrainConfig:
     """Only algorithms that give the same bits at every run."""
 
     eval_every: int = 1
-    """Epochs between evaluations."""
+    """Epochs between evaluations; 0: none, not even at the end."""
     log_every: int = 10
     """Steps between lines of the log."""
     checkpoint_every: int = 500
     """Steps between checkpoints; one is also written at every end of an epoch that is evaluated."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "eval_batch_size", "eval_every", "log_every",
-                     "checkpoint_every"):  # fmt: skip
+        for name in ("epochs", "batch_size", "accumulate", "eval_batch_size", "log_every", "checkpoint_every"):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _check(self.eval_every >= 0, "eval_every", "at least 0", self.eval_every)
         for name in ("max_steps", "train_images", "image_size", "threads"):
             value = getattr(self, name)
             _check(value is None or value >= 1, name, "at least 1", value)

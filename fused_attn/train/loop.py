@@ -178,7 +178,7 @@ class Run:
         config = self.config
         loss, correct, count = self.accelerator.reduce(self.totals, "sum").tolist()
         last = self.step == self.last_step
-        if epoch % config.eval_every == 0 or last:
+        if config.eval_every and (epoch % config.eval_every == 0 or last):
             results = {"train_loss": loss / count, "train_accuracy": correct / count}
             if self.validation is not None:
                 results |= self.evaluate(self.validation, "validation")
