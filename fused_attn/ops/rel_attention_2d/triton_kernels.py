@@ -198,6 +198,8 @@ def rel_attention_fwd_kernel(
 
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
+    # Cast from float32: the interpreter of Triton 3.6 makes no bfloat16 constants.
+    one = tl.full((1, 1), 1.0, tl.float32).to(value_ptr.dtype.element_ty)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     for x0 in range(0, BLOCK_W if ONE_STRIP else key_width, BLOCK_W):
         live_w = x0 + w < key_width
@@ -219,7 +221,7 @@ def rel_attention_fwd_kernel(
                 value_ptr + _shift(y0, x0, value_strides, VALUE_ALIGN) + v_offsets, mask=live_n & live_v, other=0.0
             )
             if ONES_COLUMN:
-                v_block = tl.where((d_v == D_V)[None, :], 1.0, v_block).to(v_block.dtype)
+                v_block = tl.where((d_v == D_V)[None, :], one, v_block)
 
             s = _dot(q_block, tl.trans(k_block), None, PRECISION)
             s = tl.reshape(s, (BLOCK_M, ROWS, BLOCK_W)) * scale
