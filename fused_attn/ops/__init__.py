@@ -2,4 +2,13 @@
 
 from .rel_attention_2d import decomposed_bias_attention, rel_attention_2d
 
-__all__ = ["decomposed_bias_attention", "rel_attention_2d"]
+__all__ = ["SPECS", "decomposed_bias_attention", "rel_attention_2d"]
+
+
+def __getattr__(name: str):
+    # Samples, bad inputs and peers are for tests and benchmarks; importing the package does not build them.
+    if name == "SPECS":
+        from .rel_attention_2d import spec as rel_attention_2d_spec
+
+        return rel_attention_2d_spec.SPECS
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
