@@ -200,6 +200,4 @@ def _check_bias(name: str, bias: Tensor | None, query: Tensor, key: Tensor, axis
     expected = (*query.shape[:4], key.shape[axis])
     if tuple(bias.shape) != expected:
         letter = "HW"[axis - 2]
-        raise ValueError(
-            f"{name} must have shape (B, heads, Hq, Wq, {letter}k)={expected}, got {tuple(bias.shape)}"
-        )
+        raise ValueError(f"{name} must have shape (B, heads, Hq, Wq, {letter}k)={expected}, got {tuple(bias.shape)}")

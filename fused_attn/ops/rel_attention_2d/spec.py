@@ -1,0 +1,456 @@
+"""Samples, bad inputs, benchmark shapes and peers of ``rel_attention_2d`` and ``decomposed_bias_attention``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contract import BadInput, OpSpec, Sample, Shape
+from . import library
+from .api import decomposed_bias_attention, rel_attention_2d
+from .peers import PEERS
+
+Grid = tuple[int, int]
+
+
+# --- layouts: a logical (B, heads, H, W, d) tensor in some memory order ---------------------------------------------
+
+
+def _contiguous(shape, dtype, device):
+    return torch.randn(shape, dtype=torch.float64).to(device, dtype)
+
+
+def _channels_last(shape, dtype, device):
+    """As the heads of a channels_last convolution lie: (B, H, W, heads, d) in memory."""
+    batch, heads, height, width, depth = shape
+    return _contiguous((batch, height, width, heads, depth), dtype, device).permute(0, 3, 1, 2, 4)
+
+
+def _channels_first(shape, dtype, device):
+    """As the heads of a contiguous convolution lie: (B, heads, d, H, W) in memory."""
+    batch, heads, height, width, depth = shape
+    return _contiguous((batch, heads, depth, height, width), dtype, device).permute(0, 1, 3, 4, 2)
+
+
+def _heads_first(shape, dtype, device):
+    batch, heads, height, width, depth = shape
+    return _contiguous((heads, batch, height, width, depth), dtype, device).transpose(0, 1)
+
+
+def _spread(shape, dtype, device):
+    """Every second element of every axis."""
+    return _contiguous([2 * size for size in shape], dtype, device)[tuple(slice(1, None, 2) for _ in shape)]
+
+
+def _one_batch(shape, dtype, device):
+    """One image expanded over the batch: stride 0."""
+    return _contiguous((1, *shape[1:]), dtype, device).expand(shape)
+
+
+def _inside(shape, dtype, device):
+    """A slice of a larger convolution output, as split() gives it: queries, keys and values side by side."""
+    batch, heads, height, width, depth = shape
+    whole = _contiguous((batch, 3 * heads * depth, height, width), dtype, device)
+    return whole[:, heads * depth : 2 * heads * depth].unflatten(1, (heads, depth)).permute(0, 1, 3, 4, 2)
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
+def _attention(dtype, device, *, batch, heads, query_grid, key_grid, d_k, d_v, layout=_contiguous, key_layout=None):
+    key_layout = key_layout or layout
+    return {
+        "query": layout((batch, heads, *query_grid, d_k), dtype, device),
+        "key": key_layout((batch, heads, *key_grid, d_k), dtype, device),
+        "value": key_layout((batch, heads, *key_grid, d_v), dtype, device),
+    }
+
+
+def make_rel(
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    terms: str = "hw",
+    tables: str = "shared",
+    options: Mapping[str, Any] | None = None,
+    **geometry: Any,
+) -> dict[str, Any]:
+    """Arguments of ``rel_attention_2d``; ``terms`` names the axes with a table, ``tables`` says of what kind."""
+    inputs = _attention(dtype, device, **geometry)
+    heads, d_k = geometry["heads"], geometry["d_k"]
+    for axis, letter in enumerate("hw"):
+        if letter not in terms:
+            continue
+        length = max(geometry["query_grid"][axis] + geometry["key_grid"][axis] - 1, 0)
+        shape = (heads, length, d_k) if tables in ("per head", "expanded") else (length, d_k)
+        if tables == "expanded":
+            table = torch.randn(1, length, d_k, dtype=torch.float64).to(device, dtype).expand(shape)
+        elif tables == "transposed":
+            table = torch.randn(d_k, length, dtype=torch.float64).to(device, dtype).t()
+        else:
+            table = torch.randn(shape, dtype=torch.float64).to(device, dtype)
+        inputs[f"rel_{letter}"] = table
+    return {**inputs, **(options or {})}
+
+
+def make_bias(
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    terms: str = "hw",
+    edit: Callable[[dict[str, Any]], None] | None = None,
+    options: Mapping[str, Any] | None = None,
+    **geometry: Any,
+) -> dict[str, Any]:
+    """Arguments of ``decomposed_bias_attention``; ``edit`` changes them afterwards."""
+    inputs = _attention(dtype, device, **geometry)
+    for axis, letter in enumerate("hw"):
+        if letter in terms:
+            shape = (geometry["batch"], geometry["heads"], *geometry["query_grid"], geometry["key_grid"][axis])
+            inputs[f"bias_{letter}"] = torch.randn(shape, dtype=torch.float64).to(device, dtype)
+    if edit is not None:
+        edit(inputs)
+    return {**inputs, **(options or {})}
+
+
+_SMALL = {"batch": 2, "heads": 2, "query_grid": (3, 4), "key_grid": (3, 4), "d_k": 4, "d_v": 3}
+
+
+def _geometry(query_grid: Grid, key_grid: Grid | None = None, d_k=20, d_v=2, batch=1, heads=2, **layouts) -> dict:
+    return {
+        "batch": batch, "heads": heads, "query_grid": query_grid, "key_grid": key_grid or query_grid, "d_k": d_k,
+        "d_v": d_v, **layouts,
+    }  # fmt: skip
+
+
+_GEOMETRIES = {
+    "small": _SMALL,
+    "1x1": _geometry((1, 1), d_k=4),
+    "one key": _geometry((5, 3), (1, 1), d_k=4),
+    "one query": _geometry((1, 1), (6, 7)),
+    "primes 13x7": _geometry((13, 7), d_v=4),
+    "query grid larger": _geometry((8, 6), (4, 3), d_v=5),
+    "key grid larger": _geometry((4, 3), (13, 17), d_v=5),
+    "width 2": _geometry((17, 2)),
+    "width 3": _geometry((11, 3), d_v=8),
+    "width 4": _geometry((9, 4)),
+    "width 8": _geometry((8, 8), d_v=8, batch=2),
+    "width 16": _geometry((16, 16), d_v=4),
+    "width 17": _geometry((5, 17)),
+    "width 31": _geometry((4, 31)),
+    "width 32": _geometry((32, 32), heads=1),
+    "width 33": _geometry((3, 33)),
+    "width 130": _geometry((3, 130), heads=1),
+    "column 40x1": _geometry((40, 1), d_k=7, d_v=1),
+    "many rows": _geometry((40, 24), heads=1, d_k=8),
+    "deep 64": _geometry((6, 10), d_k=64, d_v=64),
+    "deep 80": _geometry((5, 5), d_k=80, d_v=80, heads=1),
+    "deep 128": _geometry((4, 4), d_k=128, d_v=16, heads=1),
+    "odd depths": _geometry((5, 6), d_k=1, d_v=1),
+    "channels_last": _geometry((6, 8), d_v=4, batch=2, layout=_channels_last),
+    "channels first": _geometry((6, 8), d_v=4, batch=2, layout=_channels_first),
+    "heads first": _geometry((6, 8), d_v=4, batch=2, layout=_heads_first),
+    "spread": _geometry((3, 5), d_k=4, layout=_spread),
+    "slice of qkv": _geometry((4, 5), d_k=4, d_v=4, batch=2, layout=_inside),
+    "mixed layouts": _geometry((4, 5), d_k=4, batch=2, layout=_channels_first, key_layout=_channels_last),
+    "expanded keys": _geometry((4, 5), d_k=4, batch=3, key_layout=_one_batch),
+    "no images": _geometry((3, 4), d_k=4, batch=0),
+    "no queries": _geometry((0, 4), (3, 4), d_k=4),
+    "no keys": _geometry((3, 4), (3, 0), d_k=4),
+}
+
+
+def _rel_sample(name: str, small: bool = False, **settings: Any) -> Sample:
+    return Sample(name, partial(make_rel, **settings), small=small)
+
+
+def _bias_sample(name: str, small: bool = False, **settings: Any) -> Sample:
+    return Sample(name, partial(make_bias, **settings), small=small)
+
+
+REL_SAMPLES = (
+    *(_rel_sample(name, small=name == "small", **geometry) for name, geometry in _GEOMETRIES.items()),
+    _rel_sample("no tables", small=True, **_SMALL, terms=""),
+    _rel_sample("rows only", small=True, **_SMALL, terms="h"),
+    _rel_sample("columns only", **_SMALL, terms="w"),
+    _rel_sample("per-head tables", small=True, **_SMALL, tables="per head"),
+    _rel_sample("expanded tables", **_SMALL, tables="expanded"),
+    _rel_sample("transposed tables", **_SMALL, tables="transposed"),
+    _rel_sample("query_minus_key", small=True, **_SMALL, options={"index": "query_minus_key"}),
+    _rel_sample(
+        "query_minus_key, unequal grids",
+        **_geometry((6, 5), (4, 9), d_v=4),
+        tables="per head",
+        options={"index": "query_minus_key"},
+    ),
+    _rel_sample("rel_scale 1", **_SMALL, options={"rel_scale": 1.0}),
+    _rel_sample("scale 0.1, rel_scale 0.7", small=True, **_SMALL, options={"scale": 0.1, "rel_scale": 0.7}),
+    _rel_sample("scale 0", **_SMALL, options={"scale": 0.0, "rel_scale": 1.0}),
+    _rel_sample("large logits", **_geometry((7, 9), heads=1), options={"scale": 2.0}),
+    _rel_sample("dropout", small=True, **_SMALL, options={"dropout_p": 0.3}),
+    _rel_sample("dropout, width 8", **_GEOMETRIES["width 8"], options={"dropout_p": 0.5}),
+    _rel_sample("dropout, width 32", **_geometry((8, 32)), options={"dropout_p": 0.1}),
+)
+
+
+def _mask_rows(inputs: dict[str, Any]) -> None:
+    """Key row 0 for every query; every key for the queries of row 1."""
+    inputs["bias_h"][..., 0] = float("-inf")
+    inputs["bias_h"][:, :, 1] = float("-inf")
+
+
+def _mask_columns(inputs: dict[str, Any]) -> None:
+    inputs["bias_w"][..., 1:] = float("-inf")
+
+
+def _expand(inputs: dict[str, Any]) -> None:
+    for name in ("bias_h", "bias_w"):
+        inputs[name] = inputs[name][:, :1, :1, :1].expand(inputs[name].shape)
+
+
+def _plant(name: str, value: float) -> Callable[[dict[str, Any]], None]:
+    def edit(inputs: dict[str, Any]) -> None:
+        # One image of two: the other one's results must stay finite and right.
+        inputs[name][0, 0, 0, 0, 0] = value
+
+    return edit
+
+
+BIAS_SAMPLES = (
+    *(_bias_sample(name, small=name == "small", **geometry) for name, geometry in _GEOMETRIES.items()),
+    _bias_sample("no bias", **_SMALL, terms=""),
+    _bias_sample("rows only", small=True, **_SMALL, terms="h"),
+    _bias_sample("columns only", **_SMALL, terms="w"),
+    _bias_sample("expanded bias", **_SMALL, edit=_expand),
+    _bias_sample("masked rows", **_SMALL, edit=_mask_rows),
+    _bias_sample("masked rows, width 8", **_GEOMETRIES["width 8"], edit=_mask_rows),
+    _bias_sample("masked rows, width 32", **_geometry((8, 32)), edit=_mask_rows),
+    _bias_sample("masked columns", **_SMALL, edit=_mask_columns),
+    _bias_sample("nan in query", **_SMALL, edit=_plant("query", float("nan"))),
+    _bias_sample("nan in key", **_SMALL, edit=_plant("key", float("nan"))),
+    _bias_sample("inf in value", **_SMALL, edit=_plant("value", float("inf"))),
+    _bias_sample("inf in bias_h", **_SMALL, edit=_plant("bias_h", float("inf"))),
+    _bias_sample("dropout", small=True, **_SMALL, options={"dropout_p": 0.3}),
+)
+
+
+# --- random calls for the shape fuzz ----------------------------------------------------------------------------------
+
+
+def _fuzz_geometry(draw: random.Random) -> dict[str, Any]:
+    query_grid = (draw.randint(1, 12), draw.randint(1, 36))
+    key_grid = query_grid if draw.random() < 0.5 else (draw.randint(1, 12), draw.randint(1, 36))
+    layouts = (_contiguous, _channels_last, _channels_first, _heads_first, _spread)
+    return _geometry(
+        query_grid,
+        key_grid,
+        d_k=draw.choice((1, 2, 3, 8, 16, 20, 24, 33, 64)),
+        d_v=draw.choice((1, 2, 3, 4, 5, 8, 20, 33)),
+        batch=draw.randint(1, 2),
+        heads=draw.randint(1, 3),
+        layout=draw.choice(layouts),
+        key_layout=draw.choice(layouts),
+    )
+
+
+def fuzz_rel(draw: random.Random) -> Sample:
+    settings = {
+        "terms": draw.choice(("hw", "hw", "h", "w", "")),
+        "tables": draw.choice(("shared", "per head", "expanded", "transposed")),
+        "options": {
+            "index": draw.choice(("key_minus_query", "query_minus_key")),
+            "rel_scale": draw.choice((None, 1.0)),
+            "dropout_p": draw.choice((0.0, 0.0, 0.25)),
+        },
+        **_fuzz_geometry(draw),
+    }
+    return Sample(str(settings), partial(make_rel, **settings))
+
+
+def fuzz_bias(draw: random.Random) -> Sample:
+    settings = {
+        "terms": draw.choice(("hw", "hw", "h", "w", "")),
+        "options": {"dropout_p": draw.choice((0.0, 0.0, 0.25))},
+        **_fuzz_geometry(draw),
+    }
+    return Sample(str(settings), partial(make_bias, **settings))
+
+
+# --- bad inputs -------------------------------------------------------------------------------------------------------
+
+
+def _bad(make: Callable[..., dict[str, Any]], **changes: Any) -> Callable[[], dict[str, Any]]:
+    """A small valid call with some arguments replaced; a callable is applied to the argument."""
+
+    def build() -> dict[str, Any]:
+        torch.manual_seed(0)
+        inputs = make(torch.float32, torch.device("cpu"), **_SMALL)
+        for name, change in changes.items():
+            inputs[name] = change(inputs[name]) if callable(change) else change
+        return inputs
+
+    return build
+
+
+def _common_bad(make: Callable[..., dict[str, Any]]) -> tuple[BadInput, ...]:
+    bad = partial(_bad, make)
+    return (
+        BadInput("query rank", bad(query=lambda x: x[0]), ValueError, r"query must have 5 dimensions .*\(2, 3, 4, 4\)"),
+        BadInput("key rank", bad(key=lambda x: x[0]), ValueError, r"key must have 5 dimensions"),
+        BadInput("value rank", bad(value=lambda x: x[0]), ValueError, r"value must have 5 dimensions"),
+        BadInput("query no tensor", bad(query=[1.0]), TypeError, r"query must be a tensor, got list"),
+        BadInput("integer key", bad(key=lambda x: x.long()), TypeError, r"key must have a floating.* got torch\.int64"),
+        BadInput(
+            "batch", bad(key=lambda x: x[:1]), ValueError, r"key must have the batch and heads of query, \(2, 2\)"
+        ),
+        BadInput("heads", bad(value=lambda x: x[:, :1]), ValueError, r"value must have the batch and heads .*\(2, 1\)"),
+        BadInput("depth", bad(key=lambda x: x[..., :3]), ValueError, r"key must have the depth of query, d_k=4, got 3"),
+        BadInput(
+            "no depth",
+            bad(query=lambda x: x[..., :0], key=lambda x: x[..., :0]),
+            ValueError,
+            r"query must have a depth d_k of at least 1",
+        ),
+        BadInput("grid", bad(value=lambda x: x[:, :, :2]), ValueError, r"value must have the grid of key, .*\(2, 4\)"),
+        BadInput(
+            "dtype", bad(key=lambda x: x.double()), ValueError, r"key must have the dtype of query, torch.float32"
+        ),
+        BadInput("device", bad(value=lambda x: x.to("meta")), ValueError, r"value must be on the device of query, cpu"),
+        BadInput("dropout 1", bad(dropout_p=1.0), ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+        BadInput("dropout negative", bad(dropout_p=-0.1), ValueError, r"dropout_p must be in \[0, 1\), got -0.1"),
+        BadInput("impl unknown", bad(impl="fast"), ValueError, r"impl must be one of 'auto', .* got 'fast'"),
+        BadInput("impl of other ops", bad(impl="cuda"), ValueError, r"impl must be one of .* got 'cuda'"),
+        BadInput(
+            "impl cannot run",
+            _bad(_no_terms, **dict.fromkeys(("query", "key", "value"), Tensor.double), impl="cpu"),
+            RuntimeError,
+            r"impl='cpu' cannot run: .*(float64|not available)",
+        ),
+    )
+
+
+def _no_terms(dtype, device, **geometry):
+    return make_rel(dtype, device, terms="", **geometry)
+
+
+REL_BAD = (
+    *_common_bad(make_rel),
+    BadInput("index", _bad(make_rel, index="q-k"), ValueError, r"index must be one of .*, got 'q-k'"),
+    BadInput(
+        "table length",
+        _bad(make_rel, rel_h=lambda x: x[1:]),
+        ValueError,
+        r"rel_h must have shape \(Hq\+Hk-1, d_k\)=\(5, 4\) or .*=\(2, 5, 4\), got \(4, 4\)",
+    ),
+    BadInput("table depth", _bad(make_rel, rel_w=lambda x: x[:, 1:]), ValueError, r"rel_w must have shape .*\(7, 3\)"),
+    BadInput(
+        "table heads", _bad(make_rel, rel_w=lambda x: x.expand(3, -1, -1)), ValueError, r"rel_w must have shape .*\(3,"
+    ),
+    BadInput("table integer", _bad(make_rel, rel_h=lambda x: x.int()), TypeError, r"rel_h must have a floating"),
+    BadInput(
+        "table dtype", _bad(make_rel, rel_h=lambda x: x.half()), ValueError, r"rel_h must have the dtype of query"
+    ),
+    BadInput("table device", _bad(make_rel, rel_w=lambda x: x.to("meta")), ValueError, r"rel_w must be on the device"),
+)
+BIAS_BAD = (
+    *_common_bad(make_bias),
+    BadInput(
+        "bias shape",
+        _bad(make_bias, bias_h=lambda x: x[..., :2]),
+        ValueError,
+        r"bias_h must have shape \(B, heads, Hq, Wq, Hk\)=\(2, 2, 3, 4, 3\), got \(2, 2, 3, 4, 2\)",
+    ),
+    BadInput("bias rank", _bad(make_bias, bias_w=lambda x: x[0]), ValueError, r"bias_w must have shape"),
+    BadInput("bias integer", _bad(make_bias, bias_w=lambda x: x.long()), TypeError, r"bias_w must have a floating"),
+    BadInput("bias dtype", _bad(make_bias, bias_w=lambda x: x.half()), ValueError, r"bias_w must have the dtype"),
+)
+
+
+# --- benchmark shapes -------------------------------------------------------------------------------------------------
+
+
+def _shape(name: str, batch: int, heads: int, grid: Grid, d_k: int, d_v: int) -> Shape:
+    geometry = {"batch": batch, "heads": heads, "query_grid": grid, "key_grid": grid, "d_k": d_k, "d_v": d_v}
+    pairs, positions = batch * heads, grid[0] * grid[1]
+    tables = 2 * (grid[0] + grid[1] - 1) * d_k
+    logits = pairs * positions * (grid[0] + grid[1])
+    vectors = pairs * positions * (2 * d_k + d_v)
+    return Shape(
+        name,
+        partial(make_rel, **geometry),
+        flops_forward=2 * pairs * positions**2 * (d_k + d_v) + 2 * logits * d_k,
+        flops_backward=2 * pairs * positions**2 * (3 * d_k + 2 * d_v) + 6 * logits * d_k,
+        bytes_forward=4 * (vectors + tables + pairs * positions * d_v),
+        bytes_backward=4 * (2 * vectors + 2 * tables + 2 * pairs * positions * d_v),
+        memory_limit=int(1.5 * 4 * (vectors + pairs * positions * d_v + logits)),
+    )
+
+
+SHAPES = (
+    _shape("32x32, d_k 20, d_v 2", 8, 8, (32, 32), 20, 2),
+    _shape("16x16, d_k 20, d_v 4", 8, 8, (16, 16), 20, 4),
+    _shape("8x8, d_k 20, d_v 8", 8, 8, (8, 8), 20, 8),
+    _shape("64x64, d 64 (SAM)", 1, 12, (64, 64), 64, 64),
+)
+GROWTH = tuple(_shape(f"{n}x{n}, B 1, d_k 20, d_v 2", 1, 8, (n, n), 20, 2) for n in (16, 32, 64, 96))
+
+
+# --- specs ------------------------------------------------------------------------------------------------------------
+
+
+def _implementations() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
+    def reason(can_run, inputs):
+        return can_run(inputs["query"], inputs["key"], inputs["value"])
+
+    return {name: partial(reason, can_run) for name, can_run in library.IMPLEMENTATIONS.items()}
+
+
+def _operators(prefix: str, impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
+    """The registered operators with the arguments of one call, for ``torch.library.opcheck``."""
+    if impl == "reference":
+        return ()
+    query, key, value = (inputs[name] for name in ("query", "key", "value"))
+    row, col = inputs.get(f"{prefix}_h"), inputs.get(f"{prefix}_w")
+    dropout_p = inputs.get("dropout_p", 0.0)
+    seed = torch.tensor([1234567890123], device=query.device) if dropout_p else None
+    options = (0.3, 0.7, inputs.get("index", "key_minus_query") == "key_minus_query", dropout_p, seed)
+    forward = getattr(torch.ops.fused_attn, f"rel_attention_2d_{impl}").default
+    backward = getattr(torch.ops.fused_attn, f"rel_attention_2d_{impl}_backward").default
+    detached = [None if tensor is None else tensor.detach() for tensor in (query, key, value, row, col)]
+    with torch.no_grad():
+        out, statistics = forward(*detached, *options)
+    grad_out: Tensor = torch.randn_like(out)
+    return (
+        (forward, (query, key, value, row, col, *options)),
+        (backward, (grad_out, *detached, out, statistics, *options)),
+    )
+
+
+SPECS = (
+    OpSpec(
+        name="rel_attention_2d",
+        function=rel_attention_2d,
+        implementations=_implementations(),
+        samples=REL_SAMPLES,
+        bad_inputs=REL_BAD,
+        fuzz=fuzz_rel,
+        operators=partial(_operators, "rel"),
+        shapes=SHAPES,
+        growth=GROWTH,
+        peers=PEERS,
+    ),
+    OpSpec(
+        name="decomposed_bias_attention",
+        function=decomposed_bias_attention,
+        implementations=_implementations(),
+        samples=BIAS_SAMPLES,
+        bad_inputs=BIAS_BAD,
+        fuzz=fuzz_bias,
+        operators=partial(_operators, "bias"),
+    ),
+)
