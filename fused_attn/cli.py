@@ -30,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainError as error:
         print(f"fused-attn: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a log or a picture on a full disk; checkpoints report theirs as a TrainError
+        print(f"fused-attn: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("fused-attn: interrupted", file=sys.stderr)
         return 130

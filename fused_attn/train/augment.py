@@ -21,6 +21,6 @@ def build(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, nn.Module]:
     if flip:
         transforms.append(K.RandomHorizontalFlip(p=0.5))
     if config.rotate > 0:
-        transforms.append(K.RandomRotation(config.rotate))
+        transforms.append(K.RandomRotation(config.rotate, p=1.0))
     normalize = K.Normalize(dataset.mean, dataset.std)
     return nn.Sequential(*transforms, normalize), normalize

@@ -59,7 +59,7 @@ class TrainConfig:
     """Images to a forward pass in evaluation, per process."""
 
     optimizer: Literal["sgd", "adam"] = "sgd"
-    """SGD with momentum, or Adam with decoupled weight decay of 0 by default."""
+    """SGD with momentum, or Adam."""
     lr: float = 0.1
     """Learning rate at its highest."""
     momentum: float = 0.9

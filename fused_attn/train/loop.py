@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import MeanMetric
@@ -55,9 +56,7 @@ class Run:
             torch.set_num_threads(config.threads)
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = not config.deterministic
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulate
-        )
+        self.accelerator = make_accelerator(config)
         self.checkpoints = config.out / "checkpoints"
         self._claim_folder()
 
@@ -89,6 +88,7 @@ class Run:
         if config.channels_last:
             self.network.to(memory_format=torch.channels_last)
         self.network.to(self.accelerator.device)
+        self._try_out()
         self.average = (
             AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema > 0 else None
         )
@@ -106,6 +106,14 @@ class Run:
         if self.accelerator.is_main_process:
             checkpoint.write_text(config.out / "config.json", json.dumps(config.as_json(), indent=1) + "\n")
 
+    def _try_out(self) -> None:
+        """Run one image, so that an ``impl`` that cannot run here is an error before anything is written."""
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                self.network.eval()(self._to_device(self.dataset.test[:1], self.eval_transform)[0])
+        except (RuntimeError, ValueError) as error:
+            raise TrainError(f"model {self.config.model}: {error}") from error
+
     # --- the run ------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
@@ -118,7 +126,11 @@ class Run:
             mininterval=0.5 if sys.stderr.isatty() else 10,
             disable=not self.accelerator.is_main_process,
         )
-        results: dict[str, float] = {}
+        # A resumed run may have no epoch left to do: then its last results are those in the log.
+        kept = ("_loss", "_accuracy")
+        results: dict[str, float] = {
+            name: value for event in self.log.events("epoch") for name, value in event.items() if name.endswith(kept)
+        }
         with self._interrupts(), self.bar:
             while self.step < self.last_step:
                 epoch, first = divmod(self.step, self.steps_per_epoch)
@@ -199,6 +211,9 @@ class Run:
         accelerator = self.accelerator
         network = self.average.module if self.average is not None else self.network
         network.eval()
+        if accelerator.num_processes > 1:  # batch statistics are each process's own; kept are those of the first
+            for buffer in network.buffers():
+                broadcast(buffer)
         loss, accuracy = MeanMetric(), MulticlassAccuracy(self.dataset.num_classes, average="micro")
         loss, accuracy = loss.to(accelerator.device), accuracy.to(accelerator.device)
         mine = images[accelerator.process_index :: accelerator.num_processes]
@@ -260,7 +275,7 @@ class Run:
     def _resume(self) -> None:
         path = checkpoint.find(self.checkpoints)[-1]
         weights, state = checkpoint.load(path)
-        if state["step"] >= self.last_step:
+        if state["step"] >= self.last_step and (self.config.out / "metrics.json").exists():
             raise TrainError(f"--resume: the run in {self.config.out} is complete at step {state['step']}")
         self.network.load_state_dict(weights["model"])
         if self.average is not None:
@@ -318,6 +333,18 @@ class Run:
             return self.interrupted
         flag = torch.tensor(float(self.interrupted), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    # Accelerate keeps one state per process, and refuses another precision for a second run in the same process.
+    AcceleratorState._reset_state(reset_partial_state=False)
+    GradientState._reset_state()
+    return Accelerator(
+        # Without a GPU it sees torchrun's processes only when told to use the CPU.
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.accumulate,
+    )
 
 
 def build_network(config: TrainConfig, dataset: data.Dataset) -> nn.Module:

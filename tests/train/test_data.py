@@ -1,0 +1,157 @@
+"""Data sets: what is loaded, the order of batches, and damaged folders."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from fused_attn.train import TrainError, data
+
+CLASSES = [str(number) for number in range(10)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(path, images, labels, features=None):
+    features = features or datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = dict(zip(features, (list(images), labels), strict=True))
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+
+
+def pixels(count, seed):
+    return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path / "set/data/train-00000-of-00001.parquet", pixels(20, 0), [i % 10 for i in range(20)])
+    write(tmp_path / "set/data/test-00000-of-00001.parquet", pixels(10, 1), list(range(10)))
+    return tmp_path / "set"
+
+
+def test_folder_is_read_pixel_by_pixel(folder):
+    loaded = data.load("cifar10", folder)
+    expected = pixels(20, 0)
+    assert loaded.train.images.dtype == torch.uint8
+    np.testing.assert_array_equal(loaded.train.images.numpy(), expected.transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(loaded.test.images.numpy(), pixels(10, 1).transpose(0, 3, 1, 2))
+    assert loaded.train.labels.tolist() == [i % 10 for i in range(20)]
+    assert (loaded.num_classes, loaded.in_chans, loaded.image_size) == (10, 3, (32, 32))
+    np.testing.assert_allclose(loaded.mean, expected.mean((0, 1, 2)) / 255, rtol=1e-5)
+    np.testing.assert_allclose(loaded.std, expected.std((0, 1, 2)) / 255, rtol=1e-3)
+
+
+def test_fine_labels_of_cifar100_are_chosen_and_grey_images_have_a_channel(tmp_path):
+    names = [str(number) for number in range(100)]
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "coarse_label": datasets.ClassLabel(names=names[:20]),
+            "fine_label": datasets.ClassLabel(names=names),
+        }
+    )
+    for split in ("train", "test"):
+        path = tmp_path / f"set/{split}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        rows = {"image": list(pixels(3, 2)[..., 0]), "coarse_label": [1, 2, 3], "fine_label": [97, 98, 99]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    loaded = data.load("cifar100", tmp_path / "set")
+    assert loaded.train.labels.tolist() == [97, 98, 99]
+    assert loaded.num_classes == 100
+    np.testing.assert_array_equal(loaded.train.images[:, 0].numpy(), pixels(3, 2)[..., 0])
+
+
+def test_digits_are_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    loaded = data.load("digits", image_size=8)
+    together = torch.cat([loaded.train.images, loaded.test.images])[:, 0].numpy().astype(int)
+    original = np.rint(load_digits().images * 255 / 16).astype(int)
+    assert sorted(map(bytes, together.astype(np.uint8))) == sorted(map(bytes, original.astype(np.uint8)))
+    assert (len(loaded.train), len(loaded.test)) == (1437, 360)
+    assert data.load("digits").image_size == (32, 32)
+
+
+def test_hold_out_is_disjoint_complete_and_always_the_same():
+    images = data.Images(torch.arange(100)[:, None], torch.arange(100))
+    kept, held = data.hold_out(images, 30)
+    assert len(held) == 30
+    assert sorted(kept.labels.tolist() + held.labels.tolist()) == list(range(100))
+    torch.manual_seed(123)
+    assert data.hold_out(images, 30)[1].labels.tolist() == held.labels.tolist()
+    with pytest.raises(TrainError, match=r"validation must be less than the 100 training images, got 100"):
+        data.hold_out(images, 100)
+
+
+def test_an_epoch_is_a_permutation_that_can_be_entered_anywhere():
+    images = data.Images(torch.arange(70)[:, None], torch.arange(70))
+
+    def order(seed, epoch, first=0):
+        return [label for batch in data.epoch_batches(images, 8, seed, epoch, first) for label in batch.labels.tolist()]
+
+    whole = order(0, 0)
+    assert len(whole) == len(set(whole)) == 64
+    assert order(0, 0, first=3) == whole[24:]
+    assert order(0, 1) != whole
+    assert order(1, 0) != whole
+    left_out = {label for epoch in range(20) for label in set(range(70)) - set(order(0, epoch))}
+    assert len(left_out) > 30  # not always the same ones
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(TrainError, match=r"data_dir must be a folder .* got no folder: .*nowhere"):
+        data.load("cifar10", tmp_path / "nowhere")
+
+
+def test_folder_without_parquet_files(tmp_path):
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(TrainError, match=r"data_dir must be .*a folder without Parquet files"):
+        data.load("cifar10", tmp_path)
+
+
+def test_folder_without_a_test_split(folder):
+    next(folder.rglob("test*.parquet")).unlink()
+    with pytest.raises(TrainError, match=r"expected the splits train and test, got train"):
+        data.load("cifar10", folder)
+
+
+def test_truncated_file(folder):
+    file = next(folder.rglob("train*.parquet"))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(TrainError, match=r"could not be read, it may be damaged") as caught:
+        data.load("cifar10", folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_image_that_does_not_decode(tmp_path):
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
+    for split in ("train", "test"):
+        write(tmp_path / f"set/{split}.parquet", [{"bytes": b"not an image", "path": None}] * 2, [0, 1], features)
+    with pytest.raises(TrainError, match=r"could not be read, it may be damaged"):
+        data.load("cifar10", tmp_path / "set")
+
+
+def test_labels_that_are_not_classes(tmp_path):
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    for split in ("train", "test"):
+        write(tmp_path / f"set/{split}.parquet", pixels(2, 3), [0, 1], features)
+    with pytest.raises(TrainError, match=r"expected a column of class labels, got the columns img, label"):
+        data.load("cifar10", tmp_path / "set")
+
+
+def test_hub_out_of_reach(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(TrainError, match=r"uoft-cs/cifar10 could not be loaded from the hub .*no route.*--data-dir"):
+        data.load("cifar10")
+
+
+def test_folder_for_a_data_set_that_needs_none(tmp_path):
+    with pytest.raises(TrainError, match="data_dir: digits needs no folder"):
+        data.load("digits", tmp_path)

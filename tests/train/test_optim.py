@@ -1,0 +1,84 @@
+"""Learning rates against PyTorch's schedulers, and the settings of the papers."""
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
+
+from fused_attn import create_model
+from fused_attn.train import TrainConfig
+from fused_attn.train.optim import build_optimizer, learning_rate
+from fused_attn.train.recipes import RECIPES
+
+STEPS_PER_EPOCH = 7
+
+
+def config(**changes):
+    return TrainConfig(**{"model": "wrn_10_1", "dataset": "digits", "out": "out", "epochs": 10, "lr": 0.3, **changes})
+
+
+def scheduled(make, steps):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    scheduler = make(optimizer)
+    rates = []
+    for _ in range(steps):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def ours(settings, steps):
+    return [learning_rate(settings, step, STEPS_PER_EPOCH) for step in range(steps)]
+
+
+def test_step_schedule_is_multi_step_lr():
+    settings = config(schedule="step", milestones=(3, 5, 9), gamma=0.2)
+    expected = scheduled(lambda o: MultiStepLR(o, [21, 35, 63], gamma=0.2), 70)
+    assert ours(settings, 70) == pytest.approx(expected)
+
+
+def test_cosine_schedule_is_cosine_annealing_lr():
+    expected = scheduled(lambda o: CosineAnnealingLR(o, T_max=70), 70)
+    assert ours(config(schedule="cosine"), 70) == pytest.approx(expected)
+
+
+def test_warm_up_is_linear_and_cosine_follows_it():
+    rates = ours(config(schedule="cosine", warmup_epochs=2.0), 70)
+    assert rates[:14] == pytest.approx([0.3 * (step + 1) / 14 for step in range(14)])
+    assert rates[14:] == pytest.approx(scheduled(lambda o: CosineAnnealingLR(o, T_max=56), 56))
+
+
+def test_constant_schedule():
+    assert set(ours(config(schedule="constant"), 70)) == {0.3}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_optimizer_takes_every_setting(optimizer):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    built = build_optimizer(config(optimizer=optimizer, momentum=0.8, weight_decay=0.01), [parameter])
+    group = built.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (0.3, 0.01)
+    if optimizer == "sgd":
+        assert (group["momentum"], group["nesterov"]) == (0.8, True)
+    else:
+        assert isinstance(built, torch.optim.Adam)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_builds(name):
+    settings = {"model": "wrn_28_10", "dataset": "cifar10", "out": "out", **RECIPES[name][1]}
+    recipe = TrainConfig(**settings)
+    with torch.device("meta"):
+        model = create_model(recipe.model, **recipe.parsed_model_options())
+    assert sum(parameter.numel() for parameter in model.parameters()) > 1e7
+
+
+def test_recipes_hold_the_numbers_of_the_papers():
+    wrn, resnet = RECIPES["replication-wrn"][1], RECIPES["replication-resnet34"][1]
+    # 45,000 + 5,000 images; 60 epochs of SGD with Nesterov's momentum 0.9; 220 epochs of Adam.
+    assert (wrn["validation"], wrn["epochs"], wrn["momentum"], wrn["nesterov"]) == (5000, 60, 0.9, True)
+    assert (resnet["validation"], resnet["epochs"], resnet["optimizer"]) == (5000, 220, "adam")
+    bello = RECIPES["aa-wrn"][1]
+    assert bello["lr"] == pytest.approx(0.2 * bello["batch_size"] / 256)
+    assert bello["warmup_epochs"] == pytest.approx(0.05 * bello["epochs"])
+    assert bello["schedule"] == "cosine"
