@@ -1,0 +1,285 @@
+"""The checks of the op contract, each a function that raises AssertionError with what is wrong.
+
+They know an op only through its ``OpSpec``.  ``test_op_contract.py`` runs them on every implementation,
+``test_contract_catches.py`` on implementations broken on purpose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_attn.ops import measure
+from fused_attn.ops.contract import (
+    BadInput,
+    OpSpec,
+    Shape,
+    convert,
+    differentiable,
+    draw_grad_out,
+    evaluate,
+    mismatches,
+    numeric_mismatches,
+)
+
+#: What an RSS measurement is off by: code paged in, stacks of threads.
+RSS_NOISE = 4 * 2**20
+
+
+def bound(spec: OpSpec, impl: str) -> Callable[..., Tensor]:
+    """The public function with ``impl`` chosen."""
+
+    def function(**inputs):
+        return spec.function(**inputs, impl=impl)
+
+    return function
+
+
+@contextlib.contextmanager
+def nan_in_unwritten_memory():
+    """Every allocation through PyTorch starts as NaN, so that an element nobody writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(False)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _require(found: list[str]) -> None:
+    assert not found, "; ".join(found)
+
+
+def _error(call: Callable[[], Any]) -> Exception | None:
+    try:
+        call()
+    except Exception as error:
+        return error
+    return None
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------
+
+
+def check_numerics(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
+    """Output and every gradient meet the bar of ``contract.mismatches``, whatever unwritten memory holds."""
+    with nan_in_unwritten_memory():
+        _require(numeric_mismatches(spec, bound(spec, impl), inputs))
+
+
+def check_grad_out_layouts(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
+    """The gradient of the output may come expanded (as from ``sum()``), permuted or strided in memory."""
+    grad_out = draw_grad_out(spec, inputs)
+    axes = list(range(grad_out.dim()))
+    layouts = {
+        "expanded": grad_out.flatten()[:1].expand(grad_out.shape) if grad_out.numel() else grad_out,
+        "reversed axes": grad_out.permute(axes[::-1]).contiguous().permute(axes[::-1]),
+        "strided": grad_out.repeat_interleave(2, -1)[..., ::2],
+    }
+    for name, value in layouts.items():
+        oracle = evaluate(bound(spec, "reference"), convert(inputs, torch.float64), value.double())
+        same_dtype = evaluate(bound(spec, "reference"), inputs, value)
+        found = mismatches(evaluate(bound(spec, impl), inputs, value), same_dtype, oracle)
+        _require([f"grad_out {name}: {text}" for text in found])
+
+
+def check_partial_gradients(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
+    """Asking for one gradient alone gives the bits that asking for all gives; without any, nothing is recorded."""
+    grad_out = draw_grad_out(spec, inputs)
+    everything = evaluate(bound(spec, impl), inputs, grad_out)
+    for name in differentiable(inputs):
+        leaf = inputs[name].detach().requires_grad_()
+        torch.manual_seed(0)
+        out = spec.function(**{**inputs, name: leaf}, impl=impl)
+        (grad,) = torch.autograd.grad(out, [leaf], grad_out)
+        assert torch.equal(_bits(grad), _bits(everything[f"grad_{name}"])), f"grad_{name} alone differs"
+    assert not spec.function(**inputs, impl=impl).requires_grad, "out requires a gradient that no input asked for"
+
+
+def check_non_finite(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
+    """NaN and infinities in any argument reach the outputs they reach in the reference; NaN, the gradients too."""
+    for name in differentiable(inputs):
+        if inputs[name].numel() == 0:
+            continue
+        for value in (float("nan"), float("inf"), float("-inf")):
+            planted = inputs[name].clone()
+            planted[(0,) * planted.dim()] = value
+            call = {**inputs, name: planted}
+            # An infinity times a zero weight is NaN or left out depending on the order of a sum: outputs only.
+            found = numeric_mismatches(spec, bound(spec, impl), call, backward=value != value)
+            _require([f"{value} in {name}: {text}" for text in found])
+
+
+def check_gradcheck(spec: OpSpec, inputs: Mapping[str, Any]) -> None:
+    """The reference's gradients are those of finite differences, in float64."""
+    inputs = convert(inputs, torch.float64)
+    names = differentiable(inputs)
+    # An infinity has no finite difference: it is kept, and only the other elements are leaves.
+    leaves, rebuild = [], []
+    for name in names:
+        finite = inputs[name].isfinite()
+        leaves.append(inputs[name][finite].clone().requires_grad_())
+        rebuild.append((inputs[name].contiguous(), finite))
+
+    def function(*values):
+        torch.manual_seed(0)
+        full = {
+            name: base.masked_scatter(finite, value)
+            for name, value, (base, finite) in zip(names, values, rebuild, strict=True)
+        }
+        return spec.function(**{**inputs, **full}, impl="reference")
+
+    assert torch.autograd.gradcheck(function, leaves, raise_exception=False), "finite differences disagree"
+
+
+# --- behaviour --------------------------------------------------------------------------------------------------
+
+
+def check_deterministic(spec: OpSpec, impl: str, inputs: Mapping[str, Any], runs: int = 5) -> None:
+    """The same bits from every run, at one thread and at two."""
+    grad_out = draw_grad_out(spec, inputs)
+    expected = None
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for run in range(runs):
+            results = evaluate(bound(spec, impl), inputs, grad_out)
+            expected = expected or results
+            for name, tensor in results.items():
+                assert torch.equal(_bits(tensor), _bits(expected[name])), (
+                    f"{name} of run {run + 1} at {threads} threads differs from the first run at 1 thread"
+                )
+
+
+def check_inputs_unchanged(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
+    """No tensor argument, nor the gradient of the output, is written to."""
+    grad_out = draw_grad_out(spec, inputs)
+    tensors = {**{name: inputs[name] for name in differentiable(inputs)}, "grad_out": grad_out}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    evaluate(bound(spec, impl), inputs, grad_out)
+    for name, tensor in tensors.items():
+        assert torch.equal(_bits(tensor), _bits(before[name])), f"{name} was changed"
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func)
+        return func(*args, **(kwargs or {}))
+
+
+def check_runs_its_operators(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
+    """An explicit ``impl`` runs its own registered operators, forward and backward, and no other's."""
+    own = {operator for operator, _ in spec.operators(impl, inputs)}
+    others = set()
+    for name in spec.implementations:
+        if name != impl and spec.reason(name, inputs) is None:
+            others |= {operator for operator, _ in spec.operators(name, inputs)}
+    grad_out = draw_grad_out(spec, inputs)
+    with _Recorder() as recorder:
+        evaluate(bound(spec, impl), inputs, grad_out)
+    assert own <= recorder.seen, f"impl={impl!r} did not run {sorted(map(str, own - recorder.seen))}"
+    assert not others & recorder.seen, f"impl={impl!r} ran {sorted(map(str, others & recorder.seen))}"
+
+
+def check_refuses(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
+    """An explicit ``impl`` that cannot run raises RuntimeError with the reason, and does not fall back."""
+    reason = spec.reason(impl, inputs)
+    assert reason, f"{impl} can run"
+    error = _error(lambda: spec.function(**inputs, impl=impl))
+    assert error is not None, f"impl={impl!r} ran, though {reason}"
+    assert type(error) is RuntimeError, f"expected RuntimeError, got {error!r}"
+    assert f"impl={impl!r} cannot run: {reason}" in str(error), f"the reason is missing from: {error}"
+
+
+def check_bad_input(spec: OpSpec, bad: BadInput) -> None:
+    """The call raises exactly the declared error, whose message matches."""
+    error = _error(lambda: spec.function(**bad.make()))
+    assert error is not None, f"nothing raised; expected {bad.error.__name__} matching {bad.match!r}"
+    assert type(error) is bad.error, f"expected {bad.error.__name__}, got {error!r}"
+    assert re.search(bad.match, str(error)), f"{str(error)!r} does not match {bad.match!r}"
+
+
+def check_double_backward(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
+    """A second derivative is refused in words, rather than wrong."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in differentiable(inputs)}
+    out = spec.function(**{**inputs, **leaves}, impl=impl)
+    grads = torch.autograd.grad(out.square().sum(), list(leaves.values()), create_graph=True)
+    total = sum(grad.square().sum() for grad in grads)
+    error = _error(lambda: torch.autograd.grad(total, list(leaves.values())))
+    assert error is not None, "a second derivative was returned"
+    assert "second derivative" in str(error), f"the error does not say what is missing: {error!r}"
+
+
+def check_autocast(spec: OpSpec, impl: str, inputs: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> None:
+    """Under autocast a float32 call gives the bits of the call on cast inputs, and float32 gradients."""
+    cast = convert(inputs, dtype)
+    grad_out = draw_grad_out(spec, cast)
+    expected = evaluate(bound(spec, impl), cast, grad_out)
+    device_type = grad_out.device.type
+
+    def function(**kwargs):
+        with torch.autocast(device_type, dtype=dtype):
+            return spec.function(**kwargs, impl=impl)
+
+    actual = evaluate(function, inputs, grad_out)
+    assert actual["out"].dtype == dtype, f"out has dtype {actual['out'].dtype} under autocast to {dtype}"
+    for name, tensor in actual.items():
+        assert name == "out" or tensor.dtype == torch.float32, f"{name} has dtype {tensor.dtype}"
+        assert torch.equal(tensor.to(dtype), expected[name]), f"{name} differs from the call on cast inputs"
+
+
+# --- PyTorch's machinery ----------------------------------------------------------------------------------------
+
+
+def check_operators(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
+    """``torch.library.opcheck``: schema, autograd registration, fake kernels, AOT dispatch with dynamic shapes."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in differentiable(inputs)}
+    for operator, args in spec.operators(impl, {**inputs, **leaves}):
+        results = torch.library.opcheck(operator, args, raise_exception=False)
+        failed = {test: result for test, result in results.items() if result != "SUCCESS"}
+        assert not failed, f"{operator}: {failed}"
+
+
+def check_compiled(spec: OpSpec, impl: str, *calls: Mapping[str, Any], backend: str, dynamic: bool = False) -> None:
+    """``torch.compile`` takes the whole function into one graph; forward and backward meet the numerical bar.
+
+    With ``dynamic`` all ``calls``, of different sizes, run in one compilation.
+    """
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    try:
+        function = torch.compile(bound(spec, impl), fullgraph=True, dynamic=dynamic, backend=counter)
+        for inputs in calls:
+            _require(numeric_mismatches(spec, function, inputs))
+        # One for the call without a gradient and one for that with; Dynamo guards on requires_grad.
+        assert counter.frame_count <= (1 if dynamic else len(calls)), f"{counter.frame_count} compilations"
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise AssertionError(f"not one graph: {error}") from error
+    finally:
+        torch._dynamo.reset()
+
+
+# --- memory -----------------------------------------------------------------------------------------------------
+
+
+def check_memory(spec: OpSpec, impl: str, shape: Shape) -> None:
+    """Forward and backward hold no more beyond the inputs than ``shape.memory_limit``: nothing N x N."""
+    extra = measure.peak_extra_bytes(spec.name, shape.name, impl)
+    assert extra <= shape.memory_limit + RSS_NOISE, (
+        f"{extra / 2**20:.1f} MiB beyond the inputs, the limit is {shape.memory_limit / 2**20:.1f} MiB"
+    )
