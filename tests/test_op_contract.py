@@ -1,0 +1,277 @@
+"""The op contract: every op x implementation x dtype of ``SPECS``, on every sample its spec declares.
+
+An implementation is left out only where its own ``can_run`` gives a reason.  The C++ kernels may not be left out
+where a compiler is: ``test_extension_is_loaded`` fails then.
+"""
+
+import os
+import random
+import shutil
+
+import contract_checks as checks
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fused_attn import _extension
+from fused_attn.ops import SPECS
+
+FAST = torch.float32
+
+
+def device_of(impl: str) -> str:
+    """Where an implementation is tested: the GPU's on one, if there is one."""
+    return "cuda" if impl in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def _skipped(spec, impl: str, dtype: torch.dtype) -> str | None:
+    return spec.reason(impl, spec.samples[0].inputs(dtype, device_of(impl)))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def cases(*, dtypes=None, select=lambda sample: True, reference=False):
+    """(spec, impl, inputs maker) for every op, implementation, dtype and selected sample."""
+    parameters = []
+    for spec in SPECS:
+        for impl in spec.implementations:
+            if impl == "reference" and not reference:
+                continue
+            for dtype in dtypes or spec.dtypes:
+                prefix = f"{spec.name}-{impl}-{_name(dtype)}"
+                reason = _skipped(spec, impl, dtype)
+                if reason is not None:
+                    skip = pytest.mark.skip(reason=f"{prefix}: {reason}")
+                    parameters.append(pytest.param(spec, impl, None, marks=skip, id=prefix))
+                    continue
+                for sample in filter(select, spec.samples):
+                    parameters.append(
+                        pytest.param(
+                            spec,
+                            impl,
+                            lambda sample=sample, dtype=dtype, impl=impl: sample.inputs(dtype, device_of(impl)),
+                            id=f"{prefix}-{sample.name}",
+                        )
+                    )
+    return pytest.mark.parametrize(("spec", "impl", "make"), parameters)
+
+
+def implementations(*, reference=False):
+    """(spec, impl) for every op and implementation."""
+    parameters = []
+    for spec in SPECS:
+        for impl in spec.implementations:
+            if impl == "reference" and not reference:
+                continue
+            reason = _skipped(spec, impl, FAST)
+            marks = () if reason is None else pytest.mark.skip(reason=f"{spec.name}-{impl}: {reason}")
+            parameters.append(pytest.param(spec, impl, marks=marks, id=f"{spec.name}-{impl}"))
+    return pytest.mark.parametrize(("spec", "impl"), parameters)
+
+
+specs = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+
+
+def is_small(sample) -> bool:
+    return sample.small
+
+
+def is_finite(sample) -> bool:
+    """Whether NaN and infinities are not part of the sample already."""
+    inputs = sample.inputs(torch.float32)
+    return all(bool(value.isfinite().all()) for value in inputs.values() if isinstance(value, torch.Tensor))
+
+
+# --- what has to be there ---------------------------------------------------------------------------------------
+
+
+def test_extension_is_loaded():
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+    if compiler is None and not _extension.available():
+        pytest.skip(f"no C++ compiler, and {_extension.reason()}")
+    assert _extension.available(), f"{compiler} is there, but the C++ kernels are not loaded: {_extension.reason()}"
+
+
+@specs
+def test_every_implementation_but_the_reference_has_operators(spec):
+    inputs = spec.samples[0].inputs(FAST)
+    assert "reference" in spec.implementations
+    assert spec.reason("reference", inputs) is None
+    for impl in spec.implementations:
+        if impl != "reference" and spec.reason(impl, spec.samples[0].inputs(FAST, device_of(impl))) is None:
+            assert spec.operators(impl, spec.samples[0].inputs(FAST, device_of(impl)))
+
+
+@specs
+def test_samples_are_named_apart_and_repeat(spec):
+    assert len({sample.name for sample in spec.samples}) == len(spec.samples)
+    assert len({bad.name for bad in spec.bad_inputs}) == len(spec.bad_inputs)
+    sample = spec.samples[0]
+    first, second = sample.inputs(FAST), sample.inputs(FAST)
+    for name, value in first.items():
+        assert not isinstance(value, torch.Tensor) or torch.equal(value, second[name])
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------
+
+
+@cases()
+def test_numerics(spec, impl, make):
+    checks.check_numerics(spec, impl, make())
+
+
+@pytest.mark.skipif(not _extension.available(), reason=f"C++ kernels: {_extension.reason()}")
+@pytest.mark.parametrize("capability", _extension.CPU_CAPABILITIES)
+@specs
+def test_numerics_of_every_instruction_set(spec, capability):
+    best = _extension.cpu_capability()
+    try:
+        _extension.set_cpu_capability(capability)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    try:
+        assert _extension.cpu_capability() == capability
+        for dtype in spec.dtypes:
+            for sample in spec.samples:
+                try:
+                    checks.check_numerics(spec, "cpu", sample.inputs(dtype))
+                except AssertionError as error:
+                    raise AssertionError(f"{_name(dtype)}, {sample.name}: {error}") from None
+    finally:
+        _extension.set_cpu_capability(best)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
+@implementations()
+def test_numerics_of_random_shapes(spec, impl, dtype):
+    @settings(max_examples=60)
+    @given(rng=st.randoms(use_true_random=False))
+    def fuzz(rng: random.Random):
+        sample = spec.fuzz(rng)
+        try:
+            checks.check_numerics(spec, impl, sample.inputs(dtype, device_of(impl)))
+        except Exception as error:
+            error.add_note(f"sample: {sample.name}") if hasattr(error, "add_note") else print(sample.name)
+            raise
+
+    fuzz()
+
+
+@cases(dtypes=(FAST,), select=is_small)
+def test_layouts_of_the_gradient_of_the_output(spec, impl, make):
+    checks.check_grad_out_layouts(spec, impl, make())
+
+
+@cases(dtypes=(FAST,), select=is_small)
+def test_partial_gradients(spec, impl, make):
+    checks.check_partial_gradients(spec, impl, make())
+
+
+@cases(dtypes=(FAST, torch.bfloat16), select=lambda sample: sample.small and is_finite(sample))
+def test_nan_and_infinity(spec, impl, make):
+    checks.check_non_finite(spec, impl, make())
+
+
+@pytest.mark.parametrize(
+    ("spec", "sample"),
+    [
+        pytest.param(spec, sample, id=f"{spec.name}-{sample.name}")
+        for spec in SPECS
+        for sample in filter(is_small, spec.samples)
+    ],
+)
+def test_gradcheck_of_the_reference(spec, sample):
+    checks.check_gradcheck(spec, sample.inputs(torch.float64))
+
+
+# --- behaviour --------------------------------------------------------------------------------------------------
+
+
+@cases(dtypes=(FAST, torch.bfloat16))
+def test_same_bits_at_every_run_and_number_of_threads(spec, impl, make):
+    checks.check_deterministic(spec, impl, make())
+
+
+@cases(dtypes=(FAST,))
+def test_inputs_are_not_written(spec, impl, make):
+    checks.check_inputs_unchanged(spec, impl, make())
+
+
+@cases(dtypes=(FAST,), select=is_small, reference=True)
+def test_explicit_implementation_runs_its_own_operators(spec, impl, make):
+    checks.check_runs_its_operators(spec, impl, make())
+
+
+@specs
+def test_implementation_that_cannot_run_says_why(spec):
+    for dtype in (FAST, torch.float64):
+        inputs = spec.samples[0].inputs(dtype)
+        for impl in spec.implementations:
+            if spec.reason(impl, inputs) is not None:
+                checks.check_refuses(spec, impl, inputs)
+
+
+@specs
+def test_missing_extension_is_an_error_not_a_fallback(spec, monkeypatch):
+    monkeypatch.setattr(_extension, "_REASON", "it was taken away")
+    inputs = spec.samples[0].inputs(FAST)
+    assert "it was taken away" in spec.reason("cpu", inputs)
+    checks.check_refuses(spec, "cpu", inputs)
+    assert torch.equal(spec.function(**inputs), spec.function(**inputs, impl="reference"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "bad"),
+    [pytest.param(spec, bad, id=f"{spec.name}-{bad.name}") for spec in SPECS for bad in spec.bad_inputs],
+)
+def test_bad_input(spec, bad):
+    checks.check_bad_input(spec, bad)
+
+
+@implementations()
+def test_second_derivative_is_refused(spec, impl):
+    checks.check_double_backward(spec, impl, spec.samples[0].inputs(FAST, device_of(impl)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=_name)
+@implementations(reference=True)
+def test_autocast(spec, impl, dtype):
+    for sample in filter(is_small, spec.samples):
+        checks.check_autocast(spec, impl, sample.inputs(FAST, device_of(impl)), dtype)
+
+
+# --- PyTorch's machinery ----------------------------------------------------------------------------------------
+
+
+@cases(dtypes=(FAST,), select=is_small)
+def test_operators(spec, impl, make):
+    checks.check_operators(spec, impl, make())
+
+
+@cases(dtypes=(FAST,), select=is_small, reference=True)
+def test_compile(spec, impl, make):
+    checks.check_compiled(spec, impl, make(), backend="aot_eager")
+
+
+@implementations()
+def test_compile_with_dynamic_shapes(spec, impl):
+    calls = [shape.inputs(FAST, device_of(impl)) for shape in spec.growth[:2]]
+    checks.check_compiled(spec, impl, *calls, backend="aot_eager", dynamic=True)
+
+
+@implementations()
+def test_compile_with_inductor(spec, impl):
+    checks.check_compiled(spec, impl, spec.samples[0].inputs(FAST, device_of(impl)), backend="inductor")
+
+
+# --- memory -----------------------------------------------------------------------------------------------------
+
+
+@implementations()
+def test_nothing_quadratic_is_allocated(spec, impl):
+    torch.set_num_threads(2)
+    for shape in spec.growth[-2:]:
+        checks.check_memory(spec, impl, shape)
