@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -264,10 +265,11 @@ def check_compiled(spec: OpSpec, impl: str, *calls: Mapping[str, Any], backend: 
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
     try:
         function = torch.compile(bound(spec, impl), fullgraph=True, dynamic=dynamic, backend=counter)
-        for inputs in calls:
+        _require(numeric_mismatches(spec, function, calls[0]))
+        compilations = counter.frame_count
+        for inputs in calls[1:]:
             _require(numeric_mismatches(spec, function, inputs))
-        # One for the call without a gradient and one for that with; Dynamo guards on requires_grad.
-        assert counter.frame_count <= (1 if dynamic else len(calls)), f"{counter.frame_count} compilations"
+        assert counter.frame_count == compilations or not dynamic, "another size was compiled again"
     except torch._dynamo.exc.TorchDynamoException as error:
         raise AssertionError(f"not one graph: {error}") from error
     finally:

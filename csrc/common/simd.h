@@ -53,26 +53,28 @@ FA_INLINE vf exp2_nonpositive(vf x) {
 
 // --- reductions over lanes ---------------------------------------------------------------------------------------
 
-// Lane j of the result is lane mask[j] of u followed by v; every mask here is a compile-time constant.
-FA_INLINE vf permute(vf u, vf v, vi mask) {
-#if defined(__clang__)
-  vf out;
-  for (int j = 0; j < L; ++j) out[j] = mask[j] < L ? u[mask[j]] : v[mask[j] - L];
-  return out;
+// Lane j of the result is lane Lanes::of(j) of u followed by v.
+template <class Lanes, int... J>
+FA_INLINE vf permute(vf u, vf v, std::integer_sequence<int, J...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(u, v, Lanes::of(J)...);
 #else
-  return __builtin_shuffle(u, v, mask);
+  return __builtin_shuffle(u, v, vi{Lanes::of(J)...});
 #endif
 }
 
+// Of every 2H lanes: H of u, then H of v, taken from the low or the high half.
+template <int H, bool High>
+struct InterleavedBlocks {
+  static constexpr int of(int j) {
+    const int chunk = j / (2 * H) * (2 * H), r = j % (2 * H);
+    return (r < H ? chunk + r : L + chunk + r - H) + (High ? H : 0);
+  }
+};
+
 template <int H, bool High>
 FA_INLINE vf interleave_blocks(vf u, vf v) {
-  // Of every 2H lanes: H of u, then H of v, taken from the low or the high half.
-  vi mask;
-  for (int j = 0; j < L; ++j) {
-    const int chunk = j / (2 * H) * (2 * H), r = j % (2 * H);
-    mask[j] = (r < H ? chunk + r : L + chunk + r - H) + (High ? H : 0);
-  }
-  return permute(u, v, mask);
+  return permute<InterleavedBlocks<H, High>>(u, v, std::make_integer_sequence<int, L>());
 }
 
 template <int H>
@@ -91,10 +93,13 @@ FA_INLINE vf sum_lanes_of_each(vf* x) {
 }
 
 template <int Width>
+struct RotatedLanes {
+  static constexpr int of(int j) { return (j + Width) % L; }
+};
+
+template <int Width>
 FA_INLINE vf rotate_lanes(vf x) {
-  vi mask;
-  for (int j = 0; j < L; ++j) mask[j] = (j + Width) % L;
-  return permute(x, x, mask);
+  return permute<RotatedLanes<Width>>(x, x, std::make_integer_sequence<int, L>());
 }
 
 FA_INLINE float sum_lanes(vf x) {

@@ -8,7 +8,7 @@ struct BackwardScratch {
   Buffer<float> grad_query, grad_relative;         // (QB, dk)
   Buffer<float> grad_column, grad_row;             // (QB, lanes of a group), (QB, key rows)
   Buffer<float> grad_product, grad_table;          // (QB, table positions); panels of the tables
-  float delta[QB], negative_max[QB];
+  float delta[QB], negative_max[QB], normalize[QB];
 
   BackwardScratch(const Problem& p, const KeyLayout& keys, const BiasTerms& bias, int64_t splits) {
     const int64_t most_groups = (keys.groups + splits - 1) / splits, vectors = most_groups * keys.vectors;
@@ -57,10 +57,31 @@ struct LaneSums {
   }
 };
 
-// From logits and the gradient of the (dropped) weights of one query on one tile, both in place: the dropped weights
-// and the gradient of the logits, which is also summed per column and per row.  Weights are left unnormalised,
-// 2^(logit - maximum) exactly as the forward pass had them; grad_out and delta carry the division by their sum.
-template <bool OneRow, bool Dropout>
+// Weights in place of logits for one query whose keys all lie in this tile, and delta = sum over keys of weight times
+// gradient.  It equals out.grad_out, but summed from the weights at hand it lacks the rounding of out, an error that
+// all gradients of a row would share.
+template <bool Dropout>
+FA_INLINE void weights_and_delta(const Backward& p, BackwardScratch& s, int64_t i, int64_t count,
+                                 const uint32_t* columns, uint64_t row) {
+  float* score = s.score + i * s.score_stride;
+  float* grad = s.grad_score + i * s.score_stride;
+  const DropoutKeys keys(p.seed, row);
+  vf sum{};
+  for (int64_t v = 0; v < count; ++v) {
+    const vf weight = exp2_nonpositive(load(score + v * L) + s.negative_max[i]);
+    vf grad_weight = load(grad + v * L);
+    if constexpr (Dropout) grad_weight = select(keys.keep(load(columns + v * L), p.drop_below), grad_weight, vf{});
+    store(score + v * L, weight);
+    sum += weight * grad_weight;
+  }
+  s.delta[i] = sum_lanes(sum) * s.normalize[i];
+}
+
+// From logits (weights when Whole) and the gradient of the weights of one query on one tile, both in place: the dropped
+// weights and the gradient of the logits, which is also summed per column and per row.  Weights are left
+// unnormalised, 2^(logit - maximum) exactly as the forward pass had them; grad_out and delta carry the division by
+// their sum.
+template <bool OneRow, bool Dropout, bool Whole>
 FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, BiasTerms& bias, int64_t i, int64_t v0,
                                      int64_t count, const uint32_t* columns, uint64_t row) {
   float* score = s.score + i * s.score_stride;
@@ -71,16 +92,17 @@ FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, Bias
   int64_t group = s.group0 + v0 / per_group, offset = v0 % per_group;
   vf group_sum{};
   for (int64_t v = 0; v < count; ++v) {
-    const vf weight = exp2_nonpositive(load(score + v * L) + s.negative_max[i]);
+    const vf score_or_weight = load(score + v * L);
+    const vf weight = Whole ? score_or_weight : exp2_nonpositive(score_or_weight + s.negative_max[i]);
     vf grad_weight = load(grad + v * L);
     if constexpr (Dropout) {
       const vi keep = keys.keep(load(columns + v * L), p.drop_below);
       store(score + v * L, select(keep, weight, vf{}));
-      grad_weight = select(keep, grad_weight, vf{}) - s.delta[i];
-    } else {
+      grad_weight = select(keep, grad_weight, vf{});
+    } else if constexpr (!Whole) {
       store(score + v * L, weight);
     }
-    const vf grad_logit = weight * grad_weight;
+    const vf grad_logit = weight * (grad_weight - s.delta[i]);
     store(grad + v * L, grad_logit);
 
     float* to_column = s.grad_column + i * s.col_stride + offset * L;
@@ -112,6 +134,7 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
     float* query = s.query + i * p.dk;
     float* grad_out = s.grad_out + i * p.dv;
     s.delta[i] = 0.0f;
+    s.normalize[i] = 0.0f;
     s.negative_max[i] = -kInfinity;  // weights of exactly 0: for padding and for queries with every key masked
     for (int64_t d = 0; d < p.dk; ++d) query[d] = 0.0f;
     for (int64_t d = 0; d < p.dv; ++d) grad_out[d] = 0.0f;
@@ -126,7 +149,7 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
       s.delta[i] += out * grad_out[d];
     }
     const float max = p.statistics[2 * (row0 + i)], total = p.statistics[2 * (row0 + i) + 1];
-    const float normalize = total == 0.0f ? 0.0f : 1.0f / total;
+    const float normalize = s.normalize[i] = total == 0.0f ? 0.0f : 1.0f / total;
     if (total != 0.0f) s.negative_max[i] = -max;
     s.delta[i] *= normalize;
     for (int64_t d = 0; d < p.dv; ++d) grad_out[d] *= p.keep_scale * normalize;
@@ -137,19 +160,25 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
   s.grad_row.fill(0.0f);
 
   const int64_t vectors = s.groups * keys.vectors;
+  const bool whole = p.key_splits == 1 && vectors <= kBackwardTile;
   for (int64_t v0 = 0; v0 < vectors; v0 += kBackwardTile) {
     const int64_t tile = smaller(kBackwardTile, vectors - v0);
     score_tile<OneRow>(rows, v0, tile, s.query.data, p.dk, s.key.data, bias, s.group0,
                        [&](int64_t m, int64_t v, vf x)
                            FA_INLINE_CALL { store(s.score + m * s.score_stride + v * L, x); });
-    for (int64_t v = 0; v < tile; v += NR)  // gradient of the weights, less delta unless dropout comes between
+    for (int64_t v = 0; v < tile; v += NR)  // gradient of the weights
       outer_product(
           rows, smaller(NR, tile - v), s.grad_out.data, p.dv, 1, p.dv, s.value + (v0 + v) / NR * p.dv * PANEL, PANEL,
           [](int64_t, int) FA_INLINE_CALL { return vf{}; },
-          [&](int64_t m, int n, vf x)
-              FA_INLINE_CALL { store(s.grad_score + m * s.score_stride + (v + n) * L, Dropout ? x : x - s.delta[m]); });
-    for (int64_t i = 0; i < rows; ++i)
-      softmax_tile_backward<OneRow, Dropout>(p, s, bias, i, v0, tile, columns + v0 * L, row0 + i);
+          [&](int64_t m, int n, vf x) FA_INLINE_CALL { store(s.grad_score + m * s.score_stride + (v + n) * L, x); });
+    for (int64_t i = 0; i < rows; ++i) {
+      if (whole) {
+        weights_and_delta<Dropout>(p, s, i, tile, columns, row0 + i);
+        softmax_tile_backward<OneRow, Dropout, true>(p, s, bias, i, v0, tile, columns, row0 + i);
+      } else {
+        softmax_tile_backward<OneRow, Dropout, false>(p, s, bias, i, v0, tile, columns + v0 * L, row0 + i);
+      }
+    }
 
     auto accumulate = [&](int64_t depth, const float* a, const Buffer<float>& b_tile, Buffer<float>& panels)
                           FA_INLINE_CALL {

@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <new>
 #include <type_traits>
+#include <utility>
 
 #include "rel_attention_2d/kernel.h"
 

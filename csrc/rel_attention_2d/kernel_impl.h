@@ -11,9 +11,9 @@ namespace {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr int QB = 32;  // queries to a block
-// Key vectors to a tile.  Forward wants few rescalings; backward holds two tiles (weights and their gradients).
+// Key vectors to a tile: up to 32x32 keys in one, so that forward never rescales and backward sees whole rows.
 constexpr int kForwardTile = 1024 / L;
-constexpr int kBackwardTile = 512 / L;
+constexpr int kBackwardTile = 1024 / L;
 
 FA_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -1,0 +1,42 @@
+"""The README's figures are those of the committed result files, and its examples run."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_those_of_the_result_files():
+    readme = load("readme")
+    assert len(readme.BLOCK.findall(README)) == README.count("<!-- from ")
+    assert readme.fill(README) == README
+
+
+def test_a_changed_figure_is_noticed():
+    readme = load("readme")
+    changed = re.sub(r"\d(?=[^\n]*\|\n)", lambda digit: str((int(digit[0]) + 1) % 10), README, count=1)
+    assert changed != README
+    assert readme.fill(changed) != changed
+
+
+def test_python_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert examples
+    namespace: dict = {}
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), namespace)
+
+
+def test_no_number_is_quoted_outside_the_tables_without_a_source():
+    prose = load("readme").BLOCK.sub("", README)
+    assert not re.search(r"\d(\.\d+)?\s?(ms|×|MiB|GiB|images/s)\b", prose)
