@@ -140,17 +140,20 @@ _GEOMETRIES = {
     "width 3": _geometry((11, 3), d_v=8),
     "width 4": _geometry((9, 4)),
     "width 8": _geometry((8, 8), d_v=8, batch=2),
+    "width 13": _geometry((3, 13)),
     "width 16": _geometry((16, 16), d_v=4),
     "width 17": _geometry((5, 17)),
     "width 31": _geometry((4, 31)),
     "width 32": _geometry((32, 32), heads=1),
     "width 33": _geometry((3, 33)),
     "width 130": _geometry((3, 130), heads=1),
+    "row 1x65": _geometry((1, 65), d_k=7, d_v=1),
     "column 40x1": _geometry((40, 1), d_k=7, d_v=1),
     "many rows": _geometry((40, 24), heads=1, d_k=8),
     "deep 64": _geometry((6, 10), d_k=64, d_v=64),
     "deep 80": _geometry((5, 5), d_k=80, d_v=80, heads=1),
     "deep 128": _geometry((4, 4), d_k=128, d_v=16, heads=1),
+    "deep values": _geometry((3, 7), d_k=16, d_v=65),
     "odd depths": _geometry((5, 6), d_k=1, d_v=1),
     "channels_last": _geometry((6, 8), d_v=4, batch=2, layout=_channels_last),
     "channels first": _geometry((6, 8), d_v=4, batch=2, layout=_channels_first),
@@ -159,6 +162,8 @@ _GEOMETRIES = {
     "slice of qkv": _geometry((4, 5), d_k=4, d_v=4, batch=2, layout=_inside),
     "mixed layouts": _geometry((4, 5), d_k=4, batch=2, layout=_channels_first, key_layout=_channels_last),
     "expanded keys": _geometry((4, 5), d_k=4, batch=3, key_layout=_one_batch),
+    "no value depth": _geometry((3, 4), d_k=4, d_v=0),
+    "no heads": _geometry((3, 4), d_k=4, heads=0),
     "no images": _geometry((3, 4), d_k=4, batch=0),
     "no queries": _geometry((0, 4), (3, 4), d_k=4),
     "no keys": _geometry((3, 4), (3, 0), d_k=4),
@@ -208,9 +213,32 @@ def _mask_columns(inputs: dict[str, Any]) -> None:
     inputs["bias_w"][..., 1:] = float("-inf")
 
 
+def _mask_crossed(inputs: dict[str, Any]) -> None:
+    """Neither term alone masks every key of the queries of column 0; both together do."""
+    inputs["bias_h"][:, :, :, 0, 1:] = float("-inf")
+    inputs["bias_h"][:, :, :, 1] = float("-inf")
+    inputs["bias_w"][:, :, :, 0, :2] = float("-inf")
+    inputs["bias_w"][:, :, 0, 2] = float("-inf")
+
+
+def _mask_image(inputs: dict[str, Any]) -> None:
+    """Every key of one whole image."""
+    inputs["bias_h"][-1] = float("-inf")
+
+
 def _expand(inputs: dict[str, Any]) -> None:
     for name in ("bias_h", "bias_w"):
         inputs[name] = inputs[name][:, :1, :1, :1].expand(inputs[name].shape)
+
+
+def _expand_keys(inputs: dict[str, Any]) -> None:
+    for name in ("bias_h", "bias_w"):
+        inputs[name] = inputs[name][..., :1].expand(inputs[name].shape)
+
+
+def _spread_bias(inputs: dict[str, Any]) -> None:
+    for name in ("bias_h", "bias_w"):
+        inputs[name] = inputs[name].transpose(2, 4).repeat_interleave(2, 3)[:, :, :, ::2].transpose(2, 4)
 
 
 def _plant(name: str, value: float) -> Callable[[dict[str, Any]], None]:
@@ -230,7 +258,17 @@ BIAS_SAMPLES = (
     _bias_sample("masked rows", **_SMALL, edit=_mask_rows),
     _bias_sample("masked rows, width 8", **_GEOMETRIES["width 8"], edit=_mask_rows),
     _bias_sample("masked rows, width 32", **_geometry((8, 32)), edit=_mask_rows),
+    _bias_sample("bias expanded over keys", **_SMALL, edit=_expand_keys),
+    _bias_sample("strided bias", **_SMALL, edit=_spread_bias),
     _bias_sample("masked columns", **_SMALL, edit=_mask_columns),
+    _bias_sample("masked by both terms", small=True, **_SMALL, edit=_mask_crossed),
+    _bias_sample("masked image", **_SMALL, edit=_mask_image),
+    _bias_sample(
+        "masked, expanded, dropped",
+        **_SMALL,
+        edit=lambda inputs: (_mask_columns(inputs), _expand(inputs)),
+        options={"dropout_p": 0.5},
+    ),
     _bias_sample("nan in query", **_SMALL, edit=_plant("query", float("nan"))),
     _bias_sample("nan in key", **_SMALL, edit=_plant("key", float("nan"))),
     _bias_sample("inf in value", **_SMALL, edit=_plant("value", float("inf"))),
@@ -323,8 +361,25 @@ def _common_bad(make: Callable[..., dict[str, Any]]) -> tuple[BadInput, ...]:
         BadInput("device", bad(value=lambda x: x.to("meta")), ValueError, r"value must be on the device of query, cpu"),
         BadInput("dropout 1", bad(dropout_p=1.0), ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
         BadInput("dropout negative", bad(dropout_p=-0.1), ValueError, r"dropout_p must be in \[0, 1\), got -0.1"),
+        BadInput("dropout nan", bad(dropout_p=float("nan")), ValueError, r"dropout_p must be in \[0, 1\), got nan"),
+        BadInput("query none", bad(query=None), TypeError, r"query must be a tensor, got NoneType"),
+        BadInput(
+            "value transposed",
+            bad(value=lambda x: x.transpose(2, 3)),
+            ValueError,
+            r"value must have the grid of key, \(Hk, Wk\)=\(3, 4\), got \(4, 3\)",
+        ),
+        BadInput(
+            "complex query", bad(query=lambda x: x.cfloat()), TypeError, r"query must have .* got torch.complex64"
+        ),
         BadInput("impl unknown", bad(impl="fast"), ValueError, r"impl must be one of 'auto', .* got 'fast'"),
         BadInput("impl of other ops", bad(impl="cuda"), ValueError, r"impl must be one of .* got 'cuda'"),
+        BadInput(
+            "triton cannot run",
+            _bad(_no_terms, **dict.fromkeys(("query", "key", "value"), Tensor.double), impl="triton"),
+            RuntimeError,
+            r"impl='triton' cannot run: (it|the package) ",
+        ),
         BadInput(
             "impl cannot run",
             _bad(_no_terms, **dict.fromkeys(("query", "key", "value"), Tensor.double), impl="cpu"),
@@ -365,6 +420,18 @@ BIAS_BAD = (
         ValueError,
         r"bias_h must have shape \(B, heads, Hq, Wq, Hk\)=\(2, 2, 3, 4, 3\), got \(2, 2, 3, 4, 2\)",
     ),
+    BadInput(
+        "bias batch", _bad(make_bias, bias_w=lambda x: x[:1]), ValueError, r"bias_w must have .*\(1, 2, 3, 4, 4\)"
+    ),
+    BadInput(
+        "bias grid",
+        _bad(make_bias, bias_h=lambda x: x.transpose(2, 3)),
+        ValueError,
+        r"bias_h must have .*got \(2, 2, 4, ",
+    ),
+    BadInput(
+        "bias device", _bad(make_bias, bias_h=lambda x: x.to("meta")), ValueError, r"bias_h must be on the device"
+    ),
     BadInput("bias rank", _bad(make_bias, bias_w=lambda x: x[0]), ValueError, r"bias_w must have shape"),
     BadInput("bias integer", _bad(make_bias, bias_w=lambda x: x.long()), TypeError, r"bias_w must have a floating"),
     BadInput("bias dtype", _bad(make_bias, bias_w=lambda x: x.half()), ValueError, r"bias_w must have the dtype"),
@@ -374,17 +441,18 @@ BIAS_BAD = (
 # --- benchmark shapes -------------------------------------------------------------------------------------------------
 
 
-def _shape(name: str, batch: int, heads: int, grid: Grid, d_k: int, d_v: int) -> Shape:
+def _shape(name: str, batch: int, heads: int, grid: Grid, d_k: int, d_v: int, make=make_rel) -> Shape:
     geometry = {"batch": batch, "heads": heads, "query_grid": grid, "key_grid": grid, "d_k": d_k, "d_v": d_v}
     pairs, positions = batch * heads, grid[0] * grid[1]
-    tables = 2 * (grid[0] + grid[1] - 1) * d_k
     logits = pairs * positions * (grid[0] + grid[1])
+    tables = 2 * (grid[0] + grid[1] - 1) * d_k if make is make_rel else logits
+    table_flops = 2 * logits * d_k if make is make_rel else 0
     vectors = pairs * positions * (2 * d_k + d_v)
     return Shape(
         name,
-        partial(make_rel, **geometry),
-        flops_forward=2 * pairs * positions**2 * (d_k + d_v) + 2 * logits * d_k,
-        flops_backward=2 * pairs * positions**2 * (3 * d_k + 2 * d_v) + 6 * logits * d_k,
+        partial(make, **geometry),
+        flops_forward=2 * pairs * positions**2 * (d_k + d_v) + table_flops,
+        flops_backward=2 * pairs * positions**2 * (3 * d_k + 2 * d_v) + 3 * table_flops,
         bytes_forward=4 * (vectors + tables + pairs * positions * d_v),
         bytes_backward=4 * (2 * vectors + 2 * tables + 2 * pairs * positions * d_v),
         memory_limit=int(1.5 * 4 * (vectors + pairs * positions * d_v + logits)),
@@ -398,6 +466,7 @@ SHAPES = (
     _shape("64x64, d 64 (SAM)", 1, 12, (64, 64), 64, 64),
 )
 GROWTH = tuple(_shape(f"{n}x{n}, B 1, d_k 20, d_v 2", 1, 8, (n, n), 20, 2) for n in (16, 32, 64, 96))
+BIAS_GROWTH = tuple(_shape(f"{n}x{n}, B 1, d_k 20, d_v 2", 1, 8, (n, n), 20, 2, make_bias) for n in (16, 32, 64, 96))
 
 
 # --- specs ------------------------------------------------------------------------------------------------------------
@@ -452,5 +521,6 @@ SPECS = (
         bad_inputs=BIAS_BAD,
         fuzz=fuzz_bias,
         operators=partial(_operators, "bias"),
+        growth=BIAS_GROWTH,
     ),
 )
