@@ -455,7 +455,8 @@ def _shape(name: str, batch: int, heads: int, grid: Grid, d_k: int, d_v: int, ma
         flops_backward=2 * pairs * positions**2 * (3 * d_k + 2 * d_v) + 3 * table_flops,
         bytes_forward=4 * (vectors + tables + pairs * positions * d_v),
         bytes_backward=4 * (2 * vectors + 2 * tables + 2 * pairs * positions * d_v),
-        memory_limit=int(1.5 * 4 * (vectors + pairs * positions * d_v + logits)),
+        # Finished logits have a gradient of their size, which the caller asked for.
+        memory_limit=int(1.5 * 4 * (vectors + pairs * positions * d_v + logits * (1 if make is make_rel else 2))),
     )
 
 
