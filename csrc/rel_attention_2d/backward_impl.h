@@ -68,7 +68,7 @@ FA_INLINE void weights_and_delta(const Backward& p, BackwardScratch& s, int64_t 
   const DropoutKeys keys(p.seed, row);
   vf sum{};
   for (int64_t v = 0; v < count; ++v) {
-    const vf weight = exp2_nonpositive(load(score + v * L) + s.negative_max[i]);
+    const vf weight = exp2_nonpositive(load(score + v * L) * kLog2e + s.negative_max[i]);
     vf grad_weight = load(grad + v * L);
     if constexpr (Dropout) grad_weight = select(keys.keep(load(columns + v * L), p.drop_below), grad_weight, vf{});
     store(score + v * L, weight);
@@ -79,7 +79,7 @@ FA_INLINE void weights_and_delta(const Backward& p, BackwardScratch& s, int64_t 
 
 // From logits (weights when Whole) and the gradient of the weights of one query on one tile, both in place: the dropped
 // weights and the gradient of the logits, which is also summed per column and per row.  Weights are left
-// unnormalised, 2^(logit - maximum) exactly as the forward pass had them; grad_out and delta carry the division by
+// unnormalised, e^(logit - maximum) exactly as the forward pass had them; grad_out and delta carry the division by
 // their sum.
 template <bool OneRow, bool Dropout, bool Whole>
 FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, BiasTerms& bias, int64_t i, int64_t v0,
@@ -93,7 +93,7 @@ FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, Bias
   vf group_sum{};
   for (int64_t v = 0; v < count; ++v) {
     const vf score_or_weight = load(score + v * L);
-    const vf weight = Whole ? score_or_weight : exp2_nonpositive(score_or_weight + s.negative_max[i]);
+    const vf weight = Whole ? score_or_weight : exp2_nonpositive(score_or_weight * kLog2e + s.negative_max[i]);
     vf grad_weight = load(grad + v * L);
     if constexpr (Dropout) {
       const vi keep = keys.keep(load(columns + v * L), p.drop_below);
@@ -106,21 +106,59 @@ FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, Bias
     store(grad + v * L, grad_logit);
 
     float* to_column = s.grad_column + i * s.col_stride + offset * L;
-    store(to_column, load(to_column) + grad_logit);
     float* to_row = s.grad_row + i * bias.bias_rows + group * group_rows;
     if constexpr (OneRow) {
+      store(to_column, load(to_column) + grad_logit);
       group_sum += grad_logit;
       if (offset == per_group - 1 || v == count - 1) {
         rows.add(group_sum, to_row);
         group_sum = vf{};
       }
-    } else {
-      for (int64_t r = 0; r < group_rows; ++r)
-        rows.add((vf)((vi)grad_logit & load(bias.row_mask + r * s.col_stride + offset * L)), to_row + r);
+    } else {  // rows past the image stay out, as an infinite delta would make NaN of their zero weights
+      vi real{};
+      for (int64_t r = 0; r < smaller(group_rows, p.hk - group * group_rows); ++r) {
+        const vi part = (vi)grad_logit & load(bias.row_mask + r * s.col_stride + offset * L);
+        rows.add((vf)part, to_row + r);
+        real |= part;
+      }
+      store(to_column, load(to_column) + (vf)real);
     }
     if (++offset == per_group) offset = 0, ++group;
   }
   rows.flush();
+}
+
+// Gradients of the tables and of the query through them: products over all table positions, zeros included.
+void table_products(const Backward& p, BackwardScratch& s, BiasTerms& bias, int64_t rows) {
+  for (int64_t v = 0; v < bias.table_vectors; v += NR) {
+    float* to = s.grad_table + v / NR * p.dk * PANEL;
+    outer_product(
+        p.dk, smaller(NR, bias.table_vectors - v), bias.query.data, 1, p.dk, rows, s.grad_product + v * L,
+        bias.product_stride, [](int64_t, int) FA_INLINE_CALL { return vf{}; },
+        [&](int64_t m, int n, vf x) FA_INLINE_CALL { add_to(to + m * PANEL + n * L, x); });
+  }
+  dot_product(rows, p.dk, bias.table_vectors, s.grad_product.data, bias.product_stride, bias.table.data,
+              s.grad_relative.data, p.dk);
+}
+
+// The same over each query's own positions only: where a query or a table holds NaN or infinities, its product with a
+// zero outside would spread them.
+void table_products_in_windows(const Backward& p, BackwardScratch& s, BiasTerms& bias, int64_t q0, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    auto window = [&](int64_t first, int64_t length) {
+      for (int64_t position = first; position < first + length; ++position) {
+        const float grad = s.grad_product[i * bias.product_stride + position];
+        const float* table = panel_slot(bias.table.data, position, p.dk);
+        float* grad_table = panel_slot(s.grad_table.data, position, p.dk);
+        for (int64_t d = 0; d < p.dk; ++d) {
+          grad_table[d * PANEL] += grad * bias.query[i * p.dk + d];
+          s.grad_relative[i * p.dk + d] += grad * table[d * PANEL];
+        }
+      }
+    };
+    if (p.row) window(bias.row_start(q0 + i), p.hk);
+    if (p.col) window(bias.col_start(q0 + i), p.wk);
+  }
 }
 
 template <bool OneRow, bool Dropout>
@@ -141,7 +179,7 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
     if (i >= count) continue;
     const int64_t y = (q0 + i) / p.wq, x = (q0 + i) % p.wq;
     auto at = [&](const TensorView& view) { return head_offset(view, b, h) + y * view.stride[2] + x * view.stride[3]; };
-    gather(p.query, at(p.query), p.query.stride[4], p.dk, p.scale * kLog2e, query);
+    gather(p.query, at(p.query), p.query.stride[4], p.dk, p.scale, query);
     gather(p.grad_out, at(p.grad_out), p.grad_out.stride[4], p.dv, 1.0f, grad_out);
     for (int64_t d = 0; d < p.dv; ++d) {
       float out = 0.0f;
@@ -149,8 +187,9 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
       s.delta[i] += out * grad_out[d];
     }
     const float max = p.statistics[2 * (row0 + i)], total = p.statistics[2 * (row0 + i) + 1];
-    const float normalize = s.normalize[i] = total == 0.0f ? 0.0f : 1.0f / total;
-    if (total != 0.0f) s.negative_max[i] = -max;
+    // A NaN reaches the gradients through the weights, and not those of dropped ones through grad_out.
+    const float normalize = s.normalize[i] = total == 0.0f ? 0.0f : total != total ? 1.0f : 1.0f / total;
+    if (total != 0.0f) s.negative_max[i] = -max * kLog2e;
     s.delta[i] *= normalize;
     for (int64_t d = 0; d < p.dv; ++d) grad_out[d] *= p.keep_scale * normalize;
   }
@@ -210,15 +249,10 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
       if (p.row) BiasTerms::copy(s.grad_row + i * bias.bias_rows, p.hk, product + bias.row_start(q0 + i));
       if (p.col) BiasTerms::copy(s.grad_column + i * s.col_stride, p.wk, product + bias.col_start(q0 + i));
     }
-    for (int64_t v = 0; v < bias.table_vectors; v += NR) {
-      float* to = s.grad_table + v / NR * p.dk * PANEL;
-      outer_product(
-          p.dk, smaller(NR, bias.table_vectors - v), bias.query.data, 1, p.dk, rows, s.grad_product + v * L,
-          bias.product_stride, [](int64_t, int) FA_INLINE_CALL { return vf{}; },
-          [&](int64_t m, int n, vf x) FA_INLINE_CALL { add_to(to + m * PANEL + n * L, x); });
-    }
-    dot_product(rows, p.dk, bias.table_vectors, s.grad_product.data, bias.product_stride, bias.table.data,
-                s.grad_relative.data, p.dk);
+    if (bias.finite_tables && bias.finite_queries())
+      table_products(p, s, bias, rows);
+    else
+      table_products_in_windows(p, s, bias, q0, count);
     for (int64_t i = 0; i < rows * p.dk; ++i) s.grad_query[i] += p.rel_scale * s.grad_relative[i];
   }
 
@@ -230,15 +264,8 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
     else
       BiasTerms::copy(s.grad_query + i * p.dk, p.dk, p.query_partials + (task * p.queries() + q) * p.dk);
     if (p.tables) continue;
-    if (p.col && p.key_splits == 1)
-      scatter(p.grad_col, at(p.grad_col), p.grad_col.stride[4], p.wk, 1.0f, s.grad_column + i * s.col_stride);
-    else if (p.col)
-      BiasTerms::copy(s.grad_column + i * s.col_stride, p.wk, p.col_partials + (task * p.queries() + q) * p.wk);
-    if (p.row) {  // key rows belong to one task each
-      const int64_t y0 = s.group0 * keys.rows, y1 = smaller(p.hk, (s.group0 + s.groups) * keys.rows);
-      scatter(p.grad_row, at(p.grad_row) + y0 * p.grad_row.stride[4], p.grad_row.stride[4], y1 > y0 ? y1 - y0 : 0, 1.0f,
-              s.grad_row + i * bias.bias_rows + y0);
-    }
+    if (p.col) scatter(p.grad_col, at(p.grad_col), p.grad_col.stride[4], p.wk, 1.0f, s.grad_column + i * s.col_stride);
+    if (p.row) scatter(p.grad_row, at(p.grad_row), p.grad_row.stride[4], p.hk, 1.0f, s.grad_row + i * bias.bias_rows);
   }
 }
 
@@ -267,15 +294,15 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
     for (int64_t q0 = 0; q0 < p.queries(); q0 += QB)
       block(p, keys, s, bias, columns.data + group0 * keys.vectors * L, task, q0, smaller(QB, p.queries() - q0));
 
-    // The packed query carries scale * log2(e).
-    unpack_keys(p.grad_key, head_offset(p.grad_key, b, h), p, keys, group0, group1, p.dk, kLn2, s.grad_key.data);
+    // The packed query carries the scale.
+    unpack_keys(p.grad_key, head_offset(p.grad_key, b, h), p, keys, group0, group1, p.dk, 1.0f, s.grad_key.data);
     unpack_keys(p.grad_value, head_offset(p.grad_value, b, h), p, keys, group0, group1, p.dv, 1.0f, s.grad_value.data);
     if (!bias.from_tables()) continue;
     auto unpack = [&](int64_t length, int64_t first, float* to) {
       for (int64_t i = 0; i < length; ++i) {
         const float* from = panel_slot(s.grad_table.data, first + i, p.dk);
         float* row = to + (p.key_minus_query ? i : length - 1 - i) * p.dk;
-        for (int64_t d = 0; d < p.dk; ++d) row[d] = kLn2 * from[d * PANEL];
+        for (int64_t d = 0; d < p.dk; ++d) row[d] = from[d * PANEL];
       }
     };
     float* partial = p.table_partials + task * (p.row_length() + p.col_length()) * p.dk;
@@ -286,22 +313,18 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
 
 void sum_query_partials(const Backward& p, int64_t begin, int64_t end) {
   Buffer<float> sum;
-  sum.allocate(p.dk > p.wk ? p.dk : p.wk);
-  for (int64_t pair = begin; pair < end; ++pair) {
-    auto sum_and_scatter = [&](const float* partials, int64_t depth, const TensorView& to) {
-      for (int64_t q = 0; q < p.queries(); ++q) {
-        for (int64_t d = 0; d < depth; ++d) sum[d] = 0.0f;
-        for (int64_t split = 0; split < p.key_splits; ++split) {
-          const float* partial = partials + ((pair * p.key_splits + split) * p.queries() + q) * depth;
-          for (int64_t d = 0; d < depth; ++d) sum[d] += partial[d];
-        }
-        const int64_t offset = head_offset(to, pair / p.heads, pair % p.heads);
-        scatter(to, offset + q / p.wq * to.stride[2] + q % p.wq * to.stride[3], to.stride[4], depth, 1.0f, sum.data);
+  sum.allocate(p.dk);
+  for (int64_t pair = begin; pair < end; ++pair)
+    for (int64_t q = 0; q < p.queries(); ++q) {
+      for (int64_t d = 0; d < p.dk; ++d) sum[d] = 0.0f;
+      for (int64_t split = 0; split < p.key_splits; ++split) {
+        const float* partial = p.query_partials + ((pair * p.key_splits + split) * p.queries() + q) * p.dk;
+        for (int64_t d = 0; d < p.dk; ++d) sum[d] += partial[d];
       }
-    };
-    sum_and_scatter(p.query_partials, p.dk, p.grad_query);
-    if (!p.tables && p.col) sum_and_scatter(p.col_partials, p.wk, p.grad_col);
-  }
+      const TensorView& to = p.grad_query;
+      const int64_t offset = head_offset(to, pair / p.heads, pair % p.heads);
+      scatter(to, offset + q / p.wq * to.stride[2] + q % p.wq * to.stride[3], to.stride[4], p.dk, 1.0f, sum.data);
+    }
 }
 
 void sum_table_partials(const Backward& p, int64_t begin, int64_t end) {

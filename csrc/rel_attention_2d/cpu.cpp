@@ -105,15 +105,14 @@ void attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor val
   const int64_t pairs = p.batch * p.heads;
   const int64_t wanted = pairs > 0 ? (16 + pairs - 1) / pairs : 1;
   p.key_splits = std::clamp<int64_t>(std::min(wanted, p.hk * p.wk / 512), 1, std::max<int64_t>(p.hk / 16, 1));
+  // Gradients of given logits are as large as those: no further copy of them, hence no split.
+  if (!p.tables && (p.row || p.col)) p.key_splits = 1;
 
-  std::vector<float> query_partials, col_partials, table_partials;
-  if (p.key_splits > 1) {
-    query_partials.resize(p.tasks() * p.queries() * p.dk);
-    if (p.col && !p.tables) col_partials.resize(p.tasks() * p.queries() * p.wk);
-  }
+  std::vector<float> query_partials, table_partials;
+  if (p.key_splits > 1) query_partials.resize(p.tasks() * p.queries() * p.dk);
   const int64_t table_rows = p.row_length() + p.col_length();
   table_partials.resize(p.tasks() * table_rows * p.dk);
-  p.query_partials = query_partials.data(), p.col_partials = col_partials.data();
+  p.query_partials = query_partials.data();
   p.table_partials = table_partials.data();
 
   const Kernels& use = kernels();

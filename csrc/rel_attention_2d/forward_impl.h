@@ -23,12 +23,13 @@ FA_INLINE void softmax_tile(const Forward& p, ForwardScratch& s, int64_t i, cons
   float* score = s.score + i * s.score_stride;
   const float max = tile_max[i] > s.max[i] ? tile_max[i] : s.max[i];
   const float shift = max == -kInfinity ? 0.0f : max;  // every key so far masked: weights of exactly 0
-  const float decay = __builtin_exp2f(s.max[i] - shift);
+  const float decay = __builtin_exp2f((s.max[i] - shift) * kLog2e);
+  const float negative_max = -shift * kLog2e;
   s.max[i] = max;
   vf total{};
   const DropoutKeys keys(p.seed, row);
   for (int64_t v = 0; v < count; ++v) {
-    const vf weight = exp2_nonpositive(load(score + v * L) - shift);
+    const vf weight = exp2_nonpositive(load(score + v * L) * kLog2e + negative_max);
     total += weight;
     if constexpr (Dropout)
       store(score + v * L, select(keys.keep(load(columns + v * L), p.drop_below), weight, vf{}));
@@ -48,7 +49,7 @@ void forward_block(const Forward& p, const KeyLayout& keys, ForwardScratch& s, B
     const int64_t q = q0 + i;
     if (i < count)
       gather(p.query, head_offset(p.query, b, h) + q / p.wq * p.query.stride[2] + q % p.wq * p.query.stride[3],
-             p.query.stride[4], p.dk, p.scale * kLog2e, s.query + i * p.dk);
+             p.query.stride[4], p.dk, p.scale, s.query + i * p.dk);
     else
       for (int64_t d = 0; d < p.dk; ++d) s.query[i * p.dk + d] = 0.0f;
     s.max[i] = -kInfinity;

@@ -27,7 +27,7 @@ struct Problem {
 
 struct Forward : Problem {
   TensorView out;
-  // (batch, heads, queries, 2): maximum of the base-2 logits and sum of 2^(logit - maximum), 0 with every key masked.
+  // (batch, heads, queries, 2): maximum of the logits and sum of e^(logit - maximum), 0 with every key masked.
   // The pair rather than its log-sum-exp, whose rounding would be an error common to a whole row of weights.
   float* statistics;
   int64_t query_splits;  // a task is one (batch, head) and one range of queries
@@ -43,7 +43,6 @@ struct Backward : Problem {
   TensorView grad_query, grad_key, grad_value, grad_row, grad_col;
   int64_t key_splits;
   float* query_partials;  // (tasks, queries, dk); null when key_splits is 1
-  float* col_partials;    // (tasks, queries, wk), for logits; null when key_splits is 1
   float* table_partials;  // (tasks, row_length + col_length, dk)
 
   int64_t tasks() const { return batch * heads * key_splits; }

@@ -9,7 +9,6 @@ namespace {
 #include "common/simd.h"
 
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 constexpr int QB = 32;  // queries to a block
 // Key vectors to a tile: up to 32x32 keys in one, so that forward never rescales and backward sees whole rows.
 constexpr int kForwardTile = 1024 / L;
@@ -100,7 +99,7 @@ void unpack_keys(const TensorView& view, int64_t base, const Problem& p, const K
 // Splits 0..count into `splits` near-equal ranges.
 FA_INLINE int64_t split_begin(int64_t count, int64_t splits, int64_t i) { return count * i / splits; }
 
-// The logits of one block of queries that do not depend on the key's content, in base 2.
+// The logits of one block of queries that do not depend on the key's content.
 struct BiasTerms {
   const Problem& p;
   const KeyLayout& keys;
@@ -110,9 +109,10 @@ struct BiasTerms {
   Buffer<float> row;         // (QB, bias_rows): row logit per key row, -inf past the image
   Buffer<int32_t> row_mask;  // (keys.rows, keys.vectors * L): all ones where the lane lies in that row
   Buffer<float> table;       // panels (table_vectors, dk): row table, then column table
-  Buffer<float> query;       // (QB, dk): query * rel_scale * log2(e)
+  Buffer<float> query;       // (QB, dk): query * rel_scale
   Buffer<float> product;     // (QB, table_vectors * L): query times every table row
   int64_t column_stride, product_stride;
+  bool finite_tables = true;
 
   BiasTerms(const Problem& problem, const KeyLayout& layout)
       : p(problem), keys(layout), bias_rows(layout.groups * layout.rows), column_stride(layout.vectors * L) {
@@ -139,6 +139,14 @@ struct BiasTerms {
   int64_t row_start(int64_t q) const { return p.hq - 1 - q / p.wq; }
   int64_t col_start(int64_t q) const { return row_vectors * L + p.wq - 1 - q % p.wq; }
 
+  bool finite_queries() const { return all_finite(query.data, QB * p.dk); }
+
+  static bool all_finite(const float* x, int64_t count) {  // count: a multiple of L
+    vf sum{};  // of zeros, or NaN
+    for (int64_t i = 0; i < count; i += L) sum += load(x + i) * 0.0f;
+    return sum_lanes(sum) == 0.0f;
+  }
+
   void pack_tables(int64_t head) {
     if (!from_tables()) return;
     table.fill(0.0f);
@@ -151,6 +159,7 @@ struct BiasTerms {
     };
     pack(p.row, p.row_length(), 0);
     pack(p.col, p.col_length(), row_vectors * L);
+    finite_tables = all_finite(table.data, table.size);
   }
 
   // Fills column and row for queries [q0, q0 + count) of head (b, h).
@@ -159,7 +168,7 @@ struct BiasTerms {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t q = q0 + i;
         gather(p.query, head_offset(p.query, b, h) + q / p.wq * p.query.stride[2] + q % p.wq * p.query.stride[3],
-               p.query.stride[4], p.dk, p.rel_scale * kLog2e, query + i * p.dk);
+               p.query.stride[4], p.dk, p.rel_scale, query + i * p.dk);
       }
       for (int64_t i = count; i < QB; ++i)
         for (int64_t d = 0; d < p.dk; ++d) query[i * p.dk + d] = 0.0f;
@@ -176,7 +185,7 @@ struct BiasTerms {
       float* to_row = row + i * bias_rows;
       if (i < count && !p.tables && p.col)
         gather(p.col, head_offset(p.col, b, h) + q / p.wq * p.col.stride[2] + q % p.wq * p.col.stride[3],
-               p.col.stride[4], p.wk, kLog2e, to_column);
+               p.col.stride[4], p.wk, 1.0f, to_column);
       else if (i < count && p.col)
         copy(product + i * product_stride + col_start(q), p.wk, to_column);
       else
@@ -186,7 +195,7 @@ struct BiasTerms {
 
       if (i < count && !p.tables && p.row)
         gather(p.row, head_offset(p.row, b, h) + q / p.wq * p.row.stride[2] + q % p.wq * p.row.stride[3],
-               p.row.stride[4], p.hk, kLog2e, to_row);
+               p.row.stride[4], p.hk, 1.0f, to_row);
       else if (i < count && p.row)
         copy(product + i * product_stride + row_start(q), p.hk, to_row);
       else
@@ -242,7 +251,7 @@ void hash_columns(const Problem& p, const KeyLayout& keys, Buffer<uint32_t>& to)
   }
 }
 
-// Logits of `rows` queries against key vectors [v0, v0 + count) into scores (row stride `stride`), in base 2.
+// Logits of `rows` queries against key vectors [v0, v0 + count) handed to finish(query, vector, logits).
 template <bool OneRow, class Finish>
 FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const float* query, int64_t dk, const float* panels,
                           BiasTerms& bias, int64_t group0, const Finish& finish) {
