@@ -42,6 +42,7 @@ def run(out: Path | None = None, smoke: bool = False) -> int:
         lr=0.05,
         schedule="cosine",
         warmup_epochs=0.5,
+        crop_padding=0,  # five epochs are too few to learn shifts as well: 98 % instead of 97 % for the plain network
         data_note="digits of scikit-learn, resized to 32x32",
     )
     print(f"training {config.model} on handwritten digits, 32x32: stage 1 attends over 1,024 positions", flush=True)
