@@ -2,7 +2,7 @@
 
 A block between ``<!-- from benchmarks/results/NAME.md -->`` and ``<!-- end -->`` is replaced by that file.
 
-Run from the repository root: ``python benchmarks/readme.py`` (``--check``: change nothing, fail if something would change).
+Run from the repository root: ``python benchmarks/readme.py`` (``--check``: change nothing, fail if it would).
 """
 
 from __future__ import annotations

@@ -57,6 +57,10 @@ struct LaneSums {
   }
 };
 
+FA_INLINE vf normalized_weight(const BackwardScratch& s, int64_t i, vf score) {
+  return exp2_nonpositive(score * kLog2e + s.negative_max[i]) * s.normalize[i];
+}
+
 // Weights in place of logits for one query whose keys all lie in this tile, and delta = sum over keys of weight times
 // gradient.  It equals out.grad_out, but summed from the weights at hand it lacks the rounding of out, an error that
 // all gradients of a row would share.
@@ -68,19 +72,17 @@ FA_INLINE void weights_and_delta(const Backward& p, BackwardScratch& s, int64_t 
   const DropoutKeys keys(p.seed, row);
   vf sum{};
   for (int64_t v = 0; v < count; ++v) {
-    const vf weight = exp2_nonpositive(load(score + v * L) * kLog2e + s.negative_max[i]);
+    const vf weight = normalized_weight(s, i, load(score + v * L));
     vf grad_weight = load(grad + v * L);
     if constexpr (Dropout) grad_weight = select(keys.keep(load(columns + v * L), p.drop_below), grad_weight, vf{});
     store(score + v * L, weight);
     sum += weight * grad_weight;
   }
-  s.delta[i] = sum_lanes(sum) * s.normalize[i];
+  s.delta[i] = sum_lanes(sum);
 }
 
 // From logits (weights when Whole) and the gradient of the weights of one query on one tile, both in place: the dropped
-// weights and the gradient of the logits, which is also summed per column and per row.  Weights are left
-// unnormalised, e^(logit - maximum) exactly as the forward pass had them; grad_out and delta carry the division by
-// their sum.
+// weights and the gradient of the logits, which is also summed per column and per row.
 template <bool OneRow, bool Dropout, bool Whole>
 FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, BiasTerms& bias, int64_t i, int64_t v0,
                                      int64_t count, const uint32_t* columns, uint64_t row) {
@@ -93,7 +95,7 @@ FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, Bias
   vf group_sum{};
   for (int64_t v = 0; v < count; ++v) {
     const vf score_or_weight = load(score + v * L);
-    const vf weight = Whole ? score_or_weight : exp2_nonpositive(score_or_weight * kLog2e + s.negative_max[i]);
+    const vf weight = Whole ? score_or_weight : normalized_weight(s, i, score_or_weight);
     vf grad_weight = load(grad + v * L);
     if constexpr (Dropout) {
       const vi keep = keys.keep(load(columns + v * L), p.drop_below);
@@ -187,11 +189,11 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
       s.delta[i] += out * grad_out[d];
     }
     const float max = p.statistics[2 * (row0 + i)], total = p.statistics[2 * (row0 + i) + 1];
-    // A NaN reaches the gradients through the weights, and not those of dropped ones through grad_out.
-    const float normalize = s.normalize[i] = total == 0.0f ? 0.0f : total != total ? 1.0f : 1.0f / total;
-    if (total != 0.0f) s.negative_max[i] = -max * kLog2e;
-    s.delta[i] *= normalize;
-    for (int64_t d = 0; d < p.dv; ++d) grad_out[d] *= p.keep_scale * normalize;
+    if (total != 0.0f) {
+      s.negative_max[i] = -max * kLog2e;
+      s.normalize[i] = 1.0f / total;
+    }
+    for (int64_t d = 0; d < p.dv; ++d) grad_out[d] *= p.keep_scale;
   }
   bias.prepare(b, h, q0, count);
   s.grad_query.fill(0.0f);

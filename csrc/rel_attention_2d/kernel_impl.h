@@ -142,7 +142,7 @@ struct BiasTerms {
   bool finite_queries() const { return all_finite(query.data, QB * p.dk); }
 
   static bool all_finite(const float* x, int64_t count) {  // count: a multiple of L
-    vf sum{};  // of zeros, or NaN
+    vf sum{};                                              // of zeros, or NaN
     for (int64_t i = 0; i < count; i += L) sum += load(x + i) * 0.0f;
     return sum_lanes(sum) == 0.0f;
   }
