@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import tyro
 
@@ -13,7 +16,8 @@ from .train.recipes import RECIPES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 (failed), 2 (bad usage) or 130 (interrupted)."""
+    """Run one command; returns the exit status: 0, 1 (the machine failed), 2 (a setting, the data or a
+    file of the run is not usable) or 130 (interrupted)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] not in COMMANDS:
         wants_help = bool(arguments) and arguments[0] in ("-h", "--help")
@@ -40,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(arguments: Sequence[str]) -> int:
     """Train a model on CPU or GPU; alone, or on several processes under torchrun."""
-    settings = _recipe_settings(arguments)
+    settings = _saved_settings(arguments) if "--resume" in arguments else _recipe_settings(arguments)
     missing = {name: tyro.MISSING for name in ("model", "dataset", "out") if name not in settings}
     config = tyro.cli(TrainConfig, args=arguments, default=TrainConfig(**missing, **settings), prog="fused-attn train")
     from .train.loop import train as run
@@ -55,15 +59,36 @@ def train(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _recipe_settings(arguments: Sequence[str]) -> dict:
+def _option(arguments: Sequence[str], option: str) -> str | None:
+    """Value of ``option`` among the arguments, before the whole line is parsed."""
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        if name == "--recipe":
-            recipe = value if equals else "".join(arguments[i + 1 : i + 2])
-            if recipe not in RECIPES:
-                raise TrainError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-            return RECIPES[recipe][1]
-    return {}
+        if name == option:
+            return value if equals else "".join(arguments[i + 1 : i + 2])
+    return None
+
+
+def _recipe_settings(arguments: Sequence[str]) -> dict:
+    recipe = _option(arguments, "--recipe")
+    if recipe is None:
+        return {}
+    if recipe not in RECIPES:
+        raise TrainError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+    return RECIPES[recipe][1]
+
+
+def _saved_settings(arguments: Sequence[str]) -> dict:
+    """The settings of the run that is resumed, so that ``--resume --out DIR`` is enough; the run checks the rest."""
+    path = Path(_option(arguments, "--out") or "") / "config.json"
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    known = {field.name for field in dataclasses.fields(TrainConfig)} - {"out", "resume"}
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    if settings.get("data_dir") is not None:
+        settings["data_dir"] = Path(settings["data_dir"])
+    return {name: value for name, value in settings.items() if name in known}
 
 
 def info(arguments: Sequence[str]) -> int:

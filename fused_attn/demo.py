@@ -39,6 +39,7 @@ def run(out: Path | None = None, smoke: bool = False) -> int:
         batch_size=32,
         epochs=1 if smoke else 5,
         max_steps=4 if smoke else None,
+        model_options=("heads=4",),
         lr=0.05,
         schedule="cosine",
         warmup_epochs=0.5,

@@ -37,6 +37,8 @@ def save(folder: Path, step: int, weights: Mapping[str, Mapping[str, Tensor]], s
         TrainError: the disk is full or the folder cannot be written; earlier checkpoints are as they were.
     """
     final, temporary = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
+    if final.exists():  # interrupted right after it was written: the same step has the same state
+        return final
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -50,8 +52,6 @@ def save(folder: Path, step: int, weights: Mapping[str, Mapping[str, Tensor]], s
         for path in temporary.iterdir():
             _flush(path)
         _flush(temporary)
-        if final.exists():  # an interrupted run that stops at a checkpoint it has already written
-            shutil.rmtree(final)
         os.rename(temporary, final)
         _flush(folder)
     except Exception as error:
