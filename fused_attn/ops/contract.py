@@ -252,4 +252,4 @@ def numeric_mismatches(
         return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
 
     oracle = pooled(reference, convert(inputs, torch.float64), torch.float64)
-    return mismatches(pooled(function, inputs), pooled(reference, inputs), oracle)
+    return mismatches(pooled(function, inputs), pooled(reference, inputs), oracle, factor)
