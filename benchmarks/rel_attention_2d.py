@@ -158,10 +158,10 @@ def markdown(report: dict[str, Any]) -> str:
             cells = []
             for shape in shapes:
                 row = rows.get((shape, name))
-                cells.append(f"{row['p50_ms']:.1f} [{row['p20_ms']:.1f}, {row['p80_ms']:.1f}]" if row else "–")
+                cells.append(f"{row['p50_ms']:.1f} [{row['p20_ms']:.1f}, {row['p80_ms']:.1f}]" if row else "-")
             lines.append(f"| {_label(name, impl)} | {' | '.join(cells)} |")
         ratios = [rows[shape, impl]["best_peer_over_this"] if (shape, impl) in rows else None for shape in shapes]
-        cells = [f"**{ratio:.1f}×**" if ratio else "–" for ratio in ratios]
+        cells = [f"**{ratio:.1f}x**" if ratio else "-" for ratio in ratios]
         lines.append(f"| best peer / fused | {' | '.join(cells)} |")
     for key, title in (("memory", "peak extra memory, MiB"), ("growth", "its growth, MiB")):
         rows = {(row["shape"], row["provider"]): row["extra_bytes"] / MIB for row in report[key]}
@@ -170,7 +170,7 @@ def markdown(report: dict[str, Any]) -> str:
         shapes = _unique(report[key], "shape")
         lines += ["", f"| {title} | {' | '.join(shapes)} |", "| --- |" + " ---: |" * len(shapes)]
         for name in _unique(report[key], "provider"):
-            cells = [f"{rows[shape, name]:.1f}" if (shape, name) in rows else "–" for shape in shapes]
+            cells = [f"{rows[shape, name]:.1f}" if (shape, name) in rows else "-" for shape in shapes]
             lines.append(f"| {_label(name, impl)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
