@@ -6,14 +6,15 @@ Run from the repository root: ``python benchmarks/commands.py``; needs a clean c
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+COMMANDS = ("make demo (environment, build, training, comparison)", "make test (with the environment there)")
 
 
 def timed(command: list[str], clone: Path) -> float:
@@ -26,18 +27,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "clone"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-        seconds = {
-            "make demo (environment, build, training, comparison)": timed(["make", "demo"], clone),
-            "make test (with the environment there)": timed(["make", "test"], clone),
-        }
-        metrics = json.loads((clone / "runs" / "demo-1" / "metrics.json").read_text())
-        comparison = json.loads((clone / "runs" / "demo-1" / "comparison.json").read_text())
-        for picture in ("curves.png", "comparison.png"):
-            (RESULTS / "demo").mkdir(exist_ok=True)
-            (RESULTS / "demo" / picture).write_bytes((clone / "runs" / "demo-1" / picture).read_bytes())
-        for name in ("metrics", "comparison"):
-            text = (clone / "runs" / "demo-1" / f"{name}.json").read_text()
-            (RESULTS / "demo" / f"{name}.json").write_text(text)
+        report({command: timed(command.split()[:2], clone) for command in COMMANDS}, clone / "runs" / "demo-1")
+
+
+def report(seconds: dict[str, float], demo: Path) -> None:
+    """Write commands.md from the commands' times, and keep the demo's results."""
+    (RESULTS / "demo").mkdir(exist_ok=True)
+    for name in ("curves.png", "comparison.png", "metrics.json", "comparison.json"):
+        shutil.copy(demo / name, RESULTS / "demo" / name)
+    metrics = json.loads((demo / "metrics.json").read_text())
+    comparison = json.loads((demo / "comparison.json").read_text())
     environment = metrics["environment"]
     fused, eager = (comparison["seconds"][impl] * 1e3 for impl in ("cpu", "reference"))
     lines = [
@@ -57,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
