@@ -128,25 +128,43 @@ constexpr int NR = FUSED_ATTN_PANEL_VECTORS;
 constexpr int MR = FUSED_ATTN_BLOCK_ROWS;
 constexpr int PANEL = NR * L;
 
-// acc[m][n] = init(m, n) + sum_k A[m, k] * B[k][n]; finish(m, n, acc) receives the result.
-template <int M, int N, class Init, class Finish>
+// A longer sum is formed in parts and these are added, so that no rounding error grows with the whole depth.
+constexpr int64_t kLongestChain = 32;
+
+// finish(m, n, sum_k A[m, k] * B[k][n]).
+template <int M, int N, class Finish>
 FA_INLINE void outer_block(const float* a, int64_t a_row, int64_t a_depth, int64_t depth, const float* b, int64_t b_row,
-                           const Init& init, const Finish& finish) {
-  vf acc[M][N];
+                           const Finish& finish) {
+  vf acc[M][N] = {};
+  auto accumulate = [&](int64_t begin, int64_t end) FA_INLINE_CALL {
+    for (int64_t k = begin; k < end; ++k) {
+      vf column[N];
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) column[n] = load(b + k * b_row + n * L);
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) acc[m][n] = init(m, n);
-  for (int64_t k = 0; k < depth; ++k) {
-    vf column[N];
+      for (int m = 0; m < M; ++m) {
+        const vf scalar = broadcast(a[m * a_row + k * a_depth]);
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) column[n] = load(b + k * b_row + n * L);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const vf scalar = broadcast(a[m * a_row + k * a_depth]);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) acc[m][n] += scalar * column[n];
+        for (int n = 0; n < N; ++n) acc[m][n] += scalar * column[n];
+      }
     }
+  };
+  if (depth <= kLongestChain) {
+    accumulate(0, depth);
+  } else {
+    const int64_t parts = (depth + kLongestChain - 1) / kLongestChain;
+    vf whole[M][N] = {};
+    for (int64_t part = 0; part < parts; ++part) {
+      accumulate(depth * part / parts, depth * (part + 1) / parts);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) whole[m][n] += acc[m][n], acc[m][n] = vf{};
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) acc[m][n] = whole[m][n];
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
@@ -154,14 +172,13 @@ FA_INLINE void outer_block(const float* a, int64_t a_row, int64_t a_depth, int64
     for (int n = 0; n < N; ++n) finish(m, n, acc[m][n]);
 }
 
-// The same for `rows` rows and `vectors` <= NR vectors; init and finish see the row's index in the whole.
-template <class Init, class Finish>
+// The same for `rows` rows and `vectors` <= NR vectors; finish sees the row's index in the whole.
+template <class Finish>
 FA_INLINE void outer_product(int64_t rows, int vectors, const float* a, int64_t a_row, int64_t a_depth, int64_t depth,
-                             const float* b, int64_t b_row, const Init& init, const Finish& finish) {
+                             const float* b, int64_t b_row, const Finish& finish) {
   auto run = [&]<int M, int N>(int64_t row) FA_INLINE_CALL {
-    outer_block<M, N>(
-        a + row * a_row, a_row, a_depth, depth, b, b_row, [&](int m, int n) FA_INLINE_CALL { return init(row + m, n); },
-        [&](int m, int n, vf x) FA_INLINE_CALL { finish(row + m, n, x); });
+    outer_block<M, N>(a + row * a_row, a_row, a_depth, depth, b, b_row,
+                      [&](int m, int n, vf x) FA_INLINE_CALL { finish(row + m, n, x); });
   };
   auto run_rows = [&]<int N>() FA_INLINE_CALL {
     int64_t row = 0;
@@ -172,10 +189,8 @@ FA_INLINE void outer_product(int64_t rows, int vectors, const float* a, int64_t 
   if (vectors == NR) return run_rows.template operator()<NR>();
   for (int n = 0; n < vectors; ++n) {  // a narrow last panel, one vector at a time
     auto run_one = [&](int64_t row, auto count) FA_INLINE_CALL {
-      outer_block<decltype(count)::value, 1>(
-          a + row * a_row, a_row, a_depth, depth, b + n * L, b_row,
-          [&](int m, int) FA_INLINE_CALL { return init(row + m, n); },
-          [&](int m, int, vf x) FA_INLINE_CALL { finish(row + m, n, x); });
+      outer_block<decltype(count)::value, 1>(a + row * a_row, a_row, a_depth, depth, b + n * L, b_row,
+                                             [&](int m, int, vf x) FA_INLINE_CALL { finish(row + m, n, x); });
     };
     int64_t row = 0;
     for (; row + MR <= rows; row += MR) run_one(row, std::integral_constant<int, MR>{});

@@ -134,10 +134,9 @@ FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, Bias
 void table_products(const Backward& p, BackwardScratch& s, BiasTerms& bias, int64_t rows) {
   for (int64_t v = 0; v < bias.table_vectors; v += NR) {
     float* to = s.grad_table + v / NR * p.dk * PANEL;
-    outer_product(
-        p.dk, smaller(NR, bias.table_vectors - v), bias.query.data, 1, p.dk, rows, s.grad_product + v * L,
-        bias.product_stride, [](int64_t, int) FA_INLINE_CALL { return vf{}; },
-        [&](int64_t m, int n, vf x) FA_INLINE_CALL { add_to(to + m * PANEL + n * L, x); });
+    outer_product(p.dk, smaller(NR, bias.table_vectors - v), bias.query.data, 1, p.dk, rows, s.grad_product + v * L,
+                  bias.product_stride,
+                  [&](int64_t m, int n, vf x) FA_INLINE_CALL { add_to(to + m * PANEL + n * L, x); });
   }
   dot_product(rows, p.dk, bias.table_vectors, s.grad_product.data, bias.product_stride, bias.table.data,
               s.grad_relative.data, p.dk);
@@ -210,7 +209,6 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
     for (int64_t v = 0; v < tile; v += NR)  // gradient of the weights
       outer_product(
           rows, smaller(NR, tile - v), s.grad_out.data, p.dv, 1, p.dv, s.value + (v0 + v) / NR * p.dv * PANEL, PANEL,
-          [](int64_t, int) FA_INLINE_CALL { return vf{}; },
           [&](int64_t m, int n, vf x) FA_INLINE_CALL { store(s.grad_score + m * s.score_stride + (v + n) * L, x); });
     for (int64_t i = 0; i < rows; ++i) {
       if (whole) {
@@ -221,16 +219,14 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
       }
     }
 
-    auto accumulate = [&](int64_t depth, const float* a, const Buffer<float>& b_tile, Buffer<float>& panels)
-                          FA_INLINE_CALL {
-                            for (int64_t v = 0; v < tile; v += NR) {
-                              float* to = panels + (v0 + v) / NR * depth * PANEL;
-                              outer_product(
-                                  depth, smaller(NR, tile - v), a, 1, depth, rows, b_tile.data + v * L, s.score_stride,
-                                  [](int64_t, int) FA_INLINE_CALL { return vf{}; },
-                                  [&](int64_t m, int n, vf x) FA_INLINE_CALL { add_to(to + m * PANEL + n * L, x); });
-                            }
-                          };
+    auto accumulate = [&](int64_t depth, const float* a, const Buffer<float>& b_tile,
+                          Buffer<float>& panels) FA_INLINE_CALL {
+      for (int64_t v = 0; v < tile; v += NR) {
+        float* to = panels + (v0 + v) / NR * depth * PANEL;
+        outer_product(depth, smaller(NR, tile - v), a, 1, depth, rows, b_tile.data + v * L, s.score_stride,
+                      [&](int64_t m, int n, vf x) FA_INLINE_CALL { add_to(to + m * PANEL + n * L, x); });
+      }
+    };
     accumulate(p.dv, s.grad_out.data, s.score, s.grad_value);
     accumulate(p.dk, s.query.data, s.grad_score, s.grad_key);
     dot_product(rows, p.dk, tile, s.grad_score.data, s.score_stride, s.key + v0 / NR * p.dk * PANEL, s.grad_query.data,

@@ -173,11 +173,10 @@ struct BiasTerms {
       for (int64_t i = count; i < QB; ++i)
         for (int64_t d = 0; d < p.dk; ++d) query[i * p.dk + d] = 0.0f;
       for (int64_t panel = 0; panel < panels_of(table_vectors); ++panel)
-        outer_product(
-            round_up(count, MR), smaller(NR, table_vectors - panel * NR), query.data, p.dk, 1, p.dk,
-            table + panel * p.dk * PANEL, PANEL, [](int64_t, int) FA_INLINE_CALL { return vf{}; },
-            [&](int64_t m, int n, vf x)
-                FA_INLINE_CALL { store(product + m * product_stride + panel * PANEL + n * L, x); });
+        outer_product(round_up(count, MR), smaller(NR, table_vectors - panel * NR), query.data, p.dk, 1, p.dk,
+                      table + panel * p.dk * PANEL, PANEL, [&](int64_t m, int n, vf x) FA_INLINE_CALL {
+                        store(product + m * product_stride + panel * PANEL + n * L, x);
+                      });
     }
     for (int64_t i = 0; i < QB; ++i) {
       const int64_t q = q0 + i;
@@ -264,7 +263,6 @@ FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const float* 
     }
     outer_product(
         rows, smaller(NR, count - v), query, dk, 1, dk, panels + (v0 + v) / NR * dk * PANEL, PANEL,
-        [](int64_t, int) FA_INLINE_CALL { return vf{}; },
         // Added last: starting the sum from a large bias would round every term of it at the bias's magnitude.
         [&](int64_t m, int n, vf x)
             FA_INLINE_CALL { finish(m, v + n, x + bias.template at<OneRow>(m, group[n], offset[n])); });

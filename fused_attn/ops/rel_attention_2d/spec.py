@@ -296,6 +296,11 @@ def _fuzz_geometry(draw: random.Random) -> dict[str, Any]:
     )
 
 
+def _describe(settings: Mapping[str, Any]) -> str:
+    """The same text in every process, as the name of a sample is its seed."""
+    return str({key: getattr(value, "__name__", value) for key, value in settings.items()})
+
+
 def fuzz_rel(draw: random.Random) -> Sample:
     settings = {
         "terms": draw.choice(("hw", "hw", "h", "w", "")),
@@ -307,7 +312,7 @@ def fuzz_rel(draw: random.Random) -> Sample:
         },
         **_fuzz_geometry(draw),
     }
-    return Sample(str(settings), partial(make_rel, **settings))
+    return Sample(_describe(settings), partial(make_rel, **settings))
 
 
 def fuzz_bias(draw: random.Random) -> Sample:
@@ -316,7 +321,7 @@ def fuzz_bias(draw: random.Random) -> Sample:
         "options": {"dropout_p": draw.choice((0.0, 0.0, 0.25))},
         **_fuzz_geometry(draw),
     }
-    return Sample(str(settings), partial(make_bias, **settings))
+    return Sample(_describe(settings), partial(make_bias, **settings))
 
 
 # --- bad inputs -------------------------------------------------------------------------------------------------------
