@@ -39,22 +39,3 @@ FA_INLINE void store_rounded(c10::Half* p, vf x) {
   for (int i = 0; i < L; ++i) p[i] = static_cast<c10::Half>(x[i]);
 #endif
 }
-
-// Past the caches, where a tensor is too large to be found there later: spares reading the line first.
-FA_INLINE void stream(float* p, vf x) {
-#if defined(__AVX512F__) && FUSED_ATTN_LANES == 16
-  _mm512_stream_ps(p, (__m512)x);
-#elif defined(__AVX__) && FUSED_ATTN_LANES == 8
-  _mm256_stream_ps(p, (__m256)x);
-#elif defined(__SSE2__) && FUSED_ATTN_LANES == 4
-  _mm_stream_ps(p, (__m128)x);
-#else
-  store(p, x);
-#endif
-}
-
-FA_INLINE void stream_fence() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}

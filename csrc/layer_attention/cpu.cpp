@@ -20,8 +20,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kStreamBytes = 32 << 20;  // what is written at once and is larger will not be found in a cache
-
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return DType::float32;
@@ -180,7 +178,6 @@ void layer_sum_forward(Tensor weights, std::vector<Tensor> values, bool channels
   fill(p, weights, out, pointers, channels_last);
   p.out = out.mutable_data_ptr();
   p.out_stride = out.stride(0);
-  p.stream = out.numel() * 4 > kStreamBytes;
   const auto run = kernels().forward;
   parallel(tasks_of(p), [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }
@@ -199,7 +196,6 @@ void layer_sum_backward(Tensor grad_out, Tensor weights, std::vector<Tensor> val
   p.grad_values = grads.data.empty() ? nullptr : grads.data.data();
   p.grad_value_strides = grads.strides.data();
   p.accumulate = accumulate;
-  p.stream = grad_out.numel() * 4 * layers > kStreamBytes;
   std::vector<float> partials(to ? tasks_of(p) * layers * (channels_last ? p.groups : 1) : 0);
   p.partials = to ? partials.data() : nullptr;
   const auto run = kernels().backward;

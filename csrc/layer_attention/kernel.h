@@ -27,7 +27,6 @@ struct Sum {
 struct Forward : Sum {
   void* out;
   int64_t out_stride;
-  bool stream;  // write past the caches
 };
 
 struct Backward : Sum {
@@ -36,7 +35,6 @@ struct Backward : Sum {
   void* const* grad_values;  // null: not wanted
   const int64_t* grad_value_strides;
   bool accumulate;  // add to grad_values
-  bool stream;
   float* partials;  // (tasks, groups or 1, layers): sums of grad_out * value; null: not wanted
 };
 

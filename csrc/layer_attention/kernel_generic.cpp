@@ -4,10 +4,6 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 #include "layer_attention/kernel.h"
 
 #define FUSED_ATTN_ISA generic

@@ -12,7 +12,6 @@ namespace {
 constexpr int CHUNK = 8;  // vectors held in registers while the layers pass by
 
 FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-FA_INLINE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % (L * sizeof(float)) == 0; }
 
 template <class T>
 FA_INLINE const T* at(const void* base, int64_t offset) {
@@ -34,18 +33,10 @@ struct Buffer {
   ~Buffer() { std::free(data); }
 };
 
-template <bool Stream, class T>
-FA_INLINE void put(T* p, vf x) {
-  if constexpr (Stream)
-    stream(p, x);
-  else
-    store_rounded(p, x);
-}
-
 // --- one weight for a whole run of elements (channels first) ------------------------------------------------------
 
 // out[i] = sum over layers of weights[l] * values[l][i], for N vectors.
-template <int N, bool Stream, class T>
+template <int N, class T>
 FA_INLINE void sum_chunk(const Forward& p, const float* weights, int64_t b, int64_t offset, T* out) {
   vf acc[N] = {};
   for (int64_t l = 0; l < p.layers; ++l) {
@@ -55,15 +46,15 @@ FA_INLINE void sum_chunk(const Forward& p, const float* weights, int64_t b, int6
     for (int n = 0; n < N; ++n) acc[n] += weight * load_as_float(value + n * L);
   }
 #pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) put<Stream>(out + n * L, acc[n]);
+  for (int n = 0; n < N; ++n) store_rounded(out + n * L, acc[n]);
 }
 
-template <bool Stream, class T>
+template <class T>
 FA_INLINE void sum_run(const Forward& p, const float* weights, int64_t b, int64_t offset, int64_t count) {
   T* out = at<T>(p.out, b * p.out_stride + offset);
   int64_t i = 0;
-  for (; i + CHUNK * L <= count; i += CHUNK * L) sum_chunk<CHUNK, Stream>(p, weights, b, offset + i, out + i);
-  for (; i + L <= count; i += L) sum_chunk<1, Stream>(p, weights, b, offset + i, out + i);
+  for (; i + CHUNK * L <= count; i += CHUNK * L) sum_chunk<CHUNK>(p, weights, b, offset + i, out + i);
+  for (; i + L <= count; i += L) sum_chunk<1>(p, weights, b, offset + i, out + i);
   for (; i < count; ++i) {
     float sum = 0.0f;
     for (int64_t l = 0; l < p.layers; ++l)
@@ -79,19 +70,12 @@ void forward_runs(const Forward& p, int64_t begin, int64_t end) {
     const int64_t part = task % parts, bg = task / parts, b = bg / p.groups, g = bg % p.groups;
     const int64_t first = part * kPart, offset = g * row + first, count = smaller(kPart, row - first);
     const float* weights = p.weights + bg * p.layers;
-    if constexpr (std::is_same_v<T, float>) {
-      if (p.stream && aligned(at<T>(p.out, b * p.out_stride + offset))) {
-        sum_run<true, T>(p, weights, b, offset, count);
-        continue;
-      }
-    }
-    sum_run<false, T>(p, weights, b, offset, count);
+    sum_run<T>(p, weights, b, offset, count);
   }
-  stream_fence();
 }
 
 // sums[l] += grad_out . values[l], and grad_values[l] = weights[l] * grad_out (or added to it), for N vectors.
-template <int N, bool Stream, bool Values, bool Dots, class T>
+template <int N, bool Values, bool Dots, class T>
 FA_INLINE void backward_chunk(const Backward& p, const float* weights, int64_t b, int64_t offset, const T* grad_out,
                               vf* sums) {
   vf grad[N];
@@ -113,13 +97,13 @@ FA_INLINE void backward_chunk(const Backward& p, const float* weights, int64_t b
         for (int n = 0; n < N; ++n) store_rounded(to + n * L, weight * grad[n] + load_as_float(to + n * L));
       } else {
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) put<Stream>(to + n * L, weight * grad[n]);
+        for (int n = 0; n < N; ++n) store_rounded(to + n * L, weight * grad[n]);
       }
     }
   }
 }
 
-template <bool Stream, bool Values, bool Dots, class T>
+template <bool Values, bool Dots, class T>
 FA_INLINE void backward_run(const Backward& p, const float* weights, int64_t b, int64_t offset, int64_t count, vf* sums,
                             float* partial) {
   const T* grad_out = at<T>(p.grad_out, b * p.grad_out_stride + offset);
@@ -127,8 +111,8 @@ FA_INLINE void backward_run(const Backward& p, const float* weights, int64_t b, 
     for (int64_t l = 0; l < p.layers; ++l) sums[l] = vf{};
   int64_t i = 0;
   for (; i + CHUNK * L <= count; i += CHUNK * L)
-    backward_chunk<CHUNK, Stream, Values, Dots>(p, weights, b, offset + i, grad_out + i, sums);
-  for (; i + L <= count; i += L) backward_chunk<1, Stream, Values, Dots>(p, weights, b, offset + i, grad_out + i, sums);
+    backward_chunk<CHUNK, Values, Dots>(p, weights, b, offset + i, grad_out + i, sums);
+  for (; i + L <= count; i += L) backward_chunk<1, Values, Dots>(p, weights, b, offset + i, grad_out + i, sums);
   for (int64_t l = 0; l < p.layers; ++l) {
     float tail = 0.0f;
     for (int64_t j = i; j < count; ++j) {
@@ -143,12 +127,6 @@ FA_INLINE void backward_run(const Backward& p, const float* weights, int64_t b, 
   }
 }
 
-bool all_aligned(const Backward& p, int64_t b, int64_t offset) {
-  for (int64_t l = 0; l < p.layers; ++l)
-    if (!aligned(at<float>(p.grad_values[l], b * p.grad_value_strides[l] + offset))) return false;
-  return true;
-}
-
 template <bool Values, bool Dots, class T>
 void backward_runs(const Backward& p, int64_t begin, int64_t end) {
   const int64_t parts = parts_of_row(p), row = p.row();
@@ -158,15 +136,8 @@ void backward_runs(const Backward& p, int64_t begin, int64_t end) {
     const int64_t first = part * kPart, offset = g * row + first, count = smaller(kPart, row - first);
     const float* weights = p.weights + bg * p.layers;
     float* partial = p.partials + task * p.layers;
-    if constexpr (std::is_same_v<T, float> && Values) {
-      if (p.stream && !p.accumulate && all_aligned(p, b, offset)) {
-        backward_run<true, Values, Dots, T>(p, weights, b, offset, count, sums.data, partial);
-        continue;
-      }
-    }
-    backward_run<false, Values, Dots, T>(p, weights, b, offset, count, sums.data, partial);
+    backward_run<Values, Dots, T>(p, weights, b, offset, count, sums.data, partial);
   }
-  stream_fence();
 }
 
 // --- a weight per channel (channels last) -------------------------------------------------------------------------
@@ -193,19 +164,12 @@ void forward_rows(const Forward& p, int64_t begin, int64_t end) {
       for (int64_t position = from; position < to; ++position) {
         const int64_t offset = position * p.channels + c0;
         T* out = at<T>(p.out, b * p.out_stride + offset);
-        const bool past = p.stream && aligned(out);
         int64_t c = 0;
         for (; c + L <= count; c += L) {
           vf acc{};
           for (int64_t l = 0; l < p.layers; ++l)
             acc += load(weights.data + l * BLOCK + c) *
                    load_as_float(at<T>(p.values[l], b * p.value_strides[l] + offset + c));
-          if constexpr (std::is_same_v<T, float>) {
-            if (past) {
-              stream(out + c, acc);
-              continue;
-            }
-          }
           store_rounded(out + c, acc);
         }
         for (; c < count; ++c) {
@@ -218,7 +182,6 @@ void forward_rows(const Forward& p, int64_t begin, int64_t end) {
       }
     }
   }
-  stream_fence();
 }
 
 template <bool Values, bool Dots, class T>
@@ -243,10 +206,8 @@ void backward_rows(const Backward& p, int64_t begin, int64_t end) {
           const float* weight = weights.data + l * BLOCK;
           float* sum = sums.data + l * BLOCK;
           T* grad_value = nullptr;
-          bool past = false;
           if constexpr (Values) {
             grad_value = at<T>(p.grad_values[l], b * p.grad_value_strides[l] + offset);
-            past = p.stream && !p.accumulate && aligned(grad_value);
           }
           int64_t c = 0;
           for (; c + L <= count; c += L) {
@@ -255,12 +216,6 @@ void backward_rows(const Backward& p, int64_t begin, int64_t end) {
             if constexpr (Values) {
               vf result = load(weight + c) * grad;
               if (p.accumulate) result += load_as_float(grad_value + c);
-              if constexpr (std::is_same_v<T, float>) {
-                if (past) {
-                  stream(grad_value + c, result);
-                  continue;
-                }
-              }
               store_rounded(grad_value + c, result);
             }
           }
@@ -279,7 +234,6 @@ void backward_rows(const Backward& p, int64_t begin, int64_t end) {
             partial[(c0 + c) / per_group * p.layers + l] += sums.data[l * BLOCK + c];
     }
   }
-  stream_fence();
 }
 
 // --- choice of element type and memory order ----------------------------------------------------------------------
