@@ -35,6 +35,11 @@ def layer_attention(impl, query, keys, values, bias, scale, sigmoid) -> Tensor:
     )[0]
 
 
+def attention_backward(impl, grad_out, query, keys, values, weights, scale, sigmoid, into):
+    """Gradients of query, keys, values and bias; those of the values new, or added to the tensors ``into``."""
+    return _BACKWARD[impl](grad_out, query, keys, values, weights, scale, sigmoid, into)
+
+
 def weighted_layer_sum(impl, weights, values) -> Tensor:
     return getattr(torch.ops.fused_attn, f"weighted_layer_sum_{impl}").default(weights, values)
 
@@ -271,5 +276,8 @@ def _flop_formula(index: int, factor: int):
 
     return formula
 
+
+#: Backward passes as plain functions that can add to given tensors, for :class:`~.cache.LayerCache`.
+_BACKWARD = {"cpu": _cpu_attention_backward}
 
 _register("cpu", ("cpu",), (_cpu_given, _cpu_given_backward, _cpu_attention, _cpu_attention_backward))
