@@ -190,7 +190,7 @@ def saved_bytes(function: Callable[..., Tensor], inputs: Mapping[str, Any]) -> i
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that holds its own graph would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = function(**call)
@@ -328,14 +328,12 @@ def _steps(
     return {name: step for name, step in steps.items() if name in passes}
 
 
-def _measure_memory(op: str, shape_name: str, name: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
+def memory_here(op: str, shape: str, name: str, device: str, dtype: torch.dtype) -> dict[str, int]:
+    """:func:`peak_memory` in this process: exact on a GPU; on the CPU, for a process that does nothing else."""
     spec = find_spec(op)
-    inputs = spec.shape(shape_name).inputs(dtype, device)
+    inputs = spec.shape(shape).inputs(dtype, device)
     passes = passes_of(spec, name, device)
-    try:
-        function = provider(spec, name, inputs)
-    except NotImplementedError as error:
-        return {"reason": str(error)}
+    function = provider(spec, name, inputs)
     # Libraries, threads and compilation are not the call's memory.  An implementation warms up on the smallest
     # size, so that scratch it keeps afterwards is counted; a peer on the size it was built for.
     small = name in spec.implementations and spec.growth
@@ -347,11 +345,14 @@ def _measure_memory(op: str, shape_name: str, name: str, device: str, dtype: tor
     peaks, before = {}, trim()
     for each, step in steps.items():
         trim()
-        peaks[each] = peak_resident(step) - before
+        peaks[each] = max(0, peak_resident(step) - before)  # pages that were resident before may have gone
     return peaks
 
 
 if __name__ == "__main__":
     *names, device, dtype, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    print(json.dumps(_measure_memory(*names, device, getattr(torch, dtype))))
+    try:
+        print(json.dumps(memory_here(*names, device, getattr(torch, dtype))))
+    except NotImplementedError as reason:
+        print(json.dumps({"reason": str(reason)}))
