@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -114,6 +115,8 @@ def demo(arguments: Sequence[str]) -> int:
 
 def bench(arguments: Sequence[str]) -> int:
     """Measure speed and memory of ops, or of whole networks, beside what you would use instead."""
+    # A time limit that ends the command ends it as Ctrl-C does: what was measured is kept.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if arguments[:1] == ["networks"]:
         from .bench.networks import NetworksConfig, run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -18,14 +19,13 @@ def measure_ceilings(dtype: torch.dtype, device: str) -> dict[str, float]:
     """Measure both ceilings with the threads that PyTorch has now.
 
     Returns:
-        ``copy_gbps``, bytes read plus bytes written by a large copy in 1e9 per second, and ``matmul_gflops`` of a square
-        product in ``dtype``: each the best of several, as a ceiling should be.
+        ``copy_gbps``, bytes read plus bytes written by a large copy in 1e9 per second, and ``matmul_gflops`` of a
+        square product in ``dtype``: each the best of several, as a ceiling should be.
     """
     size = (GPU_COPY_BYTES if device == "cuda" else COPY_BYTES) // dtype.itemsize
     source = torch.ones(size, dtype=dtype, device=device)
     target = torch.zeros_like(source)
-    copy = _best(lambda: target.copy_(source), device)
-    del source, target
+    copy = _best(partial(target.copy_, source), device)
 
     # Half precision can be a hundred times slower than float32 on a CPU without instructions for it: grow until a
     # product takes long enough to be timed.
@@ -33,8 +33,8 @@ def measure_ceilings(dtype: torch.dtype, device: str) -> dict[str, float]:
     while product < 0.02 and n < 16384:
         n *= 2
         a, b = (torch.randn(n, n, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
-        product = _best(lambda a=a, b=b: a @ b, device, seconds=0.0)
-    product = _best(lambda: a @ b, device)
+        product = _best(partial(torch.mm, a, b), device, seconds=0.0)
+    product = _best(partial(torch.mm, a, b), device)
     return {"copy_gbps": 2 * size * dtype.itemsize / copy * 1e-9, "matmul_gflops": 2 * n**3 / product * 1e-9}
 
 

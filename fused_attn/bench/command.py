@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -64,9 +65,7 @@ def run(config: BenchConfig) -> int:
         config.out.mkdir(parents=True, exist_ok=True)
 
     failures: list[str] = []
-    total = sum(
-        Measurement.STEPS * len(provider_names(spec, options.providers)) for spec, own in cases for _ in own
-    )
+    total = sum(Measurement.STEPS * len(provider_names(spec, options.providers)) for spec, own in cases for _ in own)
     reports: list[report.Report] = []
     interrupted = False
     with tqdm(total=total, bar_format="{l_bar}{bar}| {elapsed} {postfix}", mininterval=0.5, leave=False) as bar:
@@ -110,6 +109,12 @@ def _measure_op(
         "rows": [],
     }
     finished: list[report.Row] = []
+
+    def keep(measurement: Measurement | None = None) -> None:
+        result["rows"] = finished + (measurement.rows(ceilings) if measurement else [])
+        if config.out is not None:
+            report.write(result, config.out)
+
     for kind, shape in cases:
         measurement = Measurement(spec, shape, kind, options)
 
@@ -119,20 +124,14 @@ def _measure_op(
             bar.update(round(steps, 6))
 
         try:
-            measurement.run(advance)
+            measurement.run(advance, partial(keep, measurement))
         except KeyboardInterrupt:
-            result["rows"] = finished + measurement.rows(ceilings)
-            if config.out is not None:
-                report.write(result, config.out)
+            keep(measurement)
             raise KeyboardInterrupt(result) from None
         failures += measurement.failures
         finished += measurement.rows(ceilings)
-        result["rows"] = list(finished)
-        if config.out is not None:
-            report.write(result, config.out)
     result["interrupted"] = False
-    if config.out is not None:
-        report.write(result, config.out)
+    keep()
     return result
 
 

@@ -44,7 +44,8 @@ def bars(report: Report, path: Path) -> None:
     height = 0.34 * len(providers) + 0.8
     figure = Figure(figsize=(3.4 * len(shapes) + 2.2, height * len(panels) + 0.8), layout="constrained")
     grid = figure.subplots(len(panels), len(shapes), squeeze=False, sharey=True)
-    for (title, each, key, factor), line in zip(panels, grid, strict=True):
+    for panel, line in zip(panels, grid, strict=True):
+        title, each, key, factor = panel
         for axes, shape in zip(line, shapes, strict=True):
             values = {
                 row["provider"]: row[key] * factor
@@ -52,7 +53,9 @@ def bars(report: Report, path: Path) -> None:
                 if row["shape"] == shape and row["pass"] == each and row.get(key) is not None
             }
             fused = [values[name] for name in values if colors[name] == FUSED]
-            for place, name in enumerate(providers):
+            if not values:
+                axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="gray")
+            for place, name in enumerate(providers if values else ()):
                 if name not in values:
                     axes.text(0, place, " -", va="center", fontsize=8, color="gray")
                     continue
@@ -65,7 +68,7 @@ def bars(report: Report, path: Path) -> None:
             axes.set_xlim(0, 1.45 * max(values.values(), default=1.0))
             axes.tick_params(axis="x", labelsize=7)
             axes.spines[["top", "right"]].set_visible(False)
-            axes.set_title(f"{shape}\n{title}" if line is grid[0] else title, fontsize=9)
+            axes.set_title(f"{shape}\n{title}" if panel is panels[0] else title, fontsize=9)
     grid[0][0].invert_yaxis()
     figure.suptitle(f"{report['op']}, {report['dtype']}; {machine(report)}", fontsize=9)
     figure.savefig(path, dpi=110)
@@ -88,7 +91,9 @@ def growth(report: Report, path: Path) -> None:
     colors = _colors(report)
     figure = Figure(figsize=(6.0 * len(panels) + 2.5, 4.6), layout="constrained")
     handles = {}
-    for axes, (key, factor, title, chosen) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for axes, (key, factor, title, chosen) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
         for name in unique(chosen, "provider"):
             line = [row for row in chosen if row["provider"] == name]
             style = {"linewidth": 3.0, "zorder": 3} if line[0]["fused"] else {"linewidth": 1.6, "linestyle": "--"}

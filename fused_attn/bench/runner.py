@@ -64,11 +64,16 @@ class Measurement:
 
     # --- measuring ----------------------------------------------------------------------------------------------
 
-    def run(self, advance: Callable[[str, float], None] = lambda what, steps: None) -> None:
+    def run(
+        self,
+        advance: Callable[[str, float], None] = lambda what, steps: None,
+        keep: Callable[[], None] = lambda: None,
+    ) -> None:
         """Check, time and measure the memory of every provider.
 
         Args:
             advance: told what comes next, and how many of ``STEPS`` times the providers were done since.
+            keep: called when there is more to keep.
         """
         if self.shape.memory_only:
             self._refuse_all_but_memory("the size is for the memory of the fused op alone")
@@ -77,6 +82,7 @@ class Measurement:
                 self._check_and_time(advance)
             except (torch.OutOfMemoryError, MemoryError):
                 self._refuse_all_but_memory("the float64 reference does not fit into memory, so nothing can be checked")
+        keep()
         for name in self.names:
             advance(f"memory of {name}", 0)
             if self.options.memory and name not in self.refused:
@@ -86,7 +92,7 @@ class Measurement:
     def _check_and_time(self, advance) -> None:
         # Each case is compiled for itself; the limit on recompilations counts all of a process.
         torch._dynamo.reset()
-        functions, calls = self._check(advance)
+        functions, calls = self.check(advance)
         if functions:
             self._time(functions, calls, advance)
 
@@ -102,7 +108,9 @@ class Measurement:
         available = measure.passes_of(self.spec, name, self.options.device)
         return tuple(each for each in self.options.passes if each in available)
 
-    def _check(self, advance) -> tuple[dict[str, Callable[..., Tensor]], list[measure.Call]]:
+    def check(
+        self, advance: Callable[[str, float], None] = lambda what, steps: None
+    ) -> tuple[dict[str, Callable[..., Tensor]], list[measure.Call]]:
         """Those that can run and are right, and what to call them on."""
         options, draws = self.options, []
         for draw in range(DRAWS):

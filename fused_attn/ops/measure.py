@@ -158,21 +158,42 @@ def time_interleaved(
         on_round: told after each round what part is done, between 0 and 1.
     """
     passes = passes or dict.fromkeys(functions, PASSES)
-    times = {} if into is None else into
-    for name in functions:
-        times[name] = {each: [] for each in passes[name]}
     clock = Clock(calls[0][1].device)
-    for call in list(calls) * warmup:
-        for name, function in functions.items():
-            time_once(function, call, passes[name], clock)
+
+    def turn(name: str) -> Callable[[int], dict[str, float]]:
+        return lambda number: time_once(functions[name], calls[number % len(calls)], passes[name], clock)
+
+    turns = {name: turn(name) for name in functions}
+    return interleave(turns, seconds=seconds, least=least, warmup=len(calls) * warmup, into=into, on_round=on_round)
+
+
+def interleave(
+    turns: Mapping[str, Callable[[int], Mapping[str, float]]],
+    *,
+    seconds: float,
+    least: int,
+    warmup: int,
+    into: dict[str, dict[str, list[float]]] | None = None,
+    on_round: Callable[[float], None] = lambda done: None,
+) -> dict[str, dict[str, list[float]]]:
+    """What :func:`time_interleaved` does, for anything that times itself.
+
+    Args:
+        turns: by name, what takes the number of a round, and returns seconds by what was timed.
+        warmup: rounds to throw away first.
+        seconds, least, into, on_round: as there.
+    """
+    times = {} if into is None else into
+    for number in range(warmup):
+        for turn in turns.values():
+            turn(number)
     started, rounds = time.monotonic(), 0
     while rounds < least or time.monotonic() - started < seconds:
-        for name, function in functions.items():
-            measured = time_once(function, calls[rounds % len(calls)], passes[name], clock)
-            for each, value in measured.items():
-                times[name][each].append(value)
+        for name, turn in turns.items():
+            for each, value in turn(rounds).items():
+                times.setdefault(name, {}).setdefault(each, []).append(value)
         rounds += 1
-        on_round(min(1.0, max((time.monotonic() - started) / max(seconds, 1e-9), rounds / least)))
+        on_round(min(1.0, (time.monotonic() - started) / max(seconds, 1e-9), rounds / least))
     return times
 
 
