@@ -35,7 +35,6 @@ def checked():
         key = spec.name, shape.name, name
         if key not in last:
             last.clear()
-            torch._dynamo.reset()
             measurement = Measurement(spec, shape, "shape", options)
             last[key] = measurement, *measurement.check()
         measurement, functions, calls = last[key]
@@ -57,7 +56,7 @@ def test_op(benchmark, checked, request, spec, shape, name, each):
     number = 0
 
     def call():
-        """Inputs of the next round: (function, arguments) without their own time."""
+        """What the next round runs, on the next inputs; not timed."""
         nonlocal number
         inputs, grad_out = calls[number % len(calls)]
         number += 1
@@ -82,8 +81,6 @@ def test_op(benchmark, checked, request, spec, shape, name, each):
             torch.cuda.synchronize()
 
     least, longest = option("--benchmark-min-rounds"), float(option("--benchmark-max-time"))
-    target, arguments = call()[0]
     seconds = measure.time_once(function, calls[0], (each,))[each]
-    del target, arguments
     rounds = max(least, min(1000, int(longest / max(seconds, 1e-6))))
     benchmark.pedantic(run, setup=call, rounds=rounds, warmup_rounds=len(calls))

@@ -116,14 +116,17 @@ def demo(arguments: Sequence[str]) -> int:
 def bench(arguments: Sequence[str]) -> int:
     """Measure speed and memory of ops, or of whole networks, beside what you would use instead."""
     # A time limit that ends the command ends it as Ctrl-C does: what was measured is kept.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if arguments[:1] == ["networks"]:
-        from .bench.networks import NetworksConfig, run
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if arguments[:1] == ["networks"]:
+            from .bench import networks
 
-        return run(tyro.cli(NetworksConfig, args=arguments[1:], prog="fused-attn bench networks"))
-    from .bench.command import BenchConfig, run
+            return networks.run(tyro.cli(networks.NetworksConfig, args=arguments[1:], prog="fused-attn bench networks"))
+        from .bench import command
 
-    return run(tyro.cli(BenchConfig, args=arguments, prog="fused-attn bench"))
+        return command.run(tyro.cli(command.BenchConfig, args=arguments, prog="fused-attn bench"))
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "demo": demo, "bench": bench, "info": info}

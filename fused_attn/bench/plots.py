@@ -65,7 +65,7 @@ def bars(report: Report, path: Path) -> None:
                 weight = "bold" if colors[name] == FUSED else "normal"
                 axes.text(value, place, f" {_short(value)}{times}", va="center", fontsize=8, weight=weight)
             axes.set_yticks(range(len(providers)), list(providers.values()), fontsize=8)
-            axes.set_xlim(0, 1.45 * max(values.values(), default=1.0))
+            axes.set_xlim(0, 1.45 * (max(values.values(), default=0.0) or 1.0))
             axes.tick_params(axis="x", labelsize=7)
             axes.spines[["top", "right"]].set_visible(False)
             axes.set_title(f"{shape}\n{title}" if panel is panels[0] else title, fontsize=9)

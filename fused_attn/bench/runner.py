@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,8 +91,6 @@ class Measurement:
             advance("", 1)
 
     def _check_and_time(self, advance) -> None:
-        # Each case is compiled for itself; the limit on recompilations counts all of a process.
-        torch._dynamo.reset()
         functions, calls = self.check(advance)
         if functions:
             self._time(functions, calls, advance)
@@ -112,6 +111,8 @@ class Measurement:
         self, advance: Callable[[str, float], None] = lambda what, steps: None
     ) -> tuple[dict[str, Callable[..., Tensor]], list[measure.Call]]:
         """Those that can run and are right, and what to call them on."""
+        if "torch._dynamo" in sys.modules:  # the limit on recompilations counts all cases of a process
+            torch._dynamo.reset()
         options, draws = self.options, []
         for draw in range(DRAWS):
             draws.append(self.shape.inputs(options.dtype, options.device, draw))
