@@ -177,7 +177,8 @@ def test_autocast():
         actual, expected = stage(*call), separate(*call)
     assert actual[0].dtype == torch.bfloat16
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-    for a, b in zip(torch.autograd.grad(total(actual), call[2]), torch.autograd.grad(total(expected), call[2])):
+    grads = (torch.autograd.grad(total(outs), call[2]) for outs in (actual, expected))
+    for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.05)
 
 
@@ -191,7 +192,7 @@ def test_reference_in_float64():
 def test_second_derivative_is_refused():
     call = draw(2)
     grads = torch.autograd.grad(total(stage(*call)), call[2], create_graph=True)
-    with pytest.raises(RuntimeError, match="twice|second derivative|once_differentiable|does not require grad"):
+    with pytest.raises(RuntimeError, match="differentiate twice"):
         torch.autograd.grad(sum(grad.square().sum() for grad in grads), call[2])
 
 

@@ -5,8 +5,6 @@ Two operators per implementation: the whole attention, and the sum with given we
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Sequence
 
 import torch
@@ -30,9 +28,9 @@ _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def layer_attention(impl, query, keys, values, bias, scale, sigmoid) -> Tensor:
     """Run the operator of ``impl``; ``out`` only."""
-    return getattr(torch.ops.fused_attn, f"layer_attention_{impl}").default(
-        query, keys, values, bias, scale, sigmoid
-    )[0]
+    return getattr(torch.ops.fused_attn, f"layer_attention_{impl}").default(query, keys, values, bias, scale, sigmoid)[
+        0
+    ]
 
 
 def attention_backward(impl, grad_out, query, keys, values, weights, scale, sigmoid, into):
@@ -62,24 +60,12 @@ def can_run_cpu(values: Sequence[Tensor]) -> str | None:
     return _dtype_reason(values)
 
 
-def can_run_triton(values: Sequence[Tensor]) -> str | None:
-    if not _HAS_TRITON:
-        return "the package triton is not installed"
-    device = values[0].device.type
-    if device != "cuda" and not _INTERPRETED:
-        return f"it needs CUDA tensors, got {device} (or TRITON_INTERPRET=1, which runs it slowly anywhere)"
-    return _dtype_reason(values)
-
-
 def can_run_reference(values: Sequence[Tensor]) -> str | None:
     return None
 
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-#: Implementations in the order ``auto`` prefers them.  The interpreter never wins over a real kernel.
-IMPLEMENTATIONS = {"cpu": can_run_cpu, "triton": can_run_triton, "reference": can_run_reference}
+#: Implementations in the order ``auto`` prefers them.
+IMPLEMENTATIONS = {"cpu": can_run_cpu, "reference": can_run_reference}
 
 
 # --- memory order -----------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def _loop(query, keys, values, scale=None, bias=None, activation="softmax"):
     ones = (1,) * (1 + len(spatial))
     out = 0.0
     for layer, value in enumerate(values):
-        out = out + weights[..., layer].view(batch, groups, *ones) * value.view(shape)
+        out = out + weights[..., layer].view(batch, groups, *ones) * value.reshape(shape)
     return out.reshape(batch, channels, *spatial)
 
 
@@ -51,9 +51,33 @@ def _as_peer(function: Callable[..., Tensor], compiled: bool) -> Callable[[Mappi
     return build
 
 
-PEERS = (
+def _sum_loop(weights, values):
+    """The loop with given weights."""
+    batch, channels, *spatial = values[0].shape
+    groups = weights.shape[1]
+    shape, ones = (batch, groups, channels // groups, *spatial), (1,) * (1 + len(spatial))
+    out = 0.0
+    for layer, value in enumerate(values):
+        out = out + weights[..., layer].view(batch, groups, *ones) * value.reshape(shape)
+    return out.reshape(batch, channels, *spatial)
+
+
+def _sum_einsum(weights, values):
+    """All values stacked and multiplied in one batched product."""
+    batch, channels, *spatial = values[0].shape
+    stacked = torch.stack(values, dim=1).view(batch, len(values), weights.shape[1], -1)
+    return torch.einsum("bgl,blgn->bgn", weights, stacked).reshape(batch, channels, *spatial)
+
+
+ATTENTION_PEERS = (
     Peer("published (cat, einsum)", _as_peer(_published, False)),
     Peer("torch.compile of published", _as_peer(_published, True)),
     Peer("loop over layers", _as_peer(_loop, False)),
     Peer("torch.compile of the loop", _as_peer(_loop, True)),
+)
+SUM_PEERS = (
+    Peer("stack, einsum", _as_peer(_sum_einsum, False)),
+    Peer("torch.compile of stack, einsum", _as_peer(_sum_einsum, True)),
+    Peer("loop over layers", _as_peer(_sum_loop, False)),
+    Peer("torch.compile of the loop", _as_peer(_sum_loop, True)),
 )
