@@ -191,9 +191,8 @@ def test_reference_in_float64():
 
 def test_second_derivative_is_refused():
     call = draw(2)
-    grads = torch.autograd.grad(total(stage(*call)), call[2], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        torch.autograd.grad(sum(grad.square().sum() for grad in grads), call[2])
+    with pytest.raises(RuntimeError, match="LayerCache: its gradients have no second derivative"):
+        torch.autograd.grad(total(stage(*call)), call[2], create_graph=True)
 
 
 def test_nothing_appended():

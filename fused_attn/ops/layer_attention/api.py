@@ -62,7 +62,7 @@ def layer_attention(
 
 
 def weighted_layer_sum(weights: Tensor, values: Sequence[Tensor], *, impl: str = "auto") -> Tensor:
-    """The sum of :func:`layer_attention` with its weights given: ``out[b, c] = sum_l weights[b, g(c), l] * values[l][b, c]``.
+    """``out[b, c] = sum_l weights[b, g(c), l] * values[l][b, c]``: :func:`layer_attention` with its weights given.
 
     Args:
         weights: (B, G, L).

@@ -107,7 +107,6 @@ class _Collect(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         total = ctx.buffer.take()
         if total is None or grad is None:
@@ -127,8 +126,11 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
+        if torch.is_grad_enabled():  # create_graph=True: what goes through the buffers is not recorded
+            raise RuntimeError(
+                "LayerCache: its gradients have no second derivative; use layer_attention with impl='reference' for it"
+            )
         impl, scale, sigmoid, buffers, has_bias, layers = ctx.call
         weights, query, *rest = ctx.saved_tensors
         keys, values = rest[:layers], rest[layers:]
