@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -109,7 +110,7 @@ def make_stem(kind: str, in_chans: int) -> tuple[nn.Module, int, nn.Module]:
     if kind == "deep":
         widths = (in_chans, 32, 32, 64)
         layers: list[nn.Module] = []
-        for index, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        for index, (before, after) in enumerate(pairwise(widths)):
             if index:
                 layers += [nn.BatchNorm2d(before), nn.ReLU(inplace=True)]
             layers.append(conv3x3(before, after, stride=1 if index else 2))
@@ -168,9 +169,7 @@ class BottleneckResNet(nn.Module):
         if depth not in BLOCKS:
             raise ValueError(f"depth must be one of {', '.join(map(str, BLOCKS))}, got {depth}")
         if layer_attention not in KINDS:
-            raise ValueError(
-                f"layer_attention must be one of {', '.join(map(repr, KINDS))}, got {layer_attention!r}"
-            )
+            raise ValueError(f"layer_attention must be one of {', '.join(map(repr, KINDS))}, got {layer_attention!r}")
         block_type, stage_type, default_dim = KINDS[layer_attention]
         if layer_attention is not None:
             dim_per_head = default_dim if dim_per_head is None else dim_per_head

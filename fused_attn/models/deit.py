@@ -209,7 +209,5 @@ class DeiT(nn.Module):
 _SIZES = {"tiny": {"dim": 192, "heads": 3}, "small": {"dim": 384, "heads": 6}, "base": {"dim": 768, "heads": 12}}
 for _size, _widths in _SIZES.items():
     register_model(f"deit_{_size}", DeiT, **_widths)
-    register_model(
-        f"mrla_base_deit_{_size}", DeiT, layer_attention="base", drop_path_schedule="constant", **_widths
-    )
+    register_model(f"mrla_base_deit_{_size}", DeiT, layer_attention="base", drop_path_schedule="constant", **_widths)
     register_model(f"mrla_light_deit_{_size}", DeiT, layer_attention="light", **_widths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 
 class FeatureInfo(list):
@@ -37,6 +38,6 @@ def choose_levels(
     if not all(-len(levels) <= index < len(levels) for index in chosen):
         raise ValueError(f"out_indices must be numbers from 0 to {len(levels) - 1}, got {chosen}")
     indices = tuple(index % len(levels) for index in chosen)
-    if not indices or any(b <= a for a, b in zip(indices, indices[1:], strict=False)):
+    if not indices or any(b <= a for a, b in pairwise(indices)):
         raise ValueError(f"out_indices must be at least one number, each once and in order, got {chosen}")
     return indices, FeatureInfo({"num_chs": levels[index][0], "reduction": levels[index][1]} for index in indices)

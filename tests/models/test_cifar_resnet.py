@@ -77,7 +77,7 @@ def aggregate(model, layers):
 def test_logits_are_those_of_the_papers_equations(options):
     """The network sums pooled vectors; the equations here sum maps, and pool the sum."""
     torch.manual_seed(0)
-    model = randomise_norms(create_model("sa_resnet20", impl="reference", **options)).eval().double()
+    model = randomise_norms(create_model("sa_resnet20", impl="reference", **options)).double()
     activations = []
     for module in model.modules():
         if hasattr(module, "layers"):

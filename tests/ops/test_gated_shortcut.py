@@ -64,8 +64,16 @@ def test_empty_batch():
         ({"gate": torch.ones(2, 4).double()}, ValueError, r"G a divisor of C=6, got \(2, 4\)"),
         ({"gate": torch.ones(2, 0).double()}, ValueError, r"G a divisor of C=6, got \(2, 0\)"),
         ({"gate": torch.ones(3, 3).double()}, ValueError, r"\(B, G\) with B=2 .* got \(3, 3\)"),
-        ({"weight": torch.ones(6, 1, 1).double()}, ValueError, r"weight must have shape \(C,\)=\(6,\), got \(6, 1, 1\)"),
-        ({"shortcut": torch.ones(2, 6, 4, 4).double()}, ValueError, r"shape of value, \(2, 6, 4, 3\), got \(2, 6, 4, 4\)"),
+        (
+            {"weight": torch.ones(6, 1, 1).double()},
+            ValueError,
+            r"weight must have shape \(C,\)=\(6,\), got \(6, 1, 1\)",
+        ),
+        (
+            {"shortcut": torch.ones(2, 6, 4, 4).double()},
+            ValueError,
+            r"shape of value, \(2, 6, 4, 3\), got \(2, 6, 4, 4\)",
+        ),
         ({"shortcut": torch.ones(2, 6, 4, 3)}, ValueError, "shortcut must have the dtype of gate, torch.float64"),
         ({"weight": torch.ones(6, device="meta").double()}, ValueError, "weight must be on the device of gate, cpu"),
         ({"impl": "cpu"}, ValueError, "gated_shortcut: impl must be one of 'auto', 'reference', got 'cpu'"),

@@ -19,12 +19,11 @@ def published_mrla_base(module, x, previous_keys, previous_values):
     keys = key if previous_keys is None else torch.cat((previous_keys, key), dim=1)
     values = value if previous_values is None else torch.cat((previous_values, value), dim=1)
     per_head = channels // heads
-    logits = torch.einsum(
-        "bgd,btgd->bgt", query.view(batch, heads, per_head), keys.view(batch, -1, heads, per_head)
-    ) / per_head**0.5
-    out = torch.einsum(
-        "bgt,btgdhw->bgdhw", logits.softmax(-1), values.view(batch, -1, heads, per_head, height, width)
+    logits = (
+        torch.einsum("bgd,btgd->bgt", query.view(batch, heads, per_head), keys.view(batch, -1, heads, per_head))
+        / per_head**0.5
     )
+    out = torch.einsum("bgt,btgdhw->bgdhw", logits.softmax(-1), values.view(batch, -1, heads, per_head, height, width))
     return out.reshape(x.shape), keys, values
 
 
@@ -169,5 +168,9 @@ def test_impl_is_not_in_the_state_dict_and_reaches_the_op():
 
 
 def test_the_modules_follow_device_and_dtype():
-    for module in (MRLABase(16, dtype=torch.float64), MRLALight(32, dtype=torch.float64), LayerAttention([4], dtype=torch.float64)):
+    for module in (
+        MRLABase(16, dtype=torch.float64),
+        MRLALight(32, dtype=torch.float64),
+        LayerAttention([4], dtype=torch.float64),
+    ):
         assert {parameter.dtype for parameter in module.parameters()} == {torch.float64}

@@ -19,8 +19,9 @@ VALUES = ("pad", "project")
 class LayerAttention(nn.Module):
     """Weighted sum of all layers of a network, with weights per image from attention of the last layer over all.
 
-    ``key_i = linear_i(pooled layer_i)``, ``query = key_L``, ``out = sum_i softmax_i(query.key_i / sqrt(key_dim)) value_i``,
-    where value_i is layer i, pooled to the grid of the last layer and widened to its channels.
+    ``key_i = linear_i(pooled layer_i)``, ``query = key_L`` and
+    ``out = sum_i softmax_i(query.key_i / sqrt(key_dim)) value_i``, where value_i is layer i, average-pooled to the grid
+    of the last layer and widened to its channels.
 
     The input's form decides the output's.  Pooling commutes with the weighted sum, so a head that pools (global average
     and classifier) can work on pooled layers throughout; the result is the global average of what the maps would give,
@@ -28,14 +29,15 @@ class LayerAttention(nn.Module):
 
     What the paper leaves open, the choice made, and the other one as an option:
 
-    - *How layers of 16 and 32 channels become values of 64.*  ``values="pad"``: zeros for the channels that are missing,
-      which is what the network's own shortcuts (option A) do, and takes no parameters.  ``"project"``: a 1x1 convolution
-      without bias per layer that needs it.
+    - *How layers of 16 and 32 channels become values of 64.*  ``values="pad"``: zeros for the channels that are
+      missing, which is what the network's own shortcuts (option A) do, and takes no parameters.  ``"project"``: a 1x1
+      convolution without bias in each layer that needs it.
     - *What a key sees.*  "We apply a linear transformation on" the average-pooled layer.  ``key_grid=1``: its global
-      average, 64 numbers.  ``key_grid=(h, w)``: all positions of that layer pooled to an h x w grid, C*h*w numbers.
-    - *What counts as a layer* is up to the caller; :class:`~fused_attn.models.cifar_resnet.SAResNet` takes the outputs of
-      residual blocks, or all convolutions.
-    - Each layer has a key transformation of its own, because the paper's f_K takes the number of the layer.
+      average, 64 numbers.  ``key_grid=(h, w)``: all positions of the layer pooled to an h x w grid, C*h*w numbers.
+    - *What counts as a layer* is up to the caller: :class:`~fused_attn.models.cifar_resnet.SAResNet` takes the outputs
+      of residual blocks, or all convolutions.
+
+    Every layer has a key transformation of its own, because the paper's f_K takes the number of the layer.
 
     Args:
         channels: channels of every layer, first to last.
@@ -89,7 +91,7 @@ class LayerAttention(nn.Module):
         )
 
     def forward(self, layers: Sequence[Tensor]) -> Tensor:
-        """Sum pooled layers, L times (B, C_i) -> (B, C_L), or maps, L times (B, C_i, H_i, W_i) -> (B, C_L, H_L, W_L)."""
+        """Sum L pooled layers, (B, C_i) -> (B, C_L), or L maps, (B, C_i, H_i, W_i) -> (B, C_L, H_L, W_L)."""
         self._check(layers)
         grid = tuple(layers[-1].shape[2:])
         values, keys = [], []
