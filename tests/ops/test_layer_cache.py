@@ -195,6 +195,15 @@ def test_second_derivative_is_refused():
         torch.autograd.grad(total(stage(*call)), call[2], create_graph=True)
 
 
+def test_value_changed_in_place_after_it_was_appended():
+    query, key, value = (group[0].detach() for group in draw(1))
+    cache = LayerCache()
+    cache.append(key, value)
+    value.mul_(2)
+    with pytest.raises(RuntimeError, match=r"values\[0\] was changed in place"):
+        cache.attend(query)
+
+
 def test_nothing_appended():
     with pytest.raises(ValueError, match="keys must hold at least one layer, got none"):
         LayerCache().attend(torch.randn(B, G, D))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import dispatch
 from . import library, reference
-from .api import check
+from .api import check, layer_attention
 
 
 class LayerCache:
@@ -26,14 +27,15 @@ class LayerCache:
             cache.append(key, value)
             x = x + cache.attend(query)
 
-    For ``torch.utils.checkpoint``, make it inside the checkpointed function.  ``torch.compile`` does not trace it: in
-    a compiled function, call :func:`layer_attention`.  No second derivative.
+    For ``torch.utils.checkpoint``, make it inside the checkpointed function.  Under ``torch.compile`` it makes the
+    separate calls.  No second derivative.
     """
 
     def __init__(self) -> None:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._buffers: list[_Buffer] = []
+        self._versions: list[int] = []
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -41,9 +43,12 @@ class LayerCache:
     def append(self, key: Tensor, value: Tensor) -> None:
         """Add a layer: key (B, G, d), value (B, C, *spatial)."""
         buffer = _Buffer()
+        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled() and not is_compiling():
+            value = _Collect.apply(buffer, value)
         self.keys.append(key)
-        self.values.append(_Collect.apply(buffer, value) if torch.is_grad_enabled() and _wants_grad(value) else value)
+        self.values.append(value)
         self._buffers.append(buffer)
+        self._versions.append(0 if is_compiling() else _version(value))
 
     def attend(
         self,
@@ -55,6 +60,13 @@ class LayerCache:
         impl: str = "auto",
     ) -> Tensor:
         """:func:`layer_attention` over all layers appended so far; arguments, result and errors are its."""
+        if is_compiling():
+            return layer_attention(
+                query, self.keys, self.values, scale=scale, bias=bias, activation=activation, impl=impl
+            )
+        for layer, (value, version) in enumerate(zip(self.values, self._versions, strict=True)):
+            if _version(value) != version:
+                raise RuntimeError(f"values[{layer}] was changed in place after it was appended to the LayerCache")
         query, keys, values, bias, scale = check(query, self.keys, self.values, scale, bias, activation)
         impl = dispatch.choose("layer_attention", impl, library.IMPLEMENTATIONS, values)
         sigmoid = activation == "sigmoid"
@@ -68,8 +80,9 @@ class LayerCache:
         return _Attend.apply(impl, scale, sigmoid, buffers, bias, query, *keys, *values)
 
 
-def _wants_grad(value: object) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
+def _version(value: object) -> int:
+    """How often a tensor was written to; 0 where that is not counted (inference mode)."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 class _Buffer:
