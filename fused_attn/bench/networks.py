@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -219,12 +220,16 @@ class _Networks:
 
     def _measure_memory(self, case: tuple[str, str]) -> None:
         if self.config.device == "cuda":
-            self.memory[case] = peak_memory(self.config, *case)
+            with suppress(torch.OutOfMemoryError):  # what was timed stays
+                self.memory[case] = peak_memory(self.config, *case)
             return
         settings = asdict(self.config) | {"out": None, "threads": torch.get_num_threads()}
         arguments = [json.dumps({"config": settings, "case": case})]
         what = f"the memory of {self.config.model} with attention in {_title(case)}"
-        self.memory[case] = measure.run_child("fused_attn.bench.networks", arguments, what)["bytes"]
+        try:
+            self.memory[case] = measure.run_child("fused_attn.bench.networks", arguments, what)["bytes"]
+        except RuntimeError as error:
+            print(f"fused-attn: {error}", file=sys.stderr)
 
     def _write(self) -> None:
         if self.config.out is not None:

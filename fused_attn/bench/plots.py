@@ -41,8 +41,9 @@ def bars(report: Report, path: Path) -> None:
     if not panels:
         return
     providers = {row["provider"]: _label(row) for row in rows}
+    reasons = {(row["shape"], row["provider"], row["pass"]): row["reason"] for row in report["rows"] if row["pass"]}
     height = 0.34 * len(providers) + 0.8
-    figure = Figure(figsize=(3.4 * len(shapes) + 2.2, height * len(panels) + 0.8), layout="constrained")
+    figure = Figure(figsize=(max(3.4 * len(shapes) + 2.2, 7.0), height * len(panels) + 0.8), layout="constrained")
     grid = figure.subplots(len(panels), len(shapes), squeeze=False, sharey=True)
     for panel, line in zip(panels, grid, strict=True):
         title, each, key, factor = panel
@@ -57,7 +58,8 @@ def bars(report: Report, path: Path) -> None:
                 axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="gray")
             for place, name in enumerate(providers if values else ()):
                 if name not in values:
-                    axes.text(0, place, " -", va="center", fontsize=8, color="gray")
+                    why = reasons.get((shape, name, each), "-")
+                    axes.text(0, place, f" {why}", va="center", fontsize=8, color="gray")
                     continue
                 value = values[name]
                 axes.barh(place, value, 0.72, color=colors[name])
@@ -70,7 +72,7 @@ def bars(report: Report, path: Path) -> None:
             axes.spines[["top", "right"]].set_visible(False)
             axes.set_title(f"{shape}\n{title}" if panel is panels[0] else title, fontsize=9)
     grid[0][0].invert_yaxis()
-    figure.suptitle(f"{report['op']}, {report['dtype']}; {machine(report)}", fontsize=9)
+    figure.suptitle(f"{report['op']}, {report['dtype']}\n{machine(report)}", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
@@ -112,7 +114,7 @@ def growth(report: Report, path: Path) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: _short(value))
         axes.grid(alpha=0.3)
     figure.legend(list(handles.values()), list(handles), loc="outside right upper", fontsize=8)
-    figure.suptitle(f"{report['op']}, {report['dtype']}; {machine(report)}", fontsize=9)
+    figure.suptitle(f"{report['op']}, {report['dtype']}\n{machine(report)}", fontsize=9)
     figure.savefig(path, dpi=110)
 
 

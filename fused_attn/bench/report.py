@@ -99,12 +99,15 @@ def print_table(report: Report) -> None:
             console.print(table)
         else:
             console.print(f"{shape}:", highlight=False)
-        for row in rows:
-            if row["status"] != "ok":
-                which = f", {row['pass']}" if row["pass"] else ""
-                console.print(
-                    f"  {row['provider']}{which}: {row['status']}: {row['reason']}", markup=False, highlight=False
-                )
+        for line in dict.fromkeys(_remark(row) for row in rows if row["reason"]):
+            console.print(line, markup=False, highlight=False)
+
+
+def _remark(row: Row) -> str:
+    if row["status"] == "ok":
+        return f"  {row['provider']}: {row['reason']}"
+    which = f", {row['pass']}" if row["pass"] else ""
+    return f"  {row['provider']}{which}: {row['status']}: {row['reason']}"
 
 
 def _number(value: float | None, digits: int, unit: str = "") -> str:

@@ -62,6 +62,7 @@ class Measurement:
         self.times: dict[str, dict[str, list[float]]] = {}
         self.saved: dict[str, int] = {}
         self.memory: dict[str, dict[str, int]] = {}
+        self.memory_missing: dict[str, str] = {}
 
     # --- measuring ----------------------------------------------------------------------------------------------
 
@@ -183,6 +184,8 @@ class Measurement:
                 self.memory[name] = measure.peak_memory(*arguments, dtype=self.options.dtype)
         except NotImplementedError as error:
             self.refused[name] = ("not run", _one_line(error))
+        except RuntimeError as error:  # it does not fit: what was timed stays
+            self.memory_missing[name] = f"no memory measured: {_one_line(error)}"
 
     # --- results ------------------------------------------------------------------------------------------------
 
@@ -207,7 +210,7 @@ class Measurement:
                 "provider": name,
                 "fused": name in self.spec.implementations and name != "reference",
                 "status": "ok",
-                "reason": None,
+                "reason": self.memory_missing.get(name),
             }
             if name in self.refused:
                 status, reason = self.refused[name]
