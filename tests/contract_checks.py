@@ -25,8 +25,10 @@ from fused_attn.ops.contract import (
     differentiable,
     draw_grad_out,
     evaluate,
+    leaves,
     mismatches,
     numeric_mismatches,
+    with_tensors,
 )
 
 #: What an RSS measurement is off by: code paged in, stacks of threads.
@@ -74,10 +76,10 @@ def _error(call: Callable[[], Any]) -> Exception | None:
 # --- numbers ----------------------------------------------------------------------------------------------------
 
 
-def check_numerics(spec: OpSpec, impl: str, inputs: Mapping[str, Any], factor: float = 2.0) -> None:
+def check_numerics(spec: OpSpec, impl: str, *calls: Mapping[str, Any]) -> None:
     """Output and every gradient meet the bar of ``contract.mismatches``, whatever unwritten memory holds."""
     with nan_in_unwritten_memory():
-        _require(numeric_mismatches(spec, bound(spec, impl), inputs, factor=factor))
+        _require(numeric_mismatches(spec, bound(spec, impl), *calls))
 
 
 def check_grad_out_layouts(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
@@ -100,10 +102,9 @@ def check_partial_gradients(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) 
     """Asking for one gradient alone gives the bits that asking for all gives; without any, nothing is recorded."""
     grad_out = draw_grad_out(spec, inputs)
     everything = evaluate(bound(spec, impl), inputs, grad_out)
-    for name in differentiable(inputs):
-        leaf = inputs[name].detach().requires_grad_()
+    for name, leaf in leaves(inputs).items():
         torch.manual_seed(0)
-        out = spec.function(**{**inputs, name: leaf}, impl=impl)
+        out = spec.function(**with_tensors(inputs, {name: leaf}), impl=impl)
         (grad,) = torch.autograd.grad(out, [leaf], grad_out)
         assert torch.equal(_bits(grad), _bits(everything[f"grad_{name}"])), f"grad_{name} alone differs"
     assert not spec.function(**inputs, impl=impl).requires_grad, "out requires a gradient that no input asked for"
@@ -111,13 +112,13 @@ def check_partial_gradients(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) 
 
 def check_non_finite(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
     """NaN and infinities in any argument reach the outputs they reach in the reference; NaN, the gradients too."""
-    for name in differentiable(inputs):
-        if inputs[name].numel() == 0:
+    for name, tensor in differentiable(inputs).items():
+        if tensor.numel() == 0:
             continue
         for value in (float("nan"), float("inf"), float("-inf")):
-            planted = inputs[name].clone()
+            planted = tensor.clone()
             planted[(0,) * planted.dim()] = value
-            call = {**inputs, name: planted}
+            call = with_tensors(inputs, {name: planted})
             # An infinity times a zero weight is NaN or left out depending on the order of a sum: outputs only.
             found = numeric_mismatches(spec, bound(spec, impl), call, backward=value != value)
             _require([f"{value} in {name}: {text}" for text in found])
@@ -126,23 +127,22 @@ def check_non_finite(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None
 def check_gradcheck(spec: OpSpec, inputs: Mapping[str, Any]) -> None:
     """The reference's gradients are those of finite differences, in float64."""
     inputs = convert(inputs, torch.float64)
-    names = differentiable(inputs)
-    # An infinity has no finite difference: it is kept, and only the other elements are leaves.
-    leaves, rebuild = [], []
-    for name in names:
-        finite = inputs[name].isfinite()
-        leaves.append(inputs[name][finite].clone().requires_grad_())
-        rebuild.append((inputs[name].contiguous(), finite))
+    # An infinity has no finite difference: it is kept, and only the other elements are variables.
+    variables, rebuild = [], {}
+    for name, tensor in differentiable(inputs).items():
+        finite = tensor.isfinite()
+        variables.append(tensor[finite].clone().requires_grad_())
+        rebuild[name] = tensor.contiguous(), finite
 
     def function(*values):
         torch.manual_seed(0)
         full = {
             name: base.masked_scatter(finite, value)
-            for name, value, (base, finite) in zip(names, values, rebuild, strict=True)
+            for (name, (base, finite)), value in zip(rebuild.items(), values, strict=True)
         }
-        return spec.function(**{**inputs, **full}, impl="reference")
+        return spec.function(**with_tensors(inputs, full), impl="reference")
 
-    assert torch.autograd.gradcheck(function, leaves, raise_exception=False), "finite differences disagree"
+    assert torch.autograd.gradcheck(function, variables, raise_exception=False), "finite differences disagree"
 
 
 # --- behaviour --------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def check_deterministic(spec: OpSpec, impl: str, inputs: Mapping[str, Any], runs
 def check_inputs_unchanged(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
     """No tensor argument, nor the gradient of the output, is written to."""
     grad_out = draw_grad_out(spec, inputs)
-    tensors = {**{name: inputs[name] for name in differentiable(inputs)}, "grad_out": grad_out}
+    tensors = {**differentiable(inputs), "grad_out": grad_out}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     evaluate(bound(spec, impl), inputs, grad_out)
     for name, tensor in tensors.items():
@@ -217,11 +217,11 @@ def check_bad_input(spec: OpSpec, bad: BadInput) -> None:
 
 def check_double_backward(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
     """A second derivative is refused in words, rather than wrong."""
-    leaves = {name: inputs[name].detach().requires_grad_() for name in differentiable(inputs)}
-    out = spec.function(**{**inputs, **leaves}, impl=impl)
-    grads = torch.autograd.grad(out.square().sum(), list(leaves.values()), create_graph=True)
+    variables = leaves(inputs)
+    out = spec.function(**with_tensors(inputs, variables), impl=impl)
+    grads = torch.autograd.grad(out.square().sum(), list(variables.values()), create_graph=True)
     total = sum(grad.square().sum() for grad in grads)
-    error = _error(lambda: torch.autograd.grad(total, list(leaves.values())))
+    error = _error(lambda: torch.autograd.grad(total, list(variables.values())))
     assert error is not None, "a second derivative was returned"
     assert "second derivative" in str(error), f"the error does not say what is missing: {error!r}"
 
@@ -249,8 +249,7 @@ def check_autocast(spec: OpSpec, impl: str, inputs: Mapping[str, Any], dtype: to
 
 def check_operators(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
     """``torch.library.opcheck``: schema, autograd registration, fake kernels, AOT dispatch with dynamic shapes."""
-    leaves = {name: inputs[name].detach().requires_grad_() for name in differentiable(inputs)}
-    for operator, args in spec.operators(impl, {**inputs, **leaves}):
+    for operator, args in spec.operators(impl, with_tensors(inputs, leaves(inputs))):
         results = torch.library.opcheck(operator, args, raise_exception=False)
         failed = {test: result for test, result in results.items() if result != "SUCCESS"}
         assert not failed, f"{operator}: {failed}"

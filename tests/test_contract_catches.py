@@ -10,10 +10,10 @@ import contract_checks as checks
 import pytest
 import torch
 
-from fused_attn.ops import SPECS
 from fused_attn.ops.contract import Shape, differentiable, mismatches, numeric_mismatches, ulp
+from fused_attn.ops.measure import find_spec
 
-REL, BIAS = SPECS
+SPECS = REL, BIAS = find_spec("rel_attention_2d"), find_spec("decomposed_bias_attention")
 IMPL = "cpu"
 
 
@@ -132,7 +132,7 @@ def test_sane_implementation_passes_with_nan_and_infinity():
 def test_one_wrong_result(spec, argument, change):
     """Each result of its own: the mismatch names it and no other."""
     inputs = next(sample for sample in spec.samples if sample.name == "width 8").inputs(torch.float32)
-    name = "out" if argument < 0 else f"grad_{differentiable(inputs)[argument]}"
+    name = "out" if argument < 0 else f"grad_{list(differentiable(inputs))[argument]}"
     found = numeric_mismatches(spec, checks.bound(fake(spec, only(name, change)), IMPL), inputs)
     assert [text.split(":")[0] for text in found] == [name]
 
@@ -470,21 +470,36 @@ def test_quadratic_memory():
 # --- the bar itself ---------------------------------------------------------------------------------------------
 
 
-def test_bar_is_twice_the_error_of_the_reference_plus_two_ulp():
-    oracle = {"out": torch.tensor([1.5, -3.0], dtype=torch.float64)}
-    same = {"out": torch.tensor([1.5, -3.0 + 2.0**-20])}
+def test_bar_of_the_largest_error():
+    """Four times the reference's plus 2 ulp."""
+    oracle = {"out": torch.full((100,), -3.0, dtype=torch.float64)}
+    same = {"out": torch.full((100,), -3.0)}
+    same["out"][0] += 2.0**-20
     unit = ulp(3.0, torch.float32)
     assert unit == 2.0**-22
+    other = torch.full((100,), -3.0)
+    other[1] += 4 * 2.0**-20 + 2 * unit
+    assert mismatches({"out": other}, same, oracle) == []
+    other[1] += unit
+    assert "out: error" in mismatches({"out": other}, same, oracle)[0]
+
+
+def test_bar_of_the_root_mean_square():
+    """Twice the reference's plus 2 ulp."""
+    oracle = {"out": torch.full((100,), -3.0, dtype=torch.float64)}
+    same = {"out": torch.full((100,), -3.0 + 2.0**-20)}
+    unit = ulp(3.0, torch.float32)
     bar = 2 * 2.0**-20 + 2 * unit
-    assert mismatches({"out": torch.tensor([1.5 + bar, -3.0])}, same, oracle) == []
-    assert mismatches({"out": torch.tensor([1.5 + bar + unit, -3.0])}, same, oracle)
+    assert mismatches({"out": torch.full((100,), -3.0 + bar)}, same, oracle) == []
+    assert "RMS" in mismatches({"out": torch.full((100,), -3.0 + bar + unit)}, same, oracle)[0]
 
 
 def test_bar_of_a_tensor_that_cancels():
     oracle = {"out": torch.ones(1).double(), "grad_query": torch.zeros(1).double()}
     same = {"out": torch.ones(1), "grad_query": torch.zeros(1)}
-    assert mismatches({"out": torch.ones(1), "grad_query": torch.full((1,), 1e-6)}, same, oracle) == []
-    assert mismatches({"out": torch.ones(1), "grad_query": torch.full((1,), 1e-5)}, same, oracle)
+    bar = 2 * ulp(1.0, torch.float32)
+    assert mismatches({"out": torch.ones(1), "grad_query": torch.full((1,), bar)}, same, oracle) == []
+    assert mismatches({"out": torch.ones(1), "grad_query": torch.full((1,), 1.01 * bar)}, same, oracle)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -76,11 +76,12 @@ def time_once(function: Callable[..., Tensor], inputs: Mapping[str, Any], grad_o
         start = _now(device)
         function(**inputs)
         forward = _now(device) - start
-    leaves = {name: inputs[name].detach().requires_grad_() for name in contract.differentiable(inputs)}
+    variables = contract.leaves(inputs)
+    call = contract.with_tensors(inputs, variables)
     start = _now(device)
-    out = function(**{**inputs, **leaves})
+    out = function(**call)
     middle = _now(device)
-    torch.autograd.grad(out, list(leaves.values()), grad_out)
+    torch.autograd.grad(out, list(variables.values()), grad_out)
     end = _now(device)
     return {"forward": forward, "backward": end - middle, "forward+backward": end - start}
 
@@ -186,10 +187,10 @@ def _measure_memory(op: str, shape_name: str, name: str, device: str) -> dict[st
     shape = spec.shape(shape_name)
 
     def step(call: Mapping[str, Any], function: Callable[..., Tensor]) -> None:
-        leaves = {key: call[key].detach().requires_grad_() for key in contract.differentiable(call)}
-        out = function(**{**call, **leaves})
+        variables = contract.leaves(call)
+        out = function(**contract.with_tensors(call, variables))
         grad_out = out.detach().new_ones(()).expand(out.shape)
-        grads = torch.autograd.grad(out, list(leaves.values()), grad_out)
+        grads = torch.autograd.grad(out, list(variables.values()), grad_out)
         del grads
 
     inputs = shape.inputs(torch.float32, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import signal
 import sys
@@ -28,6 +29,9 @@ from .environment import describe
 from .errors import TrainError
 from .log import RunLog
 from .optim import build_optimizer, learning_rate
+
+#: The file of a run's folder that the process writing into it holds locked.
+LOCK = ".lock"
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -237,7 +241,7 @@ class Run:
 
     def _claim_folder(self) -> None:
         out = self.config.out
-        occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        occupied = out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir()))
         self.accelerator.wait_for_everyone()
         if self.config.resume:
             if not checkpoint.find(self.checkpoints):
@@ -254,6 +258,16 @@ class Run:
                 out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise TrainError(f"out: the folder {out} cannot be made ({error})") from error
+        if self.accelerator.is_main_process:
+            self._lock_folder()
+
+    def _lock_folder(self) -> None:
+        """Until this process ends, however it ends, no other can write into the run's folder."""
+        self.lock = open(self.config.out / LOCK, "w")  # noqa: SIM115
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise TrainError(f"out: another process is writing into {self.config.out} ({error})") from error
 
     def _save(self) -> None:
         totals = self.accelerator.reduce(self.totals, "sum").cpu()

@@ -69,8 +69,8 @@ def rel_attention_2d(
     query, key, value, rel_h, rel_w = dispatch.autocast(query, key, value, rel_h, rel_w)
     _check_dtypes(query, key=key, value=value, rel_h=rel_h, rel_w=rel_w)
 
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    rel_scale = scale if rel_scale is None else float(rel_scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else _number("scale", scale)
+    rel_scale = scale if rel_scale is None else _number("rel_scale", rel_scale)
     impl = dispatch.choose("rel_attention_2d", impl, library.IMPLEMENTATIONS, query, key, value)
     seed = _draw_seed(query.device) if dropout_p > 0.0 else None
     if impl == "reference":
@@ -122,7 +122,7 @@ def decomposed_bias_attention(
     query, key, value, bias_h, bias_w = dispatch.autocast(query, key, value, bias_h, bias_w)
     _check_dtypes(query, key=key, value=value, bias_h=bias_h, bias_w=bias_w)
 
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else _number("scale", scale)
     impl = dispatch.choose("decomposed_bias_attention", impl, library.IMPLEMENTATIONS, query, key, value)
     seed = _draw_seed(query.device) if dropout_p > 0.0 else None
     if impl == "reference":
@@ -132,6 +132,13 @@ def decomposed_bias_attention(
 
 def _draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**63 - 1, (1,), device=device, dtype=torch.int64)
+
+
+def _number(name: str, value: object) -> float:
+    # A tensor would be cut off from its gradient without a word.
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
 
 
 def _check_tensor(name: str, tensor: object) -> None:
@@ -164,7 +171,7 @@ def _check_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float
         raise ValueError(
             f"value must have the grid of key, (Hk, Wk)={tuple(key.shape[2:4])}, got {tuple(value.shape[2:4])}"
         )
-    if not 0.0 <= dropout_p < 1.0:
+    if not 0.0 <= _number("dropout_p", dropout_p) < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     return query, key, value
 

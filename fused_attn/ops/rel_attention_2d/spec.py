@@ -367,6 +367,9 @@ def _common_bad(make: Callable[..., dict[str, Any]]) -> tuple[BadInput, ...]:
         BadInput("dropout 1", bad(dropout_p=1.0), ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
         BadInput("dropout negative", bad(dropout_p=-0.1), ValueError, r"dropout_p must be in \[0, 1\), got -0.1"),
         BadInput("dropout nan", bad(dropout_p=float("nan")), ValueError, r"dropout_p must be in \[0, 1\), got nan"),
+        BadInput("dropout text", bad(dropout_p="0.1"), TypeError, r"dropout_p must be a number, got str"),
+        BadInput("scale text", bad(scale="1"), TypeError, r"scale must be a number, got str"),
+        BadInput("scale tensor", bad(scale=torch.ones(())), TypeError, r"scale must be a number, got Tensor"),
         BadInput("query none", bad(query=None), TypeError, r"query must be a tensor, got NoneType"),
         BadInput(
             "value transposed",
@@ -400,6 +403,7 @@ def _no_terms(dtype, device, **geometry):
 
 REL_BAD = (
     *_common_bad(make_rel),
+    BadInput("rel_scale", _bad(make_rel, rel_scale=[1.0]), TypeError, r"rel_scale must be a number, got list"),
     BadInput("index", _bad(make_rel, index="q-k"), ValueError, r"index must be one of .*, got 'q-k'"),
     BadInput(
         "table length",
