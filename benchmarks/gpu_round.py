@@ -8,7 +8,7 @@ not run again, so that a round that was cut short goes on where it stopped: ``--
 ``--budget`` starts no step whose limit does not fit into what is left of so many seconds.  ``--dry-run`` goes through
 the round where there is no GPU: Triton's interpreter, few and tiny cases.
 
-Writes summary.json, summary.md, environment.json, and NAME.log and NAME.json of every step.  Exit status: 0, 1 when a
+Writes summary.json, summary.md, machine.json, and NAME.log and NAME.json of every step.  Exit status: 0, 1 when a
 step failed, 3 when steps are left for the next call.
 """
 
@@ -271,7 +271,7 @@ def summarise(plan: Round, every: list[Step]) -> dict[str, object]:
         pending = {"name": step.name, "slice": step.slice, "outcome": "pending", "reason": None}
         results.append(json.loads(path.read_text()) if path.exists() else pending)
     counts = {name: sum(r["outcome"] == name for r in results) for name in dict.fromkeys(r["outcome"] for r in results)}
-    path = plan.out / "environment.json"
+    path = plan.out / "machine.json"
     machine = json.loads(path.read_text()) if path.exists() else {}
     summary = {"dry_run": plan.dry, "counts": counts, "environment": machine, "steps": results}
     _write(plan.out / "summary.json", json.dumps(summary, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """First two steps of a round on a GPU machine: what is installed, and what is there.  See ``gpu_round.py``.
 
 python benchmarks/gpu_setup.py install OUT [--no-build]    into OUT/site, from files carried along; no network
-python benchmarks/gpu_setup.py environment OUT             writes OUT/environment.json
+python benchmarks/gpu_setup.py environment OUT             writes OUT/machine.json
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def environment(out: Path) -> None:
         "installed": (out / "install.txt").read_text().strip() if (out / "install.txt").exists() else None,
     }
     found["missing"] = [name for name, version in found["dependencies"].items() if version is None]
-    (out / "environment.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "machine.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
     code = "from fused_attn.info import report; print(report())"
     print(subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True).stdout)
