@@ -58,7 +58,8 @@ class Round:
     """What the steps depend on."""
 
     out: Path
-    ops: tuple[str, ...]
+    #: op with Triton kernels -> name of the smallest size it is measured at
+    ops: Mapping[str, str]
     dry: bool = False
     data: Path | None = None
 
@@ -134,15 +135,19 @@ def _sanitizer(plan: Round) -> Iterator[Step]:
             yield Step(f"{tool}-{op}", "sanitizer", command, 270, ("triton",), "compute-sanitizer", environment)
 
 
+_BENCH_NEEDS = ("tyro", "tqdm", "rich", "matplotlib")
+
+
 def _bench(plan: Round) -> Iterator[Step]:
-    for op in plan.ops:
+    for op, smallest in plan.ops.items():
         for dtype in ("bf16", "fp32"):
             name = f"bench-{op}-{dtype}"
-            command = _python(
-                "-m", "fused_attn.cli", "bench", op, "--device", plan.device, "--dtype", dtype, "--out", plan.out / name
-            )
-            reason = "its shapes are a GPU's" if plan.dry else None
-            yield Step(name, "bench", command, LONGEST, ("tyro", "rich"), reason=reason)
+            command = _python("-m", "fused_attn.cli", "bench", op, "--device", plan.device, "--dtype", dtype)
+            command += ("--out", str(plan.out / name))
+            if plan.dry:
+                command += ("--shape", smallest, "--providers", "reference", "--seconds", "0.1")
+                command += ("--no-growth", "--no-memory")
+            yield Step(name, "bench", command, LONGEST, _BENCH_NEEDS)
     for op in plan.ops:
         only = ("--kernel-name", f"regex:^({'|'.join(kernels())})$")
         metrics = ("--section", "SpeedOfLight", "--clock-control", "none", "--launch-count", "40", "--page", "details")
@@ -151,12 +156,12 @@ def _bench(plan: Round) -> Iterator[Step]:
 
 
 def _networks(plan: Round) -> Iterator[Step]:
-    command = _python(
-        "-m", "fused_attn.cli", "bench", "networks", "--device", plan.device, "--dtype", "bf16",
-        "--out", plan.out / "networks-bf16",
-    )  # fmt: skip
-    reason = "its sizes are a GPU's" if plan.dry else None
-    yield Step("networks-bf16", "networks", command, LONGEST, ("tyro", "rich"), reason=reason)
+    command = _python("-m", "fused_attn.cli", "bench", "networks", "--device", plan.device)
+    if plan.dry:
+        command += ("--model", "aa_wrn_10_1", "--batch-size", "2", "--coverage", "none", "--seconds", "0.1")
+    else:
+        command += ("--dtype", "bf16")
+    yield Step("networks", "networks", (*command, "--out", str(plan.out / "networks")), LONGEST, _BENCH_NEEDS)
 
 
 def _train(plan: Round) -> Iterator[Step]:
@@ -326,15 +331,15 @@ def go(plan: Round, every: list[Step], chosen: list[Step], budget: float, retry:
     return 0
 
 
-def find_ops() -> tuple[str, ...]:
-    """Ops with Triton kernels, by name."""
-    code = "from fused_attn.ops import SPECS; print(*[s.name for s in SPECS if 'triton' in s.implementations])"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return tuple(
-        subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
-        ).stdout.split()
+def find_ops() -> dict[str, str]:
+    """``Round.ops``, asked of a process of its own: this one imports neither PyTorch nor the package."""
+    code = (
+        "import json; from fused_attn.ops import SPECS; "
+        "print(json.dumps({s.name: s.growth[0].name for s in SPECS if 'triton' in s.implementations}))"
     )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
+    asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE)
+    return json.loads(asked.stdout)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -362,6 +367,9 @@ def main(arguments: list[str] | None = None) -> int:
         step for step in every if step.slice == "setup" or (step.slice in slices and (not names or step.name in names))
     ]
     plan.out.mkdir(parents=True, exist_ok=True)
+    earlier = plan.out / "summary.json"
+    if earlier.exists() and json.loads(earlier.read_text())["dry_run"] != plan.dry:
+        parser.error(f"--out: {plan.out} holds a round {'on a GPU' if plan.dry else 'run dry'}; name another folder")
     return go(plan, every, chosen, options.budget, options.retry)
 
 

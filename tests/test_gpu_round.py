@@ -37,7 +37,7 @@ def outcomes(out: Path) -> dict[str, str]:
 
 
 def test_failing_step_stops_no_other_and_every_outcome_is_told(tmp_path):
-    plan = gpu_round.Round(tmp_path, (), dry=True)
+    plan = gpu_round.Round(tmp_path, {}, dry=True)
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     every = [
         step("bad", "print('reason it failed'); raise SystemExit(7)"),
@@ -63,7 +63,7 @@ def test_failing_step_stops_no_other_and_every_outcome_is_told(tmp_path):
 
 
 def test_finished_steps_are_not_run_again_unless_asked(tmp_path):
-    plan, mark = gpu_round.Round(tmp_path, ()), tmp_path / "mark"
+    plan, mark = gpu_round.Round(tmp_path, {}), tmp_path / "mark"
     flaky = step("flaky", f"import pathlib as p; m = p.Path({str(mark)!r}); ok = m.exists(); m.touch(); assert ok")
     fine = step("fine", "")
     assert gpu_round.go(plan, [flaky, fine], [flaky, fine], float("inf"), retry=False) == 1
@@ -75,7 +75,7 @@ def test_finished_steps_are_not_run_again_unless_asked(tmp_path):
 
 
 def test_budget_leaves_steps_for_the_next_call(tmp_path):
-    plan, every = gpu_round.Round(tmp_path, ()), [step("one", "", limit=20), step("two", "", limit=60)]
+    plan, every = gpu_round.Round(tmp_path, {}), [step("one", "", limit=20), step("two", "", limit=60)]
     assert gpu_round.go(plan, every, every, 30, retry=False) == 3
     assert outcomes(tmp_path) == {"one": "passed", "two": "pending"}
     assert gpu_round.go(plan, every, every, 70, retry=False) == 0
@@ -94,7 +94,7 @@ def test_steps_fit_into_ten_minutes_and_cover_every_op_and_tool(tmp_path):
         expected = {"tests", "memcheck", "racecheck", "initcheck", "ncu"}
         assert {f"{kind}-{op}" for kind in expected} | {f"bench-{op}-bf16", f"bench-{op}-fp32"} <= set(names)
     assert "rel_attention_fwd_kernel" in gpu_round.kernels()
-    without_data = gpu_round.steps(gpu_round.Round(tmp_path, ()))
+    without_data = gpu_round.steps(gpu_round.Round(tmp_path, {}))
     assert "no data" in next(s.reason for s in without_data if s.name == "train")
 
 
@@ -136,3 +136,8 @@ def test_dry_run(tmp_path):
         assert found["memcheck-rel_attention_2d"] == "not run"
         assert "not run" in result.stdout
         assert result.returncode == 0
+    again = subprocess.run(
+        [arg for arg in command if arg != "--dry-run"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert again.returncode == 2
+    assert "holds a round run dry" in again.stderr
