@@ -67,7 +67,7 @@ def cases(arch: str) -> Iterator[tuple[str, str, Any]]:
 
 def missing() -> dict[str, str]:
     """Peers that are not compiled here -> why."""
-    packages = {"fla": "flash-linear-attention", "liger_kernel": "liger-kernel"}
+    packages = {"fla": "fla-core", "liger_kernel": "liger-kernel"}
     found = {
         name: f"not compiled: not installed (pip install {name})"
         for module, name in packages.items()
