@@ -1,0 +1,49 @@
+"""What this machine can do at most, measured: bytes copied and products of matrices per second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from ..ops.measure import Clock
+
+COPY_BYTES = 2**28
+#: on a GPU; beyond its L2 cache, and enough to fill it
+GPU_COPY_BYTES = 2**31
+SECONDS = 0.3
+
+
+def measure_ceilings(dtype: torch.dtype, device: str) -> dict[str, float]:
+    """Measure both ceilings with the threads that PyTorch has now.
+
+    Returns:
+        ``copy_gbps``, bytes read plus bytes written by a large copy in 1e9 per second, and ``matmul_gflops`` of a
+        square product in ``dtype``: each the best of several, as a ceiling should be.
+    """
+    size = (GPU_COPY_BYTES if device == "cuda" else COPY_BYTES) // dtype.itemsize
+    source = torch.ones(size, dtype=dtype, device=device)
+    target = torch.zeros_like(source)
+    copy = _best(partial(target.copy_, source), device)
+
+    # Half precision can be a hundred times slower than float32 on a CPU without instructions for it: grow until a
+    # product takes long enough to be timed.
+    n, product = 256, 0.0
+    while product < 0.02 and n < 16384:
+        n *= 2
+        a, b = (torch.randn(n, n, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
+        product = _best(partial(torch.mm, a, b), device, seconds=0.0)
+    product = _best(partial(torch.mm, a, b), device)
+    return {"copy_gbps": 2 * size * dtype.itemsize / copy * 1e-9, "matmul_gflops": 2 * n**3 / product * 1e-9}
+
+
+def _best(function: Callable[[], object], device: str, seconds: float = SECONDS) -> float:
+    """Shortest time of one call, over calls that last ``seconds`` together and at least three."""
+    clock, times = Clock(torch.device(device)), []
+    function()
+    while len(times) < 3 or sum(times) < seconds:
+        start = clock.start()
+        function()
+        times.append(clock.seconds(start, clock.mark()))
+    return min(times)
