@@ -5,8 +5,8 @@
 Needs torch 2.11 or later and Triton; what else a step needs and does not find, the step says, and is "not run".  Every
 step has a time limit, a log and a result file, and a failing one does not stop the others.  A step with a result is
 not run again, so that a round that was cut short goes on where it stopped: ``--retry`` runs what failed once more.
-``--budget`` starts no step whose limit does not fit into what is left of so many seconds.  ``--dry-run`` goes through
-the round where there is no GPU: Triton's interpreter, few and tiny cases.
+``--budget`` ends after so many seconds; the step that it cuts short is run again by the next call.  ``--dry-run`` goes
+through the round where there is no GPU: Triton's interpreter, few and tiny cases.
 
 Writes summary.json, summary.md, machine.json, and NAME.log and NAME.json of every step.  Exit status: 0, 1 when a
 step failed, 3 when steps are left for the next call.
@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,8 @@ ROOT = gpu_setup.ROOT
 SLICES = ("setup", "tests", "sanitizer", "bench", "networks", "train")
 #: No step is longer: a slice that a machine lends for ten minutes holds at least one.
 LONGEST = 540
+#: With less left of the budget, no longer step is started.
+WORTHWHILE = 60
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def _python(*arguments: object) -> tuple[str, ...]:
 
 
 def _pytest(*arguments: object) -> tuple[str, ...]:
-    return _python("-m", "pytest", "-v", "--durations=10", *arguments)
+    return _python("-m", "pytest", "-vv", "--durations=10", *arguments)
 
 
 def _setup(plan: Round) -> Iterator[Step]:
@@ -111,7 +114,9 @@ def _tests(plan: Round) -> Iterator[Step]:
         command = _pytest(*workers, contract, "-k", chosen)
         yield Step(f"tests-{op}", "tests", command, LONGEST, needs)
     reason = "there is no GPU" if plan.dry else None
-    yield Step("tests-gpu", "tests", _pytest(ROOT / "tests", "-m", "gpu"), LONGEST, needs, reason=reason)
+    # By file: others import what the machine may lack.
+    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
+    yield Step("tests-gpu", "tests", _pytest("-m", "gpu", *files), LONGEST, needs, reason=reason)
 
 
 def _cases(plan: Round, shapes: str, *arguments: object) -> tuple[str, ...]:
@@ -202,8 +207,8 @@ def unmet(step: Step, environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def run(step: Step, plan: Round) -> dict[str, object]:
-    """Run one step to its end or its limit, and write its log and result file."""
+def run(step: Step, plan: Round, limit: float) -> dict[str, object]:
+    """Run one step to its end or the limit, and write its log; the result is returned."""
     environment = {
         **os.environ,
         "PYTHONPATH": gpu_setup.search_path(plan.out),
@@ -217,30 +222,25 @@ def run(step: Step, plan: Round) -> dict[str, object]:
     if reason is None:
         command = [gpu_setup.find_tool(step.tool), *step.command] if step.tool else list(step.command)
         log = plan.out / f"{step.name}.log"
+        shutil.rmtree(
+            plan.out / step.name, ignore_errors=True
+        )  # of an earlier try; a training run refuses to go over it
         start = time.monotonic()
         with log.open("wb") as file:
             # Outside the source tree: an installed wheel comes before it.
-            status = _finish(
-                subprocess.Popen(
-                    command,
-                    cwd=plan.out,
-                    env=environment,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                ),
-                step.limit,
+            process = subprocess.Popen(
+                command, cwd=plan.out, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
+            status = _finish(process, limit)
         outcome = "timed out" if status is None else "failed" if status else "passed"
         result |= {
             "outcome": outcome,
-            "reason": f"longer than {step.limit} s" if status is None else None,
+            "reason": f"longer than {limit:.0f} s" if status is None else None,
             "exit": status,
             "seconds": round(time.monotonic() - start, 1),
             "command": command,
             "tail": log.read_text(errors="replace").splitlines()[-12:],
         }
-    _write(plan.out / f"{step.name}.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -312,11 +312,17 @@ def go(plan: Round, every: list[Step], chosen: list[Step], budget: float, retry:
         if path.exists() and json.loads(path.read_text())["outcome"] not in again:
             continue
         path.unlink(missing_ok=True)
-        if time.monotonic() + step.limit > end:
+        limit = min(step.limit, end - time.monotonic())
+        if limit < min(step.limit, WORTHWHILE):
             left.append(step.name)
             continue
         print(f"{step.name} ...", flush=True)
-        result = run(step, plan)
+        result = run(step, plan, limit)
+        if result["outcome"] == "timed out" and limit < step.limit:
+            print(f"{step.name}: cut short by the budget after {limit:.0f} s", flush=True)
+            left.append(step.name)
+            continue
+        _write(path, json.dumps(result, indent=1) + "\n")
         print(f"{step.name}: {result['outcome']} {result['reason'] or ''} {result.get('seconds', '')}", flush=True)
         summarise(plan, every)
     summary = summarise(plan, every)

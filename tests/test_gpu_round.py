@@ -82,6 +82,17 @@ def test_budget_leaves_steps_for_the_next_call(tmp_path):
     assert outcomes(tmp_path) == {"one": "passed", "two": "passed"}
 
 
+def test_step_cut_short_by_the_budget_is_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_round, "WORTHWHILE", 1)
+    plan, mark = gpu_round.Round(tmp_path, {}), tmp_path / "mark"
+    code = f"import pathlib as p, time; m = p.Path({str(mark)!r}); time.sleep(0 if m.exists() else [m.touch(), 60][1])"
+    every = [step("long", code, limit=100), step("after", "", limit=100)]
+    assert gpu_round.go(plan, every, every, 3, retry=False) == 3
+    assert outcomes(tmp_path) == {"long": "pending", "after": "pending"}
+    assert gpu_round.go(plan, every, every, 100, retry=False) == 0
+    assert outcomes(tmp_path) == {"long": "passed", "after": "passed"}
+
+
 def test_steps_fit_into_ten_minutes_and_cover_every_op_and_tool(tmp_path):
     plan = gpu_round.Round(tmp_path, gpu_round.find_ops(), data=tmp_path)
     every = gpu_round.steps(plan)
@@ -94,6 +105,7 @@ def test_steps_fit_into_ten_minutes_and_cover_every_op_and_tool(tmp_path):
         expected = {"tests", "memcheck", "racecheck", "initcheck", "ncu"}
         assert {f"{kind}-{op}" for kind in expected} | {f"bench-{op}-bf16", f"bench-{op}-fp32"} <= set(names)
     assert "rel_attention_fwd_kernel" in gpu_round.kernels()
+    assert str(ROOT / "tests" / "test_gpu.py") in next(s.command for s in every if s.name == "tests-gpu")
     without_data = gpu_round.steps(gpu_round.Round(tmp_path, {}))
     assert "no data" in next(s.reason for s in without_data if s.name == "train")
 
