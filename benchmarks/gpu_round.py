@@ -32,7 +32,7 @@ import gpu_setup
 
 ROOT = gpu_setup.ROOT
 SLICES = ("setup", "tests", "sanitizer", "bench", "networks", "train")
-#: No step is longer: a slice that a machine lends for ten minutes holds at least one.
+#: No step is longer, so that a slice of ten minutes holds at least one.
 LONGEST = 540
 #: With less left of the budget, no longer step is started.
 WORTHWHILE = 60
