@@ -1,8 +1,9 @@
 """The fused ops, one folder each."""
 
+from .elementwise_attention import elementwise_attention, row_col_softmax
 from .rel_attention_2d import decomposed_bias_attention, rel_attention_2d
 
-__all__ = ["SPECS", "decomposed_bias_attention", "rel_attention_2d"]
+__all__ = ["SPECS", "decomposed_bias_attention", "elementwise_attention", "rel_attention_2d", "row_col_softmax"]
 
 
 def __getattr__(name: str):
