@@ -122,6 +122,8 @@ def _cpu_softmax(x, weight_row, weight_col):
 
 def _cpu_softmax_backward(grad_out, x, weight_row, weight_col, row_stats, col_stats):
     grads = _allocate_backward(x, weight_row)
+    if grad_out.numel() == 0:
+        return tuple(grad.zero_() for grad in grads)
     torch.ops.fused_attn_cpu.row_col_softmax_backward(grad_out, x, weight_row, weight_col, row_stats, col_stats, *grads)
     return grads
 
@@ -137,6 +139,8 @@ def _cpu_attention(x, weight_row, weight_col, mean, var, eps):
 
 def _cpu_attention_backward(grad_out, x, weight_row, weight_col, row_stats, col_stats, mean, var, training, eps):
     grads = _allocate_backward(x, weight_row)
+    if grad_out.numel() == 0:
+        return tuple(grad.zero_() for grad in grads)
     torch.ops.fused_attn_cpu.elementwise_attention_backward(
         grad_out, x, weight_row, weight_col, row_stats, col_stats, mean, var, training, eps, *grads
     )

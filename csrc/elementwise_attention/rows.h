@@ -1,0 +1,96 @@
+// Rows of a strided tensor to and from padded float32 rows; part of kernel_impl.h.
+
+typedef uint16_t vh __attribute__((vector_size(L * 2), aligned(2), may_alias));
+
+FA_INLINE vf load_as_float(const float* p) { return load(p); }
+FA_INLINE vf load_as_float(const c10::BFloat16* p) {
+  return (vf)(__builtin_convertvector(*reinterpret_cast<const vh*>(p), vu) << 16);
+}
+FA_INLINE vf load_as_float(const c10::Half* p) {
+#if defined(__AVX512F__) && FUSED_ATTN_LANES == 16
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__) && FUSED_ATTN_LANES == 8
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vf x;
+  for (int i = 0; i < L; ++i) x[i] = static_cast<float>(p[i]);
+  return x;
+#endif
+}
+
+FA_INLINE void store_from_float(float* p, vf x) { store(p, x); }
+FA_INLINE void store_from_float(c10::BFloat16* p, vf x) {
+  const vu bits = (vu)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const vu not_nan = (vu)(x == x);
+  *reinterpret_cast<vh*>(p) = __builtin_convertvector((rounded & not_nan) | (0x7fc0 & ~not_nan), vh);
+}
+FA_INLINE void store_from_float(c10::Half* p, vf x) {
+#if defined(__AVX512F__) && FUSED_ATTN_LANES == 16
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, 0));
+#elif defined(__F16C__) && FUSED_ATTN_LANES == 8
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, 0));
+#else
+  for (int i = 0; i < L; ++i) p[i] = static_cast<c10::Half>(float(x[i]));
+#endif
+}
+
+// step(i) for every first lane of a vector; the last one overlaps its neighbour rather than pass the end.
+template <class Step, class One>
+FA_INLINE void over_row(int64_t count, const Step& step, const One& one) {
+  if (count < L) {
+    for (int64_t i = 0; i < count; ++i) one(i);
+    return;
+  }
+  int64_t i = 0;
+  for (; i + L <= count; i += L) step(i);
+  if (i < count) step(count - L);
+}
+
+template <class T>
+FA_INLINE void load_row_as(const T* from, int64_t stride, int64_t count, float* to) {
+  if (stride == 1)
+    over_row(count, [&](int64_t i) FA_INLINE_CALL { store(to + i, load_as_float(from + i)); },
+             [&](int64_t i) FA_INLINE_CALL { to[i] = static_cast<float>(from[i]); });
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i * stride]);
+}
+
+FA_INLINE void load_row(const TensorView& view, int64_t offset, int64_t stride, int64_t count, float* to) {
+  switch (view.dtype) {
+    case DType::float32: return load_row_as(static_cast<const float*>(view.data) + offset, stride, count, to);
+    case DType::float16: return load_row_as(static_cast<const c10::Half*>(view.data) + offset, stride, count, to);
+    case DType::bfloat16: return load_row_as(static_cast<const c10::BFloat16*>(view.data) + offset, stride, count, to);
+  }
+}
+
+template <class T>
+FA_INLINE void store_row_as(T* to, int64_t count, const float* from) {
+  over_row(count, [&](int64_t i) FA_INLINE_CALL { store_from_float(to + i, load(from + i)); },
+           [&](int64_t i) FA_INLINE_CALL { to[i] = static_cast<T>(from[i]); });
+}
+
+// The last dimension of what the kernels write is contiguous.
+FA_INLINE void store_row(const TensorView& view, int64_t offset, int64_t count, const float* from) {
+  switch (view.dtype) {
+    case DType::float32: return store_row_as(static_cast<float*>(view.data) + offset, count, from);
+    case DType::float16: return store_row_as(static_cast<c10::Half*>(view.data) + offset, count, from);
+    case DType::bfloat16: return store_row_as(static_cast<c10::BFloat16*>(view.data) + offset, count, from);
+  }
+}
+
+// Rows of one plane in float32, `stride` floats apart, readable in whole vectors.
+struct Rows {
+  const float* data;
+  int64_t stride;
+  const float* operator[](int64_t y) const { return data + y * stride; }
+};
+
+// `rows` rows at `offset`: in place where they are float32 vectors already, else copied to `to`, whose padding stays.
+FA_INLINE Rows rows_of(const TensorView& view, int dimension, int64_t offset, int64_t rows, int64_t width, float* to,
+                       int64_t to_stride) {
+  const int64_t y_stride = view.stride[dimension], x_stride = view.stride[dimension + 1];
+  if (view.dtype == DType::float32 && x_stride == 1 && width % L == 0)
+    return {static_cast<const float*>(view.data) + offset, y_stride};
+  for (int64_t y = 0; y < rows; ++y) load_row(view, offset + y * y_stride, x_stride, width, to + y * to_stride);
+  return {to, to_stride};
+}
