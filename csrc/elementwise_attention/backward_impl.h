@@ -14,7 +14,6 @@ struct GradOut {
     const int64_t offset = (k.b0 + i) * g.stride[0] + k.h * g.stride[1] + k.c * g.stride[2] + k.y0 * g.stride[3];
     rows = rows_of(g, 3, offset, k.rows, p.width, memory.data, o.stride);
   }
-  FA_INLINE vf operator()(int64_t y, int64_t v) const { return load(rows[y] + v * L); }
 };
 
 // Sums of grad_out * x and of grad_out * x * (product - mean).
@@ -27,16 +26,19 @@ struct GradMoments : Visitor {
   void image(const Block& k, int64_t i, int64_t plane) {
     o.load_statistics(k, plane);
     grad.load_image(k, i);
-    const Product<true> product{o, o.x[i]};
+    const int64_t vectors = o.vectors;
     const float mean = p.mean[k.h * p.channels + k.c];
     double* moments = p.moments + (k.task * p.heads + k.h) * 2;
     for (int64_t y = 0; y < k.rows;) {
       vf sum{}, weighted{};
-      for (const int64_t part = smaller(k.rows, y + kLongestChain); y < part; ++y)
-        for (int64_t v = 0; v < o.vectors; ++v) {
-          const vf d = grad(y, v) * load(o.x[i][y] + v * L);
-          sum += d, weighted += d * (product(y, v) - mean);
+      for (const int64_t part = smaller(k.rows, y + kLongestChain); y < part; ++y) {
+        const Softmaxes<true> row(o, o.x[i], y);
+        const float* grad_row = grad.rows[y];
+        for (int64_t v = 0; v < vectors; ++v) {
+          const vf d = load(grad_row + v * L) * row.value(v);
+          sum += d, weighted += d * (row.product(v) - mean);
         }
+      }
       moments[0] += sum_lanes(sum), moments[1] += sum_lanes(weighted);
     }
   }
@@ -48,24 +50,22 @@ void grad_moments(const Backward& p, int64_t begin, int64_t end) {
   walk(p, begin, end, o, visitor);
 }
 
-// Gradient of the product of the softmaxes.
-template <bool Weighted, bool Normalise>
-struct GradProduct {
-  const GradOut& grad;
-  const Rows& x;
+// What the batch normalisation of one (head, channel) does to the gradient.
+template <bool Normalise>
+struct Normalisation {
   float mean = 0.0f, scale = 1.0f, grad_mean = 0.0f, grad_var = 0.0f;
 
-  GradProduct(const GradOut& grad_out, const Rows& image, const Backward& p, const Block& k)
-      : grad(grad_out), x(image) {
+  Normalisation(const Backward& p, const Block& k) {
     if constexpr (Normalise) {
       const int64_t channel = k.h * p.channels + k.c;
       mean = p.mean[channel], scale = p.scale[channel];
       grad_mean = p.grad_mean[channel], grad_var = p.grad_var[channel];
     }
   }
-  FA_INLINE vf operator()(int64_t y, int64_t v, vf product) const {
-    if constexpr (!Normalise) return grad(y, v);
-    return scale * (grad(y, v) * load(x[y] + v * L) - grad_mean - (product - mean) * grad_var);
+  // Gradient of the product of the softmaxes.
+  FA_INLINE vf backward(vf grad_out, vf x, vf product) const {
+    if constexpr (!Normalise) return grad_out;
+    return scale * (grad_out * x - grad_mean - (product - mean) * grad_var);
   }
 };
 
@@ -82,19 +82,22 @@ struct Sums : Visitor {
   void image(const Block& k, int64_t i, int64_t plane) {
     o.load_statistics(k, plane);
     grad.load_image(k, i);
-    const Product<Weighted> product{o, o.x[i]};
-    const GradProduct<Weighted, Normalise> grad_product(grad, o.x[i], p, k);
+    const int64_t vectors = o.vectors;
+    const Normalisation<Normalise> norm(p, k);
     float* partial = p.col_sums + (k.range * p.planes() + plane) * p.width;
     if (k.first_rows)
       for (int64_t v = 0; v < o.vectors; ++v) store(col_sum + v * L, vf{});
     else
       load_row_as(partial, 1, p.width, col_sum.data);
+    float* col = col_sum.data;
     for (int64_t y = 0; y < k.rows; ++y) {
+      const Softmaxes<Weighted> row(o, o.x[i], y);
+      const float* grad_row = grad.rows[y];
       vf sum{};
-      for (int64_t v = 0; v < o.vectors; ++v) {
-        const vf value = product(y, v), t = value * grad_product(y, v, value);
+      for (int64_t v = 0; v < vectors; ++v) {
+        const vf product = row.product(v), t = product * norm.backward(load(grad_row + v * L), row.value(v), product);
         sum += t;
-        store(col_sum + v * L, load(col_sum + v * L) + t);
+        store(col + v * L, load(col + v * L) + t);
       }
       p.row_sums[plane * p.height + k.y0 + y] = sum_lanes(sum);
     }
@@ -143,50 +146,64 @@ struct Gradients : Visitor {
   void image(const Block& k, int64_t i, int64_t plane) {
     o.load_statistics(k, plane);
     grad.load_image(k, i);
-    const Rows& x = o.x[i];
-    const Product<Weighted> product{o, x};
-    const GradProduct<Weighted, Normalise> grad_product(grad, x, p, k);
+    const int64_t vectors = o.vectors;
+    const Normalisation<Normalise> norm(p, k);
     const float* row_sums = row_sum.data;
+    float* const col_sums = col_sum.data;
     if constexpr (Whole) {
-      for (int64_t v = 0; v < o.vectors; ++v) store(col_sum + v * L, vf{});
-      for (int64_t y = 0; y < k.rows; ++y) {
-        vf sum{};
-        for (int64_t v = 0; v < o.vectors; ++v) {
-          const int64_t at = y * o.stride + v * L;
-          const vf row = product.row(y, v), col = product.col(y, v), value = row * col;
-          const vf t = value * grad_product(y, v, value);
-          sum += t;
-          store(col_sum + v * L, load(col_sum + v * L) + t);
-          store(products + at, t), store(row_softmax + at, row), store(col_softmax + at, col);
+      for (int64_t v = 0; v < vectors; ++v) store(col_sums + v * L, vf{});
+      for (int64_t y0 = 0; y0 < k.rows; y0 += L) {
+        const int64_t count = smaller(L, k.rows - y0);
+        vf sums[L];
+        for (int64_t j = 0; j < count; ++j) {
+          const int64_t at = (y0 + j) * o.stride;
+          const Softmaxes<Weighted> softmax(o, o.x[i], y0 + j);
+          const float* grad_out = grad.rows[y0 + j];
+          float *const t_to = products + at, *const row_to = row_softmax + at, *const col_to = col_softmax + at;
+          vf sum{};
+          for (int64_t v = 0; v < vectors; ++v) {
+            const vf row = softmax.row(v), col = softmax.col(v), product = row * col;
+            const vf t = product * norm.backward(load(grad_out + v * L), softmax.value(v), product);
+            sum += t;
+            store(col_sums + v * L, load(col_sums + v * L) + t);
+            store(t_to + v * L, t), store(row_to + v * L, row), store(col_to + v * L, col);
+          }
+          sums[j] = sum;
         }
-        row_sum.data[y] = sum_lanes(sum);
+        for (int64_t j = count; j < L; ++j) sums[j] = vf{};
+        store(row_sum + y0, sum_lanes_of_each(sums));
       }
     } else {
       row_sums = p.row_sums + plane * p.height + k.y0;
-      load_row_as(p.col_sums + plane * p.width, 1, p.width, col_sum.data);
+      load_row_as(p.col_sums + plane * p.width, 1, p.width, col_sums);
     }
 
     for (int64_t y = 0; y < k.rows; ++y) {
-      for (int64_t v = 0; v < o.vectors; ++v) {
-        const int64_t at = y * o.stride + v * L;
+      const int64_t at = y * o.stride;
+      const Softmaxes<Weighted> softmax(o, o.x[i], y);
+      const float* grad_out = grad.rows[y];
+      const float sum = row_sums[y];
+      const float *const t_from = products + at, *const row_from = row_softmax + at, *const col_from = col_softmax + at;
+      float *const x_to = grad_x + i * o.plane + at, *const row_to = grad_row + at, *const col_to = grad_col + at;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t lane = v * L;
         vf row, col, t;
         if constexpr (Whole) {
-          row = load(row_softmax + at), col = load(col_softmax + at), t = load(products + at);
+          row = load(row_from + lane), col = load(col_from + lane), t = load(t_from + lane);
         } else {
-          row = product.row(y, v), col = product.col(y, v);
-          t = row * col * grad_product(y, v, row * col);
+          row = softmax.row(v), col = softmax.col(v);
+          t = row * col * norm.backward(load(grad_out + lane), softmax.value(v), row * col);
         }
-        const vf d_row = t - row * row_sums[y], d_col = t - col * load(col_sum + v * L);
-        float* to = grad_x + i * o.plane + at;
+        const vf d_row = t - row * sum, d_col = t - col * load(col_sums + lane);
         if constexpr (!Weighted) {
-          store(to, d_row + d_col);
+          store(x_to + lane, d_row + d_col);
         } else {
-          const vf value = load(x[y] + v * L);
-          vf d_x = d_row * load(o.weight_row[y] + v * L) + d_col * load(o.weight_col[y] + v * L);
-          if constexpr (Normalise) d_x += grad(y, v) * ((row * col - grad_product.mean) * grad_product.scale);
-          store(to, load(to) + d_x);
-          store(grad_row + at, load(grad_row + at) + d_row * value);
-          store(grad_col + at, load(grad_col + at) + d_col * value);
+          const vf value = softmax.value(v);
+          vf d_x = d_row * load(softmax.weight_row + lane) + d_col * load(softmax.weight_col + lane);
+          if constexpr (Normalise) d_x += load(grad_out + lane) * ((row * col - norm.mean) * norm.scale);
+          store(x_to + lane, load(x_to + lane) + d_x);
+          store(row_to + lane, load(row_to + lane) + d_row * value);
+          store(col_to + lane, load(col_to + lane) + d_col * value);
         }
       }
     }

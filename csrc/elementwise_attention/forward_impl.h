@@ -4,17 +4,19 @@
 // by it keeps the variance from cancelling.
 template <bool Weighted>
 FA_INLINE void add_moments(const Operands& o, const Block& k, int64_t image, double* moments) {
-  const Product<Weighted> product{o, o.x[image]};
+  const int64_t vectors = o.vectors;
   const vf shift = broadcast(1.0f / (float(o.p.height) * float(o.p.width)));
   vf last = shift;
   for (int64_t i = o.p.width; i < o.stride; ++i) last[i - (o.vectors - 1) * L] = 0.0f;
   for (int64_t y = 0; y < k.rows;) {
     vf sum{}, square{};
-    for (const int64_t part = smaller(k.rows, y + kLongestChain); y < part; ++y)
-      for (int64_t v = 0; v < o.vectors; ++v) {
-        const vf x = product(y, v) - (v + 1 < o.vectors ? shift : last);
+    for (const int64_t part = smaller(k.rows, y + kLongestChain); y < part; ++y) {
+      const Softmaxes<Weighted> row(o, o.x[image], y);
+      for (int64_t v = 0; v < vectors; ++v) {
+        const vf x = row.product(v) - (v + 1 < vectors ? shift : last);
         sum += x, square += x * x;
       }
+    }
     moments[0] += sum_lanes(sum), moments[1] += sum_lanes(square);
   }
 }
@@ -27,26 +29,37 @@ struct Statistics : Visitor {
   Statistics(const Forward& forward, Operands& operands)
       : Visitor{operands}, p(forward), col_max(o.stride, 0.0f), col_sum(o.stride, 0.0f) {}
 
+  // L rows at a time: their reductions over lanes share shuffles.
   void rows(const Block& k, int64_t i, float* stats) {
-    for (int64_t y = 0; y < k.rows; ++y) {
-      vf largest = broadcast(-kInfinity);
-      for (int64_t v = 0; v < o.vectors; ++v)
-        largest = maximum(logit<Weighted>(load(o.x[i][y] + v * L), o.weight_row, y, v), largest);
-      const float max = max_lanes(largest), shift = max == -kInfinity ? 0.0f : max;
-      vf sum{};
-      for (int64_t v = 0; v < o.vectors; ++v)
-        sum += exp_of(logit<Weighted>(load(o.x[i][y] + v * L), o.weight_row, y, v) - shift);
-      stats[k.y0 + y] = max;
-      stats[p.height + k.y0 + y] = 1.0f / sum_lanes(sum);
+    const int64_t vectors = o.vectors;
+    for (int64_t y0 = 0; y0 < k.rows; y0 += L) {
+      const int64_t count = smaller(L, k.rows - y0);
+      vf rows[L];
+      for (int64_t j = 0; j < count; ++j) {
+        const Row<Weighted> row(o, o.x[i], y0 + j);
+        rows[j] = over_vectors(
+            vectors, broadcast(-kInfinity), [&](int64_t v) FA_INLINE_CALL { return row.row_logit(v); },
+            [](vf a, vf b) FA_INLINE_CALL { return maximum(a, b); });
+      }
+      for (int64_t j = count; j < L; ++j) rows[j] = vf{};
+      const vf max = max_lanes_of_each(rows), shift = select(max == -kInfinity, vf{}, max);
+      for (int64_t j = 0; j < count; ++j) {
+        const Row<Weighted> row(o, o.x[i], y0 + j);
+        const float at_most = shift[j];
+        rows[j] = over_vectors(
+            vectors, vf{}, [&](int64_t v) FA_INLINE_CALL { return exp_of(row.row_logit(v) - at_most); },
+            [](vf a, vf b) FA_INLINE_CALL { return a + b; });
+      }
+      for (int64_t j = count; j < L; ++j) rows[j] = vf{};
+      store_some(stats + k.y0 + y0, max, count);
+      store_some(stats + p.height + k.y0 + y0, 1.0f / sum_lanes_of_each(rows), count);
     }
   }
 
   // Maximum and sum of the columns over the block, on top of what `before` holds.
   void columns(const Block& k, int64_t i, const float* before) {
     for (int64_t v = 0; v < o.vectors; ++v) {
-      auto at = [&](int64_t y) FA_INLINE_CALL {
-        return logit<Weighted>(load(o.x[i][y] + v * L), o.weight_col, y, v);
-      };
+      auto at = [&](int64_t y) FA_INLINE_CALL { return Row<Weighted>(o, o.x[i], y).col_logit(v); };
       vf old = before ? load(col_max + v * L) : broadcast(-kInfinity), max = old;
       for (int64_t y = 0; y < k.rows; ++y) max = maximum(at(y), max);
       // A column of -inf so far: its sum stays 0.
@@ -131,13 +144,13 @@ void moments(const Forward& p, int64_t begin, int64_t end) {
 template <bool Weighted, bool Normalise>
 struct Output : Visitor {
   const Forward& p;
-  Buffer row;
+  Buffer padded;
 
-  Output(const Forward& forward, Operands& operands) : Visitor{operands}, p(forward), row(o.stride, 0.0f) {}
+  Output(const Forward& forward, Operands& operands) : Visitor{operands}, p(forward), padded(o.stride, 0.0f) {}
 
   void image(const Block& k, int64_t i, int64_t plane) {
     o.load_statistics(k, plane);
-    const Product<Weighted> product{o, o.x[i]};
+    const int64_t vectors = o.vectors;
     const TensorView& out = p.out;
     const int64_t channel = k.h * p.channels + k.c;
     const float mean = Normalise ? p.mean[channel] : 0.0f, scale = Normalise ? p.scale[channel] : 1.0f;
@@ -145,10 +158,11 @@ struct Output : Visitor {
     for (int64_t y = 0; y < k.rows; ++y) {
       const int64_t offset =
           (k.b0 + i) * out.stride[0] + k.h * out.stride[1] + k.c * out.stride[2] + (k.y0 + y) * out.stride[3];
-      float* to = in_place ? static_cast<float*>(out.data) + offset : row.data;
-      for (int64_t v = 0; v < o.vectors; ++v) {
-        vf value = product(y, v);
-        if constexpr (Normalise) value = (value - mean) * scale * load(o.x[i][y] + v * L);
+      float* to = in_place ? static_cast<float*>(out.data) + offset : padded.data;
+      const Softmaxes<Weighted> row(o, o.x[i], y);
+      for (int64_t v = 0; v < vectors; ++v) {
+        vf value = row.product(v);
+        if constexpr (Normalise) value = (value - mean) * scale * row.value(v);
         store(to + v * L, value);
       }
       if (!in_place) store_row(out, offset, p.width, to);

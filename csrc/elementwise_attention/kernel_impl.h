@@ -119,30 +119,79 @@ struct Visitor {
   void images_done(const Block&) {}
 };
 
+// One row of a block; local copies, which stores to gradients cannot alias.
 template <bool Weighted>
-FA_INLINE vf logit(vf x, const Rows& weight, int64_t y, int64_t v) {
-  if constexpr (Weighted) return x * load(weight[y] + v * L);
-  return x;
+struct Row {
+  const float *x, *weight_row, *weight_col;
+
+  Row(const Operands& o, const Rows& image, int64_t y)
+      : x(image[y]), weight_row(Weighted ? o.weight_row[y] : x), weight_col(Weighted ? o.weight_col[y] : x) {}
+  FA_INLINE vf value(int64_t v) const { return load(x + v * L); }
+  FA_INLINE vf row_logit(int64_t v) const {
+    if constexpr (Weighted) return value(v) * load(weight_row + v * L);
+    return value(v);
+  }
+  FA_INLINE vf col_logit(int64_t v) const {
+    if constexpr (Weighted) return value(v) * load(weight_col + v * L);
+    return value(v);
+  }
+};
+
+// One row of the two softmaxes and of their product, from the statistics.
+template <bool Weighted>
+struct Softmaxes : Row<Weighted> {
+  float row_max, row_inverse;
+  const float *col_max, *col_inverse;
+
+  Softmaxes(const Operands& o, const Rows& image, int64_t y)
+      : Row<Weighted>(o, image, y),
+        row_max(o.row_max[y]),
+        row_inverse(o.row_inverse[y]),
+        col_max(o.col_max),
+        col_inverse(o.col_inverse) {}
+  FA_INLINE vf row_exponent(int64_t v) const { return this->row_logit(v) - row_max; }
+  FA_INLINE vf col_exponent(int64_t v) const { return this->col_logit(v) - load(col_max + v * L); }
+  FA_INLINE vf row(int64_t v) const { return exp_of(row_exponent(v)) * row_inverse; }
+  FA_INLINE vf col(int64_t v) const { return exp_of(col_exponent(v)) * load(col_inverse + v * L); }
+  // With one exponential.
+  FA_INLINE vf product(int64_t v) const {
+    return exp_of(row_exponent(v) + col_exponent(v)) * (row_inverse * load(col_inverse + v * L));
+  }
+};
+
+template <int H, class Combine>
+FA_INLINE void fold_with(vf* x, const Combine& combine) {
+  for (int i = 0; i < H; ++i)
+    x[i] = combine(interleave_blocks<H, false>(x[i], x[i + H]), interleave_blocks<H, true>(x[i], x[i + H]));
 }
 
-// The product of the two softmaxes, with one exponential.
-template <bool Weighted>
-struct Product {
-  const Operands& o;
-  const Rows& x;
+// Lane i of the result is the maximum over lanes of x[i], i < L.  Overwrites x.
+FA_INLINE vf max_lanes_of_each(vf* x) {
+  const auto larger = [](vf a, vf b) FA_INLINE_CALL { return maximum(a, b); };
+  if constexpr (L >= 16) fold_with<8>(x, larger);
+  if constexpr (L >= 8) fold_with<4>(x, larger);
+  fold_with<2>(x, larger);
+  fold_with<1>(x, larger);
+  return x[0];
+}
 
-  FA_INLINE vf row_exponent(int64_t y, int64_t v) const {
-    return logit<Weighted>(load(x[y] + v * L), o.weight_row, y, v) - o.row_max[y];
+// combine over v < vectors of at(v), in four chains.
+template <class At, class Combine>
+FA_INLINE vf over_vectors(int64_t vectors, vf start, const At& at, const Combine& combine) {
+  vf a = start, b = start, c = start, d = start;
+  int64_t v = 0;
+  for (; v + 4 <= vectors; v += 4) {
+    a = combine(at(v), a), b = combine(at(v + 1), b);
+    c = combine(at(v + 2), c), d = combine(at(v + 3), d);
   }
-  FA_INLINE vf col_exponent(int64_t y, int64_t v) const {
-    return logit<Weighted>(load(x[y] + v * L), o.weight_col, y, v) - load(o.col_max + v * L);
-  }
-  FA_INLINE vf operator()(int64_t y, int64_t v) const {
-    return exp_of(row_exponent(y, v) + col_exponent(y, v)) * (o.row_inverse[y] * load(o.col_inverse + v * L));
-  }
-  FA_INLINE vf row(int64_t y, int64_t v) const { return exp_of(row_exponent(y, v)) * o.row_inverse[y]; }
-  FA_INLINE vf col(int64_t y, int64_t v) const { return exp_of(col_exponent(y, v)) * load(o.col_inverse + v * L); }
-};
+  for (; v < vectors; ++v) a = combine(at(v), a);
+  return combine(combine(a, b), combine(c, d));
+}
+
+FA_INLINE void store_some(float* to, vf x, int64_t count) {
+  if (count >= L) return store(to, x);
+  for (int64_t i = 0; i < count; ++i) to[i] = x[i];
+}
 
 #include "elementwise_attention/backward_impl.h"
 #include "elementwise_attention/forward_impl.h"
