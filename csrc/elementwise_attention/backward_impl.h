@@ -12,7 +12,7 @@ struct GradOut {
   void load_image(const Block& k, int64_t i) {
     const TensorView& g = p.grad_out;
     const int64_t offset = (k.b0 + i) * g.stride[0] + k.h * g.stride[1] + k.c * g.stride[2] + k.y0 * g.stride[3];
-    rows = rows_of(g, 3, offset, k.rows, p.width, memory.data, o.stride);
+    rows = rows_of(g, 3, offset, k.rows, p.width, 0.0f, memory.data, o.stride);
   }
 };
 
@@ -88,7 +88,7 @@ struct Sums : Visitor {
     if (k.first_rows)
       for (int64_t v = 0; v < o.vectors; ++v) store(col_sum + v * L, vf{});
     else
-      load_row_as(partial, 1, p.width, col_sum.data);
+      load_row_as(partial, 1, p.width, 0.0f, col_sum.data);
     float* col = col_sum.data;
     for (int64_t y = 0; y < k.rows; ++y) {
       const Softmaxes<Weighted> row(o, o.x[i], y);
@@ -175,7 +175,7 @@ struct Gradients : Visitor {
       }
     } else {
       row_sums = p.row_sums + plane * p.height + k.y0;
-      load_row_as(p.col_sums + plane * p.width, 1, p.width, col_sums);
+      load_row_as(p.col_sums + plane * p.width, 1, p.width, 0.0f, col_sums);
     }
 
     for (int64_t y = 0; y < k.rows; ++y) {

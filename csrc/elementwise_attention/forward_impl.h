@@ -51,8 +51,9 @@ struct Statistics : Visitor {
             [](vf a, vf b) FA_INLINE_CALL { return a + b; });
       }
       for (int64_t j = count; j < L; ++j) rows[j] = vf{};
-      store_some(stats + k.y0 + y0, max, count);
-      store_some(stats + p.height + k.y0 + y0, 1.0f / sum_lanes_of_each(rows), count);
+      write_row(stats + k.y0 + y0, count, [&](int64_t) FA_INLINE_CALL { return max; });
+      const vf inverse = 1.0f / sum_lanes_of_each(rows);
+      write_row(stats + p.height + k.y0 + y0, count, [&](int64_t) FA_INLINE_CALL { return inverse; });
     }
   }
 
@@ -80,8 +81,8 @@ struct Statistics : Visitor {
     if (!p.whole()) {
       float* partial = p.col_partials + (k.range * p.planes() + plane) * 2 * p.width;
       if (!k.first_rows) {
-        load_row_as(partial, 1, p.width, col_max.data);
-        load_row_as(partial + p.width, 1, p.width, col_sum.data);
+        load_row_as(partial, 1, p.width, -kInfinity, col_max.data);
+        load_row_as(partial + p.width, 1, p.width, 0.0f, col_sum.data);
       }
       columns(k, i, k.first_rows ? nullptr : partial);
       store_row_as(partial, p.width, col_max.data);
@@ -144,28 +145,19 @@ void moments(const Forward& p, int64_t begin, int64_t end) {
 template <bool Weighted, bool Normalise>
 struct Output : Visitor {
   const Forward& p;
-  Buffer padded;
-
-  Output(const Forward& forward, Operands& operands) : Visitor{operands}, p(forward), padded(o.stride, 0.0f) {}
 
   void image(const Block& k, int64_t i, int64_t plane) {
     o.load_statistics(k, plane);
-    const int64_t vectors = o.vectors;
     const TensorView& out = p.out;
     const int64_t channel = k.h * p.channels + k.c;
     const float mean = Normalise ? p.mean[channel] : 0.0f, scale = Normalise ? p.scale[channel] : 1.0f;
-    const bool in_place = out.dtype == DType::float32 && p.width % L == 0;
+    const int64_t offset = (k.b0 + i) * out.stride[0] + k.h * out.stride[1] + k.c * out.stride[2];
     for (int64_t y = 0; y < k.rows; ++y) {
-      const int64_t offset =
-          (k.b0 + i) * out.stride[0] + k.h * out.stride[1] + k.c * out.stride[2] + (k.y0 + y) * out.stride[3];
-      float* to = in_place ? static_cast<float*>(out.data) + offset : padded.data;
       const Softmaxes<Weighted> row(o, o.x[i], y);
-      for (int64_t v = 0; v < vectors; ++v) {
-        vf value = row.product(v);
-        if constexpr (Normalise) value = (value - mean) * scale * row.value(v);
-        store(to + v * L, value);
-      }
-      if (!in_place) store_row(out, offset, p.width, to);
+      write_row(out, offset + (k.y0 + y) * out.stride[3], p.width, [&](int64_t v) FA_INLINE_CALL {
+        if constexpr (Normalise) return (row.product(v) - mean) * scale * row.value(v);
+        return row.product(v);
+      });
     }
   }
 };
@@ -173,13 +165,13 @@ struct Output : Visitor {
 void output(const Forward& p, int64_t begin, int64_t end) {
   Operands o(p);
   if (!p.weighted) {
-    Output<false, false> visitor(p, o);
+    Output<false, false> visitor{{o}, p};
     walk(p, begin, end, o, visitor);
   } else if (p.mean) {
-    Output<true, true> visitor(p, o);
+    Output<true, true> visitor{{o}, p};
     walk(p, begin, end, o, visitor);
   } else {
-    Output<true, false> visitor(p, o);
+    Output<true, false> visitor{{o}, p};
     walk(p, begin, end, o, visitor);
   }
 }

@@ -60,14 +60,14 @@ struct Operands {
   void load_images(const Block& k) {
     for (int64_t i = 0; i < k.images; ++i)
       x[i] = rows_of(p.x, 2, (k.b0 + i) * p.x.stride[0] + k.c * p.x.stride[1] + k.y0 * p.x.stride[2], k.rows, p.width,
-                     x_memory + i * plane, stride);
+                     p.weighted ? 1.0f : -kInfinity, x_memory + i * plane, stride);
   }
   void load_weights(const Block& k) {
     if (!p.weighted) return;
     const TensorView &r = p.weight_row, &c = p.weight_col;
     weight_row = rows_of(r, 2, k.h * r.stride[0] + k.c * r.stride[1] + k.y0 * r.stride[2], k.rows, p.width,
-                         row_memory.data, stride);
-    weight_col = rows_of(c, 2, k.h * c.stride[0] + k.c * c.stride[1] + k.y0 * c.stride[2], k.rows, p.width,
+                         -kInfinity, row_memory.data, stride);
+    weight_col = rows_of(c, 2, k.h * c.stride[0] + k.c * c.stride[1] + k.y0 * c.stride[2], k.rows, p.width, 0.0f,
                          col_memory.data, stride);
   }
   void load_statistics(const Block& k, int64_t plane_index) {
@@ -76,8 +76,8 @@ struct Operands {
     col_max = p.col_stats + plane_index * 2 * p.width;
     col_inverse = col_max + p.width;
     if (p.width % L == 0) return;
-    load_row_as(col_max, 1, p.width, max_memory.data);
-    load_row_as(col_inverse, 1, p.width, inverse_memory.data);
+    load_row_as(col_max, 1, p.width, 0.0f, max_memory.data);
+    load_row_as(col_inverse, 1, p.width, 0.0f, inverse_memory.data);
     col_max = max_memory.data, col_inverse = inverse_memory.data;
   }
 };
@@ -186,11 +186,6 @@ FA_INLINE vf over_vectors(int64_t vectors, vf start, const At& at, const Combine
   }
   for (; v < vectors; ++v) a = combine(at(v), a);
   return combine(combine(a, b), combine(c, d));
-}
-
-FA_INLINE void store_some(float* to, vf x, int64_t count) {
-  if (count >= L) return store(to, x);
-  for (int64_t i = 0; i < count; ++i) to[i] = x[i];
 }
 
 #include "elementwise_attention/backward_impl.h"

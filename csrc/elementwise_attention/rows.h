@@ -34,48 +34,73 @@ FA_INLINE void store_from_float(c10::Half* p, vf x) {
 #endif
 }
 
-// step(i) for every first lane of a vector; the last one overlaps its neighbour rather than pass the end.
-template <class Step, class One>
-FA_INLINE void over_row(int64_t count, const Step& step, const One& one) {
-  if (count < L) {
-    for (int64_t i = 0; i < count; ++i) one(i);
+// The first `count` < L elements, `fill` in the other lanes.  Whole vectors go to scratch memory, as a load that spans
+// two earlier stores would wait for both to leave the store buffer.
+template <class T>
+FA_INLINE vf load_part(const T* p, int64_t count, float fill) {
+#if defined(__AVX512F__) && FUSED_ATTN_LANES == 16
+  if constexpr (sizeof(T) == 4)
+    return (vf)_mm512_mask_loadu_ps((__m512)broadcast(fill), __mmask16((1u << count) - 1), p);
+#endif
+  T part[L];
+  for (int i = 0; i < L; ++i) part[i] = i < count ? p[i] : static_cast<T>(fill);
+  return load_as_float(part);
+}
+
+template <class T>
+FA_INLINE void store_part(T* p, vf x, int64_t count) {
+#if defined(__AVX512F__) && FUSED_ATTN_LANES == 16
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)x);
+#endif
+  T part[L];
+  store_from_float(part, x);
+  for (int64_t i = 0; i < count; ++i) p[i] = part[i];
+}
+
+template <class T>
+FA_INLINE void load_row_as(const T* from, int64_t stride, int64_t count, float fill, float* to) {
+  if (stride != 1) {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i * stride]);
     return;
   }
   int64_t i = 0;
-  for (; i + L <= count; i += L) step(i);
-  if (i < count) step(count - L);
+  for (; i + L <= count; i += L) store(to + i, load_as_float(from + i));
+  if (i < count) store(to + i, load_part(from + i, count - i, fill));
 }
 
-template <class T>
-FA_INLINE void load_row_as(const T* from, int64_t stride, int64_t count, float* to) {
-  if (stride == 1)
-    over_row(count, [&](int64_t i) FA_INLINE_CALL { store(to + i, load_as_float(from + i)); },
-             [&](int64_t i) FA_INLINE_CALL { to[i] = static_cast<float>(from[i]); });
-  else
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i * stride]);
-}
-
-FA_INLINE void load_row(const TensorView& view, int64_t offset, int64_t stride, int64_t count, float* to) {
+// `to` has whole vectors and holds `fill` in its padding already.
+FA_INLINE void load_row(const TensorView& view, int64_t offset, int64_t stride, int64_t count, float fill, float* to) {
   switch (view.dtype) {
-    case DType::float32: return load_row_as(static_cast<const float*>(view.data) + offset, stride, count, to);
-    case DType::float16: return load_row_as(static_cast<const c10::Half*>(view.data) + offset, stride, count, to);
-    case DType::bfloat16: return load_row_as(static_cast<const c10::BFloat16*>(view.data) + offset, stride, count, to);
+    case DType::float32: return load_row_as(static_cast<const float*>(view.data) + offset, stride, count, fill, to);
+    case DType::float16: return load_row_as(static_cast<const c10::Half*>(view.data) + offset, stride, count, fill, to);
+    case DType::bfloat16:
+      return load_row_as(static_cast<const c10::BFloat16*>(view.data) + offset, stride, count, fill, to);
   }
 }
 
-template <class T>
-FA_INLINE void store_row_as(T* to, int64_t count, const float* from) {
-  over_row(count, [&](int64_t i) FA_INLINE_CALL { store_from_float(to + i, load(from + i)); },
-           [&](int64_t i) FA_INLINE_CALL { to[i] = static_cast<T>(from[i]); });
+// to[i] = at(vector of i), rounded to T, for `count` elements.
+template <class T, class At>
+FA_INLINE void write_row(T* to, int64_t count, const At& at) {
+  const int64_t vectors = count / L;
+  for (int64_t v = 0; v < vectors; ++v) store_from_float(to + v * L, at(v));
+  if (vectors * L < count) store_part(to + vectors * L, at(vectors), count - vectors * L);
 }
 
 // The last dimension of what the kernels write is contiguous.
-FA_INLINE void store_row(const TensorView& view, int64_t offset, int64_t count, const float* from) {
+template <class At>
+FA_INLINE void write_row(const TensorView& view, int64_t offset, int64_t count, const At& at) {
   switch (view.dtype) {
-    case DType::float32: return store_row_as(static_cast<float*>(view.data) + offset, count, from);
-    case DType::float16: return store_row_as(static_cast<c10::Half*>(view.data) + offset, count, from);
-    case DType::bfloat16: return store_row_as(static_cast<c10::BFloat16*>(view.data) + offset, count, from);
+    case DType::float32: return write_row(static_cast<float*>(view.data) + offset, count, at);
+    case DType::float16: return write_row(static_cast<c10::Half*>(view.data) + offset, count, at);
+    case DType::bfloat16: return write_row(static_cast<c10::BFloat16*>(view.data) + offset, count, at);
   }
+}
+
+FA_INLINE void store_row_as(float* to, int64_t count, const float* from) {
+  write_row(to, count, [&](int64_t v) FA_INLINE_CALL { return load(from + v * L); });
+}
+FA_INLINE void store_row(const TensorView& view, int64_t offset, int64_t count, const float* from) {
+  write_row(view, offset, count, [&](int64_t v) FA_INLINE_CALL { return load(from + v * L); });
 }
 
 // Rows of one plane in float32, `stride` floats apart, readable in whole vectors.
@@ -86,11 +111,11 @@ struct Rows {
 };
 
 // `rows` rows at `offset`: in place where they are float32 vectors already, else copied to `to`, whose padding stays.
-FA_INLINE Rows rows_of(const TensorView& view, int dimension, int64_t offset, int64_t rows, int64_t width, float* to,
-                       int64_t to_stride) {
+FA_INLINE Rows rows_of(const TensorView& view, int dimension, int64_t offset, int64_t rows, int64_t width, float fill,
+                       float* to, int64_t to_stride) {
   const int64_t y_stride = view.stride[dimension], x_stride = view.stride[dimension + 1];
   if (view.dtype == DType::float32 && x_stride == 1 && width % L == 0)
     return {static_cast<const float*>(view.data) + offset, y_stride};
-  for (int64_t y = 0; y < rows; ++y) load_row(view, offset + y * y_stride, x_stride, width, to + y * to_stride);
+  for (int64_t y = 0; y < rows; ++y) load_row(view, offset + y * y_stride, x_stride, width, fill, to + y * to_stride);
   return {to, to_stride};
 }
