@@ -12,6 +12,7 @@ struct GradOut {
   void load_image(const Block& k, int64_t i) {
     const TensorView& g = p.grad_out;
     const int64_t offset = (k.b0 + i) * g.stride[0] + k.h * g.stride[1] + k.c * g.stride[2] + k.y0 * g.stride[3];
+    if (i + 1 < k.images && g.stride[4] == 1) prefetch_rows<0>(g, offset + g.stride[0], g.stride[3], k.rows, p.width);
     rows = rows_of(g, 3, offset, k.rows, p.width, 0.0f, memory.data, o.stride);
   }
 };

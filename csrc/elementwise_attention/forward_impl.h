@@ -152,6 +152,8 @@ struct Output : Visitor {
     const int64_t channel = k.h * p.channels + k.c;
     const float mean = Normalise ? p.mean[channel] : 0.0f, scale = Normalise ? p.scale[channel] : 1.0f;
     const int64_t offset = (k.b0 + i) * out.stride[0] + k.h * out.stride[1] + k.c * out.stride[2];
+    if (i + 1 < k.images)
+      prefetch_rows<1>(out, offset + out.stride[0] + k.y0 * out.stride[3], out.stride[3], k.rows, p.width);
     for (int64_t y = 0; y < k.rows; ++y) {
       const Softmaxes<Weighted> row(o, o.x[i], y);
       write_row(out, offset + (k.y0 + y) * out.stride[3], p.width, [&](int64_t v) FA_INLINE_CALL {

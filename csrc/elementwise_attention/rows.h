@@ -1,5 +1,6 @@
 // Rows of a strided tensor to and from padded float32 rows; part of kernel_impl.h.
 
+// The instruction set is told by its lanes: GCC 12 reads a whole C++ file before a target pragma defines __AVX512F__.
 typedef uint16_t vh __attribute__((vector_size(L * 2), aligned(2), may_alias));
 
 FA_INLINE vf load_as_float(const float* p) { return load(p); }
@@ -7,9 +8,9 @@ FA_INLINE vf load_as_float(const c10::BFloat16* p) {
   return (vf)(__builtin_convertvector(*reinterpret_cast<const vh*>(p), vu) << 16);
 }
 FA_INLINE vf load_as_float(const c10::Half* p) {
-#if defined(__AVX512F__) && FUSED_ATTN_LANES == 16
-  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__) && FUSED_ATTN_LANES == 8
+#if FUSED_ATTN_LANES == 16
+  return (vf)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif FUSED_ATTN_LANES == 8
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
   vf x;
@@ -25,9 +26,9 @@ FA_INLINE void store_from_float(c10::BFloat16* p, vf x) {
   *reinterpret_cast<vh*>(p) = __builtin_convertvector((rounded & not_nan) | (0x7fc0 & ~not_nan), vh);
 }
 FA_INLINE void store_from_float(c10::Half* p, vf x) {
-#if defined(__AVX512F__) && FUSED_ATTN_LANES == 16
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, 0));
-#elif defined(__F16C__) && FUSED_ATTN_LANES == 8
+#if FUSED_ATTN_LANES == 16
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)x, 0));
+#elif FUSED_ATTN_LANES == 8
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, 0));
 #else
   for (int i = 0; i < L; ++i) p[i] = static_cast<c10::Half>(float(x[i]));
@@ -38,7 +39,7 @@ FA_INLINE void store_from_float(c10::Half* p, vf x) {
 // two earlier stores would wait for both to leave the store buffer.
 template <class T>
 FA_INLINE vf load_part(const T* p, int64_t count, float fill) {
-#if defined(__AVX512F__) && FUSED_ATTN_LANES == 16
+#if FUSED_ATTN_LANES == 16
   if constexpr (sizeof(T) == 4)
     return (vf)_mm512_mask_loadu_ps((__m512)broadcast(fill), __mmask16((1u << count) - 1), p);
 #endif
@@ -49,7 +50,7 @@ FA_INLINE vf load_part(const T* p, int64_t count, float fill) {
 
 template <class T>
 FA_INLINE void store_part(T* p, vf x, int64_t count) {
-#if defined(__AVX512F__) && FUSED_ATTN_LANES == 16
+#if FUSED_ATTN_LANES == 16
   if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)x);
 #endif
   T part[L];
@@ -118,4 +119,15 @@ FA_INLINE Rows rows_of(const TensorView& view, int dimension, int64_t offset, in
     return {static_cast<const float*>(view.data) + offset, y_stride};
   for (int64_t y = 0; y < rows; ++y) load_row(view, offset + y * y_stride, x_stride, width, fill, to + y * to_stride);
   return {to, to_stride};
+}
+
+// Brings rows of the next image closer while this one is computed: images lie heads planes apart, where no hardware
+// prefetcher follows.
+template <int Write>
+FA_INLINE void prefetch_rows(const TensorView& view, int64_t offset, int64_t y_stride, int64_t rows, int64_t width) {
+  const int64_t size = view.dtype == DType::float32 ? 4 : 2;
+  for (int64_t y = 0; y < rows; ++y) {
+    const char* row = static_cast<const char*>(view.data) + (offset + y * y_stride) * size;
+    for (int64_t i = 0; i < width * size; i += 64) __builtin_prefetch(row + i, Write);
+  }
 }
