@@ -1,5 +1,14 @@
-"""The package's nn.Modules."""
+"""The package's nn.Modules, and the cache that MRLABase fills."""
 
+from .ops.layer_attention.cache import LayerCache
+from .ops.layer_attention.module import LayerAttention, MRLABase, MRLALight
 from .ops.rel_attention_2d.module import AttentionAugmentedConv2d, RelPosAttention2d
 
-__all__ = ["AttentionAugmentedConv2d", "RelPosAttention2d"]
+__all__ = [
+    "AttentionAugmentedConv2d",
+    "LayerAttention",
+    "LayerCache",
+    "MRLABase",
+    "MRLALight",
+    "RelPosAttention2d",
+]

@@ -1,15 +1,27 @@
 """The fused ops, one folder each."""
 
 from .elementwise_attention import elementwise_attention, row_col_softmax
+from .layer_attention import LayerCache, layer_attention, weighted_layer_sum
 from .rel_attention_2d import decomposed_bias_attention, rel_attention_2d
 
-__all__ = ["SPECS", "decomposed_bias_attention", "elementwise_attention", "rel_attention_2d", "row_col_softmax"]
+__all__ = [
+    "SPECS",
+    "LayerCache",
+    "decomposed_bias_attention",
+    "elementwise_attention",
+    "layer_attention",
+    "rel_attention_2d",
+    "row_col_softmax",
+    "weighted_layer_sum",
+]
 
 
 def __getattr__(name: str):
     # Samples, bad inputs and peers are for tests and benchmarks; importing the package does not build them.
     if name == "SPECS":
+        from .elementwise_attention import spec as elementwise_attention_spec
+        from .layer_attention import spec as layer_attention_spec
         from .rel_attention_2d import spec as rel_attention_2d_spec
 
-        return rel_attention_2d_spec.SPECS
+        return (*rel_attention_2d_spec.SPECS, *layer_attention_spec.SPECS, *elementwise_attention_spec.SPECS)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -97,9 +97,9 @@ def test_validation_images_are_not_trained_on_and_the_test_set_is_read_at_the_en
     seen = []
     original = loop.Run._step
 
-    def step(run, batch):
-        seen.append(batch.images)
-        original(run, batch)
+    def step(run, parts):
+        seen.extend(part.images for part in parts)
+        original(run, parts)
 
     monkeypatch.setattr(loop.Run, "_step", step)
     metrics = train(small(tmp_path / "run", train_images=None, validation=600, epochs=2))
