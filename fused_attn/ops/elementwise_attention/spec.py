@@ -32,7 +32,10 @@ def attention_with_own_statistics(
 
     They lie near those of a uniform product, so that evaluation mode normalises to the order of 1.
     """
-    if running_mean is _OWN or running_var is _OWN:
+    own = running_mean is _OWN or running_var is _OWN
+    if own and not (isinstance(x, Tensor) and x.dim() == 4 and isinstance(weight_row, Tensor)):
+        running_mean = running_var = None  # a bad input: the function says so
+    elif own:
         channels, values = weight_row.shape[0] * x.shape[1], max(x.shape[2] * x.shape[3], 1)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         mean = torch.linspace(0.8, 1.2, channels, dtype=dtype, device=x.device) / values
@@ -180,7 +183,8 @@ def _fuzz(choices: tuple[Any, ...], modes: tuple[Mapping[str, Any], ...], draw: 
     settings = {
         "batch": draw.choice((1, 2, 3, 20)),
         "channels": draw.randint(1, 3),
-        "grid": (draw.randint(2, 40), draw.randint(1, 40)),
+        # Two or three values to a channel normalise to about the same whatever they are: gradients of rounding errors.
+        "grid": (draw.randint(6, 40), draw.randint(1, 40)),
         "heads": draw.choice(choices),
         "layout": draw.choice(layouts),
         "weight_layout": draw.choice(layouts),
