@@ -14,8 +14,8 @@ from .api import attention_residual
 class AttentionResidual(nn.Module):
     """The input of a layer as attention over the outputs of all earlier ones, in place of their sum.
 
-    ``out = sum_l softmax_l(query . RMSNorm(values[l])) values[l]`` per token, with a learned query and norm weight.  The
-    query starts at zero: all values then weigh the same.
+    ``out = sum_l softmax_l(query . RMSNorm(values[l])) values[l]`` per token, with a learned query and norm weight.
+    The query starts at zero: all values then weigh the same.
 
     Args:
         dim: D, size of the last dimension.
