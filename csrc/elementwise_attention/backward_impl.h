@@ -220,8 +220,8 @@ struct Gradients : Visitor {
     for (int64_t y = 0; y < k.rows; ++y) {
       const float* row = from + y * o.stride;
       if (p.weight_partials == nullptr) {
-        store_row(grad_weight, k.h * grad_weight.stride[0] + k.c * grad_weight.stride[1] + (k.y0 + y) * p.width, p.width,
-                  row);
+        store_row(grad_weight, k.h * grad_weight.stride[0] + k.c * grad_weight.stride[1] + (k.y0 + y) * p.width,
+                  p.width, row);
         continue;
       }
       const int64_t index = ((k.group * 2 + which) * p.heads + k.h) * p.channels + k.c;

@@ -87,8 +87,7 @@ const Kernels& kernels() {
 
 template <class P>
 void parallel(int64_t count, void (*kernel)(const P&, int64_t, int64_t), const P& p) {
-  if (count > 0)
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  if (count > 0) torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 // Both moments of every (head, channel), over tasks in their order.
@@ -133,8 +132,8 @@ void row_col_softmax_forward(Tensor x, std::optional<Tensor> weight_row, std::op
   parallel(p.tasks(), kernels().output, p);
 }
 
-void elementwise_attention_forward(Tensor x, Tensor weight_row, Tensor weight_col, bool training, double eps, Tensor out,
-                                   Tensor row_stats, Tensor col_stats, Tensor mean, Tensor var) {
+void elementwise_attention_forward(Tensor x, Tensor weight_row, Tensor weight_col, bool training, double eps,
+                                   Tensor out, Tensor row_stats, Tensor col_stats, Tensor mean, Tensor var) {
   if (out.numel() == 0) return;
   Forward p{};
   fill_problem(p, x, weight_row, weight_col, row_stats, col_stats);

@@ -14,7 +14,17 @@ constexpr int64_t kMostImages = 32;
 
 FA_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-FA_INLINE vf exp_of(vf x) { return exp2_nonpositive(x * kLog2e); }
+
+// e^x for x <= 0: 0 below e^-87, NaN stays NaN.  The multiple of ln 2 is taken from x itself, in two parts, so that no
+// rounding grows with x.
+FA_INLINE vf exp_of(vf x) {
+  const vf shifted = x * kLog2e + 12582912.0f;  // 1.5 * 2^23: rounds to an integer held in the low mantissa bits
+  const vf n = shifted - 12582912.0f;
+  const vf r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
+  const vi result = (vi)exp2_polynomial(r * kLog2e) + ((vi)shifted << 23);
+  const vi underflow = x < -87.0f;
+  return (vf)(result & ~underflow);
+}
 
 // Scratch memory, one aligned allocation, freed at the end of a range of tasks.
 struct Buffer {
@@ -65,8 +75,8 @@ struct Operands {
   void load_weights(const Block& k) {
     if (!p.weighted) return;
     const TensorView &r = p.weight_row, &c = p.weight_col;
-    weight_row = rows_of(r, 2, k.h * r.stride[0] + k.c * r.stride[1] + k.y0 * r.stride[2], k.rows, p.width,
-                         -kInfinity, row_memory.data, stride);
+    weight_row = rows_of(r, 2, k.h * r.stride[0] + k.c * r.stride[1] + k.y0 * r.stride[2], k.rows, p.width, -kInfinity,
+                         row_memory.data, stride);
     weight_col = rows_of(c, 2, k.h * c.stride[0] + k.c * c.stride[1] + k.y0 * c.stride[2], k.rows, p.width, 0.0f,
                          col_memory.data, stride);
   }
@@ -193,7 +203,7 @@ FA_INLINE vf over_vectors(int64_t vectors, vf start, const At& at, const Combine
 
 }  // namespace
 
-const Kernels kernels = {statistics,   combine_columns, moments,   output,     grad_moments,
+const Kernels kernels = {statistics,  combine_columns, moments,   output,     grad_moments,
                          column_sums, combine_sums,    gradients, sum_weights};
 
 }  // namespace fused_attn::elementwise_attention::FUSED_ATTN_ISA
