@@ -2,6 +2,7 @@
 
 from .layer_attention import LayerCache, layer_attention, weighted_layer_sum
 from .rel_attention_2d import decomposed_bias_attention, rel_attention_2d
+from .squeeze_excite import squeeze_excite
 
 __all__ = [
     "SPECS",
@@ -9,6 +10,7 @@ __all__ = [
     "decomposed_bias_attention",
     "layer_attention",
     "rel_attention_2d",
+    "squeeze_excite",
     "weighted_layer_sum",
 ]
 
@@ -18,6 +20,7 @@ def __getattr__(name: str):
     if name == "SPECS":
         from .layer_attention import spec as layer_attention_spec
         from .rel_attention_2d import spec as rel_attention_2d_spec
+        from .squeeze_excite import spec as squeeze_excite_spec
 
-        return (*rel_attention_2d_spec.SPECS, *layer_attention_spec.SPECS)
+        return (*rel_attention_2d_spec.SPECS, *layer_attention_spec.SPECS, *squeeze_excite_spec.SPECS)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
