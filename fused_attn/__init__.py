@@ -1,7 +1,14 @@
 """Fused, differentiable attention ops for convolutional and hierarchical vision networks."""
 
 from .models import create_model, list_models
-from .ops import LayerCache, decomposed_bias_attention, layer_attention, rel_attention_2d, weighted_layer_sum
+from .ops import (
+    LayerCache,
+    decomposed_bias_attention,
+    layer_attention,
+    rel_attention_2d,
+    squeeze_excite,
+    weighted_layer_sum,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -11,5 +18,6 @@ __all__ = [
     "layer_attention",
     "list_models",
     "rel_attention_2d",
+    "squeeze_excite",
     "weighted_layer_sum",
 ]

@@ -111,15 +111,16 @@ def allocate_backward(x, fc1_weight, fc2_weight, result, share_grad, residual_gr
     )
 
 
-def _in_format(tensor: Tensor | None, form: torch.memory_format) -> Tensor | None:
+def in_format(tensor: Tensor | None, form: torch.memory_format) -> Tensor | None:
+    """``tensor`` itself where it lies so already, else a copy."""
     return None if tensor is None else tensor.contiguous(memory_format=form)
 
 
 def _cpu(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual, relu):
     form, outputs = memory_format(x), allocate_forward(x, fc1_weight)
     torch.ops.fused_attn_cpu.squeeze_excite_forward(
-        _in_format(x, form), fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share,
-        _in_format(residual, form), relu, form == torch.channels_last, *outputs,
+        in_format(x, form), fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share,
+        in_format(residual, form), relu, form == torch.channels_last, *outputs,
     )  # fmt: skip
     return outputs
 
@@ -130,7 +131,7 @@ def _cpu_backward(
     form = memory_format(x)
     grads = allocate_backward(x, fc1_weight, fc2_weight, result, share_grad, residual_grad)
     torch.ops.fused_attn_cpu.squeeze_excite_backward(
-        _in_format(grad_out, form), _in_format(x, form), fc1_weight, fc2_weight, result, out, z, hidden, scale,
+        in_format(grad_out, form), in_format(x, form), fc1_weight, fc2_weight, result, out, z, hidden, scale,
         form == torch.channels_last, *grads,
     )  # fmt: skip
     return grads
