@@ -3,6 +3,7 @@
 from .models import create_model, list_models
 from .ops import (
     LayerCache,
+    attention_residual,
     decomposed_bias_attention,
     layer_attention,
     rel_attention_2d,
@@ -13,6 +14,7 @@ from .ops import (
 __version__ = "0.1.0"
 __all__ = [
     "LayerCache",
+    "attention_residual",
     "create_model",
     "decomposed_bias_attention",
     "layer_attention",
