@@ -26,7 +26,7 @@ def _conv_bn(in_channels: int, channels: int, kernel: int, stride: int = 1) -> l
 class SEBlock(nn.Module):
     """Residual block with squeeze-excite: ReLU(SE(residual) + shortcut), the residual branch ending in a ReLU.
 
-    ``expansion`` 1: two 3x3 convolutions, the first one strided; else 1x1, strided 3x3, and 1x1 to ``expansion * width``.
+    ``expansion`` 1: two 3x3 convolutions, the first one strided; else 1x1, strided 3x3, 1x1 to ``expansion * width``.
     """
 
     def __init__(

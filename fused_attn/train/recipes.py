@@ -61,7 +61,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "result-attention": (
         "Ye, Introduce the Result Into Self-Attention, section 4: SGD-Nesterov, divided by 5 at epochs 60, 120 and 160 "
-        "of 200, one epoch of warm-up; the weights of the auxiliary losses are table 3's for 34 layers (0.3 0.3 for 50, "
+        "of 200, one epoch of warm-up; the auxiliary losses' weights are table 3's for 34 layers (0.3 0.3 for 50, "
         "0.3 0.2 for 101)",
         {
             **_WRN, "model": "se_r_resnet34", "dataset": "cifar100", "epochs": 200, "milestones": (60, 120, 160),

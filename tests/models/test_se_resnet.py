@@ -113,7 +113,9 @@ def test_form_and_detachment_of_the_result():
     x = torch.randn(2, 3, 16, 16)
     for form in ("logits", "probabilities"):
         for detach in (False, True):
-            model = create_model("se_r_resnet34", num_classes=5, result_form=form, detach_result=detach, aux_dropout=0.0)
+            model = create_model(
+                "se_r_resnet34", num_classes=5, result_form=form, detach_result=detach, aux_dropout=0.0
+            )
             seen = []
             model.stages[2][0].register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[1]))
             main, auxiliary = model(x)

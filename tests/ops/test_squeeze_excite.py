@@ -30,7 +30,10 @@ def by_loops(x, w1, b1, w2, b2, result, residual):
     out = torch.empty_like(x)
     for b in range(x.shape[0]):
         inputs = result[b].tolist() + [float(channel.sum()) / channel.numel() for channel in x[b]]
-        units = [max(0.0, sum(w * z for w, z in zip(row, inputs, strict=True)) + bias) for row, bias in zip(w1, b1)]
+        units = [
+            max(0.0, sum(w * z for w, z in zip(row, inputs, strict=True)) + bias)
+            for row, bias in zip(w1, b1, strict=True)
+        ]
         for c in range(x.shape[1]):
             logit = sum(w * unit for w, unit in zip(w2[c], units, strict=True)) + b2[c]
             out[b, c] = (x[b, c] / (1.0 + math.exp(-logit)) + residual[b, c]).clamp(min=0.0)

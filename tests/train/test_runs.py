@@ -133,7 +133,9 @@ def test_auxiliary_losses_are_added_with_their_weights(small, tmp_path, monkeypa
 @pytest.mark.parametrize("weights", [(), (0.3,), (0.3, 0.2, 0.1)])
 def test_every_auxiliary_classifier_needs_a_weight(small, tmp_path, monkeypatch, weights):
     monkeypatch.setattr(loop, "build_network", with_auxiliary)
-    expected = f"aux_weights must hold one weight for each of the 2 auxiliary classifiers of wrn_10_1, got {len(weights)}"
+    expected = (
+        f"aux_weights must hold one weight for each of the 2 auxiliary classifiers of wrn_10_1, got {len(weights)}"
+    )
     with pytest.raises(TrainError, match=expected):
         train(small(tmp_path / "run", aux_weights=weights))
 

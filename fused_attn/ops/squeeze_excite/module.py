@@ -115,7 +115,9 @@ class SqueezeExcite(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, reduction={self.reduction}, result_features={self.result_features}, impl={self.impl!r}"
+        return (
+            f"{self.channels}, reduction={self.reduction}, result_features={self.result_features}, impl={self.impl!r}"
+        )
 
 
 def result_shares(modules: Sequence[SqueezeExcite], result: Tensor) -> tuple[Tensor, ...]:

@@ -38,15 +38,15 @@ def test_maps_of_several_tiles(layout):
     """More channels, and more positions, than one tile holds."""
 
     def make(dtype, device):
-        return spec.make_inputs(
-            dtype, device, size=(1, 130, 33, 32), hidden=4, residual=True, relu=True, layout=layout
-        )
+        return spec.make_inputs(dtype, device, size=(1, 130, 33, 32), hidden=4, residual=True, relu=True, layout=layout)
 
     sample = Sample(f"several tiles, {layout.__name__}", make)
     checks.check_numerics(SPEC, "triton", *(sample.inputs(torch.float32, draw=draw) for draw in range(2)))
 
 
-@pytest.mark.parametrize("sample", [sample for sample in SPEC.samples if sample.small][3::2], ids=lambda sample: sample.name)
+@pytest.mark.parametrize(
+    "sample", [sample for sample in SPEC.samples if sample.small][3::2], ids=lambda sample: sample.name
+)
 def test_contract(sample):
     inputs = sample.inputs(torch.float32)
     checks.check_grad_out_layouts(SPEC, "triton", inputs)
