@@ -162,6 +162,7 @@ def test_implementations_agree():
         ({"aux_stages": ()}, r"aux_stages must name a stage where feed_result is True, got \(\)"),
         ({"result_form": "labels"}, "result_form must be one of 'logits', 'probabilities', got 'labels'"),
         ({"result_reach": "all"}, "result_reach must be one of 'next', 'later', got 'all'"),
+        ({"width": 0}, "width must be at least 1, got 0"),
         ({"aux_dropout": 1.5}, r"aux_dropout must be in \[0, 1\], got 1.5"),
         ({"reduction": 65}, "reduction must leave a hidden channel of channels=64, got 65"),
     ],
