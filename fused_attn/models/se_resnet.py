@@ -93,7 +93,8 @@ class SEResNet(nn.Module):
         depth: 34, 50 or 101.
         num_classes: outputs of the classifier and of every auxiliary one.
         in_chans: channels of the input images.
-        width: channels of the stem and, before expansion, of the first stage; the other stages have 2, 4 and 8 times as many.
+        width: channels of the stem and, before expansion, of the first stage; the others have 2, 4 and 8 times as
+            many.
         reduction: channels per hidden unit of the squeeze-excite layers.
         aux_stages: stages after which an auxiliary classifier stands, from (1, 2, 3); () is the plain SE-ResNet.
         feed_result: whether squeeze-excite layers see the result: SE-R (True) or SE-A (False).
