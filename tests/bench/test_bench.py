@@ -247,12 +247,12 @@ def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch, capsy
     def stops_in_the_second_case(turns, **options):
         cases.append(turns)
         if len(cases) < 2:
-            return interleave(turns, **options)
+            return interleave(turns, **{**options, "turn_seconds": 0.0})
 
         def on_round(part):
             raise KeyboardInterrupt
 
-        return interleave(turns, **{**options, "on_round": on_round})
+        return interleave(turns, **{**options, "turn_seconds": 0.0, "on_round": on_round})
 
     monkeypatch.setattr(measure, "interleave", stops_in_the_second_case)
     second = TINY.replace("H=4", "H=5")
