@@ -122,8 +122,8 @@ def plot_agreement(fused: Path, reference: Path, to: Path) -> str:
     figure.savefig(to, dpi=120)
     every = metrics(fused)["config"]["log_every"]
     return (
-        f"{title(fused)} on the reference implementation, same seed, over the first {common[-1]} steps: the logged losses "
-        f"(every {every} steps) differ by {sum(differences) / len(differences):.2g} on average, {max(differences):.2g} "
+        f"{title(fused)} on the reference implementation, same seed, over the first {common[-1]} steps: the logged "
+        f"losses (every {every} steps) differ by {sum(differences) / len(differences):.2g} on average, {max(differences):.2g} "
         f"at most, and by {max(differences[:5]):.1g} at most in the first {common[min(4, len(common) - 1)]} steps."
     )
 
