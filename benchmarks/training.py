@@ -120,11 +120,11 @@ def plot_agreement(fused: Path, reference: Path, to: Path) -> str:
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(to, dpi=120)
-    every = metrics(fused)["config"]["log_every"]
+    every, fifth = metrics(fused)["config"]["log_every"], common[min(4, len(common) - 1)]
     return (
         f"{title(fused)} on the reference implementation, same seed, over the first {common[-1]} steps: the logged "
-        f"losses (every {every} steps) differ by {sum(differences) / len(differences):.2g} on average, {max(differences):.2g} "
-        f"at most, and by {max(differences[:5]):.1g} at most in the first {common[min(4, len(common) - 1)]} steps."
+        f"losses (every {every} steps) differ by {sum(differences) / len(differences):.2g} on average, "
+        f"{max(differences):.2g} at most, and by {max(differences[:5]):.1g} at most in the first {fifth} steps."
     )
 
 
