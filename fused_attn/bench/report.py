@@ -194,7 +194,7 @@ def summary(reports: Iterable[Report]) -> str:
             if not lines:
                 lines = [
                     f"{machine(report)}, {report['dtype']}, forward + backward, medians; the share is that of the copy "
-                    "bandwidth which this machine reaches at most; memory is what is held at the peak beyond the inputs.",
+                    "bandwidth which this machine reaches at most; memory: held at the peak beyond the inputs.",
                     "",
                     "| op | shape | fused, ms | best peer, ms | | ratio | of copy | fused, MiB | peer, MiB |",
                     "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
