@@ -278,7 +278,7 @@ BAD_INPUTS = (
 )
 
 
-# --- benchmark shapes: with residual and ReLU, as at the end of a block ---------------------------------------------------
+# --- benchmark shapes: with residual and ReLU, as at the end of a block -----------------------------------------------
 
 
 def _off_the_kink(inputs: dict[str, Any]) -> None:
