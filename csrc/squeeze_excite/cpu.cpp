@@ -20,6 +20,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kChunkBytes = 1 << 21;  // of the maps of one chunk of samples
+constexpr int64_t kSerialPack = 1 << 17;  // numbers that one thread packs sooner than several wake up
 
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -57,7 +58,9 @@ std::vector<float> panels_for(const Kernels& use, int64_t depth, int64_t columns
 }
 
 void run_pack(const Kernels& use, const Pack& pack) {
-  parallel((pack.columns + use.panel - 1) / use.panel, [&](int64_t begin, int64_t end) { use.pack(pack, begin, end); });
+  const int64_t panels = (pack.columns + use.panel - 1) / use.panel;
+  if (pack.columns * pack.depth < kSerialPack) return use.pack(pack, 0, panels);
+  parallel(panels, [&](int64_t begin, int64_t end) { use.pack(pack, begin, end); });
 }
 
 // Panels of a weight (outputs, inputs) for a product with its inputs, or with `outputs_first` its outputs, as depth.

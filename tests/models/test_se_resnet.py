@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_checks import on_meta
+from torch import nn
 
 from fused_attn import create_model, list_models
 from fused_attn.models.se_resnet import SEBlock
@@ -29,7 +30,7 @@ def fed(model):
 
 
 def test_names():
-    names = {f"{prefix}_resnet{depth}" for prefix in ("se", "se_a", "se_r") for depth in COUNTS}
+    names = {f"{prefix}_resnet{depth}" for prefix in ("se", "se_a", "se_r", "se_m") for depth in COUNTS}
     assert set(list_models("se_*resnet*")) == names
 
 
@@ -169,3 +170,51 @@ def test_implementations_agree():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         create_model("se_r_resnet34", **options)
+
+
+# --- the auxiliary model ----------------------------------------------------------------------------------------------
+
+
+def test_googlenet_has_the_published_parameters():
+    """Table 1 of "Going Deeper with Convolutions" gives thousands: weights and biases, without normalisation."""
+    model = on_meta("googlenet", num_classes=1000)
+    published = {"3a": 159, "3b": 380, "4a": 364, "4b": 437, "4c": 463, "4d": 580, "4e": 840, "5a": 1072, "5b": 1388}
+    for name, thousands in published.items():
+        convolutions = [layer for layer in model.stages.get_submodule(name).modules() if isinstance(layer, nn.Conv2d)]
+        parameters = sum(layer.weight.numel() + layer.out_channels for layer in convolutions)
+        assert parameters / 1024 == pytest.approx(thousands, abs=1.0), name
+    assert model.fc.weight.shape == (1000, 1024)
+
+
+def test_auxiliary_model_feeds_every_stage():
+    torch.manual_seed(0)
+    model, x = create_model("se_m_resnet34", num_classes=5), torch.randn(2, 3, 16, 16)
+    assert fed(model) == [1, 2, 3, 4]
+    seen, results = [], []
+    model.auxiliary["model"].register_forward_hook(lambda module, args, out: results.append(out))
+    for layers in model.stages:
+        layers[-1].register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    main, (auxiliary,) = model(x)
+    assert main.shape == auxiliary.shape == (2, 5)
+    assert auxiliary is results[0]
+    assert len(seen) == 4
+    assert all(result is results[0] for result in seen)
+    # The main loss reaches the auxiliary model through the gates.
+    (grad,) = torch.autograd.grad(main.sum(), model.auxiliary["model"].fc.weight)
+    assert grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aux_stages": (2,)}, r"aux_stages must be \(\) with an aux_model, got \(2,\)"),
+        (
+            {"aux_model": "se_a_resnet34"},
+            "aux_model must have no auxiliary classifiers of its own, got 'se_a_resnet34'",
+        ),
+        ({"aux_model": "googlenett"}, "name must be a registered model, got 'googlenett'"),
+    ],
+)
+def test_bad_auxiliary_models(options, message):
+    with pytest.raises(ValueError, match=message):
+        on_meta("se_m_resnet34", **options)
