@@ -88,8 +88,9 @@ class AuxiliaryClassifier(nn.Module):
 
 
 class SEResNet(nn.Module):
-    """SE-ResNet; with auxiliary classifiers SE-A-ResNet; with their results fed back SE-R-ResNet.  ``se_m_resnet*`` is the
-    latter with an auxiliary model instead of classifiers.
+    """SE-ResNet; with auxiliary classifiers SE-A-ResNet; with their results fed back SE-R-ResNet.
+
+    ``se_m_resnet*`` is SE-R with an auxiliary model in place of the classifiers.
 
     Args:
         depth: 34, 50 or 101.
@@ -97,8 +98,8 @@ class SEResNet(nn.Module):
         in_chans: channels of the input images.
         reduction: channels per hidden unit of the squeeze-excite layers.
         aux_stages: stages after which an auxiliary classifier stands, from (1, 2, 3); () is the plain SE-ResNet.
-        aux_model: name of a registered model that sees the image beside the network, and whose result feeds the layers of
-            all stages: the paper's section 5.6, with ``"googlenet"``.  Instead of ``aux_stages``.
+        aux_model: name of a registered model that sees the image, and whose result feeds the layers of all stages
+            (paper: section 5.6, ``"googlenet"``); only with ``aux_stages=()``.
         feed_result: whether squeeze-excite layers see the result: SE-R (True) or SE-A (False).
         result_reach: which layers see a result: those of the ``"next"`` stage, or of all ``"later"`` stages up to that
             of the next auxiliary classifier.  The same for the paper's two classifiers, after stages 2 and 3; the
