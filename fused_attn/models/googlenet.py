@@ -58,8 +58,8 @@ class GoogLeNet(nn.Module):
 
     Shapes: input (B, in_chans, H, W), output (B, num_classes) logits.
 
-    Source: Szegedy et al. 2014, "Going Deeper with Convolutions", table 1, without its auxiliary classifiers; the stem as
-    Ye, "Introduce the Result Into Self-Attention", section 3.1, changes that of its ResNets.
+    Source: Szegedy et al. 2014, "Going Deeper with Convolutions", table 1, without its auxiliary classifiers; the stem
+    as Ye, "Introduce the Result Into Self-Attention", section 3.1, changes that of its ResNets.
     """
 
     def __init__(self, *, num_classes: int = 100, in_chans: int = 3, dropout: float = 0.4) -> None:

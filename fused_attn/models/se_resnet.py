@@ -13,7 +13,6 @@ from .registry import create_model, register_model
 
 #: depth -> blocks of each stage, expansion
 DEPTHS = {34: ((3, 4, 6, 3), 1), 50: ((3, 4, 6, 3), 4), 101: ((3, 4, 23, 3), 4)}
-WIDTHS = (64, 128, 256, 512)
 RESULT_FORMS = ("logits", "probabilities")
 REACHES = ("next", "later")
 
@@ -96,6 +95,8 @@ class SEResNet(nn.Module):
         depth: 34, 50 or 101.
         num_classes: outputs of the classifier and of every auxiliary one.
         in_chans: channels of the input images.
+        width: channels of the stem and, before expansion, of the first stage; the others have 2, 4 and 8 times as
+            many.
         reduction: channels per hidden unit of the squeeze-excite layers.
         aux_stages: stages after which an auxiliary classifier stands, from (1, 2, 3); () is the plain SE-ResNet.
         aux_model: name of a registered model that sees the image, and whose result feeds the layers of all stages
@@ -126,6 +127,7 @@ class SEResNet(nn.Module):
         *,
         num_classes: int = 100,
         in_chans: int = 3,
+        width: int = 64,
         reduction: int = 8,
         aux_stages: Iterable[int] = (),
         aux_model: str | None = None,
@@ -139,6 +141,8 @@ class SEResNet(nn.Module):
         super().__init__()
         if depth not in DEPTHS:
             raise ValueError(f"depth must be one of {', '.join(map(str, DEPTHS))}, got {depth}")
+        if width < 1:
+            raise ValueError(f"width must be at least 1, got {width}")
         aux_stages = tuple(aux_stages)
         if sorted(set(aux_stages)) != sorted(aux_stages) or not set(aux_stages) <= {1, 2, 3}:
             raise ValueError(f"aux_stages must be different stages from 1 to 3, got {aux_stages}")
@@ -158,7 +162,7 @@ class SEResNet(nn.Module):
         self.result_form, self.detach_result = result_form, detach_result
 
         blocks, expansion = DEPTHS[depth]
-        self.stem = nn.Sequential(*_conv_bn(in_chans, 64, 3), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(*_conv_bn(in_chans, width, 3), nn.ReLU(inplace=True))
         self.stages = nn.ModuleList()
         self.auxiliary = nn.ModuleDict()
         if aux_model is not None:
@@ -166,16 +170,17 @@ class SEResNet(nn.Module):
             if getattr(self.auxiliary["model"], "auxiliary", None):
                 raise ValueError(f"aux_model must have no auxiliary classifiers of its own, got {aux_model!r}")
             aux_stages = (0,)
-        channels = 64
-        for stage, (width, count) in enumerate(zip(WIDTHS, blocks, strict=True), start=1):
+        channels = width
+        for stage, count in enumerate(blocks, start=1):
             fed = feed_result and self._source(stage, aux_stages) is not None
+            stage_width = width * 2 ** (stage - 1)
             layers = nn.ModuleList()
             for block in range(count):
                 stride = 2 if stage > 1 and block == 0 else 1
                 layers.append(
                     SEBlock(
                         channels,
-                        width,
+                        stage_width,
                         stride,
                         expansion,
                         reduction=reduction,
@@ -183,7 +188,7 @@ class SEResNet(nn.Module):
                         impl=impl,
                     )
                 )
-                channels = expansion * width
+                channels = expansion * stage_width
             self.stages.append(layers)
             if stage in aux_stages:
                 self.auxiliary[str(stage)] = AuxiliaryClassifier(channels, num_classes, aux_dropout)

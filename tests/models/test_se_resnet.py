@@ -163,6 +163,7 @@ def test_implementations_agree():
         ({"aux_stages": ()}, r"aux_stages must name a stage where feed_result is True, got \(\)"),
         ({"result_form": "labels"}, "result_form must be one of 'logits', 'probabilities', got 'labels'"),
         ({"result_reach": "all"}, "result_reach must be one of 'next', 'later', got 'all'"),
+        ({"width": 0}, "width must be at least 1, got 0"),
         ({"aux_dropout": 1.5}, r"aux_dropout must be in \[0, 1\], got 1.5"),
         ({"reduction": 65}, "reduction must leave a hidden channel of channels=64, got 65"),
     ],
@@ -176,7 +177,7 @@ def test_bad_options(options, message):
 
 
 def test_googlenet_has_the_published_parameters():
-    """Table 1 of "Going Deeper with Convolutions" gives thousands: weights and biases, no normalisation (4a is 0.9 % off)."""
+    """Table 1 of "Going Deeper with Convolutions" gives thousands, biases included (4a is 0.9 % off)."""
     model = on_meta("googlenet", num_classes=1000)
     published = {"3a": 159, "3b": 380, "4a": 364, "4b": 437, "4c": 463, "4d": 580, "4e": 840, "5a": 1072, "5b": 1388}
     for name, thousands in published.items():
