@@ -176,15 +176,20 @@ def test_bad_options(options, message):
 # --- the auxiliary model ----------------------------------------------------------------------------------------------
 
 
-def test_googlenet_has_the_published_parameters():
-    """Table 1 of "Going Deeper with Convolutions" gives thousands, biases included (4a is 0.9 % off)."""
-    model = on_meta("googlenet", num_classes=1000)
-    published = {"3a": 159, "3b": 380, "4a": 364, "4b": 437, "4c": 463, "4d": 580, "4e": 840, "5a": 1072, "5b": 1388}
-    for name, thousands in published.items():
-        convolutions = [layer for layer in model.stages.get_submodule(name).modules() if isinstance(layer, nn.Conv2d)]
-        parameters = sum(layer.weight.numel() + layer.out_channels for layer in convolutions)
-        assert parameters / 1024 == pytest.approx(thousands, rel=0.01), name
-    assert model.fc.weight.shape == (1000, 1024)
+def test_googlenet_is_the_published_one():
+    """Widths and sizes of table 1 of "Going Deeper with Convolutions", and its parameters (thousands, with biases)."""
+    model, shapes, parameters = on_meta("googlenet", num_classes=1000), {}, 0
+    for name, inception in model.stages.named_children():
+        inception.register_forward_hook(lambda module, args, out, name=name: shapes.update({name: out.shape[1:3]}))
+        convolutions = [layer for layer in inception.modules() if isinstance(layer, nn.Conv2d)]
+        parameters += sum(layer.weight.numel() + layer.out_channels for layer in convolutions)
+    with torch.device("meta"):
+        assert model(torch.empty(1, 3, 32, 32)).shape == (1, 1000)
+    widths = {"3a": 256, "3b": 480, "4a": 512, "4b": 512, "4c": 512, "4d": 528, "4e": 832, "5a": 832, "5b": 1024}
+    assert {name: shapes[name] for name in widths} == {
+        name: (width, {"3": 32, "4": 16, "5": 8}[name[0]]) for name, width in widths.items()
+    }
+    assert parameters / 1024 == pytest.approx(159 + 380 + 364 + 437 + 463 + 580 + 840 + 1072 + 1388, rel=0.01)
 
 
 def test_auxiliary_model_feeds_every_stage():
