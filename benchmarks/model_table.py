@@ -1,5 +1,5 @@
 """Parameters and FLOPs of the models: writes results/model_table.md (by attention coverage) and results/layer_models.md
-(networks with attention over their layers), each with its .json.
+(networks with attention over their layers) and results/excite_models.md (squeeze-excite networks), each with its .json.
 
 FLOPs are those of one forward pass of one image, two per multiply-add, counted by ``torch.utils.flop_counter`` on the
 reference implementation with meta tensors: nothing is computed, so the table is the same on every machine.
@@ -50,6 +50,21 @@ LAYER_ROWS = [
 ]
 
 
+#: Squeeze-excite networks -> parameters (millions) and multiply-adds (10^9) of the paper's tables 1 and 2.
+EXCITE_PUBLISHED = {
+    "se_resnet34": (21.655, 1.163),
+    "se_a_resnet34": None,
+    "se_r_resnet34": (26.145, 1.169),
+    "se_resnet50": (28.779, 1.315),
+    "se_a_resnet50": None,
+    "se_r_resnet50": (33.531, 1.323),
+    "se_resnet101": (52.273, 2.538),
+    "se_a_resnet101": None,
+    "se_r_resnet101": (57.243, 2.546),
+    "se_m_resnet50": None,
+}
+
+
 def measure(name: str, num_classes: int = NUM_CLASSES, image_size: int = IMAGE_SIZE, **options) -> dict[str, int]:
     """Count parameters and FLOPs of one model."""
     with torch.device("meta"):
@@ -74,6 +89,14 @@ def measure_layer_models() -> list[dict[str, int | str]]:
         | {key: count for key, count in measure(name, classes, size).items() if key != "attention_flops"}
         for (classes, size), names in LAYER_ROWS
         for name in names
+    ]
+
+
+def measure_excite_models() -> list[dict[str, int | str]]:
+    """Rows of excite_models.json."""
+    return [
+        {"model": name} | {key: count for key, count in measure(name).items() if key != "attention_flops"}
+        for name in EXCITE_PUBLISHED
     ]
 
 
@@ -106,6 +129,20 @@ def main() -> None:
             f"| {row['model']} | {row['num_classes']:,} | {size} | {row['parameters']:,} | {row['flops'] / 1e9:.3f} |"
         )
     write("layer_models", rows, lines)
+
+    rows = measure_excite_models()
+    lines = [
+        "| 100 classes, 32x32, reduction 8 | parameters | published | GFLOPs | GMACs | published |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        published = EXCITE_PUBLISHED[row["model"]]
+        parameters, macs = (f"{published[0]:.3f} M", f"{published[1]:.3f}") if published else ("-", "-")
+        lines.append(
+            f"| {row['model']} | {row['parameters']:,} | {parameters} | {row['flops'] / 1e9:.3f} "
+            f"| {row['flops'] / 2e9:.3f} | {macs} |"
+        )
+    write("excite_models", rows, lines)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: ``fused-attn train | demo | bench | info``."""
+"""The command line: ``fused-attn train | demo | bench | scales | info``."""
 
 from __future__ import annotations
 
@@ -129,7 +129,20 @@ def bench(arguments: Sequence[str]) -> int:
         signal.signal(signal.SIGTERM, previous)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "demo": demo, "bench": bench, "info": info}
+def scales(arguments: Sequence[str]) -> int:
+    """Plot how much the squeeze-excite gates of trained networks differ between channels."""
+    from .scales import ScalesConfig, run
+
+    return run(tyro.cli(ScalesConfig, args=arguments, prog="fused-attn scales"))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "demo": demo,
+    "bench": bench,
+    "scales": scales,
+    "info": info,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/cpu_capability.h"
+#include "common/huge_pages.h"
 #include "squeeze_excite/kernel.h"
 
 namespace fused_attn::squeeze_excite {
@@ -19,6 +20,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kChunkBytes = 1 << 21;  // of the maps of one chunk of samples
+constexpr int64_t kSerialPack = 1 << 17;  // numbers that one thread packs sooner than several wake up
 
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -56,7 +58,9 @@ std::vector<float> panels_for(const Kernels& use, int64_t depth, int64_t columns
 }
 
 void run_pack(const Kernels& use, const Pack& pack) {
-  parallel((pack.columns + use.panel - 1) / use.panel, [&](int64_t begin, int64_t end) { use.pack(pack, begin, end); });
+  const int64_t panels = (pack.columns + use.panel - 1) / use.panel;
+  if (pack.columns * pack.depth < kSerialPack) return use.pack(pack, 0, panels);
+  parallel(panels, [&](int64_t begin, int64_t end) { use.pack(pack, begin, end); });
 }
 
 // Panels of a weight (outputs, inputs) for a product with its inputs, or with `outputs_first` its outputs, as depth.
@@ -84,6 +88,15 @@ void fill_problem(Problem& p, const Tensor& x, const Tensor& fc1_weight, const s
   p.scale = static_cast<float*>(scale.data_ptr());
 }
 
+void* data_or_null(Tensor& tensor) { return tensor.numel() > 0 ? tensor.mutable_data_ptr() : nullptr; }
+
+// The memory of a map that was just allocated.
+void* new_map(Tensor& tensor) {
+  void* data = data_or_null(tensor);
+  advise_huge_pages(data, tensor.numel() * tensor.element_size());
+  return data;
+}
+
 void squeeze_excite_forward(Tensor x, Tensor fc1_weight, std::optional<Tensor> fc1_bias, Tensor fc2_weight,
                             std::optional<Tensor> fc2_bias, std::optional<Tensor> result, std::optional<Tensor> share,
                             std::optional<Tensor> residual, bool relu, bool channels_last, Tensor out, Tensor z,
@@ -94,14 +107,12 @@ void squeeze_excite_forward(Tensor x, Tensor fc1_weight, std::optional<Tensor> f
   p.relu = relu;
   p.bias1 = view_of(fc1_bias), p.bias2 = view_of(fc2_bias), p.share = view_of(share);
   p.residual = residual ? residual->const_data_ptr() : nullptr;
-  p.out = out.mutable_data_ptr();
+  p.out = new_map(out);
   const Kernels& use = kernels();
   const auto fc1 = pack_weight(use, fc1_weight, false), fc2 = pack_weight(use, fc2_weight, false);
   p.fc1 = fc1.data(), p.fc2 = fc2.data();
   parallel(p.chunks(), [&](int64_t begin, int64_t end) { use.forward(p, begin, end); });
 }
-
-void* data_or_null(Tensor& tensor) { return tensor.numel() > 0 ? tensor.mutable_data_ptr() : nullptr; }
 
 void squeeze_excite_backward(Tensor grad_out, Tensor x, Tensor fc1_weight, Tensor fc2_weight,
                              std::optional<Tensor> result, std::optional<Tensor> out, Tensor z, Tensor hidden,
@@ -112,7 +123,7 @@ void squeeze_excite_backward(Tensor grad_out, Tensor x, Tensor fc1_weight, Tenso
   fill_problem(p, x, fc1_weight, result, channels_last, z, hidden, scale);
   p.relu = out.has_value();
   p.grad_out = grad_out.const_data_ptr(), p.out = out ? out->const_data_ptr() : nullptr;
-  p.grad_x = grad_x.mutable_data_ptr(), p.grad_residual = data_or_null(grad_residual);
+  p.grad_x = new_map(grad_x), p.grad_residual = new_map(grad_residual);
   p.grad_result = data_or_null(grad_result), p.grad_share = data_or_null(grad_share);
   p.grad_fc1 = grad_fc1_weight.mutable_data_ptr(), p.grad_bias1 = grad_fc1_bias.mutable_data_ptr();
   p.grad_fc2 = grad_fc2_weight.mutable_data_ptr(), p.grad_bias2 = grad_fc2_bias.mutable_data_ptr();

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import SqueezeExcite
-from .registry import register_model
+from .registry import create_model, register_model
 
 #: depth -> blocks of each stage, expansion
 DEPTHS = {34: ((3, 4, 6, 3), 1), 50: ((3, 4, 6, 3), 4), 101: ((3, 4, 23, 3), 4)}
@@ -89,6 +89,8 @@ class AuxiliaryClassifier(nn.Module):
 class SEResNet(nn.Module):
     """SE-ResNet; with auxiliary classifiers SE-A-ResNet; with their results fed back SE-R-ResNet.
 
+    ``se_m_resnet*`` is SE-R with an auxiliary model in place of the classifiers.
+
     Args:
         depth: 34, 50 or 101.
         num_classes: outputs of the classifier and of every auxiliary one.
@@ -97,6 +99,8 @@ class SEResNet(nn.Module):
             many.
         reduction: channels per hidden unit of the squeeze-excite layers.
         aux_stages: stages after which an auxiliary classifier stands, from (1, 2, 3); () is the plain SE-ResNet.
+        aux_model: name of a registered model that sees the image, and whose result feeds the layers of all stages
+            (paper: section 5.6, ``"googlenet"``); only with ``aux_stages=()``.
         feed_result: whether squeeze-excite layers see the result: SE-R (True) or SE-A (False).
         result_reach: which layers see a result: those of the ``"next"`` stage, or of all ``"later"`` stages up to that
             of the next auxiliary classifier.  The same for the paper's two classifiers, after stages 2 and 3; the
@@ -126,6 +130,7 @@ class SEResNet(nn.Module):
         width: int = 64,
         reduction: int = 8,
         aux_stages: Iterable[int] = (),
+        aux_model: str | None = None,
         feed_result: bool = False,
         result_reach: str = "next",
         result_form: str = "logits",
@@ -149,7 +154,9 @@ class SEResNet(nn.Module):
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
         if not 0.0 <= aux_dropout <= 1.0:
             raise ValueError(f"aux_dropout must be in [0, 1], got {aux_dropout}")
-        if feed_result and not aux_stages:
+        if aux_model is not None and aux_stages:
+            raise ValueError(f"aux_stages must be () with an aux_model, got {aux_stages}")
+        if feed_result and not aux_stages and aux_model is None:
             raise ValueError("aux_stages must name a stage where feed_result is True, got ()")
         self.feed_result, self.result_reach = feed_result, result_reach
         self.result_form, self.detach_result = result_form, detach_result
@@ -158,6 +165,11 @@ class SEResNet(nn.Module):
         self.stem = nn.Sequential(*_conv_bn(in_chans, width, 3), nn.ReLU(inplace=True))
         self.stages = nn.ModuleList()
         self.auxiliary = nn.ModuleDict()
+        if aux_model is not None:
+            self.auxiliary["model"] = create_model(aux_model, num_classes=num_classes, in_chans=in_chans, impl=impl)
+            if getattr(self.auxiliary["model"], "auxiliary", None):
+                raise ValueError(f"aux_model must have no auxiliary classifiers of its own, got {aux_model!r}")
+            aux_stages = (0,)
         channels = width
         for stage, count in enumerate(blocks, start=1):
             fed = feed_result and self._source(stage, aux_stages) is not None
@@ -184,12 +196,15 @@ class SEResNet(nn.Module):
 
     def _source(self, stage: int, aux_stages: Iterable[int]) -> int | None:
         """The stage whose auxiliary classifier feeds ``stage``."""
-        earlier = [aux for aux in aux_stages if aux < stage and (self.result_reach == "later" or aux == stage - 1)]
+        # 0: the auxiliary model.
+        earlier = [aux for aux in aux_stages if aux < stage and (self.result_reach == "later" or aux in (0, stage - 1))]
         return max(earlier, default=None)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
-        x = self.stem(x)
         logits: dict[int, Tensor] = {}
+        if "model" in self.auxiliary and (self.training or self.feed_result):
+            logits[0] = self.auxiliary["model"](x)
+        x = self.stem(x)
         for stage, blocks in enumerate(self.stages, start=1):
             source = self._source(stage, logits) if self.feed_result else None
             result = None if source is None else self._result(logits[source])
@@ -210,6 +225,7 @@ for _prefix, _defaults in (
     ("se", {}),
     ("se_a", {"aux_stages": (2, 3)}),
     ("se_r", {"aux_stages": (2, 3), "feed_result": True}),
+    ("se_m", {"aux_model": "googlenet", "feed_result": True}),
 ):
     register_model(
         rf"{_prefix}_resnet({'|'.join(map(str, DEPTHS))})",

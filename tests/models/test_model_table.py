@@ -31,6 +31,17 @@ def test_committed_table_of_layer_models_is_current(model_table):
     assert committed == model_table.measure_layer_models()
 
 
+def test_table_of_excite_models_is_current_and_as_published(model_table):
+    """Parameters as published; multiply-adds within 1 %, as the paper's tool counts normalisation and pooling as well."""
+    committed = json.loads((BENCHMARKS / "results" / "excite_models.json").read_text())
+    assert committed == model_table.measure_excite_models()
+    for row in committed:
+        published = model_table.EXCITE_PUBLISHED[row["model"]]
+        if published is not None:
+            assert round(row["parameters"] / 1e6, 3) == published[0], row
+            assert row["flops"] / 2e9 == pytest.approx(published[1], rel=0.01), row
+
+
 def test_flops_of_known_networks(model_table):
     """He et al. 2016, tables 1 and 6 (multiply-adds): 4.1e9 for ResNet-50 with its stride in the 3x3 convolution, 7.8e9
     for ResNet-101; Touvron et al. 2021: 1.26e9 for DeiT-tiny."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_checks import on_meta
+from torch import nn
 
 from fused_attn import create_model, list_models
 from fused_attn.models.se_resnet import SEBlock
@@ -29,7 +30,7 @@ def fed(model):
 
 
 def test_names():
-    names = {f"{prefix}_resnet{depth}" for prefix in ("se", "se_a", "se_r") for depth in COUNTS}
+    names = {f"{prefix}_resnet{depth}" for prefix in ("se", "se_a", "se_r", "se_m") for depth in COUNTS}
     assert set(list_models("se_*resnet*")) == names
 
 
@@ -170,3 +171,56 @@ def test_implementations_agree():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         create_model("se_r_resnet34", **options)
+
+
+# --- the auxiliary model ----------------------------------------------------------------------------------------------
+
+
+def test_googlenet_is_the_published_one():
+    """Widths and sizes of table 1 of "Going Deeper with Convolutions", and its parameters (thousands, with biases)."""
+    model, shapes, parameters = on_meta("googlenet", num_classes=1000), {}, 0
+    for name, inception in model.stages.named_children():
+        inception.register_forward_hook(lambda module, args, out, name=name: shapes.update({name: out.shape[1:3]}))
+        convolutions = [layer for layer in inception.modules() if isinstance(layer, nn.Conv2d)]
+        parameters += sum(layer.weight.numel() + layer.out_channels for layer in convolutions)
+    with torch.device("meta"):
+        assert model(torch.empty(1, 3, 32, 32)).shape == (1, 1000)
+    widths = {"3a": 256, "3b": 480, "4a": 512, "4b": 512, "4c": 512, "4d": 528, "4e": 832, "5a": 832, "5b": 1024}
+    assert {name: shapes[name] for name in widths} == {
+        name: (width, {"3": 32, "4": 16, "5": 8}[name[0]]) for name, width in widths.items()
+    }
+    assert parameters / 1024 == pytest.approx(159 + 380 + 364 + 437 + 463 + 580 + 840 + 1072 + 1388, rel=0.01)
+
+
+def test_auxiliary_model_feeds_every_stage():
+    torch.manual_seed(0)
+    model, x = create_model("se_m_resnet34", num_classes=5), torch.randn(2, 3, 16, 16)
+    assert fed(model) == [1, 2, 3, 4]
+    seen, results = [], []
+    model.auxiliary["model"].register_forward_hook(lambda module, args, out: results.append(out))
+    for layers in model.stages:
+        layers[-1].register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    main, (auxiliary,) = model(x)
+    assert main.shape == auxiliary.shape == (2, 5)
+    assert auxiliary is results[0]
+    assert len(seen) == 4
+    assert all(result is results[0] for result in seen)
+    # The main loss reaches the auxiliary model through the gates.
+    (grad,) = torch.autograd.grad(main.sum(), model.auxiliary["model"].fc.weight)
+    assert grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aux_stages": (2,)}, r"aux_stages must be \(\) with an aux_model, got \(2,\)"),
+        (
+            {"aux_model": "se_a_resnet34"},
+            "aux_model must have no auxiliary classifiers of its own, got 'se_a_resnet34'",
+        ),
+        ({"aux_model": "googlenett"}, "name must be a registered model, got 'googlenett'"),
+    ],
+)
+def test_bad_auxiliary_models(options, message):
+    with pytest.raises(ValueError, match=message):
+        on_meta("se_m_resnet34", **options)

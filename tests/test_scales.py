@@ -1,0 +1,72 @@
+"""``fused-attn scales``: deviations are those of the gates, and the command's files hold every layer of every run."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from fused_attn import cli, create_model
+from fused_attn.scales import deviations
+
+TRAIN = ["train", "--dataset", "digits", "--image-size", "8", "--train-images", "64", "--batch-size", "32"]
+
+
+@pytest.mark.parametrize("name", ["se_resnet34", "se_r_resnet34"])
+def test_deviations_are_those_of_the_gates(name):
+    torch.manual_seed(0)
+    model, images = create_model(name, num_classes=5, width=8).eval(), torch.randn(35, 3, 8, 8)
+    found = deviations(model, images)
+    assert len(found) == 16
+    layer, seen = model.stages[2][1].se, []
+    layer.register_forward_pre_hook(lambda module, args: seen.append(args))
+    with torch.no_grad():
+        model(images)
+        x, result = seen[0]
+        z = x.mean((2, 3)) if result is None else torch.cat((result, x.mean((2, 3))), 1)
+        gates = layer.fc2(layer.fc1(z).relu()).sigmoid()
+    torch.testing.assert_close(found["stages.2.1.se"], gates.var(1, correction=0).sqrt(), rtol=1e-3, atol=1e-6)
+
+
+def test_deviations_of_a_model_without_gates():
+    with pytest.raises(ValueError, match="model must have squeeze-excite layers, got none"):
+        deviations(create_model("resnet20"), torch.randn(1, 3, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    options = ["--epochs", "1", "--max-steps", "1", "--threads", "1", "--model-options", "width=8"]
+    assert cli.main([*TRAIN, *options, "--model", "se_resnet34", "--out", str(folder / "plain")]) == 0
+    auxiliary = ["--model", "se_r_resnet34", "--aux-weights", "0.4", "0.4"]
+    assert cli.main([*TRAIN, *options, *auxiliary, "--out", str(folder / "fed")]) == 0
+    return folder
+
+
+def test_command(runs, tmp_path, capsys):
+    out = tmp_path / "scales"
+    assert cli.main(["scales", str(runs / "plain"), str(runs / "fed"), "--images", "6", "--out", str(out)]) == 0
+    rows = json.loads((out / "scales.json").read_text())["rows"]
+    assert [row["run"] for row in rows] == ["plain"] * 16 + ["fed"] * 16
+    assert all(len(row["deviations"]) == 6 and min(row["deviations"]) > 0 for row in rows)
+    table = (out / "scales.md").read_text()
+    assert f"| fed | stages.3.2.se | {rows[-1]['mean']:.4f} |" in table
+    assert table in capsys.readouterr().out
+    assert (out / "scales.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "runs must be folders of finished runs, got .*nowhere"),
+        (["plain", "--images", "0"], "images must be at least 1, got 0"),
+        (["plain", "--images", "100000"], "images must be at most the .* of the test set, got 100000"),
+        (["plain", "plain"], "runs must have different names, got plain, plain"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(runs, tmp_path, capsys, arguments, message):
+    folders = [str(runs / argument) if argument in ("plain", "nowhere") else argument for argument in arguments]
+    assert cli.main(["scales", *folders, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert re.search(message, error)
