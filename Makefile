@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test bench gpu lint format clean
 
 # What a newcomer sees: build, train, compare.
 demo: $(VENV)/installed
@@ -12,6 +12,16 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/pytest -n 2
+
+# Renders committed results; `fused-attn bench --out benchmarks/results` measures.
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/readme.py
+
+# A round on a GPU machine, with the interpreter and packages that are there: see benchmarks/README.md.
+OUT ?= benchmarks/gpu-round
+gpu:
+	$(PYTHON) benchmarks/gpu_round.py --out '$(OUT)' $(if $(SLICE),--slice $(SLICE)) \
+		$(if $(BUDGET),--budget $(BUDGET)) $(if $(DATA),--data '$(DATA)') $(if $(RETRY),--retry) $(if $(DRY_RUN),--dry-run)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

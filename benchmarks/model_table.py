@@ -1,7 +1,8 @@
-"""Parameters and FLOPs of the models by attention coverage: writes results/model_table.md and .json.
+"""Parameters and FLOPs of the models: writes results/model_table.md (by attention coverage) and results/layer_models.md
+(networks with attention over their layers), each with its .json.
 
 FLOPs are those of one forward pass of one image, two per multiply-add, counted by ``torch.utils.flop_counter`` on the
-reference implementation with fake tensors: nothing is computed, so the table is the same on every machine.
+reference implementation with meta tensors: nothing is computed, so the table is the same on every machine.
 
 Run from the repository root: ``python -m benchmarks.model_table``.
 """
@@ -12,7 +13,6 @@ import json
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_attn
@@ -39,16 +39,25 @@ ROWS = [
     ("aa_resnet34", "last convolution", {}),
     ("aa_resnet34", "stages 2, 3, 4, all blocks", {"attention_stages": (2, 3, 4), "attention_blocks": "all"}),
 ]
+#: Networks with attention over their layers, each below the network that it was added to: (classes, image size), names.
+LAYER_ROWS = [
+    ((10, 32), [f"{prefix}resnet{depth}" for depth in (20, 32, 44, 56, 110) for prefix in ("", "sa_")]),
+    ((1000, 224), [f"{prefix}resnet{depth}" for depth in (50, 101) for prefix in ("", "mrla_base_", "mrla_light_")]),
+    (
+        (1000, 224),
+        [f"{prefix}deit_{size}" for size in ("tiny", "small", "base") for prefix in ("", "mrla_base_", "mrla_light_")],
+    ),
+]
 
 
-def measure(name: str, **options) -> dict[str, int]:
+def measure(name: str, num_classes: int = NUM_CLASSES, image_size: int = IMAGE_SIZE, **options) -> dict[str, int]:
     """Count parameters and FLOPs of one model."""
-    with FakeTensorMode():
-        options = {"num_classes": NUM_CLASSES, "image_size": IMAGE_SIZE, "impl": "reference", **options}
+    with torch.device("meta"):
+        options = {"num_classes": num_classes, "image_size": image_size, "impl": "reference", **options}
         model = fused_attn.create_model(name, **options).eval()
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
-            model(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+            model(torch.empty(1, 3, image_size, image_size))
     by_operator = counter.get_flop_counts()["Global"]
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -56,6 +65,24 @@ def measure(name: str, **options) -> dict[str, int]:
         # Only the attention multiplies batches of matrices.
         "attention_flops": by_operator.get(torch.ops.aten.bmm, 0),
     }
+
+
+def measure_layer_models() -> list[dict[str, int | str]]:
+    """Rows of layer_models.json."""
+    return [
+        {"model": name, "num_classes": classes, "image_size": size}
+        | {key: count for key, count in measure(name, classes, size).items() if key != "attention_flops"}
+        for (classes, size), names in LAYER_ROWS
+        for name in names
+    ]
+
+
+def write(name: str, rows: list[dict], lines: list[str]) -> None:
+    table = "\n".join(lines) + "\n"
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(table)
+    (RESULTS / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    print(table)
 
 
 def main() -> None:
@@ -69,11 +96,16 @@ def main() -> None:
             f"| {row['model']} | {row['attention_in']} | {row['parameters']:,} | {row['flops'] / 1e9:.3f} "
             f"| {row['attention_flops'] / row['flops']:.1%} |"
         )
-    table = "\n".join(lines) + "\n"
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "model_table.md").write_text(table)
-    (RESULTS / "model_table.json").write_text(json.dumps(rows, indent=1) + "\n")
-    print(table, end="")
+    write("model_table", rows, lines)
+
+    rows = measure_layer_models()
+    lines = ["| model | classes | image | parameters | GFLOPs |", "| --- | ---: | ---: | ---: | ---: |"]
+    for row in rows:
+        size = f"{row['image_size']}x{row['image_size']}"
+        lines.append(
+            f"| {row['model']} | {row['num_classes']:,} | {size} | {row['parameters']:,} | {row['flops'] / 1e9:.3f} |"
+        )
+    write("layer_models", rows, lines)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,37 @@
-"""Fills the README's tables from the committed result files, so that no figure in it can differ from its source.
+"""Renders the committed results (``make bench``): Markdown and pictures from JSON, and the README's tables from those.
 
-A block between ``<!-- from benchmarks/results/NAME.md -->`` and ``<!-- end -->`` is replaced by that file.
+Nothing is measured here, so no figure in the README can differ from its source: a block between
+``<!-- from benchmarks/results/NAME.md -->`` and ``<!-- end -->`` is replaced by that file.
 
-Run from the repository root: ``python benchmarks/readme.py`` (``--check``: change nothing, fail if it would).
+Run from the repository root: ``python benchmarks/readme.py`` (``--check``: change nothing, fail if it would change the
+README or a table).
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+# Runs from a clone without installation too.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fused_attn.bench import networks, report
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- from (?P<source>benchmarks/results/\S+\.md) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def results(folder: Path = RESULTS) -> Iterator[tuple[Path, dict[str, Any], Any]]:
+    """What ``fused-attn bench`` wrote: (JSON file, its content, the module that renders it)."""
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        if isinstance(result, dict) and "interrupted" in result:
+            yield path, result, report if "op" in result else networks
 
 
 def fill(text: str, root: Path = ROOT) -> str:
@@ -22,10 +41,12 @@ def fill(text: str, root: Path = ROOT) -> str:
 
 def main() -> int:
     readme = ROOT / "README.md"
-    filled = fill(readme.read_text())
     if "--check" in sys.argv[1:]:
-        return int(filled != readme.read_text())
-    readme.write_text(filled)
+        tables = all(path.with_suffix(".md").read_text() == kind.markdown(result) for path, result, kind in results())
+        return int(not tables or fill(readme.read_text()) != readme.read_text())
+    for _, result, kind in results():
+        kind.render(result, RESULTS)
+    readme.write_text(fill(readme.read_text()))
     return 0
 
 

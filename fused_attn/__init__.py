@@ -1,7 +1,27 @@
 """Fused, differentiable attention ops for convolutional and hierarchical vision networks."""
 
 from .models import create_model, list_models
-from .ops import decomposed_bias_attention, rel_attention_2d
+from .ops import (
+    LayerCache,
+    attention_residual,
+    decomposed_bias_attention,
+    elementwise_attention,
+    layer_attention,
+    rel_attention_2d,
+    row_col_softmax,
+    weighted_layer_sum,
+)
 
 __version__ = "0.1.0"
-__all__ = ["create_model", "decomposed_bias_attention", "list_models", "rel_attention_2d"]
+__all__ = [
+    "LayerCache",
+    "attention_residual",
+    "create_model",
+    "decomposed_bias_attention",
+    "elementwise_attention",
+    "layer_attention",
+    "list_models",
+    "rel_attention_2d",
+    "row_col_softmax",
+    "weighted_layer_sum",
+]

@@ -1,15 +1,17 @@
-"""The command line: ``fused-attn train | demo | info``."""
+"""The command line: ``fused-attn train | demo | bench | info``."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tyro
 
+from .bench import BenchError
 from .train.config import TrainConfig
 from .train.errors import TrainError
 from .train.recipes import RECIPES
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if wants_help else 2
     try:
         return COMMANDS[arguments[0]](arguments[1:])
-    except TrainError as error:
+    except (TrainError, BenchError) as error:
         print(f"fused-attn: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a log or a picture on a full disk; checkpoints report theirs as a TrainError
@@ -111,7 +113,23 @@ def demo(arguments: Sequence[str]) -> int:
     return tyro.cli(run, args=arguments, prog="fused-attn demo")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "demo": demo, "info": info}
+def bench(arguments: Sequence[str]) -> int:
+    """Measure speed and memory of ops, or of whole networks, beside what you would use instead."""
+    # A time limit that ends the command ends it as Ctrl-C does: what was measured is kept.
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if arguments[:1] == ["networks"]:
+            from .bench import networks
+
+            return networks.run(tyro.cli(networks.NetworksConfig, args=arguments[1:], prog="fused-attn bench networks"))
+        from .bench import command
+
+        return command.run(tyro.cli(command.BenchConfig, args=arguments, prog="fused-attn bench"))
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "demo": demo, "bench": bench, "info": info}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 
-from .ops import rel_attention_2d
+from .ops import measure
 from .train.checkpoint import write_text
 from .train.config import TrainConfig
 from .train.environment import describe
@@ -65,57 +63,22 @@ def run(out: Path | None = None, smoke: bool = False) -> int:
 
 def compare(repetitions: int) -> dict:
     """Median seconds and peak extra bytes of forward + backward, float32, for each of ``IMPLEMENTATIONS``."""
-    inputs = make_inputs()
-    seconds: dict[str, list[float]] = {impl: [] for impl in IMPLEMENTATIONS}
-    for repetition in range(repetitions + 1):
-        for impl, times in seconds.items():
-            started = time.perf_counter()
-            forward_backward(inputs, impl)
-            if repetition > 0:  # the first warms up
-                times.append(time.perf_counter() - started)
+    spec = measure.find_spec("rel_attention_2d")
+    shape = ",".join(f"{name}={value}" for name, value in SHAPE.items())
+    inputs = spec.shape(shape).inputs(torch.float32)
+    functions = {impl: measure.provider(spec, impl, inputs) for impl in IMPLEMENTATIONS}
+    calls = [(inputs, torch.randn_like(inputs["value"]))]  # the output has the shape of the value
+    passes = dict.fromkeys(IMPLEMENTATIONS, ("both",))
+    times = measure.time_interleaved(functions, calls, passes=passes, seconds=0.0, least=repetitions)
+    try:
+        memory = {impl: measure.peak_extra_bytes(spec.name, shape, impl) for impl in IMPLEMENTATIONS}
+    except RuntimeError as error:
+        raise TrainError(str(error)) from error
     return {
         "shape": SHAPE,
-        "seconds": {impl: statistics.median(times) for impl, times in seconds.items()},
-        "peak_bytes": {impl: peak_bytes(impl) for impl in IMPLEMENTATIONS},
+        "seconds": {impl: statistics.median(times[impl]["both"]) for impl in IMPLEMENTATIONS},
+        "peak_bytes": memory,
     }
-
-
-def make_inputs() -> list[torch.Tensor]:
-    batch, heads, height, width, d_k, d_v = SHAPE.values()
-    torch.manual_seed(0)
-    shapes = [(batch, heads, height, width, depth) for depth in (d_k, d_k, d_v)]
-    shapes += [(2 * height - 1, d_k), (2 * width - 1, d_k)]
-    return [torch.randn(shape, requires_grad=True) for shape in shapes]
-
-
-def forward_backward(inputs: list[torch.Tensor], impl: str) -> None:
-    rel_attention_2d(*inputs, impl=impl).sum().backward()
-
-
-def peak_bytes(impl: str) -> int:
-    """Growth of a fresh process's peak resident memory over one forward and backward pass."""
-    code = f"from fused_attn import demo; demo.print_peak({impl!r})"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if result.returncode != 0:
-        raise TrainError(f"the memory of impl={impl!r} could not be measured: {result.stderr.strip()}")
-    return int(result.stdout)
-
-
-def print_peak(impl: str) -> None:
-    inputs = make_inputs()
-    # A tiny call first: threads and libraries are not the op's memory.
-    x = torch.randn(1, 1, 2, 2, 4, requires_grad=True)
-    rel_attention_2d(x, x, x, impl=impl).sum().backward()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far becomes what is resident now
-    before = peak_resident()
-    forward_backward(inputs, impl)
-    print(peak_resident() - before)
-
-
-def peak_resident() -> int:
-    """Peak resident bytes.  ru_maxrss would not do: a child starts with that of the process that started it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def table(comparison: dict) -> str:

@@ -21,6 +21,14 @@ def test_tables_are_those_of_the_result_files():
     assert readme.fill(README) == README
 
 
+def test_tables_of_benchmarks_are_those_of_their_json():
+    found = 0
+    for path, result, kind in load("readme").results():
+        assert path.with_suffix(".md").read_text() == kind.markdown(result), f"make bench renders {path.name} anew"
+        found += 1
+    assert found
+
+
 def test_a_changed_figure_is_noticed():
     readme = load("readme")
     block = next(block[0] for block in readme.BLOCK.finditer(README) if "|" in block[0])

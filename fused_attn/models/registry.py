@@ -69,10 +69,11 @@ def create_model(
         num_classes: outputs of the classifier.
         in_chans: channels of the input images.
         impl: implementation of the package's ops in the model; no influence on models that have none of them.
-        options: the keyword arguments of the model's class, such as ``image_size``, ``attention_stages``, ``relative``.
+        options: the keyword arguments of the model's class, such as ``attention_stages``, ``relative``, ``drop_path``,
+            ``features_only``.  ``image_size`` has no influence on models that take images of any size.
 
     Returns:
-        The model: (B, in_chans, H, W) -> (B, num_classes) logits.
+        The model: (B, in_chans, H, W) -> (B, num_classes) logits, or a list of maps with ``features_only=True``.
 
     Raises:
         ValueError: the name is unknown, or an option's value is out of range.
@@ -91,6 +92,8 @@ def create_model(
 
     parameters = inspect.signature(family.build).parameters.values()
     accepted = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    if "image_size" not in accepted:
+        options.pop("image_size", None)
     unknown = sorted(options.keys() - accepted)
     if unknown:
         public = ", ".join(sorted(accepted - {"num_classes", "in_chans", "impl"}))

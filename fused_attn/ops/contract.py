@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 import zlib
@@ -57,7 +58,8 @@ class Shape(Sample):
 
     FLOPs are those of the products; bytes are every input read and every output written once, in float32.
     ``memory_limit`` bounds what a fused implementation may hold beyond the inputs while it runs forward and
-    backward in float32, in bytes.
+    backward in float32, in bytes.  ``sizes`` are the arguments of ``OpSpec.make_shape`` that make this case.
+    ``memory_only`` cases are too large for the reference, so that nothing can be checked and timed on them.
     """
 
     flops_forward: int = 0
@@ -65,6 +67,8 @@ class Shape(Sample):
     bytes_forward: int = 0
     bytes_backward: int = 0
     memory_limit: int = 0
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    memory_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,14 @@ class Peer:
 
     ``build(inputs)`` does what can be done once (index tables, one-hot features, compilation) and returns a callable
     over the same keyword arguments.  It raises ``NotImplementedError`` with the reason when the peer cannot run
-    the case.
+    the case.  ``requires`` maps modules that it imports to the command that installs them; ``forward_only`` names the
+    device types on which it has no backward pass.
     """
 
     name: str
     build: Callable[[Mapping[str, Any]], Callable[..., Tensor]]
+    requires: Mapping[str, str] = field(default_factory=dict)
+    forward_only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,10 @@ class OpSpec:
     shapes: tuple[Shape, ...] = ()
     #: the same call at growing sizes, smallest first: shows how memory grows
     growth: tuple[Shape, ...] = ()
+    #: benchmark cases of a size that fills a GPU; ``shapes`` where there are none
+    gpu_shapes: tuple[Shape, ...] = ()
+    #: makes a benchmark case from sizes, its positional arguments: what ``fused-attn bench --shape`` calls
+    make_shape: Callable[..., Shape] | None = None
     peers: tuple[Peer, ...] = ()
     #: dtypes every implementation must pass the contract in
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
@@ -106,14 +117,43 @@ class OpSpec:
 
     def reason(self, impl: str, inputs: Mapping[str, Any]) -> str | None:
         """Why ``impl`` cannot run on ``inputs``; None when it can."""
+        if impl not in self.implementations:
+            return f"{self.name} has no implementation {impl!r}"
         return self.implementations[impl](inputs)
 
     def shape(self, name: str) -> Shape:
-        """The benchmark case of that name."""
-        for shape in (*self.shapes, *self.growth):
+        """The benchmark case of that name, or one made from sizes: ``"B=8,heads=8,H=32,..."``.
+
+        Raises:
+            KeyError: there is no case of that name.
+            ValueError: a size is missing, unknown or not a positive number; the text names those that there are.
+        """
+        if "=" in name:
+            return self._shape_of_sizes(name)
+        for shape in (*self.shapes, *self.gpu_shapes, *self.growth):
             if shape.name == name:
                 return shape
         raise KeyError(f"{self.name} has no shape {name!r}")
+
+    def _shape_of_sizes(self, text: str) -> Shape:
+        if self.make_shape is None:
+            raise ValueError(f"{self.name} has no shapes but those in its spec")
+        known = {
+            parameter.name: parameter.default is parameter.empty
+            for parameter in inspect.signature(self.make_shape).parameters.values()
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        }
+        expected = f"a shape of {self.name} must be KEY=NUMBER,... with the keys {', '.join(known)}"
+        sizes = {}
+        for part in text.split(","):
+            key, _, value = (piece.strip() for piece in part.partition("="))
+            if key not in known or key in sizes or not value.isdecimal() or int(value) < 1:
+                raise ValueError(f"{expected}, each once, and positive numbers; got {part.strip()!r}")
+            sizes[key] = int(value)
+        missing = [key for key, required in known.items() if required and key not in sizes]
+        if missing:
+            raise ValueError(f"{expected}; {', '.join(missing)} missing in {text!r}")
+        return self.make_shape(**sizes)
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------

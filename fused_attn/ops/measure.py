@@ -1,20 +1,21 @@
-"""Time and peak memory of implementations and peers, for the benchmarks and the memory test.
+"""Time and memory of implementations and peers, for the benchmarks and the memory test.
 
-``python -m fused_attn.ops.measure OP SHAPE PROVIDER`` prints one memory measurement; it is what
-:func:`peak_extra_bytes` starts in a process of its own.
+``python -m fused_attn.ops.measure OP SHAPE PROVIDER DEVICE DTYPE THREADS`` prints one memory measurement; it is what
+:func:`peak_memory` starts in a process of its own.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from torch import Tensor
 
 from . import contract
 
-#: Parts of one training step that are timed.  "forward" is without autograd, as in inference.
-PHASES = ("forward", "backward", "forward+backward")
+#: What is timed of one step: forward without autograd, as in inference; backward; forward and backward, as in training.
+PASSES = ("fwd", "bwd", "both")
+#: keyword arguments of one call, and a gradient of its output
+Call = tuple[Mapping[str, Any], Tensor]
 
 
 def find_spec(op: str) -> contract.OpSpec:
@@ -46,7 +49,7 @@ def provider(spec: contract.OpSpec, name: str, inputs: Mapping[str, Any]) -> Cal
 
     Raises:
         ValueError: ``name`` is neither.
-        NotImplementedError: it cannot run on ``inputs``; the text says why.
+        NotImplementedError: it is not installed or cannot run on ``inputs``; the text says why.
     """
     if name in spec.implementations:
         reason = spec.reason(name, inputs)
@@ -55,74 +58,207 @@ def provider(spec: contract.OpSpec, name: str, inputs: Mapping[str, Any]) -> Cal
         return lambda **kwargs: spec.function(**kwargs, impl=name)
     for peer in spec.peers:
         if peer.name == name:
+            for module, install in peer.requires.items():
+                if importlib.util.find_spec(module) is None:
+                    raise NotImplementedError(f"not installed: {install}")
             return peer.build(inputs)
     known = [*spec.implementations, *(peer.name for peer in spec.peers)]
     raise ValueError(f"provider must be one of {', '.join(map(repr, known))}, got {name!r}")
 
 
+def passes_of(spec: contract.OpSpec, name: str, device: str) -> tuple[str, ...]:
+    """Those of :data:`PASSES` that an implementation or a peer has on a device type."""
+    forward_only = any(peer.name == name and device in peer.forward_only for peer in spec.peers)
+    return ("fwd",) if forward_only else PASSES
+
+
 # --- time -------------------------------------------------------------------------------------------------------
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+class Clock:
+    """Marks points in time: events on a GPU's stream, a monotonic clock on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._flushed = None
+        if device.type == "cuda":
+            l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+            self._flushed = torch.empty(max(2 * l2_bytes, 2**25), dtype=torch.int8, device=device)
+
+    def start(self) -> Any:
+        """A mark with a cold L2 cache; writing over it also gives the host time to run ahead of the GPU."""
+        if self._flushed is not None:
+            self._flushed.zero_()
+        return self.mark()
+
+    def mark(self) -> Any:
+        if self._flushed is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        if self._flushed is None:
+            return end - start
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
 
 
-def time_once(function: Callable[..., Tensor], inputs: Mapping[str, Any], grad_out: Tensor) -> dict[str, float]:
-    """Seconds of each of :data:`PHASES`, for one call."""
-    device = grad_out.device
-    with torch.no_grad():
-        start = _now(device)
-        function(**inputs)
-        forward = _now(device) - start
-    variables = contract.leaves(inputs)
-    call = contract.with_tensors(inputs, variables)
-    start = _now(device)
-    out = function(**call)
-    middle = _now(device)
-    torch.autograd.grad(out, list(variables.values()), grad_out)
-    end = _now(device)
-    return {"forward": forward, "backward": end - middle, "forward+backward": end - start}
+def time_once(
+    function: Callable[..., Tensor], call: Call, passes: Sequence[str] = PASSES, clock: Clock | None = None
+) -> dict[str, float]:
+    """Seconds of each of ``passes``, for one call."""
+    inputs, grad_out = call
+    clock = clock or Clock(grad_out.device)
+    seconds = {}
+    if "fwd" in passes:
+        with torch.no_grad():
+            start = clock.start()
+            function(**inputs)
+            end = clock.mark()
+        seconds["fwd"] = clock.seconds(start, end)
+    if "bwd" in passes or "both" in passes:
+        variables = contract.leaves(inputs)
+        inputs = contract.with_tensors(inputs, variables)
+        start = clock.start()
+        out = function(**inputs)
+        end = clock.mark()
+        backward_start = clock.start()
+        torch.autograd.grad(out, list(variables.values()), grad_out)
+        backward_end = clock.mark()
+        backward = clock.seconds(backward_start, backward_end)
+        seconds |= {"bwd": backward, "both": clock.seconds(start, end) + backward}
+    return {name: value for name, value in seconds.items() if name in passes}
 
 
 def time_interleaved(
     functions: Mapping[str, Callable[..., Tensor]],
-    inputs: Mapping[str, Any],
-    grad_out: Tensor,
+    calls: Sequence[Call],
     *,
-    repetitions: int,
-    warmup: int,
+    passes: Mapping[str, Sequence[str]] | None = None,
+    seconds: float,
+    least: int = 5,
+    warmup: int = 1,
+    into: dict[str, dict[str, list[float]]] | None = None,
+    on_round: Callable[[float], None] = lambda done: None,
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every function and phase: ``[function][phase][repetition]``.
+    """Seconds of every function, pass and repetition: ``[function][pass][repetition]``.
 
-    The functions take turns (A B C A B C ...), so that a machine that slows down slows all of them.
+    The functions take turns (A B C A B C ...), so that a machine that slows down slows all of them, and every round
+    takes the next of ``calls``.
+
+    Args:
+        functions: by name.
+        calls: input sets and gradients of the output, of one shape.
+        passes: those to time, by function; all when None.
+        seconds: to go on for, after the warm-up.
+        least: rounds to run even if they take longer.
+        warmup: untimed rounds before, of every call.
+        into: where the times go, so that an interrupted measurement keeps what it has.
+        on_round: told after each round what part is done, between 0 and 1.
     """
-    seconds = {name: {phase: [] for phase in PHASES} for name in functions}
-    for repetition in range(warmup + repetitions):
-        for name, function in functions.items():
-            measured = time_once(function, inputs, grad_out)
-            if repetition >= warmup:
-                for phase, value in measured.items():
-                    seconds[name][phase].append(value)
-    return seconds
+    passes = passes or dict.fromkeys(functions, PASSES)
+    clock = Clock(calls[0][1].device)
+
+    def turn(name: str) -> Callable[[int], dict[str, float]]:
+        return lambda number: time_once(functions[name], calls[number % len(calls)], passes[name], clock)
+
+    turns = {name: turn(name) for name in functions}
+    return interleave(turns, seconds=seconds, least=least, warmup=len(calls) * warmup, into=into, on_round=on_round)
+
+
+def interleave(
+    turns: Mapping[str, Callable[[int], Mapping[str, float]]],
+    *,
+    seconds: float,
+    least: int,
+    warmup: int,
+    into: dict[str, dict[str, list[float]]] | None = None,
+    on_round: Callable[[float], None] = lambda done: None,
+) -> dict[str, dict[str, list[float]]]:
+    """What :func:`time_interleaved` does, for anything that times itself.
+
+    Args:
+        turns: by name, what takes the number of a round, and returns seconds by what was timed.
+        warmup: rounds to throw away first.
+        seconds, least, into, on_round: as there.
+    """
+    times = {} if into is None else into
+    for number in range(warmup):
+        for turn in turns.values():
+            turn(number)
+    started, rounds = time.monotonic(), 0
+    while rounds < least or time.monotonic() - started < seconds:
+        for name, turn in turns.items():
+            for each, value in turn(rounds).items():
+                times.setdefault(name, {}).setdefault(each, []).append(value)
+        rounds += 1
+        on_round(min(1.0, (time.monotonic() - started) / max(seconds, 1e-9), rounds / least))
+    return times
 
 
 # --- memory -----------------------------------------------------------------------------------------------------
 
 
-def peak_extra_bytes(op: str, shape: str, name: str, *, threads: int | None = None, device: str = "cpu") -> int:
-    """Most bytes held beyond the inputs while ``name`` runs forward and backward once, in float32.
+def saved_bytes(function: Callable[..., Tensor], inputs: Mapping[str, Any]) -> int:
+    """Bytes that autograd keeps from forward to backward, beyond the inputs: storages, each counted once."""
+    variables = contract.leaves(inputs)
+    call = contract.with_tensors(inputs, variables)
+    own = {tensor.untyped_storage().data_ptr() for tensor in contract.tensors(call).values()}
+    saved: dict[int, int] = {}
 
-    Measured in a fresh process: growth of the resident set on the CPU, of the allocator's peak on a GPU.
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # an output that holds its own graph would never be freed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = function(**call)
+    # Addresses tell storages apart as long as all of them live: the graph of the output holds them.
+    del out
+    return sum(saved.values())
+
+
+def peak_extra_bytes(op: str, shape: str, name: str, *, threads: int | None = None, device: str = "cpu") -> int:
+    """Most bytes held beyond the inputs while ``name`` runs forward and backward once, in float32."""
+    return peak_memory(op, shape, name, threads=threads, device=device)["both"]
+
+
+def peak_memory(
+    op: str,
+    shape: str,
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    threads: int | None = None,
+    device: str = "cpu",
+) -> dict[str, int]:
+    """Most bytes held beyond the inputs during one call: ``"fwd"`` without autograd, ``"both"`` forward and backward.
+
+    Measured in a fresh process: growth of the resident set on the CPU, of the allocator's peak on a GPU.  A function
+    without a backward pass has ``"fwd"`` only.
 
     Args:
-        op, shape: names of a spec and of one of its shapes.
+        op, shape: names of a spec and of one of its shapes, or that shape's sizes, as :meth:`OpSpec.shape` takes them.
         name: an implementation or a peer.
+        dtype: of the inputs.
         threads: of PyTorch; those of this process when None.
+        device: ``"cpu"`` or ``"cuda"``.
 
     Raises:
         NotImplementedError: it cannot run on that shape.
+        RuntimeError: the process failed; the text is what it printed.
+    """
+    arguments = [op, shape, name, device, str(dtype).removeprefix("torch."), str(threads or torch.get_num_threads())]
+    return run_child("fused_attn.ops.measure", arguments, what=f"the memory of {name} on {op}, {shape}")
+
+
+def run_child(module: str, arguments: Sequence[str], what: str) -> dict[str, Any]:
+    """The JSON object that ``python -m module arguments`` prints last, for memory of a process of its own.
+
+    Raises:
+        NotImplementedError: the object has a ``"reason"``.
         RuntimeError: the process failed; the text is what it printed.
     """
     root = str(Path(__file__).parents[2])
@@ -133,15 +269,14 @@ def peak_extra_bytes(op: str, shape: str, name: str, *, threads: int | None = No
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "0",
     }
-    command = [sys.executable, "-m", "fused_attn.ops.measure", op, shape, name, device]
-    command.append(str(threads or torch.get_num_threads()))
+    command = [sys.executable, "-m", module, *arguments]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     if process.returncode != 0:
-        raise RuntimeError(f"the memory of {name} on {op}, {shape} could not be measured:\n{process.stderr}")
+        raise RuntimeError(f"{what} could not be measured (exit status {process.returncode}):\n{process.stderr}")
     result = json.loads(process.stdout.splitlines()[-1])
     if "reason" in result:
         raise NotImplementedError(result["reason"])
-    return result["bytes"]
+    return result
 
 
 def _status(field: str) -> int:
@@ -151,17 +286,31 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _peak_growth(function: Callable[[], None]) -> int:
-    """Growth of this process's resident set over one call."""
+def trim() -> int:
+    """Give freed memory back to the system; returns the resident bytes that are left."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = _status("VmRSS")
+    return _status("VmRSS")
+
+
+def peak_resident(function: Callable[[], None]) -> int:
+    """Most resident bytes of this process during one call."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     except OSError:
-        return _sampled_peak(function) - before
+        return _sampled_peak(function)
     function()
-    return _status("VmHWM") - before
+    return _status("VmHWM")
+
+
+def peak_allocated(function: Callable[[], None]) -> int:
+    """Most bytes that PyTorch's CUDA allocator holds during one call, beyond those that it held before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _sampled_peak(function: Callable[[], None]) -> int:
@@ -182,38 +331,49 @@ def _sampled_peak(function: Callable[[], None]) -> int:
     return peak
 
 
-def _measure_memory(op: str, shape_name: str, name: str, device: str) -> dict[str, Any]:
-    spec = find_spec(op)
-    shape = spec.shape(shape_name)
+def _steps(
+    function: Callable[..., Tensor], inputs: Mapping[str, Any], passes: Sequence[str]
+) -> dict[str, Callable[[], None]]:
+    def forward() -> None:
+        with torch.no_grad():
+            function(**inputs)
 
-    def step(call: Mapping[str, Any], function: Callable[..., Tensor]) -> None:
-        variables = contract.leaves(call)
-        out = function(**contract.with_tensors(call, variables))
+    def forward_backward() -> None:
+        variables = contract.leaves(inputs)
+        out = function(**contract.with_tensors(inputs, variables))
         grad_out = out.detach().new_ones(()).expand(out.shape)
         grads = torch.autograd.grad(out, list(variables.values()), grad_out)
         del grads
 
-    inputs = shape.inputs(torch.float32, device)
-    try:
-        function = provider(spec, name, inputs)
-    except NotImplementedError as error:
-        return {"reason": str(error)}
+    steps = {"fwd": forward, "both": forward_backward}
+    return {name: step for name, step in steps.items() if name in passes}
+
+
+def memory_here(op: str, shape: str, name: str, device: str, dtype: torch.dtype) -> dict[str, int]:
+    """:func:`peak_memory` in this process: exact on a GPU; on the CPU, for a process that does nothing else."""
+    spec = find_spec(op)
+    inputs = spec.shape(shape).inputs(dtype, device)
+    passes = passes_of(spec, name, device)
+    function = provider(spec, name, inputs)
     # Libraries, threads and compilation are not the call's memory.  An implementation warms up on the smallest
     # size, so that scratch it keeps afterwards is counted; a peer on the size it was built for.
-    if name in spec.implementations:
-        step(spec.growth[0].inputs(torch.float32, device), function)
-    else:
-        step(inputs, function)
+    small = name in spec.implementations and spec.growth
+    for step in _steps(function, spec.growth[0].inputs(dtype, device) if small else inputs, passes).values():
+        step()
+    steps = _steps(function, inputs, passes)
     if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(inputs, function)
-        torch.cuda.synchronize()
-        return {"bytes": torch.cuda.max_memory_allocated() - before}
-    return {"bytes": _peak_growth(lambda: step(inputs, function))}
+        return {each: peak_allocated(step) for each, step in steps.items()}
+    peaks, before = {}, trim()
+    for each, step in steps.items():
+        trim()
+        peaks[each] = max(0, peak_resident(step) - before)  # pages that were resident before may have gone
+    return peaks
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[5]))
-    print(json.dumps(_measure_memory(*sys.argv[1:5])))
+    *names, device, dtype, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    try:
+        print(json.dumps(memory_here(*names, device, getattr(torch, dtype))))
+    except NotImplementedError as reason:
+        print(json.dumps({"reason": str(reason)}))

@@ -5,22 +5,26 @@ from __future__ import annotations
 from torch import nn
 
 from .config import TrainConfig
-from .data import SOURCES, Dataset
+from .data import Dataset, source
 
 
 def build(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, nn.Module]:
     """(training, evaluation) transforms of float images (B, C, H, W) in [0, 1]."""
     import kornia.augmentation as K
 
-    source = SOURCES[config.dataset]
-    padding = source.crop_padding if config.crop_padding is None else config.crop_padding
-    flip = source.flip if config.flip is None else config.flip
+    custom = source(config.dataset, config.image_size)
+    padding = custom.crop_padding if config.crop_padding is None else config.crop_padding
+    flip = custom.flip if config.flip is None else config.flip
     transforms: list[nn.Module] = []
-    if padding > 0:
+    if dataset.crop is not None:
+        scale = custom.crop_scale if config.crop_scale is None else config.crop_scale
+        transforms.append(K.RandomResizedCrop(dataset.image_size, scale=(scale, 1.0)))
+    elif padding > 0:
         transforms.append(K.RandomCrop(dataset.image_size, padding=padding))
     if flip:
         transforms.append(K.RandomHorizontalFlip(p=0.5))
     if config.rotate > 0:
         transforms.append(K.RandomRotation(config.rotate, p=1.0))
     normalize = K.Normalize(dataset.mean, dataset.std)
-    return nn.Sequential(*transforms, normalize), normalize
+    centre = nn.Identity() if dataset.crop is None else K.CenterCrop(dataset.image_size)
+    return nn.Sequential(*transforms, normalize), nn.Sequential(centre, normalize)

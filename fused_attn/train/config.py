@@ -23,7 +23,7 @@ class TrainConfig:
     model: str
     """Name of a model (``fused-attn info`` lists them)."""
     dataset: str
-    """digits, cifar10, cifar100, fashion_mnist or synthetic."""
+    """digits, cifar10, cifar100, fashion_mnist, synthetic, imagefolder, or owner/name of a data set on the hub."""
     out: Path
     """Folder of the run; it must not exist or be empty, unless ``--resume``."""
 
@@ -32,11 +32,13 @@ class TrainConfig:
     recipe: str | None = None
     """Start from the settings of a paper; every other option overrides it."""
     data_dir: Path | None = None
-    """Local folder of the data set in the hub's Parquet layout; otherwise it is loaded from the hub by name."""
+    """Local folder of the data set in the hub's Parquet layout (imagefolder: train/CLASS/FILE and val/CLASS/FILE);
+    otherwise it is loaded from the hub by name."""
     data_note: str = ""
     """What to call the data in the metrics, where the name alone would mislead."""
     image_size: int | None = None
-    """Resize images to this height and width; the data set's own size (digits: 32) when not given."""
+    """Resize images to this height and width; the data set's own size (digits: 32, imagefolder: 224) when not given.
+    Images from files are resized to 8/7 of it and cropped."""
     validation: int = 0
     """Training images held out, the same ones for every seed; the test set is then read once, at the end."""
     train_images: int | None = None
@@ -85,6 +87,8 @@ class TrainConfig:
 
     crop_padding: int | None = None
     """Zero-pad by so many pixels and crop at random, per image; the data set's custom when not given."""
+    crop_scale: float | None = None
+    """Images from files: crop at random at least this share of the area, and resize it; 0.08 when not given."""
     flip: bool | None = None
     """Mirror half of the images; the data set's custom when not given."""
     rotate: float = 0.0
@@ -121,6 +125,7 @@ class TrainConfig:
         _check(0 <= self.ema < 1, "ema", "in [0, 1)", self.ema)
         _check(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)", self.label_smoothing)
         _check(self.warmup_epochs >= 0, "warmup_epochs", "at least 0", self.warmup_epochs)
+        _check(self.crop_scale is None or 0 < self.crop_scale <= 1, "crop_scale", "in (0, 1]", self.crop_scale)
         _check(self.validation >= 0, "validation", "at least 0", self.validation)
         _check(not self.nesterov or self.momentum > 0, "momentum", "above 0 with nesterov", self.momentum)
         self.parsed_model_options()

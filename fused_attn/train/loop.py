@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import signal
 import sys
@@ -26,8 +27,12 @@ from . import augment, checkpoint, data
 from .config import TrainConfig
 from .environment import describe
 from .errors import TrainError
+from .files import ImageFiles, load_ahead
 from .log import RunLog
 from .optim import build_optimizer, learning_rate
+
+#: The file of a run's folder that the process writing into it holds locked.
+LOCK = ".lock"
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -134,8 +139,9 @@ class Run:
         with self._interrupts(), self.bar:
             while self.step < self.last_step:
                 epoch, first = divmod(self.step, self.steps_per_epoch)
-                for batch in data.epoch_batches(self.images, config.batch_size, config.seed, epoch, first):
-                    self._step(batch)
+                batches = data.epoch_batches(self.images, config.batch_size, config.seed, epoch, first)
+                for parts in load_ahead(map(self._parts, batches), data.in_memory):
+                    self._step(parts)
                     self.seconds = time.monotonic() - started
                     epoch_ends = self.step % self.steps_per_epoch == 0
                     if epoch_ends or self.step == self.last_step:
@@ -149,19 +155,25 @@ class Run:
                         break
         return self._finish(results)
 
-    def _step(self, batch: data.Images) -> None:
-        """One optimizer step on this process's share of ``batch``."""
+    def _parts(self, batch: data.Images | ImageFiles) -> list[data.Images | ImageFiles]:
+        """This process's share of a batch: one part for every forward and backward pass."""
+        processes, process = self.accelerator.num_processes, self.accelerator.process_index
+        share = self.config.batch_size // (processes * self.config.accumulate)
+        firsts = [(part * processes + process) * share for part in range(self.config.accumulate)]
+        return [batch[first : first + share] for first in firsts]
+
+    def _step(self, parts: list[data.Images]) -> None:
+        """One optimizer step on this process's share of a batch."""
         config, accelerator = self.config, self.accelerator
         set_seed(hash((config.seed, self.step, accelerator.process_index)) % 2**32)
         rate = learning_rate(config, self.step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        share = config.batch_size // (accelerator.num_processes * config.accumulate)
         step_loss = torch.zeros((), device=accelerator.device)
-        for part in range(config.accumulate):
-            first = (part * accelerator.num_processes + accelerator.process_index) * share
-            images, labels = self._to_device(batch[first : first + share], self.transform)
+        for part in parts:
+            share = len(part)
+            images, labels = self._to_device(part, self.transform)
             with accelerator.accumulate(self.model):
                 logits = self.model(images).float()
                 loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
@@ -206,7 +218,7 @@ class Run:
         self._save()
         return results
 
-    def evaluate(self, images: data.Images, split: str) -> dict[str, float]:
+    def evaluate(self, images: data.Images | ImageFiles, split: str) -> dict[str, float]:
         """Loss and accuracy of the network, or of its average, on ``images``; each process does its share."""
         accelerator = self.accelerator
         network = self.average.module if self.average is not None else self.network
@@ -218,14 +230,16 @@ class Run:
         loss, accuracy = loss.to(accelerator.device), accuracy.to(accelerator.device)
         mine = images[accelerator.process_index :: accelerator.num_processes]
         with torch.no_grad(), accelerator.autocast():
-            for first in range(0, len(mine), self.config.eval_batch_size):
-                batch, labels = self._to_device(mine[first : first + self.config.eval_batch_size], self.eval_transform)
+            size = self.config.eval_batch_size
+            batches = ([mine[first : first + size]] for first in range(0, len(mine), size))
+            for (part,) in load_ahead(batches, data.in_memory):
+                batch, labels = self._to_device(part, self.eval_transform)
                 logits = network(batch).float()
                 loss.update(F.cross_entropy(logits, labels, reduction="none"))
                 accuracy.update(logits, labels)
         return {f"{split}_loss": float(loss.compute()), f"{split}_accuracy": float(accuracy.compute())}
 
-    def _to_device(self, batch: data.Images, transform: nn.Module) -> tuple[Tensor, Tensor]:
+    def _to_device(self, batch: data.Images | ImageFiles, transform: nn.Module) -> tuple[Tensor, Tensor]:
         device = self.accelerator.device
         with torch.no_grad():
             images = transform(batch.images.to(device, non_blocking=True).float() / 255.0)
@@ -237,7 +251,7 @@ class Run:
 
     def _claim_folder(self) -> None:
         out = self.config.out
-        occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        occupied = out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir()))
         self.accelerator.wait_for_everyone()
         if self.config.resume:
             if not checkpoint.find(self.checkpoints):
@@ -254,6 +268,16 @@ class Run:
                 out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise TrainError(f"out: the folder {out} cannot be made ({error})") from error
+        if self.accelerator.is_main_process:
+            self._lock_folder()
+
+    def _lock_folder(self) -> None:
+        """Until this process ends, however it ends, no other can write into the run's folder."""
+        self.lock = open(self.config.out / LOCK, "w")  # noqa: SIM115
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise TrainError(f"out: another process is writing into {self.config.out} ({error})") from error
 
     def _save(self) -> None:
         totals = self.accelerator.reduce(self.totals, "sum").cpu()

@@ -41,4 +41,22 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
             "warmup_epochs": 25.0,
         },
     ),
+    "sa-resnet": (
+        "Luo, Self-Attentive Layer Aggregation, section 3: 64,000 steps, divided by 10 at 32,000 and 48,000 (here: the "
+        "nearest ends of epochs); it subtracts the mean of every pixel, this trainer that of every channel",
+        {
+            "model": "sa_resnet20", "dataset": "cifar10", "epochs": 165, "max_steps": 64000, "batch_size": 128,
+            "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "schedule": "step",
+            "milestones": (82, 123), "gamma": 0.1, "crop_padding": 4, "flip": True,
+        },
+    ),
+    "mrla": (
+        "Fang et al. 2023, ResNets on ImageNet: 100 epochs, divided by 10 every 30, 3 epochs of warm-up, drop-path 0.2",
+        {
+            "model": "mrla_light_resnet50", "dataset": "imagefolder", "image_size": 224, "epochs": 100,
+            "batch_size": 256, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4,
+            "schedule": "step", "milestones": (30, 60, 90), "gamma": 0.1, "warmup_epochs": 3.0,
+            "model_options": ("drop_path=0.2",),
+        },
+    ),
 }  # fmt: skip

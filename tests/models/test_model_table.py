@@ -26,6 +26,18 @@ def test_committed_table_is_current(model_table):
         )
 
 
+def test_committed_table_of_layer_models_is_current(model_table):
+    committed = json.loads((BENCHMARKS / "results" / "layer_models.json").read_text())
+    assert committed == model_table.measure_layer_models()
+
+
+def test_flops_of_known_networks(model_table):
+    """He et al. 2016, tables 1 and 6 (multiply-adds): 4.1e9 for ResNet-50 with its stride in the 3x3 convolution, 7.8e9
+    for ResNet-101; Touvron et al. 2021: 1.26e9 for DeiT-tiny."""
+    for name, multiply_adds in {"resnet50": 4.1e9, "resnet101": 7.8e9, "deit_tiny": 1.26e9}.items():
+        assert model_table.measure(name, 1000, 224)["flops"] == pytest.approx(2 * multiply_adds, rel=0.01)
+
+
 def test_flops_are_two_per_multiply_add(model_table):
     """Against sums written from the architecture."""
     convolutions, channels = 2 * 9 * 3 * 16 * 32**2, 16

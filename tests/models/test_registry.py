@@ -14,6 +14,7 @@ def test_listed_names_are_what_a_user_finds():
     names = list_models()
     assert len(set(names)) == len(names)
     assert {"wrn_28_10", "aa_wrn_28_10", "aa_wrn_28_10_replication", "resnet34", "aa_resnet34"} <= set(names)
+    assert {"resnet20", "sa_resnet110", "mrla_base_resnet101", "mrla_light_deit_small", "deit_base"} <= set(names)
     assert list_models("aa_*") == [name for name in names if name.startswith("aa_")]
     # numbers in order of size, not of spelling
     assert names.index("wrn_28_2") < names.index("wrn_28_10") < names.index("wrn_40_2")
@@ -69,6 +70,43 @@ def test_families_have_members_that_are_not_listed():
             r"attention_convs must be numbers from 1 to 2, got \(3,\)",
         ),
         ("aa_resnet34", {"attention_stages": (5,)}, ValueError, "attention_stages must be numbers from 1 to 4"),
+        ("sa_resnet21", {}, ValueError, "did you mean .*sa_resnet20"),
+        ("resnet20", {"layers": "blocks"}, TypeError, "resnet20 has no option 'layers'; its options are features_only"),
+        (
+            "sa_resnet20",
+            {"layers": "stages"},
+            ValueError,
+            "layers must be one of 'blocks', 'convolutions', got 'stages'",
+        ),
+        ("sa_resnet20", {"values": "sum"}, ValueError, "values must be one of 'pad', 'project', got 'sum'"),
+        ("resnet50", {"stem": "replication"}, ValueError, "stem must be one of 'imagenet', 'deep', 'cifar', got"),
+        (
+            "resnet50",
+            {"layer_attention": "full"},
+            ValueError,
+            "layer_attention must be one of None, 'base', 'light', got",
+        ),
+        ("resnet50", {"drop_path": 0.1}, ValueError, "drop_path belongs to the layer attention, .* got 0.1"),
+        ("resnet50", {"dim_per_head": 8}, ValueError, "dim_per_head belongs to the layer attention, .* got 8"),
+        ("mrla_base_resnet50", {"drop_path": 1.0}, ValueError, r"drop_path must be in \[0, 1\), got 1.0"),
+        ("mrla_light_resnet50", {"dim_per_head": 48}, ValueError, "multiple of dim_per_head=48, got 256"),
+        ("mrla_light_resnet50", {"dim_per_head": 0}, ValueError, "multiple of dim_per_head=0, got 256"),
+        (
+            "deit_tiny",
+            {"layer_attention": "full"},
+            ValueError,
+            "layer_attention must be one of None, 'base', 'light', got",
+        ),
+        ("deit_tiny", {"depth": 0}, ValueError, "depth must be at least 1, got 0"),
+        ("deit_tiny", {"heads": 7}, ValueError, "dim must be a positive multiple of heads=7, got 192"),
+        ("deit_tiny", {"image_size": 100}, ValueError, "image_size must be a multiple of patch_size=16, got 100"),
+        (
+            "deit_tiny",
+            {"drop_path_schedule": "cosine"},
+            ValueError,
+            "must be one of 'linear', 'constant', got 'cosine'",
+        ),
+        ("mrla_base_deit_tiny", {"stage_depth": 0}, ValueError, "stage_depth must be at least 1, got 0"),
     ],
 )
 def test_bad_input(name, options, error, match):
@@ -80,6 +118,14 @@ def test_impl_reaches_the_op_and_cannot_be_quietly_ignored():
     model = create_model("aa_wrn_10_1", impl="triton", image_size=8).eval()
     with pytest.raises(RuntimeError, match="impl='triton' cannot run"):
         model(torch.randn(1, 3, 8, 8))
+
+
+def test_image_size_has_no_influence_on_models_of_any_size():
+    """The trainer gives it to every model."""
+    sizes = [create_model("resnet20", image_size=size).state_dict() for size in (8, (40, 30))]
+    assert [{name: tensor.shape for name, tensor in state.items()} for state in sizes[:1]] == [
+        {name: tensor.shape for name, tensor in state.items()} for state in sizes[1:]
+    ]
 
 
 def test_new_families_register_themselves(monkeypatch):

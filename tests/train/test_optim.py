@@ -70,7 +70,7 @@ def test_recipe_builds(name):
     recipe = TrainConfig(**settings)
     with torch.device("meta"):
         model = create_model(recipe.model, **recipe.parsed_model_options())
-    assert sum(parameter.numel() for parameter in model.parameters()) > 1e7
+    assert sum(parameter.numel() for parameter in model.parameters()) > 2e5
 
 
 def test_recipes_hold_the_numbers_of_the_papers():
@@ -82,3 +82,24 @@ def test_recipes_hold_the_numbers_of_the_papers():
     assert bello["lr"] == pytest.approx(0.2 * bello["batch_size"] / 256)
     assert bello["warmup_epochs"] == pytest.approx(0.05 * bello["epochs"])
     assert bello["schedule"] == "cosine"
+
+
+def test_recipe_of_sa_resnet():
+    """64K steps of 128 images, divided by 10 at 32K and 48K steps, to the nearest end of an epoch of CIFAR-10."""
+    recipe = TrainConfig(out="out", **RECIPES["sa-resnet"][1])
+    steps_per_epoch = 50_000 // 128
+    assert recipe.max_steps == 64_000 <= recipe.epochs * steps_per_epoch
+    for step, before, after in ((32_000, 0.1, 0.01), (48_000, 0.01, 0.001)):
+        assert learning_rate(recipe, step - steps_per_epoch, steps_per_epoch) == pytest.approx(before)
+        assert learning_rate(recipe, step + steps_per_epoch, steps_per_epoch) == pytest.approx(after)
+    assert (recipe.momentum, recipe.nesterov, recipe.weight_decay) == (0.9, False, 1e-4)
+
+
+def test_recipe_of_mrla():
+    recipe = TrainConfig(out="out", **RECIPES["mrla"][1])
+    rates = [learning_rate(recipe, 10 * epoch, 10) for epoch in (3, 29, 30, 60, 90)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.0001])
+    assert learning_rate(recipe, 0, 10) < learning_rate(recipe, 15, 10) < 0.1
+    with torch.device("meta"):
+        model = create_model(recipe.model, **recipe.parsed_model_options())
+    assert model.stages[3][2].drop_path.p == 0.2

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -95,9 +97,9 @@ def test_validation_images_are_not_trained_on_and_the_test_set_is_read_at_the_en
     seen = []
     original = loop.Run._step
 
-    def step(run, batch):
-        seen.append(batch.images)
-        original(run, batch)
+    def step(run, parts):
+        seen.extend(part.images for part in parts)
+        original(run, parts)
 
     monkeypatch.setattr(loop.Run, "_step", step)
     metrics = train(small(tmp_path / "run", train_images=None, validation=600, epochs=2))
@@ -315,6 +317,22 @@ def test_folders_that_are_taken_are_refused_and_left_alone(small, tmp_path, unin
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainError, match="out must be a new or empty folder"):
         train(small(tmp_path / "file"))
+
+
+def test_a_folder_another_process_writes_into_is_refused(small, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    hold = (
+        f"import fcntl, sys; f = open({str(out / loop.LOCK)!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{hold}; sys.stdin.read()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(TrainError, match="out: another process is writing into"):
+            train(small(out))
+        other.communicate()
+    train(small(out, max_steps=2))
 
 
 def test_killed_after_the_last_checkpoint_and_before_the_metrics(small, tmp_path, monkeypatch):

@@ -7,9 +7,7 @@ One operator per implementation, all with the schema below, so that ``torch.comp
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from collections.abc import Sequence
 
 import torch
@@ -48,27 +46,12 @@ def can_run_cpu(values: Sequence[Tensor], query: Tensor) -> str | None:
     return _dtype_reason(query)
 
 
-def can_run_triton(values: Sequence[Tensor], query: Tensor) -> str | None:
-    if not _HAS_TRITON:
-        return "the package triton is not installed"
-    if query.device.type != "cuda" and not _INTERPRETED:
-        return f"it needs CUDA tensors, got {query.device.type} (or TRITON_INTERPRET=1, which runs it slowly anywhere)"
-    if len(values) > MOST_VALUES_TRITON:
-        return f"it takes up to {MOST_VALUES_TRITON} values, got {len(values)}"
-    return _dtype_reason(query)
-
-
 def can_run_reference(values: Sequence[Tensor], query: Tensor) -> str | None:
     return None
 
 
-#: A kernel's arguments are limited to 4 KiB; each value takes an address and two strides.
-MOST_VALUES_TRITON = 64
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-#: Implementations in the order ``auto`` prefers them.  The interpreter never wins over a real kernel.
-IMPLEMENTATIONS = {"cpu": can_run_cpu, "triton": can_run_triton, "reference": can_run_reference}
+#: Implementations in the order ``auto`` prefers them.
+IMPLEMENTATIONS = {"cpu": can_run_cpu, "reference": can_run_reference}
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------
@@ -111,18 +94,6 @@ def _cpu_backward(grad_out, values, query, norm_weight, statistics):
         grad_norm_weight,
     )
     return grads
-
-
-def _triton(*args):
-    from . import triton_launch
-
-    return triton_launch.forward(*args)
-
-
-def _triton_backward(*args):
-    from . import triton_launch
-
-    return triton_launch.backward(*args)
 
 
 # --- registration -----------------------------------------------------------------------------------------------
@@ -180,4 +151,3 @@ def _register(impl: str, device_types: tuple[str, ...], forward, backward) -> No
 
 
 _register("cpu", ("cpu",), _cpu, _cpu_backward)
-_register("triton", ("cuda", "cpu") if _INTERPRETED else ("cuda",), _triton, _triton_backward)

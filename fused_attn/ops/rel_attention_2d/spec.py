@@ -13,7 +13,7 @@ from torch import Tensor
 from ..contract import BadInput, OpSpec, Sample, Shape
 from . import library
 from .api import decomposed_bias_attention, rel_attention_2d
-from .peers import PEERS
+from .peers import BIAS_PEERS, REL_PEERS
 
 Grid = tuple[int, int]
 
@@ -450,15 +450,19 @@ BIAS_BAD = (
 # --- benchmark shapes -------------------------------------------------------------------------------------------------
 
 
-def _shape(name: str, batch: int, heads: int, grid: Grid, d_k: int, d_v: int, make=make_rel) -> Shape:
-    geometry = {"batch": batch, "heads": heads, "query_grid": grid, "key_grid": grid, "d_k": d_k, "d_v": d_v}
-    pairs, positions = batch * heads, grid[0] * grid[1]
-    logits = pairs * positions * (grid[0] + grid[1])
-    tables = 2 * (grid[0] + grid[1] - 1) * d_k if make is make_rel else logits
+def _shape(
+    B: int, heads: int, H: int, W: int, d_k: int, d_v: int, *, make=make_rel, name: str = "", memory_only: bool = False
+) -> Shape:
+    """A case by its sizes; the query and key grids are equal."""
+    grid, pairs, positions = (H, W), B * heads, H * W
+    geometry = {"batch": B, "heads": heads, "query_grid": grid, "key_grid": grid, "d_k": d_k, "d_v": d_v}
+    logits = pairs * positions * (H + W)
+    tables = 2 * (H + W - 1) * d_k if make is make_rel else logits
     table_flops = 2 * logits * d_k if make is make_rel else 0
     vectors = pairs * positions * (2 * d_k + d_v)
+    sizes = {"B": B, "heads": heads, "H": H, "W": W, "d_k": d_k, "d_v": d_v}
     return Shape(
-        name,
+        name or ",".join(f"{key}={value}" for key, value in sizes.items()),
         partial(make, **geometry),
         flops_forward=2 * pairs * positions**2 * (d_k + d_v) + table_flops,
         flops_backward=2 * pairs * positions**2 * (3 * d_k + 2 * d_v) + 3 * table_flops,
@@ -466,17 +470,41 @@ def _shape(name: str, batch: int, heads: int, grid: Grid, d_k: int, d_v: int, ma
         bytes_backward=4 * (2 * vectors + 2 * tables + 2 * pairs * positions * d_v),
         # Finished logits have a gradient of their size, which the caller asked for.
         memory_limit=int(1.5 * 4 * (vectors + pairs * positions * d_v + logits * (1 if make is make_rel else 2))),
+        sizes=sizes,
+        memory_only=memory_only,
     )
 
 
-SHAPES = (
-    _shape("32x32, d_k 20, d_v 2", 8, 8, (32, 32), 20, 2),
-    _shape("16x16, d_k 20, d_v 4", 8, 8, (16, 16), 20, 4),
-    _shape("8x8, d_k 20, d_v 8", 8, 8, (8, 8), 20, 8),
-    _shape("64x64, d 64 (SAM)", 1, 12, (64, 64), 64, 64),
+def _growth(make) -> tuple[Shape, ...]:
+    # 96x96: the reference alone would need 30 GiB.
+    return tuple(
+        _shape(1, 8, n, n, 20, 2, make=make, name=f"{n}x{n}, B 1, d_k 20, d_v 2", memory_only=n > 64)
+        for n in (16, 32, 64, 96)
+    )
+
+
+#: The three stages of AA-WRN on 32x32 images, and SAM's global attention.
+REL_SHAPES = (
+    _shape(8, 8, 32, 32, 20, 2, name="32x32, d_k 20, d_v 2"),
+    _shape(8, 8, 16, 16, 20, 4, name="16x16, d_k 20, d_v 4"),
+    _shape(8, 8, 8, 8, 20, 8, name="8x8, d_k 20, d_v 8"),
+    _shape(1, 12, 64, 64, 64, 64, name="64x64, d 64 (SAM)"),
 )
-GROWTH = tuple(_shape(f"{n}x{n}, B 1, d_k 20, d_v 2", 1, 8, (n, n), 20, 2) for n in (16, 32, 64, 96))
-BIAS_GROWTH = tuple(_shape(f"{n}x{n}, B 1, d_k 20, d_v 2", 1, 8, (n, n), 20, 2, make_bias) for n in (16, 32, 64, 96))
+REL_GPU_SHAPES = (
+    _shape(128, 8, 32, 32, 20, 2, name="32x32, B 128, d_k 20, d_v 2"),
+    _shape(128, 8, 16, 16, 20, 4, name="16x16, B 128, d_k 20, d_v 4"),
+    _shape(128, 8, 8, 8, 20, 8, name="8x8, B 128, d_k 20, d_v 8"),
+    _shape(8, 12, 64, 64, 64, 64, name="64x64, B 8, d 64 (SAM)"),
+)
+#: SAM and ViTDet on 1024x1024 images: global attention, and 25 windows.
+BIAS_SHAPES = (
+    _shape(1, 12, 64, 64, 64, 64, make=make_bias, name="64x64, d 64 (SAM)"),
+    _shape(25, 12, 14, 14, 64, 64, make=make_bias, name="14x14, d 64 (SAM windows)"),
+)
+BIAS_GPU_SHAPES = (
+    _shape(8, 12, 64, 64, 64, 64, make=make_bias, name="64x64, B 8, d 64 (SAM)"),
+    _shape(200, 12, 14, 14, 64, 64, make=make_bias, name="14x14, B 200, d 64 (SAM windows)"),
+)
 
 
 # --- specs ------------------------------------------------------------------------------------------------------------
@@ -519,9 +547,11 @@ SPECS = (
         bad_inputs=REL_BAD,
         fuzz=fuzz_rel,
         operators=partial(_operators, "rel"),
-        shapes=SHAPES,
-        growth=GROWTH,
-        peers=PEERS,
+        shapes=REL_SHAPES,
+        growth=_growth(make_rel),
+        gpu_shapes=REL_GPU_SHAPES,
+        make_shape=partial(_shape, make=make_rel),
+        peers=REL_PEERS,
     ),
     OpSpec(
         name="decomposed_bias_attention",
@@ -531,6 +561,10 @@ SPECS = (
         bad_inputs=BIAS_BAD,
         fuzz=fuzz_bias,
         operators=partial(_operators, "bias"),
-        growth=BIAS_GROWTH,
+        shapes=BIAS_SHAPES,
+        growth=_growth(make_bias),
+        gpu_shapes=BIAS_GPU_SHAPES,
+        make_shape=partial(_shape, make=make_bias),
+        peers=BIAS_PEERS,
     ),
 )

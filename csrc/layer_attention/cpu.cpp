@@ -1,0 +1,236 @@
+// Registration of the CPU kernels, and the weights themselves: small per-head work that needs no vector code.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+#include "common/cpu_capability.h"
+#include "layer_attention/kernel.h"
+
+namespace fused_attn::layer_attention {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    default: throw std::runtime_error("layer_attention: the CPU kernel takes float32, float16 and bfloat16");
+  }
+}
+
+TensorView view_of(const Tensor& tensor) {
+  TensorView view{tensor.data_ptr(), dtype_of(tensor), {}};
+  for (int64_t i = 0; i < tensor.dim(); ++i) view.stride[i] = tensor.stride(i);
+  return view;
+}
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  if (cpu_capability() == CpuCapability::avx512) return avx512::kernels;
+  if (cpu_capability() == CpuCapability::avx2) return avx2::kernels;
+#endif
+  return generic::kernels;
+}
+
+template <class Run>
+void parallel(int64_t count, const Run& run, int64_t grain = 1) {
+  if (count > 0) torch::stable::parallel_for(0, count, grain, run);
+}
+
+// --- the weights --------------------------------------------------------------------------------------------------
+
+// One (image, group): sums in double, as they are few and everything else follows from them.
+struct Head {
+  int64_t groups, depth, layers;
+  double scale;
+  bool sigmoid;
+  TensorView query;  // (batch, groups, depth)
+  std::vector<TensorView> keys;
+  TensorView bias;  // (layers, groups), or nothing
+
+  Head(const Tensor& q, const std::vector<Tensor>& k, const std::optional<Tensor>& b, double scale_, bool sigmoid_)
+      : groups(q.size(1)), depth(q.size(2)), layers(k.size()), scale(scale_), sigmoid(sigmoid_), query(view_of(q)) {
+    for (const Tensor& key : k) keys.push_back(view_of(key));
+    if (b) bias = view_of(*b);
+  }
+
+  void load(const TensorView& view, int64_t bg, float* to) const {
+    gather(view, bg / groups * view.stride[0] + bg % groups * view.stride[1], view.stride[2], depth, 1.0f, to);
+  }
+};
+
+void layer_weights_forward(Tensor query, std::vector<Tensor> keys, std::optional<Tensor> bias, double scale,
+                           bool sigmoid, Tensor weights) {
+  const Head head(query, keys, bias, scale, sigmoid);
+  float* to = static_cast<float*>(weights.mutable_data_ptr());
+  auto run = [&](int64_t begin, int64_t end) {
+    std::vector<float> q(head.depth), k(head.depth);
+    std::vector<double> logits(head.layers);
+    for (int64_t bg = begin; bg < end; ++bg) {
+      head.load(head.query, bg, q.data());
+      double max = -std::numeric_limits<double>::infinity();
+      for (int64_t l = 0; l < head.layers; ++l) {
+        head.load(head.keys[l], bg, k.data());
+        double dot = 0.0;
+        for (int64_t i = 0; i < head.depth; ++i) dot += double(q[i]) * k[i];
+        float add = 0.0f;
+        if (head.bias)
+          gather(head.bias, l * head.bias.stride[0] + bg % head.groups * head.bias.stride[1], 1, 1, 1.0f, &add);
+        logits[l] = head.scale * dot + add;
+        max = std::max(max, logits[l]);
+      }
+      if (head.sigmoid) {
+        for (int64_t l = 0; l < head.layers; ++l)
+          to[bg * head.layers + l] = static_cast<float>(1.0 / (1.0 + std::exp(-logits[l])));
+        continue;
+      }
+      double total = 0.0;
+      for (double& logit : logits) total += logit = std::exp(logit - max);
+      for (int64_t l = 0; l < head.layers; ++l) to[bg * head.layers + l] = static_cast<float>(logits[l] / total);
+    }
+  };
+  parallel(query.size(0) * head.groups, run,
+           std::max<int64_t>(1, 16384 / std::max<int64_t>(head.layers * head.depth, 1)));
+}
+
+// grad_scores (batch, groups, layers) holds the gradient of the weights and receives that of the scores.
+void layer_weights_backward(Tensor query, std::vector<Tensor> keys, double scale, bool sigmoid, Tensor weights,
+                            Tensor grad_scores, Tensor grad_query, std::vector<Tensor> grad_keys) {
+  const Head head(query, keys, std::nullopt, scale, sigmoid);
+  const float* weight = static_cast<const float*>(weights.const_data_ptr());
+  float* grad = static_cast<float*>(grad_scores.mutable_data_ptr());
+  const TensorView to_query = view_of(grad_query);
+  std::vector<TensorView> to_keys;
+  for (const Tensor& key : grad_keys) to_keys.push_back(view_of(key));
+  auto run = [&](int64_t begin, int64_t end) {
+    std::vector<float> q(head.depth), k(head.depth), result(head.depth);
+    std::vector<double> sum(head.depth);
+    auto put = [&](const TensorView& view, int64_t bg) {
+      scatter(view, bg / head.groups * view.stride[0] + bg % head.groups * view.stride[1], view.stride[2], head.depth,
+              1.0f, result.data());
+    };
+    for (int64_t bg = begin; bg < end; ++bg) {
+      const float* a = weight + bg * head.layers;
+      float* da = grad + bg * head.layers;
+      double delta = 0.0;
+      if (!head.sigmoid)
+        for (int64_t l = 0; l < head.layers; ++l) delta += double(a[l]) * da[l];
+      std::fill(sum.begin(), sum.end(), 0.0);
+      head.load(head.query, bg, q.data());
+      for (int64_t l = 0; l < head.layers; ++l) {
+        const double ds = head.sigmoid ? double(a[l]) * (1.0 - a[l]) * da[l] : a[l] * (da[l] - delta);
+        da[l] = static_cast<float>(ds);
+        head.load(head.keys[l], bg, k.data());
+        for (int64_t i = 0; i < head.depth; ++i) {
+          sum[i] += ds * k[i];
+          result[i] = static_cast<float>(head.scale * ds * q[i]);
+        }
+        put(to_keys[l], bg);
+      }
+      for (int64_t i = 0; i < head.depth; ++i) result[i] = static_cast<float>(head.scale * sum[i]);
+      put(to_query, bg);
+    }
+  };
+  parallel(query.size(0) * head.groups, run,
+           std::max<int64_t>(1, 16384 / std::max<int64_t>(head.layers * head.depth, 1)));
+}
+
+// --- the sum ------------------------------------------------------------------------------------------------------
+
+struct Pointers {
+  std::vector<void*> data;
+  std::vector<int64_t> strides;
+
+  explicit Pointers(const std::vector<Tensor>& tensors) {
+    for (const Tensor& tensor : tensors) {
+      data.push_back(tensor.data_ptr());
+      strides.push_back(tensor.dim() > 0 ? tensor.stride(0) : 0);
+    }
+  }
+};
+
+void fill(Sum& p, const Tensor& weights, const Tensor& like, const Pointers& values, bool channels_last) {
+  p.batch = like.size(0), p.channels = like.size(1), p.positions = 1;
+  for (int64_t i = 2; i < like.dim(); ++i) p.positions *= like.size(i);
+  p.groups = weights.size(1), p.layers = weights.size(2);
+  p.channels_last = channels_last;
+  p.dtype = dtype_of(like);
+  p.weights = static_cast<const float*>(weights.const_data_ptr());
+  p.values = values.data.data();
+  p.value_strides = values.strides.data();
+}
+
+void layer_sum_forward(Tensor weights, std::vector<Tensor> values, bool channels_last, Tensor out) {
+  if (out.numel() == 0) return;
+  const Pointers pointers(values);
+  Forward p;
+  fill(p, weights, out, pointers, channels_last);
+  p.out = out.mutable_data_ptr();
+  p.out_stride = out.stride(0);
+  const auto run = kernels().forward;
+  parallel(tasks_of(p), [&](int64_t begin, int64_t end) { run(p, begin, end); });
+}
+
+void layer_sum_backward(Tensor grad_out, Tensor weights, std::vector<Tensor> values, bool channels_last,
+                        bool accumulate, std::optional<Tensor> grad_weights, std::vector<Tensor> grad_values) {
+  const int64_t heads = weights.size(0) * weights.size(1), layers = weights.size(2);
+  float* to = grad_weights ? static_cast<float*>(grad_weights->mutable_data_ptr()) : nullptr;
+  if (to) std::fill(to, to + heads * layers, 0.0f);
+  if (grad_out.numel() == 0) return;
+  const Pointers pointers(values), grads(grad_values);
+  Backward p;
+  fill(p, weights, grad_out, pointers, channels_last);
+  p.grad_out = grad_out.const_data_ptr();
+  p.grad_out_stride = grad_out.stride(0);
+  p.grad_values = grads.data.empty() ? nullptr : grads.data.data();
+  p.grad_value_strides = grads.strides.data();
+  p.accumulate = accumulate;
+  std::vector<float> partials(to ? tasks_of(p) * layers * (channels_last ? p.groups : 1) : 0);
+  p.partials = to ? partials.data() : nullptr;
+  const auto run = kernels().backward;
+  parallel(tasks_of(p), [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  if (!to) return;
+  // In a fixed order: no result depends on the number of threads.
+  const int64_t parts = channels_last ? parts_of_image(p) : parts_of_row(p);
+  for (int64_t b = 0; b < p.batch; ++b)
+    for (int64_t part = 0; part < parts; ++part)
+      for (int64_t g = 0; g < p.groups; ++g) {
+        const int64_t slot = channels_last ? (b * parts + part) * p.groups + g : (b * p.groups + g) * parts + part;
+        for (int64_t l = 0; l < layers; ++l) to[(b * p.groups + g) * layers + l] += partials[slot * layers + l];
+      }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn_cpu, m) {
+  m.def(
+      "layer_weights_forward(Tensor query, Tensor[] keys, Tensor? bias, float scale, bool sigmoid, "
+      "Tensor(a!) weights) -> ()");
+  m.def(
+      "layer_weights_backward(Tensor query, Tensor[] keys, float scale, bool sigmoid, Tensor weights, "
+      "Tensor(a!) grad_scores, Tensor(b!) grad_query, Tensor(c!)[] grad_keys) -> ()");
+  m.def("layer_sum_forward(Tensor weights, Tensor[] values, bool channels_last, Tensor(a!) out) -> ()");
+  m.def(
+      "layer_sum_backward(Tensor grad_out, Tensor weights, Tensor[] values, bool channels_last, bool accumulate, "
+      "Tensor(a!)? grad_weights, Tensor(b!)[] grad_values) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_attn_cpu, CPU, m) {
+  m.impl("layer_weights_forward", TORCH_BOX(&layer_weights_forward));
+  m.impl("layer_weights_backward", TORCH_BOX(&layer_weights_backward));
+  m.impl("layer_sum_forward", TORCH_BOX(&layer_sum_forward));
+  m.impl("layer_sum_backward", TORCH_BOX(&layer_sum_backward));
+}
+
+}  // namespace fused_attn::layer_attention

@@ -1,0 +1,217 @@
+"""Results of a benchmark: the table in the terminal, JSON, CSV and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..train.checkpoint import write_text
+from .runner import Row
+
+MIB = 2**20
+PASS_TITLES = {"both": "forward + backward", "fwd": "forward", "bwd": "backward"}
+COLUMNS = (
+    "op", "shape", "kind", "provider", "pass", "status", "reason", "repetitions", "p20_ms", "p50_ms", "p80_ms",
+    "best_peer_over_this", "gbps", "of_copy", "gflops", "of_matmul", "extra_bytes", "saved_bytes",
+)  # fmt: skip
+
+Report = dict[str, Any]
+
+
+def stem(report: Report) -> str:
+    """Name of the result files: the op's; with device and dtype where they are not CPU and float32."""
+    usual = (report["device"], report["dtype"]) == ("cpu", "fp32")
+    return report["op"] if usual else f"{report['op']}_{report['device']}_{report['dtype']}"
+
+
+def write(report: Report, folder: Path) -> None:
+    """Write JSON and CSV, each complete or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / f"{stem(report)}.json", json.dumps(report, indent=1) + "\n")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(report["rows"])
+    write_text(folder / f"{stem(report)}.csv", text.getvalue())
+
+
+def render(report: Report, folder: Path) -> None:
+    """Write Markdown and pictures; they hold nothing that the JSON does not."""
+    from . import plots
+
+    name = stem(report)
+    write_text(folder / f"{name}.md", markdown(report))
+    plots.bars(report, folder / f"{name}.png")
+    plots.growth(report, folder / f"{name}_growth.png")
+
+
+def unique(rows: Iterable[Row], key: str) -> list[str]:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+# --- terminal ---------------------------------------------------------------------------------------------------
+
+
+def print_table(report: Report) -> None:
+    """One table per case, with everything that was measured."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    ceilings = report["ceilings"]
+    console.print(f"\n[bold]{report['op']}[/bold], {report['dtype']}, {report['device']}; {machine(report)}")
+    if ceilings:
+        console.print(
+            f"this machine copies {ceilings['copy_gbps']:.1f} GB/s and multiplies matrices at "
+            f"{ceilings['matmul_gflops']:.0f} GFLOP/s; percentages are shares of these",
+            highlight=False,
+        )
+    for shape in unique(report["rows"], "shape"):
+        rows = [row for row in report["rows"] if row["shape"] == shape]
+        table = Table(title=shape, title_justify="left")
+        table.add_column("")
+        table.add_column("pass")
+        for heading in ("p50 ms", "p20", "p80", "vs best peer", "GB/s", "", "GFLOP/s", "", "peak MiB", "saved MiB"):
+            table.add_column(heading, justify="right")
+        for row in rows:
+            name = f"[bold]{row['provider']}[/bold]" if row["fused"] else row["provider"]
+            if row["status"] != "ok":
+                continue
+            table.add_row(
+                name,
+                row["pass"],
+                *(_number(row.get(key), digits) for key, digits in (("p50_ms", 3), ("p20_ms", 3), ("p80_ms", 3))),
+                _number(row.get("best_peer_over_this"), 2, "x"),
+                _number(row.get("gbps"), 3),
+                _percent(row.get("of_copy")),
+                _number(row.get("gflops"), 3),
+                _percent(row.get("of_matmul")),
+                _mebibytes(row.get("extra_bytes")),
+                _mebibytes(row.get("saved_bytes")),
+            )
+        if table.row_count:
+            console.print(table)
+        else:
+            console.print(f"{shape}:", highlight=False)
+        for line in dict.fromkeys(_remark(row) for row in rows if row["reason"]):
+            console.print(line, markup=False, highlight=False)
+
+
+def _remark(row: Row) -> str:
+    if row["status"] == "ok":
+        return f"  {row['provider']}: {row['reason']}"
+    which = f", {row['pass']}" if row["pass"] else ""
+    return f"  {row['provider']}{which}: {row['status']}: {row['reason']}"
+
+
+def _number(value: float | None, digits: int, unit: str = "") -> str:
+    """At least ``digits`` digits, without an exponent."""
+    if value is None:
+        return "-"
+    whole = int(abs(value))
+    decimals = max(0, digits - (len(str(whole)) if whole else 0))
+    return f"{value:,.{decimals}f}{unit}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}" if value < 0.1 else f"{value:.0%}"
+
+
+def _mebibytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / MIB:,.1f}"
+
+
+# --- Markdown ---------------------------------------------------------------------------------------------------
+
+
+def machine(report: Report) -> str:
+    environment = report["environment"]
+    where = environment["gpu"] if report["device"] == "cuda" else environment["cpu"]
+    if report["device"] == "cpu":
+        where += f", {environment['threads']} of {environment['cores']} cores, {environment['cpu_capability']}"
+    return f"{where}, torch {environment['torch']}, {environment['date']}"
+
+
+def markdown(report: Report) -> str:
+    """The tables of the README: time by pass, shares of the ceilings, memory."""
+    timed = [row for row in report["rows"] if row.get("p50_ms") and row["kind"] == "shape"]
+    lines = [
+        f"{machine(report)}, {report['dtype']}.  Median milliseconds [20th, 80th percentile]; the ratio is the best "
+        "peer's median over the fused op's."
+    ]
+    for each in sorted(unique(timed, "pass"), key=list(PASS_TITLES).index):
+        rows = [row for row in timed if row["pass"] == each]
+        lines += _table(PASS_TITLES[each], rows, _median)
+        for name in unique((row for row in rows if row["fused"]), "provider"):
+            mine = [row for row in rows if row["provider"] == name]
+            ratios = {row["shape"]: row.get("best_peer_over_this") for row in mine}
+            cells = [f"**{ratios[shape]:.1f}x**" if ratios.get(shape) else "-" for shape in unique(rows, "shape")]
+            lines.append(f"| best peer / `{name}` | {' | '.join(cells)} |")
+
+    fused = [row for row in timed if row["fused"] and row.get("of_copy")]
+    if fused:
+        ceilings = report["ceilings"]
+        lines += [
+            "",
+            f"Least bytes and FLOPs of the op over its time; in brackets, the share of what this machine copies "
+            f"({ceilings['copy_gbps']:.1f} GB/s) and multiplies ({ceilings['matmul_gflops']:.0f} GFLOP/s) at most:",
+            "",
+            "| fused op | pass | GB/s | GFLOP/s |",
+            "| --- | --- | ---: | ---: |",
+        ]
+        for row in fused:
+            gbps, gflops = _number(row["gbps"], 3), _number(row["gflops"], 3)
+            copy, product = _percent(row["of_copy"]), _percent(row["of_matmul"])
+            title = f"`{row['provider']}`, {row['shape']} | {PASS_TITLES[row['pass']]}"
+            lines.append(f"| {title} | {gbps} [{copy}] | {gflops} [{product}] |")
+
+    lines += _memory_tables(report)
+    reasons = {}
+    for row in report["rows"]:
+        if row["status"] != "ok" and row["kind"] == "shape":
+            reasons.setdefault((row["provider"], row["status"], row["reason"]), None)
+    if reasons:
+        lines += ["", f"Not timed: {'; '.join(f'{name} ({why})' for name, _, why in reasons)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _memory_tables(report: Report) -> list[str]:
+    """Peak memory of training where there is a backward pass, and what is saved for it."""
+    lines = []
+    for kind, title in (("shape", "peak extra memory, MiB"), ("growth", "its growth, MiB")):
+        rows = {}
+        for row in report["rows"]:
+            if row["kind"] == kind and row.get("extra_bytes") is not None:
+                key = row["shape"], row["provider"]
+                if key not in rows or row["pass"] != "fwd":
+                    rows[key] = row
+        lines += _table(title, list(rows.values()), lambda row: f"{row['extra_bytes'] / MIB:.1f}")
+    rows = [
+        row
+        for row in report["rows"]
+        if row["kind"] == "shape" and row["pass"] == "both" and row.get("saved_bytes") is not None
+    ]
+    return lines + _table("saved for backward, MiB", rows, lambda row: f"{row['saved_bytes'] / MIB:.1f}")
+
+
+def _median(row: Row) -> str:
+    return "{} [{}, {}]".format(*(_number(row[key], 3) for key in ("p50_ms", "p20_ms", "p80_ms")))
+
+
+def _table(title: str, rows: Sequence[Row], cell) -> list[str]:
+    """Providers by shapes."""
+    if not rows:
+        return []
+    shapes, cells = unique(rows, "shape"), {(row["shape"], row["provider"]): cell(row) for row in rows}
+    lines = ["", f"| {title} | {' | '.join(shapes)} |", "| --- |" + " ---: |" * len(shapes)]
+    fused = {row["provider"] for row in rows if row["fused"]}
+    for name in unique(rows, "provider"):
+        label = f"**fused** (`{name}`)" if name in fused else name
+        lines.append(f"| {label} | {' | '.join(cells.get((shape, name), '-') for shape in shapes)} |")
+    return lines

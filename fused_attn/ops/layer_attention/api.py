@@ -1,0 +1,173 @@
+"""Public functions: validation, then the choice of implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .. import dispatch
+from . import library, reference
+
+ACTIVATIONS = ("softmax", "sigmoid")
+
+
+def layer_attention(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    activation: str = "softmax",
+    impl: str = "auto",
+) -> Tensor:
+    """Attention of one layer over the outputs of several, with one weight per image, group of channels and layer.
+
+    ``out[b, c] = sum_l a[b, g(c), l] * values[l][b, c]`` with
+    ``a[b, g, :] = softmax_l(scale * query[b, g].keys[l][b, g] + bias[l, g])``, g(c) the group of channel c.
+
+    Args:
+        query: (B, G, d), or (G, d) for one learned query that all images share.
+        keys: L tensors (B, G, d).
+        values: L tensors (B, C, *spatial), C a multiple of G; a group is C / G channels side by side.  They stay where
+            they are: nothing is stacked, concatenated or copied, unless their memory order is neither that of a
+            contiguous tensor nor channels_last, or not that of ``values[0]``.
+        scale: factor of the products; ``d**-0.5`` when None.
+        bias: (L, G), added to the scores.  None: none.
+        activation: ``"softmax"`` over the layers, or ``"sigmoid"`` of each.
+        impl: ``"auto"``, ``"cpu"`` or ``"reference"``.
+
+    Returns:
+        (B, C, *spatial), dtype of the inputs, memory order of ``values[0]``.
+
+    Raises:
+        TypeError: an argument is not a tensor, or not of a floating-point dtype.
+        ValueError: shapes, dtypes or devices do not fit, there is no layer, or an option is unknown.
+        RuntimeError: the chosen ``impl`` cannot run on these inputs.
+
+    All inputs share one dtype (float32, float16, bfloat16; the reference computes any); weights and sums are float32.
+    Deterministic, with the same bits at any number of threads.  Saved for backward: the inputs and the weights.  Every
+    call gives each value a gradient of its own; over the layers of a stage, :class:`LayerCache` gives them one.
+
+    Source: Fang et al. 2023, "Cross-Layer Retrospective Retrieving via Layer Attention", eq. 4-6 (MRLA-base); Luo,
+    "Self-Attentive Layer Aggregation", eq. 1-4 (one group).
+    """
+    query, keys, values, bias, scale = check(query, keys, values, scale, bias, activation)
+    impl = dispatch.choose("layer_attention", impl, library.IMPLEMENTATIONS, values)
+    sigmoid = activation == "sigmoid"
+    if impl == "reference":
+        return reference.layer_attention(query, keys, values, bias, scale, sigmoid)
+    return library.layer_attention(impl, query, keys, values, bias, scale, sigmoid)
+
+
+def weighted_layer_sum(weights: Tensor, values: Sequence[Tensor], *, impl: str = "auto") -> Tensor:
+    """``out[b, c] = sum_l weights[b, g(c), l] * values[l][b, c]``: :func:`layer_attention` with its weights given.
+
+    Args:
+        weights: (B, G, L).
+        values: L tensors (B, C, *spatial), C a multiple of G, dtype of ``weights``.
+        impl: as in :func:`layer_attention`.
+
+    Returns:
+        (B, C, *spatial), dtype of the inputs, memory order of ``values[0]``.
+
+    Raises, determinism: as in :func:`layer_attention`.
+    """
+    _check_tensor("weights", weights)
+    values = _check_list("values", values)
+    weights, *values = dispatch.autocast(weights, *values)
+    _check_values(weights, "weights", values)
+    batch, channels = values[0].shape[:2]
+    if weights.dim() != 3 or weights.shape[0] != batch or weights.shape[2] != len(values):
+        raise ValueError(f"weights must have shape (B, G, L)=({batch}, G, {len(values)}), got {tuple(weights.shape)}")
+    _check_groups("weights", weights.shape[1], channels)
+    impl = dispatch.choose("weighted_layer_sum", impl, library.IMPLEMENTATIONS, values)
+    if impl == "reference":
+        return reference.weighted_layer_sum(weights, values)
+    return library.weighted_layer_sum(impl, weights, values)
+
+
+def check(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    scale: float | None,
+    bias: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, float]:
+    """The arguments of :func:`layer_attention` as the operators take them: query (B, G, d), lists, scale a number."""
+    _check_tensor("query", query)
+    keys, values = _check_list("keys", keys), _check_list("values", values)
+    if bias is not None:
+        _check_tensor("bias", bias)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    if len(keys) != len(values):
+        raise ValueError(f"keys must be as many as values, {len(values)}, got {len(keys)}")
+    if query.dim() not in (2, 3):
+        raise ValueError(f"query must have shape (B, G, d) or (G, d), got {tuple(query.shape)}")
+    query, bias, *rest = dispatch.autocast(query, bias, *keys, *values)
+    keys, values = rest[: len(keys)], rest[len(keys) :]
+    _check_values(query, "query", values)
+    batch, channels = values[0].shape[:2]
+    if query.dim() == 2:
+        query = query.expand(batch, *query.shape)
+    if query.shape[0] != batch:
+        raise ValueError(f"query must have the batch of values, {batch}, got shape {tuple(query.shape)}")
+    if query.shape[2] == 0:
+        raise ValueError(f"query must have a depth d of at least 1, got shape {tuple(query.shape)}")
+    _check_groups("query", query.shape[1], channels)
+    for layer, key in enumerate(keys):
+        name = f"keys[{layer}]"
+        if key.shape != query.shape:
+            raise ValueError(f"{name} must have shape (B, G, d)={tuple(query.shape)}, got {tuple(key.shape)}")
+        _check_like(name, key, "query", query)
+    if bias is not None:
+        expected = (len(keys), query.shape[1])
+        if tuple(bias.shape) != expected:
+            raise ValueError(f"bias must have shape (L, G)={expected}, got {tuple(bias.shape)}")
+        _check_like("bias", bias, "query", query)
+    return query, list(keys), list(values), bias, query.shape[2] ** -0.5 if scale is None else float(scale)
+
+
+def _check_tensor(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+
+
+def _check_list(name: str, tensors: object) -> list[Tensor]:
+    if not isinstance(tensors, (list, tuple)):
+        raise TypeError(f"{name} must be a list of tensors, one for each layer, got {type(tensors).__name__}")
+    if not tensors:
+        raise ValueError(f"{name} must hold at least one layer, got none")
+    for layer, tensor in enumerate(tensors):
+        _check_tensor(f"{name}[{layer}]", tensor)
+    return list(tensors)
+
+
+def _check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.dtype != other.dtype:
+        raise ValueError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}")
+    if tensor.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}")
+
+
+def _check_values(other: Tensor, other_name: str, values: Sequence[Tensor]) -> None:
+    if values[0].dim() < 2:
+        raise ValueError(f"values[0] must have shape (B, C, *spatial), got {tuple(values[0].shape)}")
+    for layer, value in enumerate(values):
+        if value.shape != values[0].shape:
+            raise ValueError(
+                f"values[{layer}] must have the shape of values[0], {tuple(values[0].shape)}, got {tuple(value.shape)}"
+            )
+        _check_like(f"values[{layer}]", value, other_name, other)
+
+
+def _check_groups(name: str, groups: int, channels: int) -> None:
+    if groups == 0 or channels % groups:
+        raise ValueError(f"{name} must have a number of groups G that divides the C={channels} channels, got {groups}")

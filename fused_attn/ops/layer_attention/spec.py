@@ -1,0 +1,454 @@
+"""Samples, bad inputs, benchmark shapes and peers of ``layer_attention`` and ``weighted_layer_sum``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contract import BadInput, OpSpec, Sample, Shape
+from . import library
+from .api import layer_attention, weighted_layer_sum
+from .peers import ATTENTION_PEERS, SUM_PEERS
+
+# --- layouts of a value (B, C, *spatial) ------------------------------------------------------------------------------
+
+
+def _contiguous(shape, dtype, device):
+    return torch.randn(shape, dtype=torch.float64).to(device, dtype)
+
+
+def _channels_last(shape, dtype, device):
+    batch, channels, *spatial = shape
+    return _contiguous((batch, *spatial, channels), dtype, device).movedim(-1, 1)
+
+
+def _part_of_batch(shape, dtype, device):
+    """Every second image of a larger batch: dense images, not a dense batch."""
+    return _contiguous((2 * shape[0], *shape[1:]), dtype, device)[::2]
+
+
+def _spread(shape, dtype, device):
+    """Every second element of every axis: neither memory order, so it is copied."""
+    return _contiguous([2 * size for size in shape], dtype, device)[tuple(slice(1, None, 2) for _ in shape)]
+
+
+def _expanded(shape, dtype, device):
+    """One image for the whole batch: stride 0."""
+    return _contiguous((1, *shape[1:]), dtype, device).expand(shape)
+
+
+_LAYOUTS = (_contiguous, _channels_last, _part_of_batch, _spread)
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
+def _values(dtype, device, layers, batch, channels, spatial, layout=_contiguous, layouts=None):
+    layouts = layouts or (layout,) * layers
+    return [each((batch, channels, *spatial), dtype, device) for each in layouts]
+
+
+def make_attention(
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    layers: int,
+    batch: int,
+    groups: int,
+    depth: int,
+    channels: int,
+    spatial: tuple[int, ...],
+    learned: bool = False,
+    bias: bool = False,
+    edit: Callable[[dict[str, Any]], None] | None = None,
+    options: Mapping[str, Any] | None = None,
+    **layouts: Any,
+) -> dict[str, Any]:
+    """Arguments of ``layer_attention``; ``edit`` changes them afterwards."""
+    inputs = {
+        "query": _contiguous((groups, depth) if learned else (batch, groups, depth), dtype, device),
+        "keys": [_contiguous((batch, groups, depth), dtype, device) for _ in range(layers)],
+        "values": _values(dtype, device, layers, batch, channels, spatial, **layouts),
+    }
+    if bias:
+        inputs["bias"] = _contiguous((layers, groups), dtype, device)
+    if edit is not None:
+        edit(inputs)
+    return {**inputs, **(options or {})}
+
+
+def make_sum(
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    layers: int,
+    batch: int,
+    groups: int,
+    channels: int,
+    spatial: tuple[int, ...],
+    depth: int = 0,
+    **layouts: Any,
+) -> dict[str, Any]:
+    """Arguments of ``weighted_layer_sum``; a depth is of no meaning here."""
+    return {
+        "weights": _contiguous((batch, groups, layers), dtype, device),
+        "values": _values(dtype, device, layers, batch, channels, spatial, **layouts),
+    }
+
+
+_SMALL = {"layers": 3, "batch": 2, "groups": 2, "depth": 3, "channels": 4, "spatial": (2, 3)}
+
+_GEOMETRIES: dict[str, dict[str, Any]] = {
+    "small": _SMALL,
+    "one layer": {**_SMALL, "layers": 1},
+    "many layers": {**_SMALL, "layers": 33},
+    "one group": {**_SMALL, "groups": 1},
+    "a group per channel": {**_SMALL, "groups": 4},
+    "depth 1": {**_SMALL, "depth": 1},
+    "pooled": {**_SMALL, "channels": 64, "spatial": (), "groups": 1, "depth": 32, "layers": 9},
+    "1x1": {**_SMALL, "spatial": (1, 1)},
+    "tokens": {**_SMALL, "channels": 12, "spatial": (17,)},
+    "volume": {**_SMALL, "spatial": (2, 3, 5)},
+    "primes": {**_SMALL, "channels": 14, "spatial": (7, 11), "layers": 5},
+    "a row in two parts": {**_SMALL, "groups": 1, "channels": 3, "spatial": (83, 97), "batch": 1},
+    "stage 3 of a small ResNet": {**_SMALL, "channels": 64, "groups": 4, "depth": 16, "spatial": (14, 14), "layers": 6},
+    "channels_last": {**_SMALL, "channels": 48, "spatial": (5, 7), "layout": _channels_last},
+    "channels_last, odd channels": {**_SMALL, "channels": 38, "spatial": (5, 3), "layout": _channels_last},
+    "channels_last, two blocks of channels": {**_SMALL, "channels": 272, "spatial": (9, 9), "layout": _channels_last},
+    "channels_last, two parts of the image": {**_SMALL, "channels": 64, "spatial": (19, 17), "layout": _channels_last},
+    "channels_last tokens": {**_SMALL, "channels": 12, "spatial": (17,), "layout": _channels_last},
+    "part of a batch": {**_SMALL, "layout": _part_of_batch},
+    "spread": {**_SMALL, "layout": _spread},
+    "expanded": {**_SMALL, "layout": _expanded},
+    "mixed layouts": {**_SMALL, "layouts": (_channels_last, _contiguous, _spread)},
+    "no images": {**_SMALL, "batch": 0},
+    "no positions": {**_SMALL, "spatial": (0, 3)},
+    "no channels": {**_SMALL, "channels": 0},
+}
+
+
+def _plant(name: str, layer: int, value: float) -> Callable[[dict[str, Any]], None]:
+    def edit(inputs: dict[str, Any]) -> None:
+        # In one image of two: the other one's results must stay finite and right.
+        inputs[name][layer][(0,) * inputs[name][layer].dim()] = value
+
+    return edit
+
+
+def _mask(inputs: dict[str, Any]) -> None:
+    inputs["bias"][1] = float("-inf")
+
+
+_SMALL_NAMES = ("small", "one layer", "channels_last tokens")
+
+ATTENTION_SAMPLES = (
+    *(Sample(name, partial(make_attention, **g), small=name in _SMALL_NAMES) for name, g in _GEOMETRIES.items()),
+    Sample("sigmoid", partial(make_attention, **_SMALL, options={"activation": "sigmoid"}), small=True),
+    Sample("learned query", partial(make_attention, **_SMALL, learned=True), small=True),
+    Sample("bias", partial(make_attention, **_SMALL, bias=True), small=True),
+    Sample(
+        "sigmoid, bias, learned query",
+        partial(make_attention, **_SMALL, learned=True, bias=True, options={"activation": "sigmoid", "scale": 0.3}),
+    ),
+    Sample("a layer masked", partial(make_attention, **_SMALL, bias=True, edit=_mask)),
+    Sample("scale 0", partial(make_attention, **_SMALL, options={"scale": 0.0})),
+    Sample("large scores", partial(make_attention, **_SMALL, options={"scale": 30.0})),
+    Sample("nan in a value", partial(make_attention, **_SMALL, edit=_plant("values", 1, float("nan")))),
+    Sample("inf in a value", partial(make_attention, **_SMALL, edit=_plant("values", 0, float("inf")))),
+    Sample("nan in a key", partial(make_attention, **_SMALL, edit=_plant("keys", 2, float("nan")))),
+)
+SUM_SAMPLES = tuple(Sample(name, partial(make_sum, **g), small=name in _SMALL_NAMES) for name, g in _GEOMETRIES.items())
+
+
+# --- random calls for the shape fuzz ----------------------------------------------------------------------------------
+
+
+def _fuzz_geometry(draw: random.Random) -> dict[str, Any]:
+    groups = draw.randint(1, 5)
+    layers = draw.randint(1, 9)
+    spatial = draw.choice(((), (1,), (1, 1), (draw.randint(1, 40),), (draw.randint(1, 12), draw.randint(1, 20))))
+    return {
+        "layers": layers,
+        "batch": draw.randint(1, 3),
+        "groups": groups,
+        "depth": draw.choice((1, 2, 3, 16, 33)),
+        "channels": groups * draw.choice((1, 2, 3, 7, 16, 33)),
+        "spatial": spatial,
+        "layouts": tuple(draw.choice(_LAYOUTS) for _ in range(layers)),
+    }
+
+
+def _describe(settings: Mapping[str, Any]) -> str:
+    """The same text in every process, as the name of a sample is its seed."""
+    names = [each.__name__ for each in settings["layouts"]]
+    return str({**settings, "layouts": names})
+
+
+def fuzz_attention(draw: random.Random) -> Sample:
+    settings = {
+        **_fuzz_geometry(draw),
+        "learned": draw.random() < 0.3,
+        "bias": draw.random() < 0.3,
+        "options": {"activation": draw.choice(("softmax", "sigmoid")), "scale": draw.choice((None, 0.5))},
+    }
+    return Sample(_describe(settings), partial(make_attention, **settings))
+
+
+def fuzz_sum(draw: random.Random) -> Sample:
+    settings = _fuzz_geometry(draw)
+    return Sample(_describe(settings), partial(make_sum, **settings))
+
+
+# --- bad inputs -------------------------------------------------------------------------------------------------------
+
+
+def _bad(make: Callable[..., dict[str, Any]], **changes: Any) -> Callable[[], dict[str, Any]]:
+    """A small valid call with some arguments replaced; a callable is applied to the argument."""
+
+    def build() -> dict[str, Any]:
+        torch.manual_seed(0)
+        inputs = make(torch.float32, torch.device("cpu"), **_SMALL)
+        for name, change in changes.items():
+            inputs[name] = change(inputs[name]) if callable(change) else change
+        return inputs
+
+    return build
+
+
+def _at(layer: int, change: Callable[[Tensor], Any]) -> Callable[[list[Tensor]], list[Any]]:
+    return lambda tensors: [change(tensor) if i == layer else tensor for i, tensor in enumerate(tensors)]
+
+
+def _common_bad(make: Callable[..., dict[str, Any]], first: str) -> tuple[BadInput, ...]:
+    bad = partial(_bad, make)
+    return (
+        BadInput(
+            "values tensor", bad(values=torch.ones(3)), TypeError, r"values must be a list of tensors.* got Tensor"
+        ),
+        BadInput("values empty", bad(values=[]), ValueError, r"values must hold at least one layer, got none"),
+        BadInput(
+            "value none", bad(values=_at(1, lambda x: None)), TypeError, r"values\[1\] must be a tensor, got None"
+        ),
+        BadInput(
+            "value integer", bad(values=_at(2, lambda x: x.long())), TypeError, r"values\[2\] must have a floating"
+        ),
+        BadInput(
+            "value shape",
+            bad(values=_at(2, lambda x: x[..., :2])),
+            ValueError,
+            r"values\[2\] must have the shape of values\[0\], \(2, 4, 2, 3\), got \(2, 4, 2, 2\)",
+        ),
+        BadInput(
+            "value rank",
+            bad(values=lambda values: [value[0, 0, 0] for value in values]),
+            ValueError,
+            r"values\[0\] must have shape \(B, C, \*spatial\), got \(3,\)",
+        ),
+        BadInput(
+            "value dtype", bad(values=_at(1, Tensor.half)), ValueError, rf"values\[1\] must have the dtype of {first}"
+        ),
+        BadInput(
+            "value device",
+            bad(values=_at(1, lambda x: x.to("meta"))),
+            ValueError,
+            rf"values\[1\] must be on the device of {first}, cpu, got meta",
+        ),
+        BadInput("impl unknown", bad(impl="fast"), ValueError, r"impl must be one of 'auto', .* got 'fast'"),
+        BadInput(
+            "impl cannot run",
+            lambda: {**make(torch.float64, torch.device("cpu"), **_SMALL), "impl": "cpu"},
+            RuntimeError,
+            r"impl='cpu' cannot run: .*(float64|not available)",
+        ),
+    )
+
+
+ATTENTION_BAD = (
+    *_common_bad(make_attention, "query"),
+    BadInput("query none", _bad(make_attention, query=None), TypeError, r"query must be a tensor, got NoneType"),
+    BadInput(
+        "query rank", _bad(make_attention, query=lambda x: x[0, 0]), ValueError, r"query must have shape \(B, G, d\)"
+    ),
+    BadInput(
+        "query batch", _bad(make_attention, query=lambda x: x[:1]), ValueError, r"query must have the batch .* 2, got"
+    ),
+    BadInput(
+        "no depth", _bad(make_attention, query=lambda x: x[..., :0]), ValueError, r"query must have a depth d of at"
+    ),
+    BadInput(
+        "groups",
+        _bad(make_attention, query=lambda x: x.repeat(1, 2, 1)[:, :3]),
+        ValueError,
+        r"query must have a number of groups G that divides the C=4 channels, got 3",
+    ),
+    BadInput(
+        "keys fewer",
+        _bad(make_attention, keys=lambda x: x[:2]),
+        ValueError,
+        r"keys must be as many as values, 3, got 2",
+    ),
+    BadInput("keys none", _bad(make_attention, keys=None), TypeError, r"keys must be a list of tensors.* got NoneType"),
+    BadInput(
+        "key shape",
+        _bad(make_attention, keys=_at(1, lambda x: x[..., :2])),
+        ValueError,
+        r"keys\[1\] must have shape \(B, G, d\)=\(2, 2, 3\), got \(2, 2, 2\)",
+    ),
+    BadInput(
+        "key dtype",
+        _bad(make_attention, keys=_at(0, Tensor.half)),
+        ValueError,
+        r"keys\[0\] must have the dtype of query",
+    ),
+    BadInput(
+        "bias shape",
+        _bad(make_attention, bias=torch.ones(2, 2)),
+        ValueError,
+        r"bias must have shape \(L, G\)=\(3, 2\), got \(2, 2\)",
+    ),
+    BadInput(
+        "bias dtype",
+        _bad(make_attention, bias=torch.ones(3, 2).half()),
+        ValueError,
+        r"bias must have the dtype of query",
+    ),
+    BadInput("bias number", _bad(make_attention, bias=1.0), TypeError, r"bias must be a tensor, got float"),
+    BadInput("scale text", _bad(make_attention, scale="1"), TypeError, r"scale must be a number, got str"),
+    BadInput(
+        "activation", _bad(make_attention, activation="relu"), ValueError, r"activation must be one of .* got 'relu'"
+    ),
+)
+SUM_BAD = (
+    *_common_bad(make_sum, "weights"),
+    BadInput("weights none", _bad(make_sum, weights=None), TypeError, r"weights must be a tensor, got NoneType"),
+    BadInput(
+        "weights shape",
+        _bad(make_sum, weights=lambda x: x[..., :2]),
+        ValueError,
+        r"weights must have shape \(B, G, L\)=\(2, G, 3\), got \(2, 2, 2\)",
+    ),
+    BadInput(
+        "weights groups",
+        _bad(make_sum, weights=torch.ones(2, 3, 3)),
+        ValueError,
+        r"weights must have a number of groups G that divides the C=4 channels, got 3",
+    ),
+)
+
+
+# --- benchmark shapes -------------------------------------------------------------------------------------------------
+
+
+def _shape(
+    L: int, B: int, C: int, H: int, W: int, G: int, *, make=make_attention, layout=_contiguous, name: str = ""
+) -> Shape:
+    """A case by its sizes; the depth of a head is its number of channels, as in MRLA."""
+    values = B * C * H * W
+    sizes = {"L": L, "B": B, "C": C, "H": H, "W": W, "G": G}
+    geometry = {"layers": L, "batch": B, "groups": G, "depth": C // G, "channels": C, "spatial": (H, W)}
+    return Shape(
+        name or ",".join(f"{key}={value}" for key, value in sizes.items()),
+        partial(make, **geometry, layout=layout),
+        flops_forward=2 * L * values,
+        flops_backward=3 * L * values,
+        bytes_forward=4 * (L + 1) * values,
+        bytes_backward=4 * (2 * L + 1) * values,
+        # The output, a gradient of each value, and the gradient of the output, expanded here and so copied once.
+        memory_limit=int(1.1 * 4 * (L + 2) * values),
+        sizes=sizes,
+    )
+
+
+def _growth(make) -> tuple[Shape, ...]:
+    return tuple(_shape(6, 4, 256, n, n, 16, make=make, name=f"{n}x{n}, L 6, C 256, B 4") for n in (7, 14, 28, 56))
+
+
+def _shapes(make) -> tuple[Shape, ...]:
+    return (
+        _shape(6, 32, 1024, 14, 14, 64, make=make, name="L 6, C 1024, 14x14"),
+        _shape(6, 32, 1024, 14, 14, 64, make=make, layout=_channels_last, name="L 6, C 1024, 14x14, channels_last"),
+        _shape(3, 32, 256, 56, 56, 16, make=make, name="L 3, C 256, 56x56"),
+        _shape(23, 8, 1024, 14, 14, 64, make=make, name="L 23, C 1024, 14x14, B 8"),
+    )
+
+
+# --- specs ------------------------------------------------------------------------------------------------------------
+
+
+def _implementations() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
+    def reason(can_run, inputs):
+        return can_run(inputs["values"])
+
+    return {name: partial(reason, can_run) for name, can_run in library.IMPLEMENTATIONS.items()}
+
+
+def _detached(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.detach() for tensor in tensors]
+
+
+def _attention_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
+    """The registered operators with the arguments of one call, for ``torch.library.opcheck``."""
+    if impl == "reference":
+        return ()
+    keys, values, bias = inputs["keys"], inputs["values"], inputs.get("bias")
+    query = inputs["query"]
+    query = query.expand(values[0].shape[0], *query.shape) if query.dim() == 2 else query
+    options = (0.3, inputs.get("activation") == "sigmoid")
+    forward = getattr(torch.ops.fused_attn, f"layer_attention_{impl}").default
+    backward = getattr(torch.ops.fused_attn, f"layer_attention_{impl}_backward").default
+    plain = (query.detach(), _detached(keys), _detached(values))
+    with torch.no_grad():
+        out, weights = forward(*plain, None if bias is None else bias.detach(), *options)
+    return (
+        (forward, (query, keys, values, bias, *options)),
+        (backward, (torch.randn_like(out), *plain, weights, *options)),
+    )
+
+
+def _sum_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
+    if impl == "reference":
+        return ()
+    weights, values = inputs["weights"], inputs["values"]
+    forward = getattr(torch.ops.fused_attn, f"weighted_layer_sum_{impl}").default
+    backward = getattr(torch.ops.fused_attn, f"weighted_layer_sum_{impl}_backward").default
+    with torch.no_grad():
+        out = forward(weights.detach(), _detached(values))
+    return (
+        (forward, (weights, values)),
+        (backward, (torch.randn_like(out), weights.detach(), _detached(values))),
+    )
+
+
+SPECS = (
+    OpSpec(
+        name="layer_attention",
+        function=layer_attention,
+        implementations=_implementations(),
+        samples=ATTENTION_SAMPLES,
+        bad_inputs=ATTENTION_BAD,
+        fuzz=fuzz_attention,
+        operators=_attention_operators,
+        shapes=_shapes(make_attention),
+        growth=_growth(make_attention),
+        make_shape=_shape,
+        peers=ATTENTION_PEERS,
+    ),
+    OpSpec(
+        name="weighted_layer_sum",
+        function=weighted_layer_sum,
+        implementations=_implementations(),
+        samples=SUM_SAMPLES,
+        bad_inputs=SUM_BAD,
+        fuzz=fuzz_sum,
+        operators=_sum_operators,
+        shapes=_shapes(make_sum)[:2],
+        growth=_growth(make_sum),
+        make_shape=partial(_shape, make=make_sum),
+        peers=SUM_PEERS,
+    ),
+)

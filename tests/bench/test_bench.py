@@ -1,0 +1,345 @@
+"""``fused-attn bench``: what it measures, refuses, shows and keeps."""
+
+import csv
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from fused_attn import _extension, cli
+from fused_attn.bench import BenchError, command, networks, plots, report, runner
+from fused_attn.bench.ceilings import measure_ceilings
+from fused_attn.ops import SPECS, contract, measure
+from fused_attn.ops.contract import Peer
+
+REL = SPECS[0]
+TINY = "B=1,heads=2,H=4,W=6,d_k=4,d_v=2"
+PEER = "eager"
+needs_cpu = pytest.mark.skipif(not _extension.available(), reason="measures the C++ kernels")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Ceilings are measured in a test of their own."""
+    monkeypatch.setattr(command, "measure_ceilings", lambda *_: {"copy_gbps": 10.0, "matmul_gflops": 100.0})
+
+
+def bench(*arguments) -> int:
+    return cli.main(["bench", REL.name, "--shape", TINY, "--seconds", "0", "--no-memory", *map(str, arguments)])
+
+
+def measured(shape=None, spec=REL, **options) -> list[runner.Row]:
+    measurement = runner.Measurement(
+        spec, shape or spec.shape(TINY), "shape", runner.Options(seconds=0.0, memory=False, **options)
+    )
+    measurement.run()
+    return measurement.rows({"copy_gbps": 10.0, "matmul_gflops": 100.0})
+
+
+# --- what is measured -------------------------------------------------------------------------------------------
+
+
+@needs_cpu
+def test_rows_follow_from_times_and_the_spec():
+    rows = {(row["provider"], row["pass"]): row for row in measured(providers=("cpu", PEER, "SDPA, dense bias"))}
+    shape = REL.shape(TINY)
+    assert {key[1] for key in rows} == set(measure.PASSES)
+    for row in rows.values():
+        assert row["status"] == "ok"
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["repetitions"] >= 5
+        assert row["of_copy"] == pytest.approx(row["gbps"] / 10.0)
+        assert row["of_matmul"] == pytest.approx(row["gflops"] / 100.0)
+        peers = [rows[peer, row["pass"]]["p50_ms"] for peer in (PEER, "SDPA, dense bias")]
+        assert row["best_peer_over_this"] == pytest.approx(min(peers) / row["p50_ms"])
+    both, forward = rows["cpu", "both"], rows["cpu", "fwd"]
+    assert forward["gflops"] == pytest.approx(shape.flops_forward / forward["p50_ms"] * 1e-6)
+    assert both["gbps"] == pytest.approx((shape.bytes_forward + shape.bytes_backward) / both["p50_ms"] * 1e-6)
+    assert forward["saved_bytes"] is None
+
+
+def test_bytes_are_those_of_the_dtype():
+    row = next(row for row in measured(providers=(PEER,), dtype=torch.bfloat16, passes=("fwd",)))
+    assert row["gbps"] == pytest.approx(REL.shape(TINY).bytes_forward / 2 / row["p50_ms"] * 1e-6)
+
+
+def test_functions_take_turns_on_all_input_sets():
+    inputs = [torch.full((2,), float(i)) for i in range(3)]
+    calls, order = [({"x": x}, torch.ones(2)) for x in inputs], []
+
+    def function(name):
+        def call(x):
+            order.append((name, float(x.detach()[0])))
+            return x * 2
+
+        return call
+
+    functions = {"a": function("a"), "b": function("b")}
+    passes = {"a": ("fwd",), "b": ("fwd",)}
+    times = measure.time_interleaved(functions, calls, passes=passes, seconds=0.0, least=3, warmup=1)
+    one_round = [(name, float(i)) for i in range(3) for name in "ab"]
+    assert order == one_round * 2  # a warm-up on every set, then the rounds
+    assert {name: len(each["fwd"]) for name, each in times.items()} == {"a": 3, "b": 3}
+
+
+def test_inputs_are_random_and_differ_from_draw_to_draw():
+    for spec in SPECS:
+        shape = (*spec.shapes, *spec.growth)[-2]
+        first, second = (contract.tensors(shape.inputs(torch.float32, draw=draw)) for draw in (0, 1))
+        for name, tensor in first.items():
+            assert tensor.std() > 0.5
+            assert not torch.equal(tensor, second[name])
+
+
+def test_saved_bytes_counts_storages_once_without_the_inputs():
+    def function(x, y):
+        kept = x.exp()  # autograd saves the result
+        return (kept * kept.view(-1).view(8, 4)).sum() + (x * y).sum()
+
+    inputs = {"x": torch.randn(8, 4), "y": torch.randn(8, 4)}
+    assert measure.saved_bytes(function, inputs) == 8 * 4 * 4
+
+
+@needs_cpu
+def test_saved_bytes_of_the_kernel_are_output_and_statistics():
+    shape = REL.shape("B=2,heads=2,H=8,W=8,d_k=20,d_v=4")
+    inputs = shape.inputs(torch.float32)
+    queries = 2 * 2 * 8 * 8
+    assert measure.saved_bytes(measure.provider(REL, "cpu", inputs), inputs) == 4 * queries * (4 + 2)
+
+
+def test_ceilings_are_possible():
+    ceilings = measure_ceilings(torch.float32, "cpu")
+    assert 0.1 < ceilings["copy_gbps"] < 10_000
+    assert 0.1 < ceilings["matmul_gflops"] < 1_000_000
+
+
+# --- what is refused --------------------------------------------------------------------------------------------
+
+
+def changed(*peers, function=None):
+    return dataclasses.replace(REL, peers=peers, function=function or REL.function)
+
+
+def test_a_wrong_peer_is_named_and_gets_no_time():
+    def build(inputs):
+        right = measure.provider(REL, "reference", inputs)
+        return lambda **kwargs: right(**kwargs) * 1.001
+
+    rows = measured(spec=changed(Peer("wrong", build), REL.peers[0]), providers=("wrong", PEER))
+    wrong = [row for row in rows if row["provider"] == "wrong"]
+    assert [(row["status"], row["pass"], row.get("p50_ms")) for row in wrong] == [("wrong", None, None)]
+    assert "exceeds" in wrong[0]["reason"]
+    assert all(row["p50_ms"] for row in rows if row["provider"] == PEER)
+
+
+def test_a_wrong_gradient_alone_is_enough():
+    def build(inputs):
+        right = measure.provider(REL, "reference", inputs)
+        return lambda rel_h, **kwargs: right(rel_h=rel_h.detach(), **kwargs) + 0 * rel_h.sum()
+
+    (row,) = measured(spec=changed(Peer("no table gradient", build)), providers=("no table gradient",))
+    assert row["status"] == "wrong"
+    assert "grad_rel_h" in row["reason"]
+
+
+@needs_cpu
+def test_a_wrong_implementation_is_an_error_of_the_command(monkeypatch, capsys):
+    def function(**kwargs):
+        return REL.function(**kwargs) * (1.0 if kwargs["impl"] == "reference" else 1.01)
+
+    monkeypatch.setattr(command, "_specs", lambda names: [changed(*REL.peers, function=function)])
+    assert bench("--providers", "cpu", PEER) == 1
+    output = capsys.readouterr()
+    assert "cpu on rel_attention_2d" in output.err
+    assert "wrong: out: error" in output.err
+    assert "cpu: wrong" in output.out
+
+
+def test_what_cannot_run_is_listed_with_the_reason():
+    def broken(inputs):
+        raise RuntimeError("no kernel\nfor this")
+
+    missing = Peer("missing", broken, requires={"no_such_module": "pip install no-such-module"})
+    forward = Peer("forward only", REL.peers[0].build, forward_only=("cpu",))
+    rows = measured(
+        spec=changed(missing, Peer("broken", broken), forward), providers=("missing", "broken", "forward only")
+    )
+    reasons = {(row["provider"], row["pass"]): row["reason"] for row in rows if row["status"] == "not run"}
+    assert reasons == {
+        ("missing", None): "not installed: pip install no-such-module",
+        ("broken", None): "RuntimeError: no kernel",
+        ("forward only", "bwd"): "no backward on CPU",
+        ("forward only", "both"): "no backward on CPU",
+    }
+    assert [row["pass"] for row in rows if row["status"] == "ok"] == ["fwd"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "B=8"], "with the keys B, heads, H, W, d_k, d_v; heads, H, W, d_k, d_v missing in 'B=8'"),
+        (["--shape", TINY + ",depth=3"], "keys B, heads, H, W, d_k, d_v, .*got 'depth=3'"),
+        (["--shape", TINY + ",B=3"], "each once, .*got 'B=3'"),
+        (["--shape", TINY.replace("B=1", "B=0")], "positive numbers; got 'B=0'"),
+        (["--shape", "large"], r"shape must be KEY=NUMBER,... or, of rel_attention_2d, one of '32x32, d_k 20, d_v 2'"),
+        (["--pass", "forward"], "pass must be some of fwd,bwd,both, got 'forward'"),
+        (["--providers", "egaer"], "a provider of rel_attention_2d must be one of 'cpu', .* got 'egaer'"),
+        (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--seconds", "-1"], "seconds must be at least 0, got -1.0"),
+    ],
+)
+def test_bad_settings_are_named(arguments, message):
+    import tyro
+
+    config = tyro.cli(command.BenchConfig, args=[REL.name, *arguments])
+    with pytest.raises(BenchError, match=message):
+        command.run(config)
+
+
+def test_an_op_that_is_not_there(capsys):
+    assert cli.main(["bench", "attention"]) == 2
+    assert "fused-attn: error: op must be one of rel_attention_2d, " in capsys.readouterr().err
+
+
+# --- what is shown and kept -------------------------------------------------------------------------------------
+
+
+@needs_cpu
+def test_json_csv_markdown_and_table_agree(tmp_path, capsys):
+    assert bench("--providers", "cpu", "triton", PEER, "--out", tmp_path) == 0
+    shown = capsys.readouterr().out
+    result = json.loads((tmp_path / f"{REL.name}.json").read_text())
+    assert not result["interrupted"]
+    assert result["environment"]["torch"] == torch.__version__
+    rows = list(csv.DictReader((tmp_path / f"{REL.name}.csv").open()))
+    assert len(rows) == len(result["rows"]) == 7  # two with three passes, and what cannot run
+    for row, expected in zip(rows, result["rows"], strict=True):
+        for column in report.COLUMNS:
+            value = expected.get(column)
+            assert row[column] == ("" if value is None else str(value))
+    table = (tmp_path / f"{REL.name}.md").read_text()
+    assert table == report.markdown(result)
+    for row in result["rows"]:
+        if row["status"] == "ok":
+            assert report._median(row) in table
+            line = next(
+                line for line in shown.splitlines() if f" {row['provider']} " in line and f" {row['pass']} " in line
+            )
+            assert f" {report._number(row['p50_ms'], 3)} " in line
+            assert f" {row['best_peer_over_this']:.1f}" in line
+    assert "triton: not run: it needs CUDA tensors, got cpu" in " ".join(shown.split())
+    assert (tmp_path / f"{REL.name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    interleave, cases = measure.interleave, []
+
+    def stops_in_the_second_case(turns, **options):
+        cases.append(turns)
+        if len(cases) < 2:
+            return interleave(turns, **options)
+
+        def on_round(part):
+            raise KeyboardInterrupt
+
+        return interleave(turns, **{**options, "on_round": on_round})
+
+    monkeypatch.setattr(measure, "interleave", stops_in_the_second_case)
+    second = TINY.replace("H=4", "H=5")
+    third = TINY.replace("H=4", "H=6")
+    arguments = ["--seconds", "0", "--no-memory", "--providers", PEER, "--out", str(tmp_path)]
+    status = cli.main(["bench", REL.name, "--shape", TINY, second, third, *arguments])
+    assert status == 130
+    output = capsys.readouterr()
+    assert "interrupted; what was measured is kept" in output.err
+    result = json.loads((tmp_path / f"{REL.name}.json").read_text())
+    assert result["interrupted"]
+    repetitions = {(row["shape"], row["pass"]): row["repetitions"] for row in result["rows"]}
+    assert {key: value for key, value in repetitions.items() if key[0] == TINY} == {
+        (TINY, p): 5 for p in measure.PASSES
+    }
+    assert {key: value for key, value in repetitions.items() if key[0] == second} == {
+        (second, p): 1 for p in measure.PASSES
+    }
+    assert third not in {shape for shape, _ in repetitions}
+    assert second in output.out
+    assert report.markdown(result) == (tmp_path / f"{REL.name}.md").read_text()
+
+
+def test_numbers_have_three_digits():
+    values = (0.01234, 0.347, 1.0, 12.34, 123.4, 1804.2)
+    assert [report._number(value, 3) for value in values] == ["0.012", "0.347", "1.00", "12.3", "123", "1,804"]
+
+
+def test_memory_of_custom_sizes_is_measured_in_a_process_of_its_own():
+    # 2 heads of 256 x 256 logits and weights in float32 are 1 MiB; here 8 of 576 x 576, several times.
+    sizes = "B=1,heads=8,H=24,W=24,d_k=4,d_v=2"
+    memory = measure.peak_memory(REL.name, sizes, "reference")
+    assert set(memory) == {"fwd", "both"}
+    assert memory["both"] > 2 * 8 * 576 * 576 * 4
+    assert memory["both"] > memory["fwd"] > 8 * 576 * 576 * 4
+
+
+def test_growth_is_drawn_against_the_sizes_that_change():
+    rows = [{"shape": shape.name, "sizes": dict(shape.sizes)} for shape in REL.growth]
+    sizes, label = plots._sizes(rows)
+    assert label == "N = H·W"
+    assert [sizes[shape.name] for shape in REL.growth] == [256, 1024, 4096, 9216]
+
+
+# --- networks ---------------------------------------------------------------------------------------------------
+
+
+def test_networks_agree_and_are_reported(tmp_path, capsys):
+    arguments = ["--model", "aa_wrn_10_1", "--batch-size", "2", "--seconds", "0", "--coverage", "none"]
+    arguments += ["stage 3, first block", "--out", str(tmp_path)]
+    assert cli.main(["bench", "networks", *arguments]) == 0
+    result = json.loads((tmp_path / "networks.json").read_text())
+    cases = [(row["coverage"], row["impl"]) for row in result["rows"]]
+    assert cases == [("none", "fused"), ("stage 3, first block", "fused"), ("stage 3, first block", "reference")]
+    for row in result["rows"]:
+        assert row["status"] == "ok"
+        assert row["images_per_second"] == pytest.approx(2e3 / row["p50_ms"])
+        assert row["repetitions"] >= 3
+        assert row["peak_bytes"] > 2**20
+    assert (tmp_path / "networks.md").read_text() == networks.markdown(result)
+    assert capsys.readouterr().out == networks.markdown(result)
+
+
+def test_a_network_with_a_wrong_op_is_noticed(monkeypatch):
+    from fused_attn.ops.rel_attention_2d import library
+
+    config = networks._complete(networks.NetworksConfig(model="aa_wrn_10_1", batch_size=2))
+    assert networks.errors(config, "stage 3, first block") == []
+    attention = library.attention
+    monkeypatch.setattr(library, "attention", lambda *args: attention(*args) * 1.01)
+    if _extension.available():
+        assert networks.errors(config, "stage 3, first block")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"coverage": ("stage 4",)}, "coverage must be some of 'none', .* got 'stage 4'"),
+        ({"model": "resnet34"}, "model must be an aa_wrn model, got 'resnet34'"),
+        ({"model": "aa_wrn_11_1"}, "model aa_wrn_11_1: depth of a Wide ResNet must be 6n"),
+        ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
+    ],
+)
+def test_bad_settings_of_networks_are_named(settings, message):
+    with pytest.raises(BenchError, match=message):
+        networks.run(networks.NetworksConfig(**settings))
+
+
+def test_bars_of_zero_and_missing_values_can_be_drawn(tmp_path):
+    row = {"shape": "s", "kind": "shape", "sizes": {}, "provider": "p", "fused": False, "status": "ok", "pass": "fwd"}
+    row |= {"reason": None, "p50_ms": math.pi, "extra_bytes": 0}
+    environment = {"cpu": "c", "gpu": None, "threads": 1, "cores": 1, "cpu_capability": None, "torch": "2", "date": "d"}
+    result = {"op": "o", "device": "cpu", "dtype": "fp32", "environment": environment, "ceilings": {}, "rows": [row]}
+    plots.bars(result, tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    plots.growth(result, tmp_path / "growth.png")
+    assert not (tmp_path / "growth.png").exists()

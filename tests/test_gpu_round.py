@@ -1,0 +1,155 @@
+"""The round on a GPU machine: its runner, and a dry run of its first steps."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu_setup = load("gpu_setup")
+gpu_round = load("gpu_round")
+
+
+def step(name: str, code: str, limit: int = 20, **options):
+    return gpu_round.Step(name, "tests", (sys.executable, "-c", code), limit, **options)
+
+
+def outcomes(out: Path) -> dict[str, str]:
+    return {s["name"]: s["outcome"] for s in json.loads((out / "summary.json").read_text())["steps"]}
+
+
+def test_failing_step_stops_no_other_and_every_outcome_is_told(tmp_path):
+    plan = gpu_round.Round(tmp_path, {}, dry=True)
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    every = [
+        step("bad", "print('reason it failed'); raise SystemExit(7)"),
+        step("slow", child, limit=1),
+        step("module", "", needs=("no_such_module", "json")),
+        step("tool", "", tool="no-such-tool"),
+        step(
+            "good", "import os; print(os.environ['TRITON_INTERPRET'], os.environ['EXTRA'])", environment={"EXTRA": "x"}
+        ),
+    ]
+    start = time.monotonic()
+    assert gpu_round.go(plan, every, every, float("inf"), retry=False) == 1
+    assert time.monotonic() - start < 30
+    assert outcomes(tmp_path) == {
+        "bad": "failed", "slow": "timed out", "module": "not run", "tool": "not run", "good": "passed",
+    }  # fmt: skip
+    assert (tmp_path / "good.log").read_text() == "1 x\n"
+    summary = (tmp_path / "summary.md").read_text()
+    assert "reason it failed" in summary
+    assert "| module | tests | not run |  | missing: no_such_module |" in summary
+    assert "| tool | tests | not run |  | no no-such-tool |" in summary
+    assert "| slow | tests | timed out |" in summary
+
+
+def test_finished_steps_are_not_run_again_unless_asked(tmp_path):
+    plan, mark = gpu_round.Round(tmp_path, {}), tmp_path / "mark"
+    flaky = step("flaky", f"import pathlib as p; m = p.Path({str(mark)!r}); ok = m.exists(); m.touch(); assert ok")
+    fine = step("fine", "")
+    assert gpu_round.go(plan, [flaky, fine], [flaky, fine], float("inf"), retry=False) == 1
+    before = (tmp_path / "fine.json").stat().st_mtime_ns
+    assert gpu_round.go(plan, [flaky, fine], [flaky, fine], float("inf"), retry=False) == 1
+    assert gpu_round.go(plan, [flaky, fine], [flaky, fine], float("inf"), retry=True) == 0
+    assert outcomes(tmp_path) == {"flaky": "passed", "fine": "passed"}
+    assert (tmp_path / "fine.json").stat().st_mtime_ns == before
+
+
+def test_budget_leaves_steps_for_the_next_call(tmp_path):
+    plan, every = gpu_round.Round(tmp_path, {}), [step("one", "", limit=20), step("two", "", limit=60)]
+    assert gpu_round.go(plan, every, every, 30, retry=False) == 3
+    assert outcomes(tmp_path) == {"one": "passed", "two": "pending"}
+    assert gpu_round.go(plan, every, every, 70, retry=False) == 0
+    assert outcomes(tmp_path) == {"one": "passed", "two": "passed"}
+
+
+def test_step_cut_short_by_the_budget_is_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_round, "WORTHWHILE", 1)
+    plan, mark = gpu_round.Round(tmp_path, {}), tmp_path / "mark"
+    code = f"import pathlib as p, time; m = p.Path({str(mark)!r}); time.sleep(0 if m.exists() else [m.touch(), 60][1])"
+    every = [step("long", code, limit=100), step("after", "", limit=100)]
+    assert gpu_round.go(plan, every, every, 3, retry=False) == 3
+    assert outcomes(tmp_path) == {"long": "pending", "after": "pending"}
+    assert gpu_round.go(plan, every, every, 100, retry=False) == 0
+    assert outcomes(tmp_path) == {"long": "passed", "after": "passed"}
+
+
+def test_steps_fit_into_ten_minutes_and_cover_every_op_and_tool(tmp_path):
+    plan = gpu_round.Round(tmp_path, gpu_round.find_ops(), data=tmp_path)
+    every = gpu_round.steps(plan)
+    names = [s.name for s in every]
+    assert len(set(names)) == len(names)
+    assert {s.slice for s in every} == set(gpu_round.SLICES)
+    assert max(s.limit for s in every) <= gpu_round.LONGEST < 600
+    assert "rel_attention_2d" in plan.ops
+    for op in plan.ops:
+        expected = {"tests", "memcheck", "racecheck", "initcheck", "ncu"}
+        assert {f"{kind}-{op}" for kind in expected} | {f"bench-{op}-bf16", f"bench-{op}-fp32"} <= set(names)
+    assert "rel_attention_fwd_kernel" in gpu_round.kernels()
+    assert str(ROOT / "tests" / "test_gpu.py") in next(s.command for s in every if s.name == "tests-gpu")
+    without_data = gpu_round.steps(gpu_round.Round(tmp_path, {}))
+    assert "no data" in next(s.reason for s in without_data if s.name == "train")
+
+
+def test_wheel_of_other_sources_is_refused(tmp_path):
+    wheel = tmp_path / "fused_attn-0-py3-none-any.whl"
+    sources = sorted((ROOT / "fused_attn").rglob("*.py"))
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in sources:
+            archive.write(path, path.relative_to(ROOT))
+    assert gpu_setup.differing(wheel) == []
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in sources[1:]:
+            archive.write(path, path.relative_to(ROOT))
+        archive.writestr("fused_attn/more.py", "")
+    assert gpu_setup.differing(wheel) == sorted([str(sources[0].relative_to(ROOT)), "fused_attn/more.py"])
+
+
+def test_missing_dependencies_are_named(monkeypatch):
+    monkeypatch.setattr(gpu_setup, "_version", lambda name: None if name == "tyro" else "1")
+    found = gpu_setup.dependencies()
+    assert [name for name, version in found.items() if version is None] == ["tyro"]
+    assert {"torch", "kornia", "pytest", "hypothesis", "triton"} <= found.keys()
+
+
+def test_dry_run(tmp_path):
+    command = [sys.executable, "benchmarks/gpu_round.py", "--dry-run", "--slice", "sanitizer", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # All that starts no test, training or benchmark; the tools are not there, or find no GPU.
+    only = ["--step", "cases-small", "--step", "memcheck-rel_attention_2d"]
+    result = subprocess.run([*command, *only], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    found = outcomes(tmp_path)
+    assert found["install"] == found["environment"] == found["cases-small"] == "passed", result.stdout
+    assert found["tests-gpu"] == "pending"
+    assert "rel_attention_2d" in (tmp_path / "cases-small.log").read_text()
+    machine = json.loads((tmp_path / "machine.json").read_text())
+    assert machine["installed"].startswith("used as it is")
+    assert machine["torch"]
+    if gpu_setup.find_tool("compute-sanitizer") is None:
+        assert found["memcheck-rel_attention_2d"] == "not run"
+        assert "not run" in result.stdout
+        assert result.returncode == 0
+    again = subprocess.run(
+        [arg for arg in command if arg != "--dry-run"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert again.returncode == 2
+    assert "holds a round run dry" in again.stderr
