@@ -26,9 +26,11 @@ def measure(clone: Path) -> dict[str, float]:
     subprocess.run(["make", "demo"], cwd=clone, check=True)
     demo = time.monotonic() - started
     started = time.monotonic()
-    output = subprocess.run([".ci/run"], cwd=clone, check=True, stdout=subprocess.PIPE, text=True).stdout
+    result = subprocess.run([".ci/run"], cwd=clone, stdout=subprocess.PIPE, text=True)
     ci = time.monotonic() - started
-    print(output)
+    print(result.stdout, flush=True)
+    result.check_returncode()
+    output = result.stdout
     return {DEMO: demo, TEST: float(re.search(r"^make test: (\d+) s$", output, re.MULTILINE)[1]), CI: ci}
 
 

@@ -5,10 +5,8 @@ from .ops import (
     LayerCache,
     attention_residual,
     decomposed_bias_attention,
-    elementwise_attention,
     layer_attention,
     rel_attention_2d,
-    row_col_softmax,
     weighted_layer_sum,
 )
 
@@ -18,10 +16,8 @@ __all__ = [
     "attention_residual",
     "create_model",
     "decomposed_bias_attention",
-    "elementwise_attention",
     "layer_attention",
     "list_models",
     "rel_attention_2d",
-    "row_col_softmax",
     "weighted_layer_sum",
 ]
