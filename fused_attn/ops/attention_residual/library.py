@@ -20,7 +20,7 @@ from ... import _extension
 
 _SCHEMA = "(Tensor[] values, Tensor query, Tensor? norm_weight, float eps) -> (Tensor out, Tensor statistics)"
 _BACKWARD_SCHEMA = (
-    "(Tensor grad_out, Tensor[] values, Tensor query, Tensor? norm_weight, Tensor? out, Tensor statistics) "
+    "(Tensor grad_out, Tensor[] values, Tensor query, Tensor? norm_weight, Tensor statistics) "
     "-> (Tensor[] grad_values, Tensor grad_query, Tensor grad_norm_weight)"
 )
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -100,7 +100,7 @@ def _cpu(values, query, norm_weight, eps):
     return out, statistics
 
 
-def _cpu_backward(grad_out, values, query, norm_weight, out, statistics):
+def _cpu_backward(grad_out, values, query, norm_weight, statistics):
     grads = grad_values, grad_query, grad_norm_weight = _allocate_backward(values, query, norm_weight)
     torch.ops.fused_attn_cpu.attention_residual_backward(
         rows(grad_out),
@@ -134,7 +134,7 @@ def _fake(values, query, norm_weight, eps):
     return _allocate_forward(values)
 
 
-def _fake_backward(grad_out, values, query, norm_weight, out, statistics):
+def _fake_backward(grad_out, values, query, norm_weight, statistics):
     return _allocate_backward(values, query, norm_weight)
 
 
@@ -152,8 +152,7 @@ def _flops_backward(grad_out, values, *_, **__) -> int:
     return 9 * len(values) * math.prod(values[0])
 
 
-def _register(impl: str, device_types: tuple[str, ...], forward, backward, *, needs_out: bool) -> None:
-    """``needs_out``: whether backward is given the output."""
+def _register(impl: str, device_types: tuple[str, ...], forward, backward) -> None:
     name = f"fused_attn::attention_residual_{impl}"
     torch.library.define(name, _SCHEMA)
     torch.library.define(f"{name}_backward", _BACKWARD_SCHEMA)
@@ -168,18 +167,18 @@ def _register(impl: str, device_types: tuple[str, ...], forward, backward, *, ne
 
     def setup_context(ctx, inputs, output) -> None:
         values, query, norm_weight, _ = inputs
-        out, statistics = output
+        _, statistics = output
         ctx.mark_non_differentiable(statistics)
-        ctx.save_for_backward(query, norm_weight, out if needs_out else None, statistics, *values)
+        ctx.save_for_backward(query, norm_weight, statistics, *values)
 
     def autograd_backward(ctx, grad_out, _grad_statistics):
-        query, norm_weight, out, statistics, *values = ctx.saved_tensors
-        grad_values, grad_query, grad_norm_weight = operator(grad_out, values, query, norm_weight, out, statistics)
+        query, norm_weight, statistics, *values = ctx.saved_tensors
+        grad_values, grad_query, grad_norm_weight = operator(grad_out, values, query, norm_weight, statistics)
         return list(grad_values), grad_query, None if norm_weight is None else grad_norm_weight, None
 
     torch.library.register_autograd(name, autograd_backward, setup_context=setup_context)
     torch.library.register_autograd(f"{name}_backward", _refuse_double_backward)
 
 
-_register("cpu", ("cpu",), _cpu, _cpu_backward, needs_out=False)
-_register("triton", ("cuda", "cpu") if _INTERPRETED else ("cuda",), _triton, _triton_backward, needs_out=True)
+_register("cpu", ("cpu",), _cpu, _cpu_backward)
+_register("triton", ("cuda", "cpu") if _INTERPRETED else ("cuda",), _triton, _triton_backward)

@@ -1,4 +1,4 @@
-"""Triton kernels of attention residuals: forward and backward, each one read of the values.
+"""Triton kernels of attention residuals.  Forward reads the values once, backward twice, the second time from the cache.
 
 A tile is BLOCK_T tokens by whole rows of D numbers, in registers.  The values come as a tuple of COUNT pointers, COUNT a
 power of two, of which the first ``count`` are values and the others repeat the first and are not read.  The next value
@@ -70,9 +70,8 @@ def attention_residual_fwd_kernel(
     for layer in tl.static_range(COUNT):
         value = following.to(tl.float32)
         if layer + 1 < COUNT:
-            following = _load_rows(
-                value_ptrs[layer + 1], value_strides[layer + 1], outer, inner, columns, mask & (layer + 1 < count)
-            )
+            if layer + 1 < count:
+                following = _load_rows(value_ptrs[layer + 1], value_strides[layer + 1], outer, inner, columns, mask)
         if layer < count:
             inverse_rms = 1.0 / tl.sqrt_rn(tl.sum(value * value, 1) / D + eps)
             logit = tl.sum(value * score, 1) * inverse_rms
@@ -93,7 +92,6 @@ def attention_residual_fwd_kernel(
 def attention_residual_bwd_kernel(
     grad_out_ptr,
     grad_out_strides,
-    out_ptr,
     value_ptrs,
     value_strides,
     query_ptr,
@@ -113,7 +111,8 @@ def attention_residual_bwd_kernel(
 ):
     """Owns the tokens of tiles program, program + programs, ..., in that order.
 
-    The sum over the values of weight * (grad_out . value) is grad_out . out, which spares a first read of all values.
+    The sum over the values of weight * (grad_out . value), here delta, would be grad_out . out without a read of the
+    values; but ``out`` is rounded, and where one weight is near 1 what remains of (grad_out . value) - delta is that.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, BLOCK_D)
@@ -131,21 +130,30 @@ def attention_residual_bwd_kernel(
 
         following = _load_rows(value_ptrs[0], value_strides[0], outer, inner, columns, mask)
         grad = _load_rows(grad_out_ptr, grad_out_strides, outer, inner, columns, mask).to(tl.float32)
-        delta = tl.sum(grad * tl.load(out_ptr + offset, mask=mask, other=0.0).to(tl.float32), 1)
         present = live[:, None] & (layers < count)[None, :]
         logits = tl.load(statistics[:, None] + 2 * layers[None, :], mask=present, other=float("-inf"))
         shift = _finite_shift(tl.max(logits, 1))
-        total = tl.sum(tl.exp(logits - shift[:, None]), 1)
+        total = tl.where(live, tl.sum(tl.exp(logits - shift[:, None]), 1), 1.0)
+        delta = tl.zeros((BLOCK_T,), tl.float32)
         for layer in tl.static_range(COUNT):
             value = following.to(tl.float32)
             if layer + 1 < COUNT:
-                following = _load_rows(
-                    value_ptrs[layer + 1], value_strides[layer + 1], outer, inner, columns, mask & (layer + 1 < count)
-                )
+                if layer + 1 < count:
+                    following = _load_rows(value_ptrs[layer + 1], value_strides[layer + 1], outer, inner, columns, mask)
+            if layer < count:
+                logit = tl.load(statistics + 2 * layer, mask=live, other=0.0)
+                delta += tl.exp(logit - shift) / total * tl.sum(grad * value, 1)
+
+        following = _load_rows(value_ptrs[0], value_strides[0], outer, inner, columns, mask)
+        for layer in tl.static_range(COUNT):
+            value = following.to(tl.float32)
+            if layer + 1 < COUNT:
+                if layer + 1 < count:
+                    following = _load_rows(value_ptrs[layer + 1], value_strides[layer + 1], outer, inner, columns, mask)
             if layer < count:
                 logit = tl.load(statistics + 2 * layer, mask=live, other=0.0)
                 inverse_rms = tl.load(statistics + 2 * layer + 1, mask=live, other=0.0)
-                weight = tl.where(live, tl.exp(logit - shift) / total, 0.0)
+                weight = tl.exp(logit - shift) / total
                 scaled = weight * (tl.sum(grad * value, 1) - delta) * inverse_rms
                 grad_value = weight[:, None] * grad + scaled[:, None] * score
                 grad_value -= (scaled * logit * inverse_rms / D)[:, None] * value

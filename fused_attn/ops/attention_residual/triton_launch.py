@@ -29,7 +29,7 @@ class Launch(NamedTuple):
     programs: int
     arguments: dict[str, Any]
     options: dict[str, Any]
-    #: bytes that one tile of tokens has to move between registers and global memory
+    #: bytes that one tile of tokens moves between registers and global memory where all COUNT values are there
     bytes_per_tile: int
 
     @property
@@ -80,8 +80,9 @@ def _common(values: Sequence[Tensor], query: Tensor, norm_weight: Tensor | None,
     }
 
 
-def _bytes(values: Sequence[Tensor], tile, tensors: int) -> int:
-    return tile[0] * values[0].shape[-1] * values[0].element_size() * tensors
+def _bytes(arguments: dict[str, Any], tensors: int) -> int:
+    """Of one tile of each of ``tensors``."""
+    return arguments["BLOCK_T"] * arguments["D"] * arguments["query_ptr"].element_size() * tensors
 
 
 def _options(tile) -> dict[str, Any]:
@@ -100,18 +101,17 @@ def plan_forward(values, query, norm_weight, eps, out, statistics) -> Launch:
         _checked(programs),
         arguments,
         _options(tile),
-        _bytes(values, tile, len(values) + 1),
+        _bytes(arguments, arguments["COUNT"] + 1),
     )
 
 
-def plan_backward(grad_out, values, query, norm_weight, out, statistics, grad_values, partials) -> Launch:
+def plan_backward(grad_out, values, query, norm_weight, statistics, grad_values, partials) -> Launch:
     """The backward launch; writes ``grad_values`` (contiguous) and ``partials``, a row per program."""
     tile = _tile(values[0].shape[-1], 16)
     arguments = _common(values, query, norm_weight, tile)
     arguments |= {
         "grad_out_ptr": grad_out,
         "grad_out_strides": _strides(grad_out),
-        "out_ptr": out,
         "statistics_ptr": statistics,
         "grad_value_ptrs": _padded(grad_values),
         "partials_ptr": partials,
@@ -121,7 +121,7 @@ def plan_backward(grad_out, values, query, norm_weight, out, statistics, grad_va
         partials.shape[0],
         arguments,
         _options(tile),
-        _bytes(values, tile, 2 * len(values) + 2),
+        _bytes(arguments, 2 * arguments["COUNT"] + 1),
     )
 
 
@@ -145,15 +145,15 @@ def forward(values, query, norm_weight, eps) -> tuple[Tensor, Tensor]:
     return out, statistics
 
 
-def backward(grad_out, values, query, norm_weight, out, statistics) -> tuple[list[Tensor], Tensor, Tensor]:
+def backward(grad_out, values, query, norm_weight, statistics) -> tuple[list[Tensor], Tensor, Tensor]:
     """The gradients of the operator in library.py."""
     grad_values, grad_query, grad_norm_weight = _allocate_backward(values, query, norm_weight)
-    if out.numel() == 0:
+    if grad_out.numel() == 0:
         return grad_values, grad_query.zero_(), grad_norm_weight.zero_()
     values = [rows(value) for value in values]
     partials = statistics.new_empty((_backward_programs(values), query.shape[0]))
     with torch.cuda.device_of(query):
-        plan_backward(rows(grad_out), values, query, norm_weight, out, statistics, grad_values, partials).run()
+        plan_backward(rows(grad_out), values, query, norm_weight, statistics, grad_values, partials).run()
     grad_score = partials.sum(0)
     if norm_weight is None:
         grad_query.copy_(grad_score)
@@ -174,8 +174,9 @@ _COMPILE_SHAPES = {
 }
 
 COMPILE_NOTES = """
-Bytes: those of the values, the output and their gradients in one tile of tokens.  The values are unrolled; values past
-the run-time count cost a comparison each.
+Bytes: those of the values, the output and their gradients in one tile of tokens, once each.  Backward asks for the
+values a second time, which the caches answer.  The values are unrolled up to a power of two, and instructions and bytes
+are those of all of them; one past the run-time count costs a comparison.
 """
 
 
@@ -191,4 +192,4 @@ def compile_cases(arch: str) -> Iterator[tuple[str, Launch]]:
         statistics = empty(tokens, count, 2, dtype=torch.float32)
         partials = empty(_backward_programs(values), depth, dtype=torch.float32)
         yield name, plan_forward(values, query, query, 1e-6, out, statistics)
-        yield name, plan_backward(out, values, query, query, out, statistics, values, partials)
+        yield name, plan_backward(out, values, query, query, statistics, values, partials)
