@@ -65,7 +65,7 @@ def can_run_reference(values: Sequence[Tensor], query: Tensor) -> str | None:
 
 
 # The Triton kernels name every value as an argument, and hold whole rows in registers.
-_MOST_VALUES, _DEEPEST = 64, 8192
+_MOST_VALUES, _DEEPEST = 32, 8192
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

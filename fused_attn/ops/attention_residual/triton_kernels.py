@@ -1,8 +1,8 @@
 """Triton kernels of attention residuals.  Forward reads the values once, backward twice, the second time from the cache.
 
 A tile is BLOCK_T tokens by whole rows of D numbers, in registers.  The values come as a tuple of COUNT pointers, COUNT a
-power of two, of which the first ``count`` are values and the others repeat the first and are not read.  The next value
-is loaded before the sums over the present one, whose latency it covers.
+power of two, of which the first ``count`` are values and the others repeat the first and are not read.  Where values
+come from memory, the next one is loaded before the sums over the present one, which cover its latency.
 
 No atomics: every element is written once, and the gradient of the score vector (query * norm_weight) leaves as one
 partial sum per program.
@@ -144,13 +144,9 @@ def attention_residual_bwd_kernel(
                 logit = tl.load(statistics + 2 * layer, mask=live, other=0.0)
                 delta += tl.exp(logit - shift) / total * tl.sum(grad * value, 1)
 
-        following = _load_rows(value_ptrs[0], value_strides[0], outer, inner, columns, mask)
         for layer in tl.static_range(COUNT):
-            value = following.to(tl.float32)
-            if layer + 1 < COUNT:
-                if layer + 1 < count:
-                    following = _load_rows(value_ptrs[layer + 1], value_strides[layer + 1], outer, inner, columns, mask)
             if layer < count:
+                value = _load_rows(value_ptrs[layer], value_strides[layer], outer, inner, columns, mask).to(tl.float32)
                 logit = tl.load(statistics + 2 * layer, mask=live, other=0.0)
                 inverse_rms = tl.load(statistics + 2 * layer + 1, mask=live, other=0.0)
                 weight = tl.exp(logit - shift) / total

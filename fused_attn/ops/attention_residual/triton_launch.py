@@ -169,7 +169,6 @@ _COMPILE_SHAPES = {
     "L 9, D 7168, float32": (9, 8192, 7168, torch.float32),
     "L 9, D 1024": (9, 8192, 1024, torch.bfloat16),
     "L 24, D 384": (24, 12544, 384, torch.float16),
-    "L 64, D 4096": (64, 8192, 4096, torch.bfloat16),
     "L 1, D 20": (1, 8192, 20, torch.bfloat16),
 }
 

@@ -37,7 +37,7 @@ def test_samples(name, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "values", "depth"), [(F32, 9, 1030), (F16, 9, 7168), (BF16, 9, 7168), (F32, 2, 8192), (BF16, 33, 5)]
+    ("dtype", "values", "depth"), [(F32, 9, 1030), (F16, 9, 7168), (BF16, 9, 7168), (F32, 2, 8192), (BF16, 19, 5)]
 )
 def test_deep_rows_and_many_values(dtype, values, depth):
     checks.check_numerics(SPEC, "triton", inputs(dtype, values=values, shape=(2, depth)))
@@ -74,7 +74,7 @@ def test_behaviour_of_the_contract():
 
 
 def test_what_the_kernels_do_not_take_is_refused():
-    for values in (values_of(65, (2, 4)), values_of(1, (2, 8193)), values_of(1, (2, 4), torch.float64)):
+    for values in (values_of(33, (2, 4)), values_of(1, (2, 8193)), values_of(1, (2, 4), torch.float64)):
         checks.check_refuses(SPEC, "triton", {"values": values, "query": values[0][0]})
-    for values in (values_of(64, (2, 4)), values_of(1, (2, 8192))):
+    for values in (values_of(32, (2, 4)), values_of(1, (2, 8192))):
         assert library.can_run_triton(values, values[0][0]) is None
