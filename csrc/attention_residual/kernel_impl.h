@@ -7,6 +7,7 @@ namespace fused_attn::attention_residual::FUSED_ATTN_ISA {
 namespace {
 
 #include "common/simd.h"
+#include "common/simd_half.h"
 
 // Vectors walked together, each with a sum of its own.
 constexpr int U = 4;
@@ -30,67 +31,29 @@ struct Scratch {
 
 // --- elements ----------------------------------------------------------------------------------------------------
 
-typedef uint16_t vh __attribute__((vector_size(L * 2)));
-typedef uint16_t vh_unaligned __attribute__((vector_size(L * 2), aligned(2), may_alias));
-
-FA_INLINE vf load_vector(const float* p) { return load(p); }
-FA_INLINE void store_vector(float* p, vf x) { store(p, x); }
-
-FA_INLINE vf load_vector(const c10::BFloat16* p) {
-  const vh bits = *reinterpret_cast<const vh_unaligned*>(p);
-  return (vf)(__builtin_convertvector(bits, vu) << 16);
-}
-FA_INLINE void store_vector(c10::BFloat16* p, vf x) {
-  const vu bits = (vu)x;
-  const vu rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
-  const vu quiet = bits >> 16 | 0x40;                           // a NaN stays one
-  *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector((vu)select(x == x, (vf)rounded, (vf)quiet), vh);
-}
-
-FA_INLINE vf load_vector(const c10::Half* p) {
-#if FUSED_ATTN_LANES == 16
-  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif FUSED_ATTN_LANES == 8
-  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-  vf x;
-  for (int i = 0; i < L; ++i) x[i] = static_cast<float>(p[i]);
-  return x;
-#endif
-}
-FA_INLINE void store_vector(c10::Half* p, vf x) {
-#if FUSED_ATTN_LANES == 16
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
-#elif FUSED_ATTN_LANES == 8
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
-#else
-  for (int i = 0; i < L; ++i) p[i] = static_cast<c10::Half>(x[i]);
-#endif
-}
-
 // The first `count` < L elements; the other lanes are zero.
 template <class T>
 FA_INLINE vf load_first(const T* p, int64_t count) {
   T part[L] = {};
   for (int64_t i = 0; i < count; ++i) part[i] = p[i];
-  return load_vector(part);
+  return load_as_float(part);
 }
 template <class T>
 FA_INLINE void store_first(T* p, int64_t count, vf x) {
   T part[L];
-  store_vector(part, x);
+  store_rounded(part, x);
   for (int64_t i = 0; i < count; ++i) p[i] = part[i];
 }
 
 // One vector of a row at which `Whole` says whether all its lanes exist.
 template <bool Whole, class T>
 FA_INLINE vf load_part(const T* p, int64_t count) {
-  if constexpr (Whole) return load_vector(p);
+  if constexpr (Whole) return load_as_float(p);
   return load_first(p, count);
 }
 template <bool Whole, class T>
 FA_INLINE void store_part(T* p, int64_t count, vf x) {
-  if constexpr (Whole) return store_vector(p, x);
+  if constexpr (Whole) return store_rounded(p, x);
   store_first(p, count, x);
 }
 

@@ -11,9 +11,9 @@ FA_INLINE vf load_as_float(const c10::BFloat16* p) {
 }
 
 FA_INLINE vf load_as_float(const c10::Half* p) {
-#if defined(__AVX512F__) && FUSED_ATTN_LANES == 16
-  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__) && FUSED_ATTN_LANES == 8
+#if FUSED_ATTN_LANES == 16
+  return (vf)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif FUSED_ATTN_LANES == 8
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
   vf x;
@@ -31,9 +31,10 @@ FA_INLINE void store_rounded(c10::BFloat16* p, vf x) {
 }
 
 FA_INLINE void store_rounded(c10::Half* p, vf x) {
-#if defined(__AVX512F__) && FUSED_ATTN_LANES == 16
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__) && FUSED_ATTN_LANES == 8
+#if FUSED_ATTN_LANES == 16
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif FUSED_ATTN_LANES == 8
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < L; ++i) p[i] = static_cast<c10::Half>(x[i]);

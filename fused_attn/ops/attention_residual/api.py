@@ -31,7 +31,7 @@ def attention_residual(
         query: (D,), dtype of the values.
         norm_weight: (D,), dtype of the values; None: ones.
         eps: added to the mean square, at least 0.
-        impl: ``"auto"``, ``"cpu"`` or ``"reference"``.
+        impl: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         (B, T, D), or (..., D), contiguous; dtype of the values.

@@ -7,7 +7,9 @@ One operator per implementation, all with the schema below, so that ``torch.comp
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 from collections.abc import Sequence
 
 import torch
@@ -46,12 +48,29 @@ def can_run_cpu(values: Sequence[Tensor], query: Tensor) -> str | None:
     return _dtype_reason(query)
 
 
+def can_run_triton(values: Sequence[Tensor], query: Tensor) -> str | None:
+    if not _HAS_TRITON:
+        return "the package triton is not installed"
+    if query.device.type != "cuda" and not _INTERPRETED:
+        return f"it needs CUDA tensors, got {query.device.type} (or TRITON_INTERPRET=1, which runs it slowly anywhere)"
+    if len(values) > _MOST_VALUES:
+        return f"it takes up to {_MOST_VALUES} values, got {len(values)}"
+    if query.shape[0] > _DEEPEST:
+        return f"it takes values of up to {_DEEPEST} numbers per token, got {query.shape[0]}"
+    return _dtype_reason(query)
+
+
 def can_run_reference(values: Sequence[Tensor], query: Tensor) -> str | None:
     return None
 
 
-#: Implementations in the order ``auto`` prefers them.
-IMPLEMENTATIONS = {"cpu": can_run_cpu, "reference": can_run_reference}
+# The Triton kernels name every value as an argument, and hold whole rows in registers.
+_MOST_VALUES, _DEEPEST = 32, 8192
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+#: Implementations in the order ``auto`` prefers them.  The interpreter never wins over a real kernel.
+IMPLEMENTATIONS = {"cpu": can_run_cpu, "triton": can_run_triton, "reference": can_run_reference}
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------
@@ -96,6 +115,18 @@ def _cpu_backward(grad_out, values, query, norm_weight, statistics):
     return grads
 
 
+def _triton(*args):
+    from . import triton_launch
+
+    return triton_launch.forward(*args)
+
+
+def _triton_backward(*args):
+    from . import triton_launch
+
+    return triton_launch.backward(*args)
+
+
 # --- registration -----------------------------------------------------------------------------------------------
 
 
@@ -105,13 +136,6 @@ def _fake(values, query, norm_weight, eps):
 
 def _fake_backward(grad_out, values, query, norm_weight, statistics):
     return _allocate_backward(values, query, norm_weight)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    values, query, norm_weight, _ = inputs
-    _, statistics = output
-    ctx.mark_non_differentiable(statistics)
-    ctx.save_for_backward(query, norm_weight, statistics, *values)
 
 
 def _refuse_double_backward(ctx, *grads):
@@ -141,13 +165,20 @@ def _register(impl: str, device_types: tuple[str, ...], forward, backward) -> No
     register_flop_formula(getattr(torch.ops.fused_attn, f"attention_residual_{impl}"))(_flops)
     register_flop_formula(operator.overloadpacket)(_flops_backward)
 
+    def setup_context(ctx, inputs, output) -> None:
+        values, query, norm_weight, _ = inputs
+        _, statistics = output
+        ctx.mark_non_differentiable(statistics)
+        ctx.save_for_backward(query, norm_weight, statistics, *values)
+
     def autograd_backward(ctx, grad_out, _grad_statistics):
         query, norm_weight, statistics, *values = ctx.saved_tensors
         grad_values, grad_query, grad_norm_weight = operator(grad_out, values, query, norm_weight, statistics)
         return list(grad_values), grad_query, None if norm_weight is None else grad_norm_weight, None
 
-    torch.library.register_autograd(name, autograd_backward, setup_context=_setup_context)
+    torch.library.register_autograd(name, autograd_backward, setup_context=setup_context)
     torch.library.register_autograd(f"{name}_backward", _refuse_double_backward)
 
 
 _register("cpu", ("cpu",), _cpu, _cpu_backward)
+_register("triton", ("cuda", "cpu") if _INTERPRETED else ("cuda",), _triton, _triton_backward)

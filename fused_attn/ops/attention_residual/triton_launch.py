@@ -1,0 +1,194 @@
+"""Launches of the Triton kernels: tile shapes, arguments, and the two entry points of library.py.
+
+A launch is planned as data (:class:`Launch`) from shapes and strides alone.  ``forward`` and ``backward`` run the
+plans; ``compile_cases`` gives the same plans over meta tensors to benchmarks/compile_report.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import triton_kernels
+from .library import _allocate_backward, _allocate_forward, rows
+
+#: Programs of the backward pass, and so partial sums of the score vector's gradient.  A fixed number: results do not
+#: depend on the device.  1,024 are several waves on any GPU, and their partial sums 1 % of what the pass reads and
+#: writes at 9 values of 8,192 tokens.
+BACKWARD_PROGRAMS = 1024
+
+
+class Launch(NamedTuple):
+    """One kernel launch: ``kernel[(programs,)](**arguments, **options)``."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    #: bytes that one tile of tokens moves between registers and global memory where all COUNT values are there
+    bytes_per_tile: int
+
+    @property
+    def tile(self) -> str:
+        a = self.arguments
+        return f"{a['BLOCK_T']} tokens x {a['BLOCK_D']}, {a['COUNT']} values"
+
+    def run(self) -> None:
+        self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+
+def _tile(depth: int, elements_per_thread: int) -> tuple[int, int, int]:
+    """(tokens, padded depth, warps) of a tile: whole rows, at least 1,024 numbers."""
+    block_d = max(16, triton.next_power_of_2(depth))
+    block_t = max(1, 1024 // block_d)
+    warps = max(1, min(16, block_t * block_d // (32 * elements_per_thread)))
+    return block_t, block_d, warps
+
+
+def _padded(items: Sequence[Any]) -> tuple[Any, ...]:
+    """Repeats the first item up to a power of two: one compilation serves many lengths."""
+    return (*items, *[items[0]] * (triton.next_power_of_2(len(items)) - len(items)))
+
+
+def _strides(tensor: Tensor) -> tuple[int, int]:
+    """Of (outer, inner, D) without the last, 0 along dimensions of size 1: what they say there is arbitrary."""
+    return tuple(0 if tensor.shape[i] == 1 else tensor.stride(i) for i in (0, 1))
+
+
+def _common(values: Sequence[Tensor], query: Tensor, norm_weight: Tensor | None, tile) -> dict[str, Any]:
+    """Arguments that both kernels take, by name; ``values`` are (outer, inner, D)."""
+    outer, inner, depth = values[0].shape
+    block_t, block_d, _ = tile
+    return {
+        "value_ptrs": _padded(values),
+        "value_strides": _padded([_strides(value) for value in values]),
+        "query_ptr": query,
+        "norm_weight_ptr": norm_weight,
+        "query_stride": query.stride(0),
+        "norm_weight_stride": 0 if norm_weight is None else norm_weight.stride(0),
+        "count": len(values),
+        "tokens": outer * inner,
+        "inner_size": inner,
+        "D": depth,
+        "COUNT": triton.next_power_of_2(len(values)),
+        "BLOCK_T": block_t,
+        "BLOCK_D": block_d,
+    }
+
+
+def _bytes(arguments: dict[str, Any], tensors: int) -> int:
+    """Of one tile of each of ``tensors``."""
+    return arguments["BLOCK_T"] * arguments["D"] * arguments["query_ptr"].element_size() * tensors
+
+
+def _options(tile) -> dict[str, Any]:
+    # FMA contraction is the default up to Triton 3.9 and no longer after it.
+    return {"num_warps": tile[2], "num_stages": 1, "enable_fp_fusion": True}
+
+
+def plan_forward(values, query, norm_weight, eps, out, statistics) -> Launch:
+    """The forward launch; ``values`` are (outer, inner, D); writes ``out`` and ``statistics``, both contiguous."""
+    tile = _tile(values[0].shape[-1], 32)
+    arguments = _common(values, query, norm_weight, tile)
+    arguments |= {"out_ptr": out, "statistics_ptr": statistics, "eps": eps}
+    programs = -(-arguments["tokens"] // tile[0])
+    return Launch(
+        triton_kernels.attention_residual_fwd_kernel,
+        _checked(programs),
+        arguments,
+        _options(tile),
+        _bytes(arguments, arguments["COUNT"] + 1),
+    )
+
+
+def plan_backward(grad_out, values, query, norm_weight, statistics, grad_values, partials) -> Launch:
+    """The backward launch; writes ``grad_values`` (contiguous) and ``partials``, a row per program."""
+    tile = _tile(values[0].shape[-1], 16)
+    arguments = _common(values, query, norm_weight, tile)
+    arguments |= {
+        "grad_out_ptr": grad_out,
+        "grad_out_strides": _strides(grad_out),
+        "statistics_ptr": statistics,
+        "grad_value_ptrs": _padded(grad_values),
+        "partials_ptr": partials,
+    }
+    return Launch(
+        triton_kernels.attention_residual_bwd_kernel,
+        partials.shape[0],
+        arguments,
+        _options(tile),
+        _bytes(arguments, 2 * arguments["COUNT"] + 1),
+    )
+
+
+def _checked(programs: int) -> int:
+    if programs >= 2**31:
+        raise ValueError(f"values make {programs} tiles of work, expected fewer than 2**31; split the batch")
+    return programs
+
+
+def _backward_programs(values: Sequence[Tensor]) -> int:
+    outer, inner, depth = values[0].shape
+    return min(BACKWARD_PROGRAMS, -(-outer * inner // _tile(depth, 16)[0]))
+
+
+def forward(values, query, norm_weight, eps) -> tuple[Tensor, Tensor]:
+    """``out`` and ``statistics`` of the operator in library.py."""
+    out, statistics = _allocate_forward(values)
+    if out.numel():
+        with torch.cuda.device_of(query):
+            plan_forward([rows(value) for value in values], query, norm_weight, eps, out, statistics).run()
+    return out, statistics
+
+
+def backward(grad_out, values, query, norm_weight, statistics) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The gradients of the operator in library.py."""
+    grad_values, grad_query, grad_norm_weight = _allocate_backward(values, query, norm_weight)
+    if grad_out.numel() == 0:
+        return grad_values, grad_query.zero_(), grad_norm_weight.zero_()
+    values = [rows(value) for value in values]
+    partials = statistics.new_empty((_backward_programs(values), query.shape[0]))
+    with torch.cuda.device_of(query):
+        plan_backward(rows(grad_out), values, query, norm_weight, statistics, grad_values, partials).run()
+    grad_score = partials.sum(0)
+    if norm_weight is None:
+        grad_query.copy_(grad_score)
+    else:
+        grad_query.copy_(grad_score * norm_weight)
+        grad_norm_weight.copy_(grad_score * query)
+    return grad_values, grad_query, grad_norm_weight
+
+
+#: Cases of benchmarks/compile_report.py: name -> (values, tokens, D, dtype).
+_COMPILE_SHAPES = {
+    "L 9, D 7168": (9, 8192, 7168, torch.bfloat16),
+    "L 9, D 7168, float32": (9, 8192, 7168, torch.float32),
+    "L 9, D 1024": (9, 8192, 1024, torch.bfloat16),
+    "L 24, D 384": (24, 12544, 384, torch.float16),
+    "L 1, D 20": (1, 8192, 20, torch.bfloat16),
+}
+
+COMPILE_NOTES = """
+Bytes: those of the values, the output and their gradients in one tile of tokens, once each.  Backward asks for the
+values a second time, which the caches answer.  The values are unrolled up to a power of two, and instructions and bytes
+are those of all of them; one past the run-time count costs a comparison.
+"""
+
+
+def compile_cases(arch: str) -> Iterator[tuple[str, Launch]]:
+    """(case, launch) of every shipped configuration, over meta tensors: see compile_report.py."""
+    for name, (count, tokens, depth, dtype) in _COMPILE_SHAPES.items():
+
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        values = [empty(1, tokens, depth) for _ in range(count)]
+        query, out = empty(depth), values[0]
+        statistics = empty(tokens, count, 2, dtype=torch.float32)
+        partials = empty(_backward_programs(values), depth, dtype=torch.float32)
+        yield name, plan_forward(values, query, query, 1e-6, out, statistics)
+        yield name, plan_backward(out, values, query, query, statistics, values, partials)
