@@ -5,8 +5,10 @@ from .ops import (
     LayerCache,
     attention_residual,
     decomposed_bias_attention,
+    elementwise_attention,
     layer_attention,
     rel_attention_2d,
+    row_col_softmax,
     weighted_layer_sum,
 )
 
@@ -16,8 +18,10 @@ __all__ = [
     "attention_residual",
     "create_model",
     "decomposed_bias_attention",
+    "elementwise_attention",
     "layer_attention",
     "list_models",
     "rel_attention_2d",
+    "row_col_softmax",
     "weighted_layer_sum",
 ]

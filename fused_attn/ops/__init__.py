@@ -1,6 +1,7 @@
 """The fused ops, one folder each."""
 
 from .attention_residual import attention_residual
+from .elementwise_attention import elementwise_attention, row_col_softmax
 from .layer_attention import LayerCache, layer_attention, weighted_layer_sum
 from .rel_attention_2d import decomposed_bias_attention, rel_attention_2d
 
@@ -9,8 +10,10 @@ __all__ = [
     "LayerCache",
     "attention_residual",
     "decomposed_bias_attention",
+    "elementwise_attention",
     "layer_attention",
     "rel_attention_2d",
+    "row_col_softmax",
     "weighted_layer_sum",
 ]
 
@@ -19,9 +22,10 @@ def __getattr__(name: str):
     # Samples, bad inputs and peers are for tests and benchmarks; importing the package does not build them.
     if name == "SPECS":
         from .attention_residual import spec as attention_residual_spec
+        from .elementwise_attention import spec as elementwise_attention_spec
         from .layer_attention import spec as layer_attention_spec
         from .rel_attention_2d import spec as rel_attention_2d_spec
 
-        modules = rel_attention_2d_spec, layer_attention_spec, attention_residual_spec
+        modules = rel_attention_2d_spec, layer_attention_spec, attention_residual_spec, elementwise_attention_spec
         return tuple(spec for module in modules for spec in module.SPECS)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
