@@ -9,12 +9,22 @@ namespace {
 #include "common/simd.h"
 #include "elementwise_attention/rows.h"
 
-constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLog2e = 1.4426950408889634f, kLog2eLow = 1.925963033500e-8f;
 constexpr int64_t kMostImages = 32;
 
 FA_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-FA_INLINE vf exp_of(vf x) { return exp2_nonpositive(x * kLog2e); }
+
+// e^x for x <= 0: 0 below 2^-126, NaN stays NaN.  The exponent is reduced before it is rounded: a rounded x * log2(e)
+// would be off by half an ulp of the exponent, more than everything else together from x = -2 on.
+FA_INLINE vf exp_of(vf x) {
+  const vf shifted = x * kLog2e + 12582912.0f;  // 1.5 * 2^23: an integer held in the low mantissa bits
+  const vf n = shifted - 12582912.0f;
+  const vf r = (x * kLog2e - n) + x * kLog2eLow;
+  const vf result = (vf)((vi)exp2_polynomial(r) + ((vi)shifted << 23));
+  const vi underflow = n < -126.0f;
+  return (vf)((vi)result & ~underflow);
+}
 
 // Scratch memory, one aligned allocation, freed at the end of a range of tasks.
 struct Buffer {
