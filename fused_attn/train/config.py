@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -177,6 +178,19 @@ class TrainConfig:
                     f"--resume: {name} of the run in {self.out} is {saved[name]!r}, got {value!r}; "
                     "start a new run for other settings"
                 )
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run in ``folder`` but for ``out`` and ``resume``; none where there is no run."""
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    known = {field.name for field in dataclasses.fields(TrainConfig)} - {"out", "resume"}
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    if settings.get("data_dir") is not None:
+        settings["data_dir"] = Path(settings["data_dir"])
+    return {name: value for name, value in settings.items() if name in known}
 
 
 def _check(holds: bool, name: str, expected: str, got: object) -> None:
