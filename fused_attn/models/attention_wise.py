@@ -1,4 +1,4 @@
-"""Attention-Wise networks, made of element-wise attention layers, and the VGG-like network that they are compared with."""
+"""Attention-Wise networks, made of element-wise attention layers, and the VGG-like network they are compared with."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class AttentionWise(nn.Module):
         ValueError: an argument is out of range, or the images do not have the size ``image_size``.
 
     All weights start at a normal distribution of standard deviation 0.02, biases at 0; batch normalisation at 1 and 0.
-    Source: Araujo Bacochina and de Souza 2023, "Element-Wise Attention Layers: an option for optimization", section 2.2.
+    Source: Araujo Bacochina and de Souza 2023, "Element-Wise Attention Layers: an option for optimization", sec. 2.2.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class VGGControl(nn.Module):
 
     The stages have 100 and 200 channels; a ReLU follows every convolution, and the strided ones have no bias.  Weights
     start as in :class:`AttentionWise`.
-    Source: Araujo Bacochina and de Souza 2023, "Element-Wise Attention Layers: an option for optimization", section 2.1.
+    Source: Araujo Bacochina and de Souza 2023, "Element-Wise Attention Layers: an option for optimization", sec. 2.1.
     """
 
     def __init__(self, *, num_classes: int = 10, in_chans: int = 1, image_size: int | tuple[int, int] = 28) -> None:

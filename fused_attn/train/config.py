@@ -134,7 +134,9 @@ class TrainConfig:
             _check(value is None or value > 0, name, "above 0", value)
         # Accelerate rescales the loss after each optimizer's step: the second would divide by another scale.
         separate = self.separate_attention
-        _check(not separate or self.mixed_precision != "fp16", "mixed_precision", "no or bf16 with two optimizers", "fp16")
+        _check(
+            not separate or self.mixed_precision != "fp16", "mixed_precision", "no or bf16 with two optimizers", "fp16"
+        )
         _check(0 <= self.ema < 1, "ema", "in [0, 1)", self.ema)
         _check(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)", self.label_smoothing)
         _check(self.warmup_epochs >= 0, "warmup_epochs", "at least 0", self.warmup_epochs)

@@ -11,7 +11,6 @@ from .. import modules
 from .config import TrainConfig
 from .errors import TrainError
 
-
 #: Modules whose parameters are attention's: what they contain besides, as projections, belongs to it.
 ATTENTION_MODULES = (
     modules.AttentionResidual,
@@ -44,7 +43,9 @@ def build_optimizers(config: TrainConfig, network: nn.Module) -> dict[str, torch
     if not 0 < len(attention) < len(parameters):
         option = "attention_lr" if config.attention_optimizer is None else "attention_optimizer"
         found = "no parameters in attention modules" if not attention else "no others"
-        raise TrainError(f"{option}: model {config.model} must have parameters in attention modules and others, got {found}")
+        raise TrainError(
+            f"{option}: model {config.model} must have parameters in attention modules and others, got {found}"
+        )
     kind, rate = config.attention_optimizer or config.optimizer, config.attention_lr or config.lr
     return {
         "optimizer": _build(config, config.optimizer, config.lr, [p for p in parameters if id(p) not in attention]),
