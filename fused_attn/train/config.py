@@ -72,8 +72,8 @@ class TrainConfig:
     weight_decay: float = 5e-4
     """L2 penalty, on every parameter."""
     attention_optimizer: Literal["sgd", "adam"] | None = None
-    """Separate optimizer for the parameters of the attention modules; the other optimizer then has only the rest.  Its
-    kind is that of ``optimizer`` where only ``attention_lr`` is given; both share schedule, momentum and weight decay."""
+    """Separate optimizer for the parameters of the attention modules; the other one then has only the rest.  Its kind
+    is that of ``optimizer`` where only ``attention_lr`` is given; both share schedule, momentum and weight decay."""
     attention_lr: float | None = None
     """Its learning rate at its highest; ``lr`` where only ``attention_optimizer`` is given."""
     schedule: Literal["constant", "step", "cosine"] = "cosine"
@@ -133,10 +133,8 @@ class TrainConfig:
             value = getattr(self, name)
             _check(value is None or value > 0, name, "above 0", value)
         # Accelerate rescales the loss after each optimizer's step: the second would divide by another scale.
-        separate = self.separate_attention
-        _check(
-            not separate or self.mixed_precision != "fp16", "mixed_precision", "no or bf16 with two optimizers", "fp16"
-        )
+        two = self.separate_attention
+        _check(not two or self.mixed_precision != "fp16", "mixed_precision", "no or bf16 with two optimizers", "fp16")
         _check(0 <= self.ema < 1, "ema", "in [0, 1)", self.ema)
         _check(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)", self.label_smoothing)
         _check(self.warmup_epochs >= 0, "warmup_epochs", "at least 0", self.warmup_epochs)

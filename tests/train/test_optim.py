@@ -97,10 +97,10 @@ def test_every_kind_of_attention_can_be_separate(name):
 
 def test_attention_that_cannot_be_separate():
     with pytest.raises(
-        TrainError, match="attention_lr: model wrn_10_1 must have parameters in attention .* got no param"
+        TrainError, match=r"attention_lr: model wrn_10_1 must have parameters in attention .* got no param"
     ):
         build_optimizers(config(attention_lr=0.1), create_model("wrn_10_1"))
-    with pytest.raises(TrainError, match="attention_optimizer: .* and others, got no others"):
+    with pytest.raises(TrainError, match=r"attention_optimizer: .* and others, got no others"):
         build_optimizers(config(attention_optimizer="sgd"), ElementwiseAttention(1, (2, 2), 1))
     with pytest.raises(TrainError, match="attention_lr must be above 0, got 0"):
         config(attention_lr=0)
