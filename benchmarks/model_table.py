@@ -148,7 +148,7 @@ def main() -> None:
         difference = row["parameters"] - row["paper_parameters"]
         lines.append(
             f"| {row['model']} | {size} | {row['parameters']:,} | {row['paper_parameters']:,} "
-            f" | {difference:+,} |".replace("+0 |", "0 |")
+            f"| {difference:+,} |".replace("+0 |", "0 |")
         )
     write("attention_wise_models", rows, lines)
 
