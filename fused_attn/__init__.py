@@ -9,6 +9,7 @@ from .ops import (
     layer_attention,
     rel_attention_2d,
     row_col_softmax,
+    squeeze_excite,
     weighted_layer_sum,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "list_models",
     "rel_attention_2d",
     "row_col_softmax",
+    "squeeze_excite",
     "weighted_layer_sum",
 ]

@@ -4,6 +4,7 @@ from .attention_residual import attention_residual
 from .elementwise_attention import elementwise_attention, row_col_softmax
 from .layer_attention import LayerCache, layer_attention, weighted_layer_sum
 from .rel_attention_2d import decomposed_bias_attention, rel_attention_2d
+from .squeeze_excite import squeeze_excite
 
 __all__ = [
     "SPECS",
@@ -14,6 +15,7 @@ __all__ = [
     "layer_attention",
     "rel_attention_2d",
     "row_col_softmax",
+    "squeeze_excite",
     "weighted_layer_sum",
 ]
 
@@ -25,7 +27,14 @@ def __getattr__(name: str):
         from .elementwise_attention import spec as elementwise_attention_spec
         from .layer_attention import spec as layer_attention_spec
         from .rel_attention_2d import spec as rel_attention_2d_spec
+        from .squeeze_excite import spec as squeeze_excite_spec
 
-        modules = rel_attention_2d_spec, layer_attention_spec, attention_residual_spec, elementwise_attention_spec
+        modules = (
+            rel_attention_2d_spec,
+            layer_attention_spec,
+            attention_residual_spec,
+            elementwise_attention_spec,
+            squeeze_excite_spec,
+        )
         return tuple(spec for module in modules for spec in module.SPECS)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,6 +19,7 @@ ATTENTION_MODULES = (
     modules.MRLABase,
     modules.MRLALight,
     modules.RelPosAttention2d,
+    modules.SqueezeExcite,
 )
 
 

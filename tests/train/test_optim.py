@@ -88,7 +88,9 @@ def test_attention_has_an_optimizer_of_its_own(changes, kind, rate):
     assert attention_factor(settings) == pytest.approx(rate / 0.3)
 
 
-@pytest.mark.parametrize("name", ["sa_resnet20", "mrla_base_resnet50", "mrla_light_resnet50", "aa_wrn_10_1"])
+@pytest.mark.parametrize(
+    "name", ["sa_resnet20", "mrla_base_resnet50", "mrla_light_resnet50", "aa_wrn_10_1", "se_resnet34"]
+)
 def test_every_kind_of_attention_can_be_separate(name):
     with torch.device("meta"):
         model = create_model(name)
@@ -159,3 +161,12 @@ def test_recipes_of_attention_wise():
         assert {learning_rate(recipe, step, 14) for step in range(140)} == {1e-3}
         (adam,) = build_optimizers(recipe, torch.nn.Linear(1, 1)).values()
         assert adam.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_recipe_of_result_attention():
+    recipe = TrainConfig(out="out", **RECIPES["result-attention"][1])
+    rates = [learning_rate(recipe, 10 * epoch, 10) for epoch in (1, 59, 60, 120, 160)]
+    assert rates == pytest.approx([0.1, 0.1, 0.02, 0.004, 0.0008])
+    assert learning_rate(recipe, 0, 10) < learning_rate(recipe, 5, 10) < 0.1
+    assert (recipe.batch_size, recipe.momentum, recipe.nesterov, recipe.weight_decay) == (128, 0.9, True, 5e-4)
+    assert (recipe.crop_padding, recipe.flip, recipe.rotate, recipe.aux_weights) == (4, True, 15.0, (0.4, 0.4))
