@@ -183,6 +183,7 @@ def _config_of(folder: Path, data_dir: Path | None) -> TrainConfig:
         raise TrainError(f"source: {folder} must hold a run, with its config.json; there is none that can be read")
     if data_dir is not None:
         settings["data_dir"] = data_dir
+    settings["impl"] = "auto"  # the run may have been on another machine
     return TrainConfig(**settings, out=folder)
 
 

@@ -90,6 +90,8 @@ def test_a_run_is_drawn_with_the_weights_that_it_ended_with_or_saved_last(finish
     monkeypatch.setattr("fused_attn.inspect.trace", lambda *args: seen.append(original(*args)) or seen[-1])
     run = tmp_path / "run"
     shutil.copytree(finished, run)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "impl": "triton"}))  # trained on a GPU
     assert cli.main(["inspect", str(run), "--image", "3"]) == 0
     assert (run / "inspect.png").read_bytes().startswith(b"\x89PNG")
     (run / "model.safetensors").unlink()
