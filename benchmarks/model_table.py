@@ -1,5 +1,6 @@
-"""Parameters and FLOPs of the models: writes results/model_table.md (by attention coverage) and results/layer_models.md
-(networks with attention over their layers) and results/excite_models.md (squeeze-excite networks), each with its .json.
+"""Parameters and FLOPs of the models, in results/: model_table.md (by attention coverage), layer_models.md (networks with
+attention over their layers), attention_wise_models.md (element-wise attention, beside the paper's counts) and
+excite_models.md (squeeze-excite networks), each with its .json.
 
 FLOPs are those of one forward pass of one image, two per multiply-add, counted by ``torch.utils.flop_counter`` on the
 reference implementation with meta tensors: nothing is computed, so the table is the same on every machine.
@@ -48,6 +49,21 @@ LAYER_ROWS = [
         [f"{prefix}deit_{size}" for size in ("tiny", "small", "base") for prefix in ("", "mrla_base_", "mrla_light_")],
     ),
 ]
+#: Element-wise attention: (model, channels, image size, parameters in the paper's sections 2.1 and 2.2 and appendix).
+ATTENTION_WISE_ROWS = [
+    ("vgg_control", 1, 28, 929_510),
+    ("attention_wise_a", 1, 28, 33_104),
+    ("attention_wise_b", 1, 28, 33_084),
+    ("attention_wise_c", 1, 28, 58_208),
+    ("attention_wise_d", 1, 28, 58_172),
+    ("attention_wise_e", 1, 28, 58_342),
+    ("attention_wise_f", 1, 28, 58_318),
+    ("attention_wise_g", 1, 28, 108_534),
+    ("attention_wise_h", 1, 28, 108_494),
+    ("attention_wise_one_head", 1, 28, 11_132),
+    ("vgg_control", 3, 32, 961_310),
+    ("attention_wise_cifar", 3, 32, 506_560),
+]
 
 
 #: Squeeze-excite networks -> parameters (millions) and multiply-adds (10^9) of the paper's tables 1 and 2.
@@ -67,12 +83,13 @@ EXCITE_PUBLISHED = {
 
 def measure(name: str, num_classes: int = NUM_CLASSES, image_size: int = IMAGE_SIZE, **options) -> dict[str, int]:
     """Count parameters and FLOPs of one model."""
+    channels = options.get("in_chans", 3)
     with torch.device("meta"):
         options = {"num_classes": num_classes, "image_size": image_size, "impl": "reference", **options}
         model = fused_attn.create_model(name, **options).eval()
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
-            model(torch.empty(1, 3, image_size, image_size))
+            model(torch.empty(1, channels, image_size, image_size))
     by_operator = counter.get_flop_counts()["Global"]
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -97,6 +114,20 @@ def measure_excite_models() -> list[dict[str, int | str]]:
     return [
         {"model": name} | {key: count for key, count in measure(name).items() if key != "attention_flops"}
         for name in EXCITE_PUBLISHED
+    ]
+
+
+def measure_attention_wise() -> list[dict[str, int | str]]:
+    """Rows of attention_wise_models.json."""
+    return [
+        {
+            "model": name,
+            "in_chans": channels,
+            "image_size": size,
+            "parameters": measure(name, 10, size, in_chans=channels)["parameters"],
+            "paper_parameters": paper,
+        }
+        for name, channels, size, paper in ATTENTION_WISE_ROWS
     ]
 
 
@@ -143,6 +174,20 @@ def main() -> None:
             f"| {row['flops'] / 2e9:.3f} | {macs} |"
         )
     write("excite_models", rows, lines)
+
+    rows = measure_attention_wise()
+    lines = [
+        "| model | image | parameters | in the paper | difference |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        size = f"{row['image_size']}x{row['image_size']}x{row['in_chans']}"
+        difference = row["parameters"] - row["paper_parameters"]
+        lines.append(
+            f"| {row['model']} | {size} | {row['parameters']:,} | {row['paper_parameters']:,} "
+            f"| {difference:+,} |".replace("+0 |", "0 |")
+        )
+    write("attention_wise_models", rows, lines)
 
 
 if __name__ == "__main__":

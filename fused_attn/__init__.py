@@ -5,8 +5,10 @@ from .ops import (
     LayerCache,
     attention_residual,
     decomposed_bias_attention,
+    elementwise_attention,
     layer_attention,
     rel_attention_2d,
+    row_col_softmax,
     squeeze_excite,
     weighted_layer_sum,
 )
@@ -17,9 +19,11 @@ __all__ = [
     "attention_residual",
     "create_model",
     "decomposed_bias_attention",
+    "elementwise_attention",
     "layer_attention",
     "list_models",
     "rel_attention_2d",
+    "row_col_softmax",
     "squeeze_excite",
     "weighted_layer_sum",
 ]

@@ -1,9 +1,7 @@
-"""The command line: ``fused-attn train | demo | bench | scales | info``."""
+"""The command line: ``fused-attn train | inspect | scales | demo | bench | info``."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +10,7 @@ from pathlib import Path
 import tyro
 
 from .bench import BenchError
-from .train.config import TrainConfig
+from .train.config import TrainConfig, saved_settings
 from .train.errors import TrainError
 from .train.recipes import RECIPES
 
@@ -23,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] not in COMMANDS:
         wants_help = bool(arguments) and arguments[0] in ("-h", "--help")
-        lines = [f"  {name:8}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+        lines = [f"  {name:9}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
         usage = "\n".join(["usage: fused-attn COMMAND [options]; fused-attn COMMAND --help shows the options", *lines])
         if arguments and not wants_help:
             usage = (
@@ -46,7 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(arguments: Sequence[str]) -> int:
     """Train a model on CPU or GPU; alone, or on several processes under torchrun."""
-    settings = _saved_settings(arguments) if "--resume" in arguments else _recipe_settings(arguments)
+    if "--resume" in arguments:  # the run's settings, so that --resume --out DIR is enough; the run checks the rest
+        settings = saved_settings(Path(_option(arguments, "--out") or ""))
+    else:
+        settings = _recipe_settings(arguments)
     missing = {name: tyro.MISSING for name in ("model", "dataset", "out") if name not in settings}
     config = tyro.cli(TrainConfig, args=arguments, default=TrainConfig(**missing, **settings), prog="fused-attn train")
     from .train.loop import train as run
@@ -79,20 +80,6 @@ def _recipe_settings(arguments: Sequence[str]) -> dict:
     return RECIPES[recipe][1]
 
 
-def _saved_settings(arguments: Sequence[str]) -> dict:
-    """The settings of the run that is resumed, so that ``--resume --out DIR`` is enough; the run checks the rest."""
-    path = Path(_option(arguments, "--out") or "") / "config.json"
-    try:
-        saved = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    known = {field.name for field in dataclasses.fields(TrainConfig)} - {"out", "resume"}
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    if settings.get("data_dir") is not None:
-        settings["data_dir"] = Path(settings["data_dir"])
-    return {name: value for name, value in settings.items() if name in known}
-
-
 def info(arguments: Sequence[str]) -> int:
     """Say what is installed, and which implementation each op would use here and why not the others."""
     tyro.cli(_no_options, args=arguments, prog="fused-attn info", description=info.__doc__)
@@ -104,6 +91,13 @@ def info(arguments: Sequence[str]) -> int:
 
 def _no_options() -> None:
     pass
+
+
+def inspect(arguments: Sequence[str]) -> int:
+    """Draw what the element-wise attention layers of a run, or of a model, do to one image."""
+    from .inspect import run
+
+    return tyro.cli(run, args=arguments, prog="fused-attn inspect")
 
 
 def demo(arguments: Sequence[str]) -> int:
@@ -138,6 +132,7 @@ def scales(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
+    "inspect": inspect,
     "demo": demo,
     "bench": bench,
     "scales": scales,

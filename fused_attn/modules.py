@@ -1,6 +1,7 @@
 """The package's nn.Modules, and what some of them attend over: ``LayerCache`` and ``BlockSums``."""
 
 from .ops.attention_residual.module import AttentionResidual, BlockSums
+from .ops.elementwise_attention.module import DualSoftmax, ElementwiseAttention, ElementwiseAttentionBlock
 from .ops.layer_attention.cache import LayerCache
 from .ops.layer_attention.module import LayerAttention, MRLABase, MRLALight
 from .ops.rel_attention_2d.module import AttentionAugmentedConv2d, RelPosAttention2d
@@ -10,6 +11,9 @@ __all__ = [
     "AttentionAugmentedConv2d",
     "AttentionResidual",
     "BlockSums",
+    "DualSoftmax",
+    "ElementwiseAttention",
+    "ElementwiseAttentionBlock",
     "LayerAttention",
     "LayerCache",
     "MRLABase",

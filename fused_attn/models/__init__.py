@@ -1,9 +1,10 @@
 """Model families, one file each, and the registry that names them."""
 
-from . import bottleneck_resnet, cifar_resnet, deit, googlenet, resnet, se_resnet, wide_resnet
+from . import attention_wise, bottleneck_resnet, cifar_resnet, deit, googlenet, resnet, se_resnet, wide_resnet
 from .registry import create_model, list_models, register_model
 
 __all__ = [
+    "attention_wise",
     "bottleneck_resnet",
     "cifar_resnet",
     "create_model",

@@ -25,6 +25,6 @@ def build(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, nn.Module]:
         transforms.append(K.RandomHorizontalFlip(p=0.5))
     if config.rotate > 0:
         transforms.append(K.RandomRotation(config.rotate, p=1.0))
-    normalize = K.Normalize(dataset.mean, dataset.std)
+    normalize = K.Normalize(dataset.mean, dataset.std) if config.normalize else nn.Identity()
     centre = nn.Identity() if dataset.crop is None else K.CenterCrop(dataset.image_size)
     return nn.Sequential(*transforms, normalize), nn.Sequential(centre, normalize)

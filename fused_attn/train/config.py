@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -70,6 +71,11 @@ class TrainConfig:
     """Nesterov's form of the momentum."""
     weight_decay: float = 5e-4
     """L2 penalty, on every parameter."""
+    attention_optimizer: Literal["sgd", "adam"] | None = None
+    """Separate optimizer for the parameters of the attention modules; the other one then has only the rest.  Its kind
+    is that of ``optimizer`` where only ``attention_lr`` is given; both share schedule, momentum and weight decay."""
+    attention_lr: float | None = None
+    """Its learning rate at its highest; ``lr`` where only ``attention_optimizer`` is given."""
     schedule: Literal["constant", "step", "cosine"] = "cosine"
     """step: multiply by ``gamma`` at every milestone.  cosine: to 0 at the end of the run."""
     milestones: tuple[int, ...] = (60, 120, 160)
@@ -95,6 +101,8 @@ class TrainConfig:
     """Mirror half of the images; the data set's custom when not given."""
     rotate: float = 0.0
     """Rotate each image by up to so many degrees."""
+    normalize: bool = True
+    """Subtract the mean of every channel and divide by its standard deviation; otherwise pixels are in [0, 1]."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Autocast dtype."""
@@ -123,7 +131,12 @@ class TrainConfig:
         for name in ("max_steps", "train_images", "image_size", "threads"):
             value = getattr(self, name)
             _check(value is None or value >= 1, name, "at least 1", value)
-        _check(self.lr > 0, "lr", "above 0", self.lr)
+        for name in ("lr", "attention_lr"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, name, "above 0", value)
+        # Accelerate rescales the loss after each optimizer's step: the second would divide by another scale.
+        two = self.separate_attention
+        _check(not two or self.mixed_precision != "fp16", "mixed_precision", "no or bf16 with two optimizers", "fp16")
         _check(0 <= self.ema < 1, "ema", "in [0, 1)", self.ema)
         _check(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)", self.label_smoothing)
         _check(self.warmup_epochs >= 0, "warmup_epochs", "at least 0", self.warmup_epochs)
@@ -133,6 +146,11 @@ class TrainConfig:
             _check(weight >= 0, "aux_weights", "at least 0 each", self.aux_weights)
         _check(not self.nesterov or self.momentum > 0, "momentum", "above 0 with nesterov", self.momentum)
         self.parsed_model_options()
+
+    @property
+    def separate_attention(self) -> bool:
+        """Whether the attention modules' parameters have an optimizer of their own."""
+        return self.attention_optimizer is not None or self.attention_lr is not None
 
     def parsed_model_options(self) -> dict[str, Any]:
         """``model_options`` as keyword arguments; values are Python literals, or strings where they are none."""
@@ -164,6 +182,19 @@ class TrainConfig:
                     f"--resume: {name} of the run in {self.out} is {saved[name]!r}, got {value!r}; "
                     "start a new run for other settings"
                 )
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run in ``folder`` but for ``out`` and ``resume``; none where there is no run."""
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    known = {field.name for field in dataclasses.fields(TrainConfig)} - {"out", "resume"}
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    if settings.get("data_dir") is not None:
+        settings["data_dir"] = Path(settings["data_dir"])
+    return {name: value for name, value in settings.items() if name in known}
 
 
 def _check(holds: bool, name: str, expected: str, got: object) -> None:

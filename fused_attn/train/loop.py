@@ -29,7 +29,7 @@ from .environment import describe
 from .errors import TrainError
 from .files import ImageFiles, load_ahead
 from .log import RunLog
-from .optim import build_optimizer, learning_rate
+from .optim import attention_factor, build_optimizers, learning_rate
 
 #: The file of a run's folder that the process writing into it holds locked.
 LOCK = ".lock"
@@ -97,9 +97,10 @@ class Run:
         self.average = (
             AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema > 0 else None
         )
-        optimizer = build_optimizer(config, self.network.parameters())
+        optimizers = build_optimizers(config, self.network)
         compiled = torch.compile(self.network) if config.compile else self.network
-        self.model, self.optimizer = self.accelerator.prepare(compiled, optimizer)
+        self.model, *prepared = self.accelerator.prepare(compiled, *optimizers.values())
+        self.optimizers = dict(zip(optimizers, prepared, strict=True))
 
         self.step = 0
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)  # loss, correct, images
@@ -174,8 +175,10 @@ class Run:
         config, accelerator = self.config, self.accelerator
         set_seed(hash((config.seed, self.step, accelerator.process_index)) % 2**32)
         rate = learning_rate(config, self.step, self.steps_per_epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rates = {"optimizer": rate, "attention_optimizer": rate * attention_factor(config)}
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = rates[name]
         self.model.train()
         step_loss = torch.zeros((), device=accelerator.device)
         for part in parts:
@@ -186,8 +189,9 @@ class Run:
                 accelerator.backward(loss)
                 if config.clip_norm is not None and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                for optimizer in self.optimizers.values():
+                    optimizer.step()
+                    optimizer.zero_grad()
             detached = loss.detach()
             step_loss += detached / config.accumulate
             correct = (logits.detach().argmax(1) == labels).sum()
@@ -306,7 +310,7 @@ class Run:
                 "step": self.step,
                 "seconds": self.seconds,
                 "totals": totals,
-                "optimizer": self.optimizer.state_dict(),
+                **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
                 "scaler": scaler.state_dict() if scaler is not None else None,
             }
             checkpoint.save(self.checkpoints, self.step, weights, state)
@@ -320,7 +324,8 @@ class Run:
         self.network.load_state_dict(weights["model"])
         if self.average is not None:
             self.average.load_state_dict(weights["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds = state["step"], state["seconds"]

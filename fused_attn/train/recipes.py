@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+_ATTENTION_WISE = {
+    "epochs": 10, "optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "schedule": "constant", "crop_padding": 0,
+    "flip": False, "normalize": False, "channels_last": False, "eval_batch_size": 1000,
+}  # fmt: skip
 _WRN = {
     "batch_size": 128, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4,
     "schedule": "step", "gamma": 0.2,
@@ -58,6 +62,16 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
             "schedule": "step", "milestones": (30, 60, 90), "gamma": 0.1, "warmup_epochs": 3.0,
             "model_options": ("drop_path=0.2",),
         },
+    ),
+    "attention-wise": (
+        "Araujo Bacochina and de Souza 2023, section 2.3, Fashion-MNIST: Adam, 10 epochs; the paper names no "
+        "augmentation, and its pictures have a background of 0",
+        {**_ATTENTION_WISE, "model": "attention_wise_b", "dataset": "fashion_mnist", "batch_size": 4096},
+    ),
+    "attention-wise-cifar10": (
+        "Araujo Bacochina and de Souza 2023, section 2.3 and appendix, CIFAR-10: batch 1024; with attention_lr=0.1 the "
+        "appendix's second experiment",
+        {**_ATTENTION_WISE, "model": "attention_wise_cifar", "dataset": "cifar10", "batch_size": 1024},
     ),
     "result-attention": (
         "Ye, Introduce the Result Into Self-Attention, section 4: SGD-Nesterov, divided by 5 at epochs 60, 120 and 160 "

@@ -42,6 +42,17 @@ def test_table_of_excite_models_is_current_and_as_published(model_table):
             assert row["flops"] / 2e9 == pytest.approx(published[1], rel=0.01), row
 
 
+def test_committed_table_of_attention_wise_models_is_current(model_table):
+    committed = json.loads((BENCHMARKS / "results" / "attention_wise_models.json").read_text())
+    assert committed == model_table.measure_attention_wise()
+    assert [row["model"] for row in committed if row["parameters"] == row["paper_parameters"]] == [
+        "vgg_control",
+        "attention_wise_b",
+        "attention_wise_f",
+        "vgg_control",
+    ]
+
+
 def test_flops_of_known_networks(model_table):
     """He et al. 2016, tables 1 and 6 (multiply-adds): 4.1e9 for ResNet-50 with its stride in the 3x3 convolution, 7.8e9
     for ResNet-101; Touvron et al. 2021: 1.26e9 for DeiT-tiny."""

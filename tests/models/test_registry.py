@@ -15,6 +15,9 @@ def test_listed_names_are_what_a_user_finds():
     assert len(set(names)) == len(names)
     assert {"wrn_28_10", "aa_wrn_28_10", "aa_wrn_28_10_replication", "resnet34", "aa_resnet34"} <= set(names)
     assert {"resnet20", "sa_resnet110", "mrla_base_resnet101", "mrla_light_deit_small", "deit_base"} <= set(names)
+    assert {"attention_wise", "attention_wise_a", "attention_wise_h", "attention_wise_cifar", "vgg_control"} <= set(
+        names
+    )
     assert list_models("aa_*") == [name for name in names if name.startswith("aa_")]
     # numbers in order of size, not of spelling
     assert names.index("wrn_28_2") < names.index("wrn_28_10") < names.index("wrn_40_2")
@@ -106,6 +109,15 @@ def test_families_have_members_that_are_not_listed():
             ValueError,
             "must be one of 'linear', 'constant', got 'cosine'",
         ),
+        ("attention_wise_b", {"heads": 0}, ValueError, "heads must be at least 1, got 0"),
+        ("attention_wise_b", {"layers": 0}, ValueError, "layers must be at least 1, got 0"),
+        (
+            "attention_wise_b",
+            {"image_size": (28, 0)},
+            ValueError,
+            "image_size must be a positive number or two of them",
+        ),
+        ("vgg_control", {"image_size": 3}, ValueError, "image_size must be at least 4, got 3"),
         ("mrla_base_deit_tiny", {"stage_depth": 0}, ValueError, "stage_depth must be at least 1, got 0"),
     ],
 )

@@ -5,8 +5,9 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
 from fused_attn import create_model
-from fused_attn.train import TrainConfig
-from fused_attn.train.optim import build_optimizer, learning_rate
+from fused_attn.modules import ElementwiseAttention
+from fused_attn.train import TrainConfig, TrainError
+from fused_attn.train.optim import attention_factor, build_optimizers, learning_rate
 from fused_attn.train.recipes import RECIPES
 
 STEPS_PER_EPOCH = 7
@@ -54,8 +55,8 @@ def test_constant_schedule():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_optimizer_takes_every_setting(optimizer):
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    built = build_optimizer(config(optimizer=optimizer, momentum=0.8, weight_decay=0.01), [parameter])
+    settings = config(optimizer=optimizer, momentum=0.8, weight_decay=0.01)
+    (built,) = build_optimizers(settings, torch.nn.Linear(2, 2)).values()
     group = built.param_groups[0]
     assert (group["lr"], group["weight_decay"]) == (0.3, 0.01)
     if optimizer == "sgd":
@@ -64,13 +65,58 @@ def test_optimizer_takes_every_setting(optimizer):
         assert isinstance(built, torch.optim.Adam)
 
 
+@pytest.mark.parametrize(
+    ("changes", "kind", "rate"),
+    [
+        ({"attention_lr": 0.7}, torch.optim.SGD, 0.7),
+        ({"attention_optimizer": "adam"}, torch.optim.Adam, 0.3),
+        ({"optimizer": "adam", "attention_optimizer": "sgd", "attention_lr": 0.2}, torch.optim.SGD, 0.2),
+    ],
+)
+def test_attention_has_an_optimizer_of_its_own(changes, kind, rate):
+    model = create_model("attention_wise_a", in_chans=1, image_size=8)
+    settings = config(**changes)
+    optimizers = build_optimizers(settings, model)
+    assert list(optimizers) == ["optimizer", "attention_optimizer"]
+    rest, attention = (optimizer.param_groups[0] for optimizer in optimizers.values())
+    expected = [p for m in model.modules() if isinstance(m, ElementwiseAttention) for p in m.parameters()]
+    assert list(map(id, attention["params"])) == list(map(id, expected))
+    assert {*map(id, rest["params"]), *map(id, expected)} == set(map(id, model.parameters()))
+    assert len(rest["params"]) + len(expected) == len(list(model.parameters()))
+    assert isinstance(optimizers["attention_optimizer"], kind)
+    assert (rest["lr"], attention["lr"]) == (0.3, rate)
+    assert attention_factor(settings) == pytest.approx(rate / 0.3)
+
+
+@pytest.mark.parametrize(
+    "name", ["sa_resnet20", "mrla_base_resnet50", "mrla_light_resnet50", "aa_wrn_10_1", "se_resnet34"]
+)
+def test_every_kind_of_attention_can_be_separate(name):
+    with torch.device("meta"):
+        model = create_model(name)
+    assert set(build_optimizers(config(attention_lr=0.1), model)) == {"optimizer", "attention_optimizer"}
+
+
+def test_attention_that_cannot_be_separate():
+    with pytest.raises(
+        TrainError, match=r"attention_lr: model wrn_10_1 must have parameters in attention .* got no param"
+    ):
+        build_optimizers(config(attention_lr=0.1), create_model("wrn_10_1"))
+    with pytest.raises(TrainError, match=r"attention_optimizer: .* and others, got no others"):
+        build_optimizers(config(attention_optimizer="sgd"), ElementwiseAttention(1, (2, 2), 1))
+    with pytest.raises(TrainError, match="attention_lr must be above 0, got 0"):
+        config(attention_lr=0)
+    with pytest.raises(TrainError, match="mixed_precision must be no or bf16 with two optimizers, got 'fp16'"):
+        config(attention_lr=0.1, mixed_precision="fp16")
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_builds(name):
     settings = {"model": "wrn_28_10", "dataset": "cifar10", "out": "out", **RECIPES[name][1]}
     recipe = TrainConfig(**settings)
     with torch.device("meta"):
         model = create_model(recipe.model, **recipe.parsed_model_options())
-    assert sum(parameter.numel() for parameter in model.parameters()) > 2e5
+    assert sum(parameter.numel() for parameter in model.parameters()) > 3e4
 
 
 def test_recipes_hold_the_numbers_of_the_papers():
@@ -103,6 +149,18 @@ def test_recipe_of_mrla():
     with torch.device("meta"):
         model = create_model(recipe.model, **recipe.parsed_model_options())
     assert model.stages[3][2].drop_path.p == 0.2
+
+
+def test_recipes_of_attention_wise():
+    """Section 2.3: Adam at PyTorch's defaults, 10 epochs, batches of 4096 and 1024."""
+    fashion, cifar = (TrainConfig(out="out", **RECIPES[f"attention-wise{name}"][1]) for name in ("", "-cifar10"))
+    assert (fashion.batch_size, cifar.batch_size) == (4096, 1024)
+    assert (fashion.dataset, cifar.dataset) == ("fashion_mnist", "cifar10")
+    for recipe in (fashion, cifar):
+        assert (recipe.epochs, recipe.optimizer, recipe.lr, recipe.weight_decay) == (10, "adam", 1e-3, 0.0)
+        assert {learning_rate(recipe, step, 14) for step in range(140)} == {1e-3}
+        (adam,) = build_optimizers(recipe, torch.nn.Linear(1, 1)).values()
+        assert adam.param_groups[0]["betas"] == (0.9, 0.999)
 
 
 def test_recipe_of_result_attention():

@@ -306,6 +306,56 @@ def test_sigterm_saves_at_once(small, tmp_path, uninterrupted, monkeypatch):
     assert_same_run(folder, uninterrupted)
 
 
+def test_two_optimizers_step_at_their_own_rates_and_resume_bitwise(small, tmp_path, monkeypatch):
+    """The appendix of the element-wise attention paper; momentum and Adam's moments are in the checkpoint."""
+    settings = {
+        "model": "attention_wise_a",
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "attention_optimizer": "sgd",
+        "attention_lr": 0.1,
+        "normalize": False,
+        "accumulate": 2,
+        "clip_norm": 1.0,
+        "checkpoint_every": 3,
+        "max_steps": 7,
+    }
+    train(small(tmp_path / "whole", **settings))
+    original = loop.Run._step
+    rates = []
+
+    def step(run, parts):
+        if run.step == 5:
+            raise MemoryError
+        original(run, parts)
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer in run.optimizers.values()])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "_step", step)
+        with pytest.raises(MemoryError):
+            train(small(tmp_path / "parts", **settings))
+    schedule = [learning_rate(small(tmp_path, **settings), number, 8) for number in range(5)]
+    assert rates == [[rate, pytest.approx(100 * rate)] for rate in schedule]
+    train(small(tmp_path / "parts", **settings, resume=True))
+    (ours, mine), (theirs, other) = (
+        checkpoint.load(checkpoint.find(tmp_path / name / "checkpoints")[-1]) for name in ("parts", "whole")
+    )
+    assert_same_weights(ours["model"], theirs["model"])
+    for name, key in (("optimizer", "exp_avg_sq"), ("attention_optimizer", "momentum_buffer")):
+        assert len(other[name]["state"]) > 0
+        for one, two in zip(mine[name]["state"].values(), other[name]["state"].values(), strict=True):
+            assert torch.equal(one[key], two[key])
+    assert step_records(tmp_path / "parts") == step_records(tmp_path / "whole")
+
+
+def test_pixels_are_normalised_or_left_as_they_are(small, tmp_path):
+    digits = data.load("digits", image_size=8)
+    images = digits.test.images[:4].float() / 255.0
+    for normalize, expected in ((True, (images - digits.mean) / digits.std), (False, images)):
+        for transform in augment.build(small(tmp_path, normalize=normalize, crop_padding=0), digits):
+            torch.testing.assert_close(transform(images), expected)
+
+
 def test_resume_after_the_damaged_checkpoint_is_removed_as_advised(small, tmp_path, uninterrupted, monkeypatch):
     folder = tmp_path / "run"
     original = loop.Run._step

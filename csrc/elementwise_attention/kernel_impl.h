@@ -1,0 +1,209 @@
+// The CPU kernels of row/column softmax and element-wise attention; see the op's README.md for the method.
+//
+// Included by kernel_<isa>.cpp only, once each.  A row of a plane lies along the lanes, padded to whole vectors.  The
+// padding of the row logits is -inf and that of the column statistics (0, 0), so that it holds a product of exactly 0.
+
+namespace fused_attn::elementwise_attention::FUSED_ATTN_ISA {
+namespace {
+
+#include "common/simd.h"
+#include "elementwise_attention/rows.h"
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr int64_t kMostImages = 32;
+
+FA_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// e^x for x <= 0: 0 below e^-87, NaN stays NaN.  The multiple of ln 2 is taken from x itself, in two parts, so that no
+// rounding grows with x.
+FA_INLINE vf exp_of(vf x) {
+  const vf shifted = x * kLog2e + 12582912.0f;  // 1.5 * 2^23: rounds to an integer held in the low mantissa bits
+  const vf n = shifted - 12582912.0f;
+  const vf r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
+  const vi result = (vi)exp2_polynomial(r * kLog2e) + ((vi)shifted << 23);
+  const vi underflow = x < -87.0f;
+  return (vf)(result & ~underflow);
+}
+
+// Scratch memory, one aligned allocation, freed at the end of a range of tasks.
+struct Buffer {
+  float* data = nullptr;
+
+  Buffer(int64_t count, float value) {
+    const int64_t size = round_up(count + L, 16);
+    data = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
+    if (data == nullptr) throw std::bad_alloc();
+    for (int64_t i = 0; i < size; ++i) data[i] = value;
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { std::free(data); }
+  float* operator+(int64_t i) { return data + i; }
+};
+
+// Where a task stands: a block of rows, some images and a head.
+struct Block {
+  int64_t task, group, range, c, y0, rows, b0, images, h;
+  bool first_rows, last_rows, first_images;
+};
+
+// What the kernels read, in float32.
+struct Operands {
+  const Problem& p;
+  int64_t vectors, stride, plane;
+  Buffer x_memory, row_memory, col_memory, max_memory, inverse_memory;
+  Rows x[kMostImages], weight_row, weight_col;
+  const float *row_max, *row_inverse, *col_max, *col_inverse;  // of one image and head, rows from y0 on
+
+  explicit Operands(const Problem& problem)
+      : p(problem),
+        vectors((p.width + L - 1) / L),
+        stride(vectors * L),
+        plane(p.block_rows * stride),
+        // x pads with 1 next to weights of -inf and 0, and with -inf itself without weights.
+        x_memory(p.images_at_once * plane, p.weighted ? 1.0f : -kInfinity),
+        row_memory(p.weighted ? plane : 0, -kInfinity),
+        col_memory(p.weighted ? plane : 0, 0.0f),
+        max_memory(stride, 0.0f),
+        inverse_memory(stride, 0.0f) {}
+
+  void load_images(const Block& k) {
+    for (int64_t i = 0; i < k.images; ++i)
+      x[i] = rows_of(p.x, 2, (k.b0 + i) * p.x.stride[0] + k.c * p.x.stride[1] + k.y0 * p.x.stride[2], k.rows, p.width,
+                     p.weighted ? 1.0f : -kInfinity, x_memory + i * plane, stride);
+  }
+  void load_weights(const Block& k) {
+    if (!p.weighted) return;
+    const TensorView &r = p.weight_row, &c = p.weight_col;
+    weight_row = rows_of(r, 2, k.h * r.stride[0] + k.c * r.stride[1] + k.y0 * r.stride[2], k.rows, p.width, -kInfinity,
+                         row_memory.data, stride);
+    weight_col = rows_of(c, 2, k.h * c.stride[0] + k.c * c.stride[1] + k.y0 * c.stride[2], k.rows, p.width, 0.0f,
+                         col_memory.data, stride);
+  }
+  void load_statistics(const Block& k, int64_t plane_index) {
+    row_max = p.row_stats + plane_index * 2 * p.height + k.y0;
+    row_inverse = row_max + p.height;
+    col_max = p.col_stats + plane_index * 2 * p.width;
+    col_inverse = col_max + p.width;
+    if (p.width % L == 0) return;
+    load_row_as(col_max, 1, p.width, 0.0f, max_memory.data);
+    load_row_as(col_inverse, 1, p.width, 0.0f, inverse_memory.data);
+    col_max = max_memory.data, col_inverse = inverse_memory.data;
+  }
+};
+
+// Visits every block of a task: images(), then for every head head(), image() each, head_done(), then images_done().
+template <class Visitor>
+void walk(const Problem& p, int64_t begin, int64_t end, Operands& o, Visitor& visitor) {
+  for (int64_t task = begin; task < end; ++task) {
+    Block k{};
+    k.task = task, k.c = task % p.channels, k.group = task / p.channels % p.groups;
+    k.range = task / p.channels / p.groups;
+    const int64_t b_begin = p.batch * k.group / p.groups, b_end = p.batch * (k.group + 1) / p.groups;
+    const int64_t y_begin = p.height * k.range / p.ranges, y_end = p.height * (k.range + 1) / p.ranges;
+    for (k.y0 = y_begin; k.y0 < y_end; k.y0 += p.block_rows) {
+      k.rows = smaller(p.block_rows, y_end - k.y0);
+      k.first_rows = k.y0 == y_begin, k.last_rows = k.y0 + k.rows == y_end;
+      for (k.b0 = b_begin; k.b0 < b_end; k.b0 += p.images_at_once) {
+        k.images = smaller(p.images_at_once, b_end - k.b0);
+        k.first_images = k.b0 == b_begin;
+        o.load_images(k);
+        visitor.images(k);
+        for (k.h = 0; k.h < p.heads; ++k.h) {
+          o.load_weights(k);
+          visitor.head(k);
+          for (int64_t i = 0; i < k.images; ++i) visitor.image(k, i, p.plane(k.b0 + i, k.h, k.c));
+          visitor.head_done(k);
+        }
+        visitor.images_done(k);
+      }
+    }
+  }
+}
+
+struct Visitor {
+  Operands& o;
+  void images(const Block&) {}
+  void head(const Block&) {}
+  void head_done(const Block&) {}
+  void images_done(const Block&) {}
+};
+
+// One row of a block; local copies, which stores to gradients cannot alias.
+template <bool Weighted>
+struct Row {
+  const float *x, *weight_row, *weight_col;
+
+  Row(const Operands& o, const Rows& image, int64_t y)
+      : x(image[y]), weight_row(Weighted ? o.weight_row[y] : x), weight_col(Weighted ? o.weight_col[y] : x) {}
+  FA_INLINE vf value(int64_t v) const { return load(x + v * L); }
+  FA_INLINE vf row_logit(int64_t v) const {
+    if constexpr (Weighted) return value(v) * load(weight_row + v * L);
+    return value(v);
+  }
+  FA_INLINE vf col_logit(int64_t v) const {
+    if constexpr (Weighted) return value(v) * load(weight_col + v * L);
+    return value(v);
+  }
+};
+
+// One row of the two softmaxes and of their product, from the statistics.
+template <bool Weighted>
+struct Softmaxes : Row<Weighted> {
+  float row_max, row_inverse;
+  const float *col_max, *col_inverse;
+
+  Softmaxes(const Operands& o, const Rows& image, int64_t y)
+      : Row<Weighted>(o, image, y),
+        row_max(o.row_max[y]),
+        row_inverse(o.row_inverse[y]),
+        col_max(o.col_max),
+        col_inverse(o.col_inverse) {}
+  FA_INLINE vf row_exponent(int64_t v) const { return this->row_logit(v) - row_max; }
+  FA_INLINE vf col_exponent(int64_t v) const { return this->col_logit(v) - load(col_max + v * L); }
+  FA_INLINE vf row(int64_t v) const { return exp_of(row_exponent(v)) * row_inverse; }
+  FA_INLINE vf col(int64_t v) const { return exp_of(col_exponent(v)) * load(col_inverse + v * L); }
+  // With one exponential.
+  FA_INLINE vf product(int64_t v) const {
+    return exp_of(row_exponent(v) + col_exponent(v)) * (row_inverse * load(col_inverse + v * L));
+  }
+};
+
+template <int H, class Combine>
+FA_INLINE void fold_with(vf* x, const Combine& combine) {
+  for (int i = 0; i < H; ++i)
+    x[i] = combine(interleave_blocks<H, false>(x[i], x[i + H]), interleave_blocks<H, true>(x[i], x[i + H]));
+}
+
+// Lane i of the result is the maximum over lanes of x[i], i < L.  Overwrites x.
+FA_INLINE vf max_lanes_of_each(vf* x) {
+  const auto larger = [](vf a, vf b) FA_INLINE_CALL { return maximum(a, b); };
+  if constexpr (L >= 16) fold_with<8>(x, larger);
+  if constexpr (L >= 8) fold_with<4>(x, larger);
+  fold_with<2>(x, larger);
+  fold_with<1>(x, larger);
+  return x[0];
+}
+
+// combine over v < vectors of at(v), in four chains.
+template <class At, class Combine>
+FA_INLINE vf over_vectors(int64_t vectors, vf start, const At& at, const Combine& combine) {
+  vf a = start, b = start, c = start, d = start;
+  int64_t v = 0;
+  for (; v + 4 <= vectors; v += 4) {
+    a = combine(at(v), a), b = combine(at(v + 1), b);
+    c = combine(at(v + 2), c), d = combine(at(v + 3), d);
+  }
+  for (; v < vectors; ++v) a = combine(at(v), a);
+  return combine(combine(a, b), combine(c, d));
+}
+
+#include "elementwise_attention/backward_impl.h"
+#include "elementwise_attention/forward_impl.h"
+
+}  // namespace
+
+const Kernels kernels = {statistics,  combine_columns, moments,   output,     grad_moments,
+                         column_sums, combine_sums,    gradients, sum_weights};
+
+}  // namespace fused_attn::elementwise_attention::FUSED_ATTN_ISA

@@ -1,0 +1,133 @@
+// Rows of a strided tensor to and from padded float32 rows; part of kernel_impl.h.
+
+// The instruction set is told by its lanes: GCC 12 reads a whole C++ file before a target pragma defines __AVX512F__.
+typedef uint16_t vh __attribute__((vector_size(L * 2), aligned(2), may_alias));
+
+FA_INLINE vf load_as_float(const float* p) { return load(p); }
+FA_INLINE vf load_as_float(const c10::BFloat16* p) {
+  return (vf)(__builtin_convertvector(*reinterpret_cast<const vh*>(p), vu) << 16);
+}
+FA_INLINE vf load_as_float(const c10::Half* p) {
+#if FUSED_ATTN_LANES == 16
+  return (vf)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif FUSED_ATTN_LANES == 8
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vf x;
+  for (int i = 0; i < L; ++i) x[i] = static_cast<float>(p[i]);
+  return x;
+#endif
+}
+
+FA_INLINE void store_from_float(float* p, vf x) { store(p, x); }
+FA_INLINE void store_from_float(c10::BFloat16* p, vf x) {
+  const vu bits = (vu)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const vu not_nan = (vu)(x == x);
+  *reinterpret_cast<vh*>(p) = __builtin_convertvector((rounded & not_nan) | (0x7fc0 & ~not_nan), vh);
+}
+FA_INLINE void store_from_float(c10::Half* p, vf x) {
+#if FUSED_ATTN_LANES == 16
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)x, 0));
+#elif FUSED_ATTN_LANES == 8
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, 0));
+#else
+  for (int i = 0; i < L; ++i) p[i] = static_cast<c10::Half>(float(x[i]));
+#endif
+}
+
+// The first `count` < L elements, `fill` in the other lanes.  Whole vectors go to scratch memory, as a load that spans
+// two earlier stores would wait for both to leave the store buffer.
+template <class T>
+FA_INLINE vf load_part(const T* p, int64_t count, float fill) {
+#if FUSED_ATTN_LANES == 16
+  if constexpr (sizeof(T) == 4)
+    return (vf)_mm512_mask_loadu_ps((__m512)broadcast(fill), __mmask16((1u << count) - 1), p);
+#endif
+  T part[L];
+  for (int i = 0; i < L; ++i) part[i] = i < count ? p[i] : static_cast<T>(fill);
+  return load_as_float(part);
+}
+
+template <class T>
+FA_INLINE void store_part(T* p, vf x, int64_t count) {
+#if FUSED_ATTN_LANES == 16
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)x);
+#endif
+  T part[L];
+  store_from_float(part, x);
+  for (int64_t i = 0; i < count; ++i) p[i] = part[i];
+}
+
+template <class T>
+FA_INLINE void load_row_as(const T* from, int64_t stride, int64_t count, float fill, float* to) {
+  if (stride != 1) {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i * stride]);
+    return;
+  }
+  int64_t i = 0;
+  for (; i + L <= count; i += L) store(to + i, load_as_float(from + i));
+  if (i < count) store(to + i, load_part(from + i, count - i, fill));
+}
+
+// `to` has whole vectors and holds `fill` in its padding already.
+FA_INLINE void load_row(const TensorView& view, int64_t offset, int64_t stride, int64_t count, float fill, float* to) {
+  switch (view.dtype) {
+    case DType::float32: return load_row_as(static_cast<const float*>(view.data) + offset, stride, count, fill, to);
+    case DType::float16: return load_row_as(static_cast<const c10::Half*>(view.data) + offset, stride, count, fill, to);
+    case DType::bfloat16:
+      return load_row_as(static_cast<const c10::BFloat16*>(view.data) + offset, stride, count, fill, to);
+  }
+}
+
+// to[i] = at(vector of i), rounded to T, for `count` elements.
+template <class T, class At>
+FA_INLINE void write_row(T* to, int64_t count, const At& at) {
+  const int64_t vectors = count / L;
+  for (int64_t v = 0; v < vectors; ++v) store_from_float(to + v * L, at(v));
+  if (vectors * L < count) store_part(to + vectors * L, at(vectors), count - vectors * L);
+}
+
+// The last dimension of what the kernels write is contiguous.
+template <class At>
+FA_INLINE void write_row(const TensorView& view, int64_t offset, int64_t count, const At& at) {
+  switch (view.dtype) {
+    case DType::float32: return write_row(static_cast<float*>(view.data) + offset, count, at);
+    case DType::float16: return write_row(static_cast<c10::Half*>(view.data) + offset, count, at);
+    case DType::bfloat16: return write_row(static_cast<c10::BFloat16*>(view.data) + offset, count, at);
+  }
+}
+
+FA_INLINE void store_row_as(float* to, int64_t count, const float* from) {
+  write_row(to, count, [&](int64_t v) FA_INLINE_CALL { return load(from + v * L); });
+}
+FA_INLINE void store_row(const TensorView& view, int64_t offset, int64_t count, const float* from) {
+  write_row(view, offset, count, [&](int64_t v) FA_INLINE_CALL { return load(from + v * L); });
+}
+
+// Rows of one plane in float32, `stride` floats apart, readable in whole vectors.
+struct Rows {
+  const float* data;
+  int64_t stride;
+  const float* operator[](int64_t y) const { return data + y * stride; }
+};
+
+// `rows` rows at `offset`: in place where they are float32 vectors already, else copied to `to`, whose padding stays.
+FA_INLINE Rows rows_of(const TensorView& view, int dimension, int64_t offset, int64_t rows, int64_t width, float fill,
+                       float* to, int64_t to_stride) {
+  const int64_t y_stride = view.stride[dimension], x_stride = view.stride[dimension + 1];
+  if (view.dtype == DType::float32 && x_stride == 1 && width % L == 0)
+    return {static_cast<const float*>(view.data) + offset, y_stride};
+  for (int64_t y = 0; y < rows; ++y) load_row(view, offset + y * y_stride, x_stride, width, fill, to + y * to_stride);
+  return {to, to_stride};
+}
+
+// Brings rows of the next image closer while this one is computed: images lie heads planes apart, where no hardware
+// prefetcher follows.
+template <int Write>
+FA_INLINE void prefetch_rows(const TensorView& view, int64_t offset, int64_t y_stride, int64_t rows, int64_t width) {
+  const int64_t size = view.dtype == DType::float32 ? 4 : 2;
+  for (int64_t y = 0; y < rows; ++y) {
+    const char* row = static_cast<const char*>(view.data) + (offset + y * y_stride) * size;
+    for (int64_t i = 0; i < width * size; i += 64) __builtin_prefetch(row + i, Write);
+  }
+}

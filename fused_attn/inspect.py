@@ -1,0 +1,206 @@
+"""Pictures of what the element-wise attention layers of a network do to one image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .modules import ElementwiseAttentionBlock
+from .train import augment, checkpoint, data
+from .train.config import TrainConfig, saved_settings
+from .train.errors import TrainError
+
+#: How a panel is coloured: values of either sign around white, shares, or as the image itself.
+COLORS = {"weights": "RdBu_r", "products": "RdBu_r", "softmax": "viridis", "values": "gray"}
+
+Panels = dict[str, tuple[str, Tensor]]
+
+
+def run(
+    source: Annotated[str, tyro.conf.Positional],
+    /,
+    image: int = 0,
+    head: int = 0,
+    dataset: str | None = None,
+    data_dir: Path | None = None,
+    out: Path | None = None,
+) -> int:
+    """Draw, layer by layer, what element-wise attention does to one test image: the weights and their softmaxes, and
+    the output before and after the convolution, after the skip and after the ReLU.
+
+    Args:
+        source: Folder of a run, or name of a model, which is then drawn with fresh weights and statistics.
+        image: Which image of the test set, counted from 0.
+        head: Which attention head, counted from 0.
+        dataset: Data set of a model; digits when not given.  A run has its own.
+        data_dir: Local folder of the data set; the run's own when not given.
+        out: The picture; inspect.png in the folder of the run, or MODEL.png, when not given.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if dataset is not None:
+            raise TrainError(f"dataset belongs to a model without a run; that of {folder} has its own, got {dataset!r}")
+        config = _config_of(folder, data_dir)
+        path = out or folder / "inspect.png"
+    elif "/" in source:
+        raise TrainError(f"source must be the folder of a run or the name of a model, got {source!r}: no such folder")
+    else:
+        config = TrainConfig(source, dataset or "digits", out=Path(), data_dir=data_dir, normalize=False)
+        path = out or Path(f"{source}.png")
+
+    from .train.loop import build_network
+
+    loaded = data.load(config.dataset, config.data_dir, config.image_size)
+    torch.manual_seed(config.seed)
+    network = build_network(config, loaded).eval()
+    if folder.is_dir():
+        _load_weights(network, folder)
+    if not 0 <= image < len(loaded.test):
+        raise TrainError(f"image must be from 0 to {len(loaded.test) - 1}, the test set's last, got {image}")
+    one = loaded.test[image : image + 1]
+    with torch.no_grad():
+        pixels = augment.build(config, loaded)[1](one.images.float() / 255.0)
+        try:
+            layers, logits = trace(network, pixels, head)
+        except ValueError as error:
+            raise TrainError(f"model {config.model}: {error}") from error
+    draw(
+        layers,
+        path,
+        f"{config.model}, {config.data_note or config.dataset}, test image {image}, head {head}: "
+        f"class {int(one.labels)}, predicted {int(logits.argmax())}",
+    )
+    print(path)
+    return 0
+
+
+def trace(network: nn.Module, image: Tensor, head: int = 0) -> tuple[list[Panels], Tensor]:
+    """Run one image through a network, and keep what its element-wise attention layers see and compute.
+
+    Args:
+        network: with :class:`~fused_attn.modules.ElementwiseAttentionBlock` in it; in evaluation mode.
+        image: (1, C, H, W).
+        head: of the attention, counted from 0.
+
+    Returns:
+        for every layer name -> (kind of values, their (C, H, W)), in the order of computation, and the logits.  The
+        fused op forms neither products nor softmaxes: they are computed here from its input and weights.
+
+    Raises:
+        ValueError: there is no such layer, or no such head.
+    """
+    blocks = [module for module in network.modules() if isinstance(module, ElementwiseAttentionBlock)]
+    if not blocks:
+        raise ValueError("there must be element-wise attention layers in it, as in attention_wise_b, found none")
+    if not 0 <= head < (heads := min(block.attention.heads for block in blocks)):
+        raise ValueError(f"head must be from 0 to {heads - 1}, got {head}")
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[module] = (inputs[0][0].clone(), output[0].clone())
+
+    parts = [part for block in blocks for part in (block, block.attention, block.conv, block.norm)]
+    handles = [part.register_forward_hook(keep) for part in parts]
+    try:
+        logits = network(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [_panels(block, head, seen) for block in blocks], logits
+
+
+def _panels(block: ElementwiseAttentionBlock, head: int, seen: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> Panels:
+    x, heads = seen[block.attention]
+    weight_row, weight_col = (w.detach()[head] for w in (block.attention.weight_row, block.attention.weight_col))
+    rows, columns = (x * weight_row).softmax(2), (x * weight_col).softmax(1)
+    before_norm, after_norm = seen[block.norm]
+    panels: Panels = {
+        "input": ("values", x),
+        "x weights": ("weights", weight_row),
+        "input · x weights": ("products", x * weight_row),
+        "softmax of its rows": ("softmax", rows),
+        "y weights": ("weights", weight_col),
+        "input · y weights": ("products", x * weight_col),
+        "softmax of its columns": ("softmax", columns),
+        "product of the softmaxes": ("softmax", rows * columns),
+        "before convolution": ("values", heads.unflatten(0, (block.attention.heads, -1))[head]),
+        "after convolution": ("values", seen[block.conv][1]),
+        "after skip": ("values", before_norm),
+    }
+    if not isinstance(block.norm, nn.Identity):
+        panels["after batch norm"] = ("values", after_norm)
+    return panels | {"after ReLU": ("values", seen[block][1])}
+
+
+def draw(layers: list[Panels], path: Path, title: str) -> None:
+    """Write the panels of :func:`trace` as a PNG: two rows for every layer, the range of the values below each panel.
+
+    Every panel has its own scale.  Three channels are drawn as red, green and blue; other numbers as their mean.
+    """
+    from matplotlib.figure import Figure
+
+    split = 7  # the attention's weights and logits; what comes of them
+    figure = Figure(figsize=(1.75 * split, 4.3 * len(layers) + 0.5), layout="constrained")
+    figure.suptitle(title)
+    parts = figure.subfigures(len(layers), 1, squeeze=False)[:, 0]
+    for number, (part, panels) in enumerate(zip(parts, layers, strict=True), start=1):
+        part.suptitle(f"layer {number}", fontsize="medium", fontweight="bold")
+        grid = part.subplots(2, split)
+        items = list(panels.items())
+        for axes, item in zip(grid.flat, items + [None] * (grid.size - len(items)), strict=True):
+            if item is None:
+                axes.set_axis_off()
+                continue
+            name, (kind, values) = item
+            low, high = float(values.min()), float(values.max())
+            axes.set_title(name, fontsize="small")
+            axes.set_xlabel(f"{low:.3g} … {high:.3g}", fontsize="small")
+            axes.set(xticks=[], yticks=[])
+            if len(values) == 3:
+                scaled = (values - low) / max(high - low, 1e-12)
+                axes.imshow(scaled.permute(1, 2, 0).numpy(), interpolation="nearest")
+                continue
+            if kind in ("weights", "products"):
+                high = max(abs(low), abs(high))
+                low = -high
+            axes.imshow(values.mean(0).numpy(), cmap=COLORS[kind], vmin=low, vmax=high, interpolation="nearest")
+    try:
+        figure.savefig(path, dpi=110, format="png")
+    except FileNotFoundError as error:
+        raise TrainError(f"out must be a file in a folder that exists, got {path}") from error
+
+
+def _config_of(folder: Path, data_dir: Path | None) -> TrainConfig:
+    settings = saved_settings(folder)
+    if not {"model", "dataset"} <= settings.keys():
+        raise TrainError(f"source: {folder} must hold a run, with its config.json; there is none that can be read")
+    if data_dir is not None:
+        settings["data_dir"] = data_dir
+    settings["impl"] = "auto"  # the run may have been on another machine
+    return TrainConfig(**settings, out=folder)
+
+
+def _load_weights(network: nn.Module, folder: Path) -> None:
+    """The weights that the run evaluated at its end, or, before it ended, those of its last checkpoint."""
+    final, saved = folder / "model.safetensors", checkpoint.find(folder / "checkpoints")
+    if not final.exists() and not saved:
+        raise TrainError(f"source: {folder} must hold model.safetensors or a checkpoint, found neither")
+    try:
+        if final.exists():
+            weights = load_file(final)
+        else:
+            stems, _ = checkpoint.load(saved[-1])
+            average = stems.get("ema", {})
+            weights = {name[7:]: value for name, value in average.items() if name.startswith("module.")}
+            weights = weights or stems["model"]
+        network.load_state_dict(weights)
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrainError(f"source: the weights in {folder} could not be loaded ({reason})") from error

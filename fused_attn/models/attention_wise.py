@@ -1,0 +1,132 @@
+"""Attention-Wise networks, made of element-wise attention layers, and the VGG-like network they are compared with."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..modules import ElementwiseAttentionBlock
+from .coverage import grid
+from .registry import register_model
+
+STD = 0.02
+
+
+def initialise(model: nn.Module) -> None:
+    """The paper's start: weights from a normal distribution of standard deviation 0.02, biases 0 (section 2.3)."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.normal_(module.weight, std=STD)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def check_size(x: Tensor, size: tuple[int, int]) -> None:
+    if tuple(x.shape[2:]) != size:
+        raise ValueError(f"images must have the size (H, W)={size}, got shape {tuple(x.shape)}")
+
+
+class AttentionWise(nn.Module):
+    """Layers of element-wise attention at the images' size and with their channels, then one linear layer.
+
+    Args:
+        num_classes: outputs of the classifier.
+        in_chans: channels of the input images, and of every layer.
+        heads: attention heads in a layer.
+        layers: number of :class:`~fused_attn.modules.ElementwiseAttentionBlock`.
+        batch_norm: whether every layer has a batch normalisation between skip and ReLU.
+        image_size: H = W, or (H, W), of the images: every pixel has weights of its own.
+        impl: implementation of the attention.
+
+    Shapes: input (B, in_chans, H, W), output (B, num_classes): logits, where the paper has their logarithmic softmax.
+
+    Raises:
+        ValueError: an argument is out of range, or the images do not have the size ``image_size``.
+
+    All weights start at a normal distribution of standard deviation 0.02, biases at 0; batch normalisation at 1 and 0.
+    Source: Araujo Bacochina and de Souza 2023, "Element-Wise Attention Layers: an option for optimization", sec. 2.2.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 10,
+        in_chans: int = 1,
+        heads: int = 8,
+        layers: int = 2,
+        batch_norm: bool = False,
+        image_size: int | tuple[int, int] = 28,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        for name, number in (("heads", heads), ("layers", layers)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        self.size = grid(image_size)
+        self.layers = nn.Sequential(
+            *(
+                ElementwiseAttentionBlock(in_chans, self.size, heads, batch_norm=batch_norm, impl=impl)
+                for _ in range(layers)
+            )
+        )
+        self.fc = nn.Linear(in_chans * self.size[0] * self.size[1], num_classes)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_size(x, self.size)
+        return self.fc(self.layers(x).flatten(1))
+
+
+class VGGControl(nn.Module):
+    """The paper's control: two stages of two 3x3 convolutions and a strided 2x2 one, then a linear layer.
+
+    Args:
+        num_classes: outputs of the classifier.
+        in_chans: channels of the input images.
+        image_size: H = W, or (H, W), of the images; at least 4.
+
+    Shapes: input (B, in_chans, H, W), output (B, num_classes): logits, where the paper has their logarithmic softmax.
+
+    Raises:
+        ValueError: an argument is out of range, or the images do not have the size ``image_size``.
+
+    The stages have 100 and 200 channels; a ReLU follows every convolution, and the strided ones have no bias.  Weights
+    start as in :class:`AttentionWise`.
+    Source: Araujo Bacochina and de Souza 2023, "Element-Wise Attention Layers: an option for optimization", sec. 2.1.
+    """
+
+    def __init__(self, *, num_classes: int = 10, in_chans: int = 1, image_size: int | tuple[int, int] = 28) -> None:
+        super().__init__()
+        self.size = grid(image_size)
+        if min(self.size) < 4:
+            raise ValueError(f"image_size must be at least 4, got {image_size}")
+        stages, channels = [], in_chans
+        for width in (100, 200):
+            stages += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+            stages += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True)]
+            stages += [nn.Conv2d(width, width, 2, stride=2, bias=False), nn.ReLU(inplace=True)]
+            channels = width
+        self.features = nn.Sequential(*stages)
+        self.fc = nn.Linear(channels * (self.size[0] // 4) * (self.size[1] // 4), num_classes)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_size(x, self.size)
+        return self.fc(self.features(x).flatten(1))
+
+
+register_model("attention_wise", AttentionWise)
+# The list of section 2.2: 8 or 16 heads, 2 or 4 layers, with and without batch normalisation.
+for _name, _heads, _layers, _batch_norm in (
+    ("a", 8, 2, True),
+    ("b", 8, 2, False),
+    ("c", 16, 2, True),
+    ("d", 16, 2, False),
+    ("e", 8, 4, True),
+    ("f", 8, 4, False),
+    ("g", 16, 4, True),
+    ("h", 16, 4, False),
+):
+    register_model(f"attention_wise_{_name}", AttentionWise, heads=_heads, layers=_layers, batch_norm=_batch_norm)
+register_model("attention_wise_one_head", AttentionWise, heads=1, layers=2, batch_norm=True)  # the appendix
+register_model("attention_wise_cifar", AttentionWise, heads=8, layers=4, batch_norm=False, image_size=32)
+register_model("vgg_control", VGGControl)

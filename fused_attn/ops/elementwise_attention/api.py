@@ -1,0 +1,187 @@
+"""Public functions: validation, autocast, the choice of implementation and the running statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from . import library, reference
+
+
+def row_col_softmax(
+    x: Tensor, weight_row: Tensor | None = None, weight_col: Tensor | None = None, *, impl: str = "auto"
+) -> Tensor:
+    """Compute the softmax along the rows times the softmax along the columns.
+
+    ``out[b,h,c] = softmax over W of (x[b,c] * weight_row[h,c]) * softmax over H of (x[b,c] * weight_col[h,c])``, every
+    product element by element.  Without weights it is the dual softmax of x itself, the matching probability of
+    feature matching: ``out = x.softmax(3) * x.softmax(2)``.
+
+    Args:
+        x: (B, C, H, W), float32, float16 or bfloat16 (float64: reference only).  Any strides, any H and W.
+        weight_row: (heads, C, H, W), dtype of ``x``, for the softmax over W; None together with ``weight_col``.
+        weight_col: (heads, C, H, W), dtype of ``x``, for the softmax over H.
+        impl: ``"auto"``, ``"cpu"`` or ``"reference"``.
+
+    Returns:
+        (B, heads, C, H, W), or (B, C, H, W) without weights; contiguous, dtype of ``x``.
+
+    Raises:
+        TypeError: an argument is not a tensor, or not of a floating-point dtype.
+        ValueError: shapes, dtypes or devices do not fit, or one weight is given without the other.
+        RuntimeError: the named ``impl`` cannot run on these inputs.
+
+    Softmax statistics are float32.  Gradients reach x and both weights; they are computed without atomics and are
+    bitwise the same at every run and number of threads.  Saved for backward: the inputs and two float32 numbers per
+    row and column of each plane; the output is not.  Under autocast the inputs are cast to the autocast dtype.
+
+    Source: Araujo Bacochina and de Souza 2023, "Element-Wise Attention Layers", eq. 4-7; without weights Sun et al.
+    2021, "LoFTR", eq. 2 (dual softmax).
+    """
+    _check_x(x)
+    if (weight_row is None) != (weight_col is None):
+        missing, given = ("weight_row", "weight_col") if weight_row is None else ("weight_col", "weight_row")
+        raise ValueError(f"{missing} must be given together with {given}, got None")
+    if weight_row is not None:
+        _check_weights(x, weight_row, weight_col)
+    x, weight_row, weight_col = dispatch.autocast(x, weight_row, weight_col)
+    _check_dtypes(x, weight_row=weight_row, weight_col=weight_col)
+
+    impl = dispatch.choose("row_col_softmax", impl, library.IMPLEMENTATIONS, x)
+    if impl == "reference":
+        return reference.row_col_softmax(x, weight_row, weight_col)
+    return library.row_col_softmax(impl, x, weight_row, weight_col)
+
+
+def elementwise_attention(
+    x: Tensor,
+    weight_row: Tensor,
+    weight_col: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    impl: str = "auto",
+) -> Tensor:
+    """Compute element-wise attention: the normalised product of row and column softmax, times the input.
+
+    ``out[b, h*C + c] = batch_norm(row_col_softmax(x, weight_row, weight_col))[b, h, c] * x[b, c]``, with the batch
+    normalisation of ``torch.nn.BatchNorm2d(heads*C, affine=False)``.
+
+    Args:
+        x: (B, C, H, W), float32, float16 or bfloat16 (float64: reference only).  Any strides.
+        weight_row: (heads, C, H, W), dtype of ``x``: weights of the softmax over W ("x weights" in the paper).
+        weight_col: (heads, C, H, W), dtype of ``x``: weights of the softmax over H ("y weights").
+        running_mean: (heads*C,), floating point; head h, channel c is entry h*C + c.  None in training: not kept.
+        running_var: (heads*C,), likewise.
+        training: normalise with the statistics of the batch and update the running ones, in place; otherwise
+            normalise with the running ones.
+        momentum: share of the batch in the updated running statistics.  (A cumulative average, ``momentum=None`` of
+            ``BatchNorm2d``, needs a count of batches: the module ``ElementwiseAttention`` keeps one.)
+        eps: added to the variance.
+        impl: ``"auto"``, ``"cpu"`` or ``"reference"``.
+
+    Returns:
+        (B, heads*C, H, W), contiguous, dtype of ``x``.
+
+    Raises:
+        TypeError: an argument is not of its type, or not of a floating-point dtype.
+        ValueError: shapes, dtypes or devices do not fit; in training, x has one value per channel; otherwise, a running
+            statistic is missing.
+        RuntimeError: the named ``impl`` cannot run on these inputs.
+
+    Gradients reach x and both weights, in training through the batch statistics; they are computed without atomics and
+    are bitwise the same at every run and number of threads.  Saved for backward: the inputs, two float32 numbers per
+    row and column of each plane, and the statistics; the output is not.  ``running_var`` takes the unbiased variance,
+    as in ``BatchNorm2d``; an empty batch leaves both as they are.  Under autocast x and the weights are cast.
+
+    Source: Araujo Bacochina and de Souza 2023, "Element-Wise Attention Layers", section 2.2.
+    """
+    _check_x(x)
+    _check_weights(x, weight_row, weight_col)
+    for name, value in (("momentum", momentum), ("eps", eps)):
+        # A tensor would be cut off from its gradient without a word.
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    channels = weight_row.shape[0] * x.shape[1]
+    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
+        _check_running(name, value, x, channels, training)
+    if (running_mean is None) != (running_var is None):
+        missing, given = ("mean", "var") if running_mean is None else ("var", "mean")
+        raise ValueError(f"running_{missing} must be given together with running_{given}, got None")
+    values = x.shape[0] * x.shape[2] * x.shape[3]
+    if training and values == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training: x must have B*H*W > 1, got shape {tuple(x.shape)}"
+        )
+    x, weight_row, weight_col = dispatch.autocast(x, weight_row, weight_col)
+    _check_dtypes(x, weight_row=weight_row, weight_col=weight_col)
+
+    impl = dispatch.choose("elementwise_attention", impl, library.IMPLEMENTATIONS, x)
+    mean, var = (None, None) if training else (running_mean.detach(), running_var.detach())
+    if impl == "reference":
+        out, mean, var = reference.elementwise_attention(x, weight_row, weight_col, mean, var, float(eps))
+    else:
+        out, mean, var = library.elementwise_attention(impl, x, weight_row, weight_col, mean, var, float(eps))
+    if training and running_mean is not None and values > 0:
+        _update(running_mean, mean, momentum)
+        _update(running_var, var * (values / (values - 1)), momentum)
+    return out
+
+
+@torch.no_grad()
+def _update(running: Tensor, batch: Tensor, momentum: float) -> None:
+    running.copy_((1.0 - momentum) * running.to(batch.dtype) + momentum * batch)
+
+
+def _check_tensor(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+
+
+def _check_x(x: object) -> None:
+    _check_tensor("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x must have 4 dimensions (B, C, H, W), got shape {tuple(x.shape)}")
+
+
+def _check_weights(x: Tensor, weight_row: object, weight_col: object) -> None:
+    for name, weight in (("weight_row", weight_row), ("weight_col", weight_col)):
+        _check_tensor(name, weight)
+        if weight.dim() != 4 or weight.shape[1:] != x.shape[1:]:
+            _, channels, height, width = x.shape
+            raise ValueError(
+                f"{name} must have shape (heads, C, H, W)=(heads, {channels}, {height}, {width}), "
+                f"got {tuple(weight.shape)}"
+            )
+    if weight_col.shape[0] != weight_row.shape[0]:
+        raise ValueError(
+            f"weight_col must have the heads of weight_row, {weight_row.shape[0]}, got {weight_col.shape[0]}"
+        )
+
+
+def _check_running(name: str, value: object, x: Tensor, channels: int, training: bool) -> None:
+    if value is None:
+        if not training:
+            raise ValueError(f"{name} must be a tensor when training is False, got None")
+        return
+    _check_tensor(name, value)
+    if tuple(value.shape) != (channels,):
+        raise ValueError(f"{name} must have shape (heads*C,)=({channels},), got {tuple(value.shape)}")
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
+
+
+def _check_dtypes(x: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")

@@ -1,0 +1,172 @@
+"""Modules: element-wise attention over a feature map, the paper's layer around it, and dual softmax."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import library
+from .api import elementwise_attention, row_col_softmax
+
+
+def _check_impl(impl: str) -> None:
+    implementations = ("auto", *library.IMPLEMENTATIONS)
+    if impl not in implementations:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")
+
+
+class ElementwiseAttention(nn.Module):
+    """Element-wise attention heads, concatenated: :func:`~fused_attn.elementwise_attention` with its weights and state.
+
+    Args:
+        channels: channels C of the input.
+        size: (H, W) of the input; every position has weights of its own.
+        heads: number of heads.
+        eps, momentum: of the batch normalisation, as in ``torch.nn.BatchNorm2d``; ``momentum=None`` keeps a cumulative
+            average.
+        std: standard deviation of the normal distribution that the weights start from.
+        impl: implementation of the op; not part of the state dict.
+
+    Shapes: input (B, C, H, W), output (B, heads*C, H, W).
+
+    Raises:
+        ValueError: an argument is out of range, or the input has the wrong shape.
+
+    Source: Araujo Bacochina and de Souza 2023, "Element-Wise Attention Layers", section 2.2.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: tuple[int, int],
+        heads: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        std: float = 0.02,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("channels", channels), ("heads", heads)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"size must be two positive numbers (H, W), got {size}")
+        _check_impl(impl)
+        self.channels, self.size, self.heads = channels, tuple(size), heads
+        self.eps, self.momentum, self.std, self.impl = eps, momentum, std, impl
+        options = {"device": device, "dtype": dtype}
+        self.weight_row = nn.Parameter(torch.empty(heads, channels, *size, **options))
+        self.weight_col = nn.Parameter(torch.empty(heads, channels, *size, **options))
+        self.register_buffer("running_mean", torch.zeros(heads * channels, **options))
+        self.register_buffer("running_var", torch.ones(heads * channels, **options))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh weights and forget the running statistics."""
+        nn.init.normal_(self.weight_row, std=self.std)
+        nn.init.normal_(self.weight_col, std=self.std)
+        self.running_mean.zero_()
+        self.running_var.fill_(1.0)
+        self.num_batches_tracked.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend within rows and columns of x, (B, C, H, W) -> (B, heads*C, H, W)."""
+        if x.dim() != 4 or x.shape[1:] != (self.channels, *self.size):
+            expected = ", ".join(map(str, (self.channels, *self.size)))
+            raise ValueError(f"x must have shape (B, {expected}), got {tuple(x.shape)}")
+        momentum = self.momentum
+        if self.training:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        return elementwise_attention(
+            x,
+            self.weight_row,
+            self.weight_col,
+            self.running_mean,
+            self.running_var,
+            training=self.training,
+            momentum=0.0 if momentum is None else momentum,
+            eps=self.eps,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, size={self.size}, heads={self.heads}, impl={self.impl!r}"
+
+
+class ElementwiseAttentionBlock(nn.Module):
+    """The paper's attention layer: heads, convolution back to the channels, skip, optional batch norm, ReLU.
+
+    Args:
+        channels, size, heads, impl: as in :class:`ElementwiseAttention`.
+        batch_norm: whether a batch normalisation follows the skip (the paper's models A, C, E, G).
+        kernel_size: of the convolution over the concatenated heads; odd, padded to keep the size.
+        bias: whether the convolution has a bias.
+
+    Shapes: input and output (B, C, H, W).
+
+    Raises:
+        ValueError: an argument is out of range, or the input has the wrong shape.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: tuple[int, int],
+        heads: int,
+        *,
+        batch_norm: bool = False,
+        kernel_size: int = 3,
+        bias: bool = True,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+        options = {"device": device, "dtype": dtype}
+        self.attention = ElementwiseAttention(channels, size, heads, impl=impl, **options)
+        self.conv = nn.Conv2d(heads * channels, channels, kernel_size, padding=kernel_size // 2, bias=bias, **options)
+        self.norm = nn.BatchNorm2d(channels, **options) if batch_norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x, (B, C, H, W)."""
+        return torch.relu(self.norm(self.conv(self.attention(x)) + x))
+
+
+class DualSoftmax(nn.Module):
+    """Matching probabilities of a similarity matrix: the softmax over its rows times the softmax over its columns.
+
+    Args:
+        impl: implementation of :func:`~fused_attn.row_col_softmax`.
+
+    Shapes: input (B, H, W) or (B, C, H, W), output the same.  A temperature belongs into the features whose products
+    the similarities are: there it costs no pass over the matrix.
+
+    Raises:
+        ValueError: the input has another number of dimensions.
+
+    Source: Sun et al. 2021, "LoFTR", eq. 2.
+    """
+
+    def __init__(self, *, impl: str = "auto") -> None:
+        super().__init__()
+        _check_impl(impl)
+        self.impl = impl
+
+    def forward(self, similarity: Tensor) -> Tensor:
+        """Normalise ``similarity`` along both of its last dimensions."""
+        if similarity.dim() not in (3, 4):
+            raise ValueError(f"similarity must have shape (B, H, W) or (B, C, H, W), got {tuple(similarity.shape)}")
+        if similarity.dim() == 4:
+            return row_col_softmax(similarity, impl=self.impl)
+        return row_col_softmax(similarity.unsqueeze(1), impl=self.impl).squeeze(1)
+
+    def extra_repr(self) -> str:
+        return f"impl={self.impl!r}"

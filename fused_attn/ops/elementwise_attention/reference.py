@@ -1,0 +1,44 @@
+"""Plain PyTorch reference of the row/column softmax and of element-wise attention: the oracle, not a kernel."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def row_col_softmax(x, weight_row=None, weight_col=None):
+    """Softmax along the rows times softmax along the columns; shapes as in the public function."""
+    if weight_row is None:
+        return x.softmax(3) * x.softmax(2)
+    x = x.unsqueeze(1)
+    return (x * weight_row).softmax(4) * (x * weight_col).softmax(3)
+
+
+def statistics_dtype(x: torch.Tensor) -> torch.dtype:
+    """Dtype of batch statistics: float32, float64 for float64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def elementwise_attention(x, weight_row, weight_col, mean, var, eps):
+    """The batch-normalised product of the two softmaxes times x.
+
+    Args:
+        x, weight_row, weight_col: as in the public function.
+        mean, var: (heads*C,) statistics to normalise with; None: those of the batch.
+        eps: added to the variance.
+
+    Returns:
+        out (B, heads*C, H, W), mean and biased variance that were used, both without gradient.
+    """
+    product = row_col_softmax(x, weight_row, weight_col)
+    flat, dtype = product.flatten(1, 2), statistics_dtype(x)
+    training = mean is None
+    if training:
+        with torch.no_grad():
+            mean = flat.mean((0, 2, 3), dtype=dtype)
+            var = (flat - mean.view(-1, 1, 1)).square().mean((0, 2, 3))
+        normalised = F.batch_norm(flat, None, None, training=True, eps=eps)
+    else:
+        mean, var = mean.to(dtype), var.to(dtype)
+        normalised = F.batch_norm(flat, mean, var, training=False, eps=eps)
+    return (normalised.view(product.shape) * x.unsqueeze(1)).flatten(1, 2), mean, var

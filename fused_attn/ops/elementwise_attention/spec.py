@@ -1,0 +1,383 @@
+"""Samples, bad inputs, benchmark shapes and peers of ``row_col_softmax`` and ``elementwise_attention``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contract import BadInput, OpSpec, Sample, Shape
+from . import library
+from .api import elementwise_attention, row_col_softmax
+from .peers import ATTENTION_PEERS, SOFTMAX_PEERS
+
+_OWN = object()
+
+
+def attention_with_own_statistics(
+    x: Tensor,
+    weight_row: Tensor,
+    weight_col: Tensor,
+    running_mean: Any = _OWN,
+    running_var: Any = _OWN,
+    *,
+    training: bool = True,
+    **options: Any,
+) -> Tensor:
+    """``elementwise_attention`` with running statistics made for the call: they are state, not part of the result.
+
+    They lie near those of a uniform product, so that evaluation mode normalises to the order of 1.
+    """
+    own = running_mean is _OWN or running_var is _OWN
+    if own and not (isinstance(x, Tensor) and x.dim() == 4 and isinstance(weight_row, Tensor)):
+        running_mean = running_var = None  # a bad input: the function says so
+    elif own:
+        channels, values = weight_row.shape[0] * x.shape[1], max(x.shape[2] * x.shape[3], 1)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        mean = torch.linspace(0.8, 1.2, channels, dtype=dtype, device=x.device) / values
+        running_mean = mean if running_mean is _OWN else running_mean
+        running_var = (mean * 0.7).square() if running_var is _OWN else running_var
+    return elementwise_attention(x, weight_row, weight_col, running_mean, running_var, training=training, **options)
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
+def _contiguous(shape, dtype, device):
+    return torch.randn(shape, dtype=torch.float64).to(device, dtype)
+
+
+def _channels_last(shape, dtype, device):
+    batch, channels, height, width = shape
+    return _contiguous((batch, height, width, channels), dtype, device).permute(0, 3, 1, 2)
+
+
+def _transposed(shape, dtype, device):
+    """Height and width exchanged in memory, as the similarity of (b, a) is that of (a, b)."""
+    return _contiguous((*shape[:2], shape[3], shape[2]), dtype, device).transpose(2, 3)
+
+
+def _spread(shape, dtype, device):
+    """Every second element of every axis."""
+    return _contiguous([2 * size for size in shape], dtype, device)[tuple(slice(1, None, 2) for _ in shape)]
+
+
+def _one_batch(shape, dtype, device):
+    """One image expanded over the batch: stride 0."""
+    return _contiguous((1, *shape[1:]), dtype, device).expand(shape)
+
+
+def make(
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    batch: int,
+    channels: int,
+    grid: tuple[int, int],
+    heads: int | None = None,
+    layout: Callable[..., Tensor] = _contiguous,
+    weight_layout: Callable[..., Tensor] = _contiguous,
+    scale: float = 1.0,
+    edit: Callable[[dict[str, Any]], None] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Arguments of either function; ``heads`` None: no weights."""
+    inputs: dict[str, Any] = {"x": layout((batch, channels, *grid), dtype, device)}
+    if heads is not None:
+        for name in ("weight_row", "weight_col"):
+            inputs[name] = weight_layout((heads, channels, *grid), dtype, device) * scale
+    if edit is not None:
+        edit(inputs)
+    return {**inputs, **(options or {})}
+
+
+_SMALL = {"batch": 2, "channels": 2, "grid": (3, 4)}
+
+
+def _g(grid, batch=2, channels=1, **more):
+    return {"batch": batch, "channels": channels, "grid": grid, **more}
+
+
+_PLANES = {
+    "small": _SMALL,
+    "one value to a plane": _g((1, 1), batch=3),
+    "row 1x9": _g((1, 9)),
+    "column 9x1": _g((9, 1)),
+    "primes 13x7": _g((13, 7), channels=3),
+    "width 16": _g((5, 16)),
+    "width 17": _g((17, 17)),
+    "width 28": _g((28, 28), batch=3),
+    "width 32": _g((32, 32), channels=3),
+    "row 1x300": _g((1, 300)),
+    "column 300x1": _g((300, 1)),
+    "two blocks": _g((130, 70), batch=2),
+    "narrow, several blocks": _g((600, 16), batch=1),
+    "channels_last": _g((6, 8), channels=3, layout=_channels_last),
+    "transposed": _g((6, 9), layout=_transposed),
+    "spread": _g((3, 5), channels=2, layout=_spread),
+    "expanded batch": _g((4, 5), batch=3, layout=_one_batch),
+    "no images": _g((3, 4), batch=0),
+    "no channels": _g((3, 4), channels=0),
+    "no rows": _g((0, 4)),
+    "no columns": _g((3, 0)),
+}
+_WEIGHTED = {
+    "many images": _g((6, 5), batch=67, heads=2),
+    "heads 5": _g((7, 7), heads=5, channels=2),
+    "strided weights": _g((6, 9), heads=2, weight_layout=_spread),
+    "transposed weights": _g((6, 9), heads=2, weight_layout=_transposed),
+    "small weights": _g((9, 8), heads=3, scale=0.02),
+    "large logits": _g((7, 9), heads=2, scale=8.0),
+    "no heads": _g((3, 4), heads=0),
+}
+
+
+def _mask(inputs: dict[str, Any]) -> None:
+    """A masked row, a masked column and masked elements: their softmaxes are NaN, or 0, as PyTorch's are."""
+    x = inputs["x"]
+    x[0, 0, 1] = x[0, 0, :, 2] = float("-inf")
+    x[1, 0, 0, 0] = float("-inf")
+
+
+def _plant(name: str, value: float) -> Callable[[dict[str, Any]], None]:
+    def edit(inputs: dict[str, Any]) -> None:
+        inputs[name][0, 0, 0, 0] = value
+
+    return edit
+
+
+def _sample(name: str, *, small: bool = False, **settings: Any) -> Sample:
+    return Sample(name, partial(make, **settings), small=small)
+
+
+SOFTMAX_SAMPLES = (
+    *(_sample(name, small=name == "small", **({"heads": 2} | plane)) for name, plane in _PLANES.items()),
+    *(_sample(name, **settings) for name, settings in _WEIGHTED.items()),
+    *(_sample(f"dual, {name}", small=name == "small", **plane) for name, plane in _PLANES.items()),
+    _sample("dual, 200x1000", **_g((200, 1000), batch=1)),
+    _sample("dual, masked", **_g((4, 5)), edit=_mask),
+    _sample("dual, nan", **_g((4, 5)), edit=_plant("x", float("nan"))),
+    _sample("inf in weight_row", **_g((4, 5), heads=2), edit=_plant("weight_row", float("inf"))),
+)
+ATTENTION_SAMPLES = (
+    *(_sample(name, small=name == "small", **({"heads": 2} | plane)) for name, plane in _PLANES.items()),
+    *(_sample(name, **settings) for name, settings in _WEIGHTED.items()),
+    *(
+        _sample(f"evaluation, {name}", small=name == "small", **({"heads": 2} | plane), options={"training": False})
+        for name, plane in {**_PLANES, **_WEIGHTED}.items()
+    ),
+    _sample("eps 1e-12", small=True, **_SMALL, heads=2, options={"eps": 1e-12}),
+    _sample("nan in x", **_g((4, 5), heads=2), edit=_plant("x", float("nan"))),
+)
+
+
+# --- random calls for the shape fuzz ----------------------------------------------------------------------------------
+
+
+def _fuzz(choices: tuple[Any, ...], modes: tuple[Mapping[str, Any], ...], draw: random.Random) -> Sample:
+    layouts = (_contiguous, _channels_last, _transposed, _spread)
+    settings = {
+        "batch": draw.choice((1, 2, 3, 20)),
+        "channels": draw.randint(1, 3),
+        # Two or three values to a channel normalise to about the same whatever they are: gradients of rounding errors.
+        "grid": (draw.randint(6, 40), draw.randint(1, 40)),
+        "heads": draw.choice(choices),
+        "layout": draw.choice(layouts),
+        "weight_layout": draw.choice(layouts),
+        "options": draw.choice(modes),
+    }
+    name = str({key: getattr(value, "__name__", value) for key, value in settings.items()})
+    return Sample(name, partial(make, **settings))
+
+
+# --- bad inputs -------------------------------------------------------------------------------------------------------
+
+
+def _bad(**changes: Any) -> Callable[[], dict[str, Any]]:
+    """A small valid call with some arguments replaced; a callable is applied to the argument."""
+
+    def build() -> dict[str, Any]:
+        torch.manual_seed(0)
+        inputs = make(torch.float32, torch.device("cpu"), **_SMALL, heads=3)
+        for name, change in changes.items():
+            inputs[name] = change(inputs[name]) if callable(change) else change
+        return inputs
+
+    return build
+
+
+_EVERY = ("x", "weight_row", "weight_col")
+_BAD = (
+    BadInput("x rank", _bad(x=lambda x: x[0]), ValueError, r"x must have 4 dimensions .*\(2, 3, 4\)"),
+    BadInput("x no tensor", _bad(x=[1.0]), TypeError, r"x must be a tensor, got list"),
+    BadInput("x integer", _bad(x=lambda x: x.long()), TypeError, r"x must have a floating.* got torch.int64"),
+    BadInput("x complex", _bad(x=lambda x: x.cfloat()), TypeError, r"x must have a floating.* got torch.complex64"),
+    BadInput(
+        "weight of another plane",
+        _bad(weight_row=lambda w: w.transpose(2, 3)),
+        ValueError,
+        r"weight_row must have shape \(heads, C, H, W\)=\(heads, 2, 3, 4\), got \(3, 2, 4, 3\)",
+    ),
+    BadInput(
+        "weight of other channels",
+        _bad(weight_col=lambda w: w[:, :1]),
+        ValueError,
+        r"weight_col must have shape .*, got \(3, 1, 3, 4\)",
+    ),
+    BadInput("weight rank", _bad(weight_row=lambda w: w[0]), ValueError, r"weight_row must have shape .*\(2, 3, 4\)"),
+    BadInput(
+        "weight heads", _bad(weight_col=lambda w: w[:2]), ValueError, r"weight_col must have the heads .*3, got 2"
+    ),
+    BadInput("weight dtype", _bad(weight_col=lambda w: w.half()), ValueError, r"weight_col must have the dtype of x"),
+    BadInput("weight device", _bad(weight_row=lambda w: w.to("meta")), ValueError, r"weight_row must be on the device"),
+    BadInput("weight integer", _bad(weight_row=lambda w: w.int()), TypeError, r"weight_row must have a floating"),
+    BadInput("impl unknown", _bad(impl="fast"), ValueError, r"impl must be one of 'auto', .* got 'fast'"),
+    BadInput("impl of other ops", _bad(impl="cuda"), ValueError, r"impl must be one of .* got 'cuda'"),
+    BadInput(
+        "impl cannot run",
+        _bad(**dict.fromkeys(_EVERY, Tensor.double), impl="cpu"),
+        RuntimeError,
+        r"impl='cpu' cannot run: .*(float64|not available)",
+    ),
+)
+SOFTMAX_BAD = (
+    *_BAD,
+    BadInput("one weight", _bad(weight_col=None), ValueError, r"weight_col must be given together with weight_row"),
+    BadInput("other weight", _bad(weight_row=None), ValueError, r"weight_row must be given together with weight_col"),
+)
+ATTENTION_BAD = (
+    *_BAD,
+    BadInput("no weight", _bad(weight_col=None), TypeError, r"weight_col must be a tensor, got NoneType"),
+    BadInput(
+        "running shape", _bad(running_mean=torch.zeros(5)), ValueError, r"running_mean must .*=\(6,\), got \(5,\)"
+    ),
+    BadInput("running integer", _bad(running_var=torch.ones(6).int()), TypeError, r"running_var must have a floating"),
+    BadInput("running device", _bad(running_var=torch.ones(6, device="meta")), ValueError, r"running_var must be on"),
+    BadInput(
+        "one running", _bad(running_var=None), ValueError, r"running_var must be given together with running_mean"
+    ),
+    BadInput(
+        "none to evaluate with",
+        _bad(running_mean=None, running_var=None, training=False),
+        ValueError,
+        r"running_mean must be a tensor when training is False, got None",
+    ),
+    BadInput("momentum", _bad(momentum=None), TypeError, r"momentum must be a number, got NoneType"),
+    BadInput("eps", _bad(eps=torch.ones(())), TypeError, r"eps must be a number, got Tensor"),
+    BadInput(
+        "one value per channel",
+        _bad(**dict.fromkeys(_EVERY, lambda t: t[:1, :, :1, :1])),
+        ValueError,
+        r"Expected more than 1 value per channel when training: x .* got shape \(1, 2, 1, 1\)",
+    ),
+)
+
+
+# --- benchmark shapes -------------------------------------------------------------------------------------------------
+
+# Additions, multiplications and exponentials of one output element: logits, two softmaxes and their product forward
+# (10, and 3 more to normalise), and what README.md gives backward.
+_SOFTMAX_FLOPS, _ATTENTION_FLOPS = (10, 18), (13, 28)
+
+
+def _shape(name: str, batch: int, channels: int, grid: tuple[int, int], heads: int | None, attention=False) -> Shape:
+    settings = {"batch": batch, "channels": channels, "grid": grid, "heads": heads}
+    plane = grid[0] * grid[1]
+    x, weights = batch * channels * plane, 2 * (heads or 0) * channels * plane
+    planes = batch * (heads or 1) * channels
+    out, statistics = planes * plane, 2 * planes * sum(grid)
+    flops = _ATTENTION_FLOPS if attention else _SOFTMAX_FLOPS
+    return Shape(
+        name,
+        partial(make, **settings),
+        flops_forward=flops[0] * out,
+        flops_backward=flops[1] * out,
+        bytes_forward=4 * (x + weights + out),
+        bytes_backward=4 * (2 * x + 2 * weights + out),
+        # The output and the gradient of x; statistics, their partial results and those of the weights' gradients, and
+        # scratch memory for the rest.
+        memory_limit=4 * (out + x + 2 * weights + 3 * statistics + (out // 6 if heads else 0)) + 2**21,
+    )
+
+
+SOFTMAX_SHAPES = (
+    _shape("4,800x4,800", 1, 1, (4800, 4800), None),
+    _shape("2,000x2,000", 1, 1, (2000, 2000), None),
+    _shape("B 512, 16 heads, 28x28", 512, 1, (28, 28), 16),
+)
+SOFTMAX_GROWTH = tuple(_shape(f"{n}x{n}", 1, 1, (n, n), None) for n in (60, 120, 1000, 2000))
+ATTENTION_SHAPES = (
+    _shape("B 512, 16 heads, 28x28", 512, 1, (28, 28), 16, attention=True),
+    _shape("B 256, 8 heads, 3 channels, 32x32", 256, 3, (32, 32), 8, attention=True),
+)
+# No batch equals the heads: with dynamic shapes, equal sizes of one call are taken to be equal in every call.
+ATTENTION_GROWTH = tuple(_shape(f"B {n}, 4 heads, 28x28", n, 1, (28, 28), 4, attention=True) for n in (6, 12, 256, 512))
+
+
+# --- specs ------------------------------------------------------------------------------------------------------------
+
+
+def _implementations() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
+    def reason(can_run, inputs):
+        return can_run(inputs["x"])
+
+    return {name: partial(reason, can_run) for name, can_run in library.IMPLEMENTATIONS.items()}
+
+
+def _operators(op: str, impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
+    """The registered operators with the arguments of one call, for ``torch.library.opcheck``."""
+    if impl == "reference":
+        return ()
+    forward = getattr(torch.ops.fused_attn, f"{op}_{impl}").default
+    backward = getattr(torch.ops.fused_attn, f"{op}_{impl}_backward").default
+    tensors = tuple(inputs.get(name) for name in _EVERY)
+    training, options = inputs.get("training", True), ()
+    if op == "elementwise_attention":
+        running = [None, None]
+        if not training:
+            channels = tensors[1].shape[0] * tensors[0].shape[1]
+            running = [torch.full((channels,), value, device=tensors[0].device) for value in (0.1, 1.0)]
+        tensors, options = (*tensors, *running), (inputs.get("eps", 1e-5),)
+    detached = [None if tensor is None else tensor.detach() for tensor in tensors]
+    with torch.no_grad():
+        out, *saved = forward(*detached, *options)
+    grad_out: Tensor = torch.randn_like(out)
+    if options:
+        options_backward = (training, *options)
+        return (
+            (forward, (*tensors, *options)),
+            (backward, (grad_out, *detached[:3], *saved, *options_backward)),
+        )
+    return (forward, tensors), (backward, (grad_out, *detached, *saved))
+
+
+SPECS = (
+    OpSpec(
+        name="row_col_softmax",
+        function=row_col_softmax,
+        implementations=_implementations(),
+        samples=SOFTMAX_SAMPLES,
+        bad_inputs=SOFTMAX_BAD,
+        fuzz=partial(_fuzz, (None, 1, 2, 5), ({},)),
+        operators=partial(_operators, "row_col_softmax"),
+        shapes=SOFTMAX_SHAPES,
+        growth=SOFTMAX_GROWTH,
+        peers=SOFTMAX_PEERS,
+    ),
+    OpSpec(
+        name="elementwise_attention",
+        function=attention_with_own_statistics,
+        implementations=_implementations(),
+        samples=ATTENTION_SAMPLES,
+        bad_inputs=ATTENTION_BAD,
+        fuzz=partial(_fuzz, (1, 2, 5), ({}, {"training": False})),
+        operators=partial(_operators, "elementwise_attention"),
+        shapes=ATTENTION_SHAPES,
+        growth=ATTENTION_GROWTH,
+        peers=ATTENTION_PEERS,
+    ),
+)

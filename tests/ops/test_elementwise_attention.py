@@ -1,0 +1,117 @@
+"""Element-wise attention and dual softmax: batch statistics as BatchNorm2d keeps them, modules, and the definition."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from fused_attn import _extension, elementwise_attention, row_col_softmax
+from fused_attn.modules import DualSoftmax, ElementwiseAttention, ElementwiseAttentionBlock
+
+implementations = pytest.mark.parametrize(
+    "impl",
+    [
+        "reference",
+        pytest.param("cpu", marks=pytest.mark.skipif(not _extension.available(), reason=str(_extension.reason()))),
+    ],
+)
+
+
+def draw(*shapes, scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    return [scale * torch.randn(shape, generator=generator) for shape in shapes]
+
+
+@implementations
+def test_definition(impl):
+    """Eq. 4-7 of the paper, one number at a time."""
+    x, weight_row, weight_col = draw((2, 2, 3, 4), (3, 2, 3, 4), (3, 2, 3, 4))
+    out = row_col_softmax(x, weight_row, weight_col, impl=impl)
+    for b, h, c, i, j in itertools.product(*map(range, out.shape)):
+        row = (x[b, c, i].double() * weight_row[h, c, i].double()).exp()
+        col = (x[b, c, :, j].double() * weight_col[h, c, :, j].double()).exp()
+        assert float(out[b, h, c, i, j]) == pytest.approx(float(row[j] / row.sum() * col[i] / col.sum()), rel=1e-5)
+
+
+@implementations
+@pytest.mark.parametrize("momentum", [0.1, 0.37, 1.0, None])
+def test_running_statistics_are_those_of_batch_norm(impl, momentum):
+    """Three batches in training mode, then evaluation, against BatchNorm2d on the product."""
+    module = ElementwiseAttention(2, (5, 6), 3, momentum=momentum, std=1.0, impl=impl)
+    norm = nn.BatchNorm2d(6, affine=False, momentum=momentum)
+    for x in draw((4, 2, 5, 6), (1, 2, 5, 6), (3, 2, 5, 6)):
+        out = module(x)
+        product = row_col_softmax(x, module.weight_row, module.weight_col, impl="reference").flatten(1, 2)
+        torch.testing.assert_close(out, norm(product) * x.repeat(1, 3, 1, 1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(module.running_mean, norm.running_mean, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(module.running_var, norm.running_var, rtol=1e-5, atol=1e-7)
+    assert int(module.num_batches_tracked) == 3
+    module.eval(), norm.eval()
+    before = module.running_mean.clone()
+    out = module(x)
+    torch.testing.assert_close(out, norm(product) * x.repeat(1, 3, 1, 1), rtol=1e-4, atol=1e-5)
+    assert torch.equal(module.running_mean, before)
+
+
+@implementations
+def test_variance_of_an_almost_uniform_product(impl):
+    """At the paper's initialisation the product deviates by parts in a hundred: its variance must not cancel."""
+    x, *weights = draw((64, 1, 28, 28), (4, 1, 28, 28), (4, 1, 28, 28), scale=0.02)
+    mean, var = torch.zeros(4), torch.zeros(4)
+    elementwise_attention(x, *weights, mean, var, training=True, momentum=1.0, impl=impl)
+    product = row_col_softmax(*(t.double() for t in (x, *weights)), impl="reference").transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean.double(), product.mean(1), rtol=1e-6, atol=0.0)
+    # The softmaxes themselves are rounded to 24 bits: deviations of 1e-4 of them keep about 3 digits.
+    torch.testing.assert_close(var.double(), product.var(1), rtol=2e-2, atol=0.0)
+
+
+@implementations
+def test_statistics_not_kept_and_empty_batches(impl):
+    x, *weights = draw((2, 1, 3, 4), (2, 1, 3, 4), (2, 1, 3, 4))
+    mean, var = torch.zeros(2), torch.ones(2)
+    kept = elementwise_attention(x, *weights, mean, var, training=True, impl=impl)
+    assert torch.equal(elementwise_attention(x, *weights, None, None, training=True, impl=impl), kept)
+    before = mean.clone(), var.clone()
+    assert elementwise_attention(x[:0], *weights, mean, var, training=True, impl=impl).shape == (0, 2, 3, 4)
+    assert torch.equal(mean, before[0])
+    assert torch.equal(var, before[1])
+    assert elementwise_attention(x, *(w[:0] for w in weights), mean[:0], var[:0], training=True, impl=impl).numel() == 0
+
+
+@implementations
+def test_dual_softmax_module(impl):
+    (similarity,) = draw((2, 40, 33))
+    expected = similarity.softmax(1) * similarity.softmax(2)
+    torch.testing.assert_close(DualSoftmax(impl=impl)(similarity), expected, rtol=1e-5, atol=1e-8)
+    out = DualSoftmax(impl=impl)(similarity.unsqueeze(0))
+    torch.testing.assert_close(out, expected.unsqueeze(0), rtol=1e-5, atol=1e-8)
+    with pytest.raises(ValueError, match=r"similarity must have shape .* got \(33,\)"):
+        DualSoftmax()(similarity[0, 0])
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_block(batch_norm):
+    block = ElementwiseAttentionBlock(3, (5, 7), 4, batch_norm=batch_norm)
+    (x,) = draw((6, 3, 5, 7))
+    out = block(x)
+    out.square().sum().backward()
+    assert out.shape == x.shape
+    assert bool((out >= 0).all())
+    assert all(bool(parameter.grad.abs().sum() > 0) for parameter in block.parameters())
+    assert isinstance(block.norm, nn.BatchNorm2d) == batch_norm
+
+
+def test_modules_name_what_is_wrong():
+    with pytest.raises(ValueError, match="heads must be at least 1, got 0"):
+        ElementwiseAttention(1, (4, 4), 0)
+    with pytest.raises(ValueError, match=r"size must be two positive numbers .* got \(0, 4\)"):
+        ElementwiseAttention(1, (0, 4), 1)
+    with pytest.raises(ValueError, match=r"impl must be one of 'auto', .* got 'fast'"):
+        DualSoftmax(impl="fast")
+    with pytest.raises(ValueError, match="kernel_size must be odd and positive, got 2"):
+        ElementwiseAttentionBlock(1, (4, 4), 1, kernel_size=2)
+    with pytest.raises(ValueError, match=r"x must have shape \(B, 1, 4, 5\), got \(2, 1, 5, 4\)"):
+        ElementwiseAttention(1, (4, 5), 1)(torch.zeros(2, 1, 5, 4))
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        ElementwiseAttention(1, (1, 1), 2)(torch.zeros(1, 1, 1, 1))
