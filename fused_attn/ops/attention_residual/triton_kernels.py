@@ -1,7 +1,7 @@
-"""Triton kernels of attention residuals.  Forward reads the values once, backward twice, the second time from the cache.
+"""Triton kernels of attention residuals.  Forward reads the values once, backward twice, then from the cache.
 
-A tile is BLOCK_T tokens by whole rows of D numbers, in registers.  The values come as a tuple of COUNT pointers, COUNT a
-power of two, of which the first ``count`` are values and the others repeat the first and are not read.  Where values
+A tile is BLOCK_T tokens by whole rows of D numbers, in registers.  The values come as a tuple of COUNT pointers, COUNT
+a power of two, of which the first ``count`` are values and the others repeat the first and are not read.  Where values
 come from memory, the next one is loaded before the sums over the present one, which cover its latency.
 
 No atomics: every element is written once, and the gradient of the score vector (query * norm_weight) leaves as one
@@ -69,7 +69,7 @@ def attention_residual_fwd_kernel(
     following = _load_rows(value_ptrs[0], value_strides[0], outer, inner, columns, mask)
     for layer in tl.static_range(COUNT):
         value = following.to(tl.float32)
-        if layer + 1 < COUNT:
+        if layer + 1 < COUNT:  # noqa: SIM102 - decided when compiled
             if layer + 1 < count:
                 following = _load_rows(value_ptrs[layer + 1], value_strides[layer + 1], outer, inner, columns, mask)
         if layer < count:
@@ -137,7 +137,7 @@ def attention_residual_bwd_kernel(
         delta = tl.zeros((BLOCK_T,), tl.float32)
         for layer in tl.static_range(COUNT):
             value = following.to(tl.float32)
-            if layer + 1 < COUNT:
+            if layer + 1 < COUNT:  # noqa: SIM102 - decided when compiled
                 if layer + 1 < count:
                     following = _load_rows(value_ptrs[layer + 1], value_strides[layer + 1], outer, inner, columns, mask)
             if layer < count:
