@@ -1,5 +1,5 @@
-"""Parameters and FLOPs of the models, in results/: model_table.md (by attention coverage), layer_models.md (networks with
-attention over their layers), attention_wise_models.md (element-wise attention, beside the paper's counts) and
+"""Parameters and FLOPs of the models, in results/: model_table.md (by attention coverage), layer_models.md (networks
+with attention over their layers), attention_wise_models.md (element-wise attention, beside the paper's counts) and
 excite_models.md (squeeze-excite networks), each with its .json.
 
 FLOPs are those of one forward pass of one image, two per multiply-add, counted by ``torch.utils.flop_counter`` on the
