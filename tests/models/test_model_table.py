@@ -32,7 +32,7 @@ def test_committed_table_of_layer_models_is_current(model_table):
 
 
 def test_table_of_excite_models_is_current_and_as_published(model_table):
-    """Parameters as published; multiply-adds within 1 %, as the paper's tool counts normalisation and pooling as well."""
+    """Parameters as published; multiply-adds within 1 %: the paper's tool counts normalisation and pooling too."""
     committed = json.loads((BENCHMARKS / "results" / "excite_models.json").read_text())
     assert committed == model_table.measure_excite_models()
     for row in committed:
