@@ -107,7 +107,8 @@ def plan_forward(values, query, norm_weight, eps, out, statistics) -> Launch:
 
 def plan_backward(grad_out, values, query, norm_weight, statistics, grad_values, partials) -> Launch:
     """The backward launch; writes ``grad_values`` (contiguous) and ``partials``, a row per program."""
-    tile = _tile(values[0].shape[-1], 16)
+    # Many values leave few registers for each.
+    tile = _tile(values[0].shape[-1], 16 if len(values) <= 16 else 8)
     arguments = _common(values, query, norm_weight, tile)
     arguments |= {
         "grad_out_ptr": grad_out,
