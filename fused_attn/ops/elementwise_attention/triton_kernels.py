@@ -205,9 +205,7 @@ def _grad_product(grad, value, product, mean_ptr, scale_ptr, grad_mean_ptr, grad
     if mean_ptr is None:
         return grad
     centred = product - tl.load(mean_ptr + at)
-    return tl.load(scale_ptr + at) * (
-        grad * value - tl.load(grad_mean_ptr + at) - centred * tl.load(grad_var_ptr + at)
-    )
+    return tl.load(scale_ptr + at) * (grad * value - tl.load(grad_mean_ptr + at) - centred * tl.load(grad_var_ptr + at))
 
 
 @triton.jit
@@ -217,7 +215,7 @@ def row_col_sums_kernel(
     grad_out_strides, x_strides, row_strides, col_strides, planes, heads, channels, height, width, chunks,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of product times its gradient: over rows, (plane, height), and over a tile's columns, (chunk, plane, width)."""
+    """Sums of product times its gradient: along rows (plane, height), along columns of a tile (chunk, plane, width)."""
     chunk, plane, image, head, channel = _position(chunks, heads, channels)
     y = chunk * ROWS + tl.arange(0, ROWS)
     sums = tl.zeros((ROWS,), tl.float32)

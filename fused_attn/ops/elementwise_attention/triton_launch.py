@@ -241,7 +241,7 @@ def plan_grad_weight(grad_out, x, row, col, row_stats, col_stats, norm, sums, pa
 
 def _run_backward(grad_out, x, row, col, row_stats, col_stats, norm) -> tuple[Tensor, Tensor, Tensor]:
     grads = grad_x, grad_row, grad_col = _allocate_backward(x, row)
-    batch, channels, height, width = x.shape
+    batch, _, height, width = x.shape
     terms = (grad_out, x, row, col, row_stats, col_stats, norm)
     tile, planes = tiling(height, width), row_stats.shape[:3].numel()
     sums = (None, None)
