@@ -50,7 +50,7 @@ class Tiling(NamedTuple):
 
     @property
     def warps(self) -> int:
-        return min(max(self.rows * self.columns // 512, 1), 8)
+        return min(max(self.rows * self.columns // 256, 1), 16)
 
 
 def tiling(height: int, width: int) -> Tiling:
