@@ -215,7 +215,7 @@ def row_col_sums_kernel(
     grad_out_strides, x_strides, row_strides, col_strides, planes, heads, channels, height, width, chunks,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of product times its gradient: over rows, (plane, height), and over a tile's columns, (chunk, plane, width)."""
+    """Sums of product times its gradient: along rows (plane, height), along columns of a tile (chunk, plane, width)."""
     chunk, plane, image, head, channel = _position(chunks, heads, channels)
     y = chunk * ROWS + tl.arange(0, ROWS)
     sums = tl.zeros((ROWS,), tl.float32)
@@ -273,7 +273,7 @@ def row_col_bwd_x_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of x: a program owns rows of one image and channel and adds up the heads."""
-    chunk, plane_x, image, _, channel = _position(chunks, 1, channels)
+    chunk, plane_x, image, _head, channel = _position(chunks, 1, channels)
     y = chunk * ROWS + tl.arange(0, ROWS)
     for start in tl.range(0, width, COLUMNS):
         x = start + tl.arange(0, COLUMNS)
@@ -281,7 +281,7 @@ def row_col_bwd_x_kernel(
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for head in tl.range(0, heads):
             plane = (image * heads + head) * channels + channel
-            _, _, _, d_x = _gradients(
+            _value, _d_row, _d_col, d_x = _gradients(
                 grad_out_ptr, x_ptr, row_ptr, col_ptr, row_stats_ptr, col_stats_ptr, mean_ptr, scale_ptr,
                 grad_mean_ptr, grad_var_ptr, row_sums_ptr, col_sums_ptr,
                 grad_out_strides, x_strides, row_strides, col_strides, image, head, channel, plane, channels, height,

@@ -50,7 +50,7 @@ class Tiling(NamedTuple):
 
     @property
     def warps(self) -> int:
-        return min(max(self.rows * self.columns // 512, 1), 8)
+        return min(max(self.rows * self.columns // 256, 1), 16)
 
 
 def tiling(height: int, width: int) -> Tiling:
@@ -241,7 +241,7 @@ def plan_grad_weight(grad_out, x, row, col, row_stats, col_stats, norm, sums, pa
 
 def _run_backward(grad_out, x, row, col, row_stats, col_stats, norm) -> tuple[Tensor, Tensor, Tensor]:
     grads = grad_x, grad_row, grad_col = _allocate_backward(x, row)
-    batch, channels, height, width = x.shape
+    batch, _, height, width = x.shape
     terms = (grad_out, x, row, col, row_stats, col_stats, norm)
     tile, planes = tiling(height, width), row_stats.shape[:3].numel()
     sums = (None, None)
