@@ -115,13 +115,13 @@ void combine_sums(const Backward& p, int64_t begin, int64_t end) {
     }
 }
 
-// Gradients of x and of the weights.  A whole plane forms its sums on the way, from products kept in L1.
+// Gradients of x and of the weights.  A whole plane forms its sums on the way, from gradients of the product kept in L1.
 template <bool Weighted, bool Normalise, bool Whole>
 struct Gradients : Visitor {
   const Backward& p;
   GradOut grad;
   Buffer grad_x, grad_row, grad_col;
-  Buffer products, row_softmax, col_softmax, row_sum, col_sum;
+  Buffer gradient, row_softmax, col_softmax, row_sum, col_sum;
 
   Gradients(const Backward& backward, Operands& operands)
       : Visitor{operands},
@@ -130,7 +130,7 @@ struct Gradients : Visitor {
         grad_x(p.images_at_once * o.plane, 0.0f),
         grad_row(Weighted ? o.plane : 0, 0.0f),
         grad_col(Weighted ? o.plane : 0, 0.0f),
-        products(Whole ? o.plane : 0, 0.0f),
+        gradient(Whole ? o.plane : 0, 0.0f),
         row_softmax(Whole ? o.plane : 0, 0.0f),
         col_softmax(Whole ? o.plane : 0, 0.0f),
         row_sum(p.block_rows, 0.0f),
@@ -160,14 +160,14 @@ struct Gradients : Visitor {
           const int64_t at = (y0 + j) * o.stride;
           const Softmaxes<Weighted> softmax(o, o.x[i], y0 + j);
           const float* grad_out = grad.rows[y0 + j];
-          float *const t_to = products + at, *const row_to = row_softmax + at, *const col_to = col_softmax + at;
+          float *const d_to = gradient + at, *const row_to = row_softmax + at, *const col_to = col_softmax + at;
           vf sum{};
           for (int64_t v = 0; v < vectors; ++v) {
-            const vf row = softmax.row(v), col = softmax.col(v), product = row * col;
-            const vf t = product * norm.backward(load(grad_out + v * L), softmax.value(v), product);
-            sum += t;
-            store(col_sums + v * L, load(col_sums + v * L) + t);
-            store(t_to + v * L, t), store(row_to + v * L, row), store(col_to + v * L, col);
+            const vf row = softmax.row(v), col = softmax.col(v);
+            const vf d = norm.backward(load(grad_out + v * L), softmax.value(v), row * col);
+            sum += row * rounded(col * d);
+            store(col_sums + v * L, load(col_sums + v * L) + col * rounded(row * d));
+            store(d_to + v * L, d), store(row_to + v * L, row), store(col_to + v * L, col);
           }
           sums[j] = sum;
         }
@@ -184,18 +184,19 @@ struct Gradients : Visitor {
       const Softmaxes<Weighted> softmax(o, o.x[i], y);
       const float* grad_out = grad.rows[y];
       const float sum = row_sums[y];
-      const float *const t_from = products + at, *const row_from = row_softmax + at, *const col_from = col_softmax + at;
+      const float *const d_from = gradient + at, *const row_from = row_softmax + at, *const col_from = col_softmax + at;
       float *const x_to = grad_x + i * o.plane + at, *const row_to = grad_row + at, *const col_to = grad_col + at;
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t lane = v * L;
-        vf row, col, t;
+        vf row, col, d;
         if constexpr (Whole) {
-          row = load(row_from + lane), col = load(col_from + lane), t = load(t_from + lane);
+          row = load(row_from + lane), col = load(col_from + lane), d = load(d_from + lane);
         } else {
           row = softmax.row(v), col = softmax.col(v);
-          t = row * col * norm.backward(load(grad_out + lane), softmax.value(v), row * col);
+          d = norm.backward(load(grad_out + lane), softmax.value(v), row * col);
         }
-        const vf d_row = t - row * sum, d_col = t - col * load(col_sums + lane);
+        // The difference first: where one probability is near 1 it cancels.
+        const vf d_row = row * (rounded(col * d) - sum), d_col = col * (rounded(row * d) - load(col_sums + lane));
         if constexpr (!Weighted) {
           store(x_to + lane, d_row + d_col);
         } else {

@@ -52,8 +52,8 @@ struct Statistics : Visitor {
       }
       for (int64_t j = count; j < L; ++j) rows[j] = vf{};
       write_row(stats + k.y0 + y0, count, [&](int64_t) FA_INLINE_CALL { return max; });
-      const vf inverse = 1.0f / sum_lanes_of_each(rows);
-      write_row(stats + p.height + k.y0 + y0, count, [&](int64_t) FA_INLINE_CALL { return inverse; });
+      const vf sum = sum_lanes_of_each(rows);
+      write_row(stats + p.height + k.y0 + y0, count, [&](int64_t) FA_INLINE_CALL { return sum; });
     }
   }
 
@@ -90,7 +90,6 @@ struct Statistics : Visitor {
       return;
     }
     columns(k, i, nullptr);
-    for (int64_t v = 0; v < o.vectors; ++v) store(col_sum + v * L, 1.0f / load(col_sum + v * L));
     float* stats = p.col_stats + plane * 2 * p.width;
     store_row_as(stats, p.width, col_max.data);
     store_row_as(stats + p.width, p.width, col_sum.data);
@@ -123,7 +122,7 @@ void combine_columns(const Forward& p, int64_t begin, int64_t end) {
       const float shift = max == -kInfinity ? 0.0f : max;
       for (int64_t r = 0; r < p.ranges; ++r)
         sum += partial(r)[p.width + x] * __builtin_exp2f((partial(r)[x] - shift) * kLog2e);
-      stats[x] = max, stats[p.width + x] = 1.0f / sum;
+      stats[x] = max, stats[p.width + x] = sum;
     }
   }
 }

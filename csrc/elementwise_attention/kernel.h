@@ -15,7 +15,7 @@ struct Problem {
   bool weighted;
   TensorView x;                       // (batch, channel, y, x)
   TensorView weight_row, weight_col;  // (head, channel, y, x)
-  float *row_stats, *col_stats;       // (batch, head, channel, 2, y or x): maximum, 1 / sum of e^(logit - maximum)
+  float *row_stats, *col_stats;       // (batch, head, channel, 2, y or x): maximum, sum of e^(logit - maximum)
   int64_t groups, ranges, block_rows, images_at_once;
 
   // Batch normalisation of the product; without it mean is null.

@@ -26,6 +26,16 @@ FA_INLINE vf exp_of(vf x) {
   return (vf)(result & ~underflow);
 }
 
+// A product that is not fused with the sum it goes into.
+FA_INLINE vf rounded(vf x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // Scratch memory, one aligned allocation, freed at the end of a range of tasks.
 struct Buffer {
   float* data = nullptr;
@@ -51,9 +61,13 @@ struct Block {
 struct Operands {
   const Problem& p;
   int64_t vectors, stride, plane;
-  Buffer x_memory, row_memory, col_memory, max_memory, inverse_memory;
+  Buffer x_memory, row_memory, col_memory;
   Rows x[kMostImages], weight_row, weight_col;
-  const float *row_max, *row_inverse, *col_max, *col_inverse;  // of one image and head, rows from y0 on
+  // Of one image and head, rows from y0 on.  inverse + rest is 1 / sum to twice the precision: the rounding of a
+  // reciprocal alone would be shared by a whole row or column, and not cancel in the gradients of its logits.
+  const float* row_max;
+  Buffer col_max, row_inverse, row_rest, col_inverse, col_rest;
+  int64_t columns_of = -1;  // the plane of the column statistics
 
   explicit Operands(const Problem& problem)
       : p(problem),
@@ -64,8 +78,11 @@ struct Operands {
         x_memory(p.images_at_once * plane, p.weighted ? 1.0f : -kInfinity),
         row_memory(p.weighted ? plane : 0, -kInfinity),
         col_memory(p.weighted ? plane : 0, 0.0f),
-        max_memory(stride, 0.0f),
-        inverse_memory(stride, 0.0f) {}
+        col_max(stride, 0.0f),
+        row_inverse(p.block_rows, 0.0f),
+        row_rest(p.block_rows, 0.0f),
+        col_inverse(stride, 0.0f),
+        col_rest(stride, 0.0f) {}
 
   void load_images(const Block& k) {
     for (int64_t i = 0; i < k.images; ++i)
@@ -82,13 +99,22 @@ struct Operands {
   }
   void load_statistics(const Block& k, int64_t plane_index) {
     row_max = p.row_stats + plane_index * 2 * p.height + k.y0;
-    row_inverse = row_max + p.height;
-    col_max = p.col_stats + plane_index * 2 * p.width;
-    col_inverse = col_max + p.width;
-    if (p.width % L == 0) return;
-    load_row_as(col_max, 1, p.width, 0.0f, max_memory.data);
-    load_row_as(col_inverse, 1, p.width, 0.0f, inverse_memory.data);
-    col_max = max_memory.data, col_inverse = inverse_memory.data;
+    invert(row_max + p.height, k.rows, row_inverse.data, row_rest.data);
+    if (plane_index == columns_of) return;
+    columns_of = plane_index;
+    const float* stats = p.col_stats + plane_index * 2 * p.width;
+    load_row_as(stats, 1, p.width, 0.0f, col_max.data);
+    invert(stats + p.width, p.width, col_inverse.data, col_rest.data);
+  }
+  // 0 beyond `count`.
+  static void invert(const float* sums, int64_t count, float* inverse, float* rest) {
+    load_row_as(sums, 1, count, 1.0f, rest);
+    for (int64_t i = 0; i < count; i += L) {
+      const vf sum = load(rest + i), first = 1.0f / sum;
+      store(inverse + i, first);
+      store(rest + i, (1.0f - sum * first) * first);  // one rounding where there are fused products, else about 0
+    }
+    for (int64_t i = count; i < round_up(count, L); ++i) inverse[i] = rest[i] = 0.0f;
   }
 };
 
@@ -150,19 +176,27 @@ struct Row {
 // One row of the two softmaxes and of their product, from the statistics.
 template <bool Weighted>
 struct Softmaxes : Row<Weighted> {
-  float row_max, row_inverse;
-  const float *col_max, *col_inverse;
+  float row_max, row_inverse, row_rest;
+  const float *col_max, *col_inverse, *col_rest;
 
   Softmaxes(const Operands& o, const Rows& image, int64_t y)
       : Row<Weighted>(o, image, y),
         row_max(o.row_max[y]),
-        row_inverse(o.row_inverse[y]),
-        col_max(o.col_max),
-        col_inverse(o.col_inverse) {}
+        row_inverse(o.row_inverse.data[y]),
+        row_rest(o.row_rest.data[y]),
+        col_max(o.col_max.data),
+        col_inverse(o.col_inverse.data),
+        col_rest(o.col_rest.data) {}
   FA_INLINE vf row_exponent(int64_t v) const { return this->row_logit(v) - row_max; }
   FA_INLINE vf col_exponent(int64_t v) const { return this->col_logit(v) - load(col_max + v * L); }
-  FA_INLINE vf row(int64_t v) const { return exp_of(row_exponent(v)) * row_inverse; }
-  FA_INLINE vf col(int64_t v) const { return exp_of(col_exponent(v)) * load(col_inverse + v * L); }
+  FA_INLINE vf row(int64_t v) const {
+    const vf e = exp_of(row_exponent(v));
+    return e * row_inverse + rounded(e * row_rest);
+  }
+  FA_INLINE vf col(int64_t v) const {
+    const vf e = exp_of(col_exponent(v));
+    return e * load(col_inverse + v * L) + rounded(e * load(col_rest + v * L));
+  }
   // With one exponential.
   FA_INLINE vf product(int64_t v) const {
     return exp_of(row_exponent(v) + col_exponent(v)) * (row_inverse * load(col_inverse + v * L));
