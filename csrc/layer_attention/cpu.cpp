@@ -148,6 +148,8 @@ void layer_weights_backward(Tensor query, std::vector<Tensor> keys, double scale
 
 // --- the sum ------------------------------------------------------------------------------------------------------
 
+constexpr int64_t kLargeBytes = int64_t{8} << 20;
+
 struct Pointers {
   std::vector<void*> data;
   std::vector<int64_t> strides;
@@ -160,11 +162,12 @@ struct Pointers {
   }
 };
 
-void fill(Sum& p, const Tensor& weights, const Tensor& like, const Pointers& values, bool channels_last) {
+void fill(Sum& p, const Tensor& weights, const Tensor& like, const Pointers& values, int64_t maps, bool channels_last) {
   p.batch = like.size(0), p.channels = like.size(1), p.positions = 1;
   for (int64_t i = 2; i < like.dim(); ++i) p.positions *= like.size(i);
   p.groups = weights.size(1), p.layers = weights.size(2);
   p.channels_last = channels_last;
+  p.large = maps * like.numel() * like.element_size() >= kLargeBytes;
   p.dtype = dtype_of(like);
   p.weights = static_cast<const float*>(weights.const_data_ptr());
   p.values = values.data.data();
@@ -175,7 +178,7 @@ void layer_sum_forward(Tensor weights, std::vector<Tensor> values, bool channels
   if (out.numel() == 0) return;
   const Pointers pointers(values);
   Forward p;
-  fill(p, weights, out, pointers, channels_last);
+  fill(p, weights, out, pointers, 1, channels_last);
   p.out = out.mutable_data_ptr();
   p.out_stride = out.stride(0);
   const auto run = kernels().forward;
@@ -190,7 +193,7 @@ void layer_sum_backward(Tensor grad_out, Tensor weights, std::vector<Tensor> val
   if (grad_out.numel() == 0) return;
   const Pointers pointers(values), grads(grad_values);
   Backward p;
-  fill(p, weights, grad_out, pointers, channels_last);
+  fill(p, weights, grad_out, pointers, grad_values.size(), channels_last);
   p.grad_out = grad_out.const_data_ptr();
   p.grad_out_stride = grad_out.stride(0);
   p.grad_values = grads.data.empty() ? nullptr : grads.data.data();

@@ -14,6 +14,7 @@ namespace fused_attn::layer_attention {
 struct Sum {
   int64_t batch, channels, positions, groups, layers;
   bool channels_last;
+  bool large;            // more is written than stays in the caches
   DType dtype;           // of values, output and gradients of both
   const float* weights;  // (batch, groups, layers)
   const void* const* values;

@@ -35,6 +35,42 @@ struct Buffer {
   ~Buffer() { std::free(data); }
 };
 
+// How results are written.  Streaming goes around the caches: large maps would not stay there, and a plain store reads
+// the line first.  It needs whole, aligned vectors; the generic build has none.
+enum class Write { plain, add, stream };
+
+template <Write how, class T>
+FA_INLINE void write(T* to, vf x) {
+  if constexpr (how == Write::add) x += load_as_float(to);
+#if FUSED_ATTN_LANES >= 8
+  if constexpr (how == Write::stream && std::is_same_v<T, float>) {
+#if FUSED_ATTN_LANES == 16
+    _mm512_stream_ps(to, (__m512)x);
+#else
+    _mm256_stream_ps(to, (__m256)x);
+#endif
+    return;
+  }
+#endif
+  store_rounded(to, x);
+}
+
+template <class T>
+FA_INLINE bool can_stream(const T* to) {
+#if FUSED_ATTN_LANES >= 8
+  return std::is_same_v<T, float> && reinterpret_cast<uintptr_t>(to) % sizeof(vf) == 0;
+#else
+  return false;
+#endif
+}
+
+// Streamed results of this thread come before whatever it does next.
+FA_INLINE void end_of_streams() {
+#if FUSED_ATTN_LANES >= 8
+  _mm_sfence();
+#endif
+}
+
 // --- one weight for a whole run of elements (channels first) ------------------------------------------------------
 
 // acc[i] (+)= sum over N layers from l on of weights[l] * values[l][i], of whole vectors.
@@ -63,8 +99,10 @@ FA_INLINE void sum_run(const Forward& p, const float* weights, int64_t b, int64_
   int64_t i = 0;
   for (; i + L <= count;) {
     const int64_t vectors = smaller(kBlock, count - i) / L;
+    const bool streams = p.large && can_stream(out + i);
     float* acc = buffer;
-    if constexpr (std::is_same_v<T, float>) acc = out + i;
+    if constexpr (std::is_same_v<T, float>)
+      if (!streams) acc = out + i;
     int64_t l = 0;
     for (; l + 4 <= p.layers; l += 4) add_layers<4, T>(p, weights, l, b, offset + i, vectors, acc);
     switch (p.layers - l) {
@@ -72,8 +110,10 @@ FA_INLINE void sum_run(const Forward& p, const float* weights, int64_t b, int64_
       case 2: add_layers<2, T>(p, weights, l, b, offset + i, vectors, acc); break;
       case 1: add_layers<1, T>(p, weights, l, b, offset + i, vectors, acc); break;
     }
-    if constexpr (!std::is_same_v<T, float>)
-      for (int64_t j = 0; j < vectors * L; j += L) store_rounded(out + i + j, load(acc + j));
+    if (streams)
+      for (int64_t j = 0; j < vectors * L; j += L) write<Write::stream>(out + i + j, load(acc + j));
+    else if constexpr (!std::is_same_v<T, float>)
+      for (int64_t j = 0; j < vectors * L; j += L) write<Write::plain>(out + i + j, load(acc + j));
     i += vectors * L;
   }
   for (; i < count; ++i) {
@@ -93,26 +133,23 @@ void forward_runs(const Forward& p, int64_t begin, int64_t end) {
     const float* weights = p.weights + bg * p.layers;
     sum_run<T>(p, weights, b, offset, count);
   }
+  end_of_streams();
 }
 
 // sum += grad_out . value, and grad_value = weight * grad_out (or added to it), for N vectors.
-template <int N, bool Values, bool Dots, bool Accumulate, class T>
+template <int N, bool Values, bool Dots, Write how, class T>
 FA_INLINE void backward_chunk(const T* grad_out, const T* value, T* grad_value, vf weight, vf& sum) {
   vf dot{};
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
     const vf grad = load_as_float(grad_out + n * L);
     if constexpr (Dots) dot += grad * load_as_float(value + n * L);
-    if constexpr (Values) {
-      vf result = weight * grad;
-      if constexpr (Accumulate) result += load_as_float(grad_value + n * L);
-      store_rounded(grad_value + n * L, result);
-    }
+    if constexpr (Values) write<how>(grad_value + n * L, weight * grad);
   }
   if constexpr (Dots) sum += dot;
 }
 
-template <bool Values, bool Dots, bool Accumulate, class T>
+template <bool Values, bool Dots, Write how, class T>
 FA_INLINE void backward_run(const Backward& p, const float* weights, int64_t b, int64_t offset, int64_t count, vf* sums,
                             float* partial) {
   const T* grad_out = at<T>(p.grad_out, b * p.grad_out_stride + offset);
@@ -130,13 +167,14 @@ FA_INLINE void backward_run(const Backward& p, const float* weights, int64_t b, 
       if constexpr (Dots) sum = sums[l];
       int64_t i = 0;
       for (; i + CHUNK * L <= length; i += CHUNK * L)
-        backward_chunk<CHUNK, Values, Dots, Accumulate>(grad + i, value + i, to + i, weight, sum);
-      for (; i + L <= length; i += L) backward_chunk<1, Values, Dots, Accumulate>(grad + i, value + i, to + i, weight, sum);
+        backward_chunk<CHUNK, Values, Dots, how>(grad + i, value + i, to + i, weight, sum);
+      for (; i + L <= length; i += L) backward_chunk<1, Values, Dots, how>(grad + i, value + i, to + i, weight, sum);
       if constexpr (Dots) sums[l] = sum;
       for (; i < length; ++i) {  // only at the end of the run
         const float g = static_cast<float>(grad[i]);
         if constexpr (Dots) partial[l] += g * static_cast<float>(value[i]);
-        if constexpr (Values) to[i] = static_cast<T>(Accumulate ? weights[l] * g + static_cast<float>(to[i]) : weights[l] * g);
+        if constexpr (Values) 
+          to[i] = static_cast<T>(how == Write::add ? weights[l] * g + static_cast<float>(to[i]) : weights[l] * g);
       }
     }
   }
@@ -153,11 +191,18 @@ void backward_runs(const Backward& p, int64_t begin, int64_t end) {
     const int64_t first = part * kPart, offset = g * row + first, count = smaller(kPart, row - first);
     const float* weights = p.weights + bg * p.layers;
     float* partial = p.partials + task * p.layers;
-    if (Values && p.accumulate)
-      backward_run<Values, Dots, Values, T>(p, weights, b, offset, count, sums.data, partial);
+    bool streams = p.large && !p.accumulate;
+    if constexpr (Values)
+      for (int64_t l = 0; l < p.layers; ++l)
+        streams &= can_stream(at<T>(p.grad_values[l], b * p.grad_value_strides[l] + offset));
+    if (p.accumulate)
+      backward_run<Values, Dots, Write::add, T>(p, weights, b, offset, count, sums.data, partial);
+    else if (streams)
+      backward_run<Values, Dots, Write::stream, T>(p, weights, b, offset, count, sums.data, partial);
     else
-      backward_run<Values, Dots, false, T>(p, weights, b, offset, count, sums.data, partial);
+      backward_run<Values, Dots, Write::plain, T>(p, weights, b, offset, count, sums.data, partial);
   }
+  end_of_streams();
 }
 
 // --- a weight per channel (channels last) -------------------------------------------------------------------------
@@ -171,9 +216,32 @@ FA_INLINE int64_t channels_at_a_time(const Sum& p) {
 // The weights of `count` channels from `first` on, layer by layer, `block` apart.
 FA_INLINE void spread_weights(const Sum& p, int64_t b, int64_t first, int64_t count, int64_t block, float* to) {
   const int64_t per_group = p.channels / p.groups;
-  for (int64_t c = 0; c < count; ++c)
-    for (int64_t l = 0; l < p.layers; ++l)
-      to[l * block + c] = p.weights[(b * p.groups + (first + c) / per_group) * p.layers + l];
+  for (int64_t c = 0, g = first / per_group; c < count; ++g) {
+    const int64_t stop = smaller(count, (g + 1) * per_group - first);
+    for (int64_t l = 0; l < p.layers; ++l) {
+      const float weight = p.weights[(b * p.groups + g) * p.layers + l];
+      for (int64_t i = c; i < stop; ++i) to[l * block + i] = weight;
+    }
+    c = stop;
+  }
+}
+
+// partial[g, l] += the sums of the group's channels, from `first` on.
+FA_INLINE void gather_sums(const Sum& p, int64_t first, int64_t count, int64_t block, const float* sums, float* partial) {
+  const int64_t per_group = p.channels / p.groups;
+  for (int64_t c = 0, g = first / per_group; c < count; ++g) {
+    const int64_t stop = smaller(count, (g + 1) * per_group - first);
+    for (int64_t l = 0; l < p.layers; ++l) {
+      const float* from = sums + l * block;
+      vf lanes{};
+      int64_t i = c;
+      for (; i + L <= stop; i += L) lanes += load(from + i);
+      float sum = sum_lanes(lanes);
+      for (; i < stop; ++i) sum += from[i];
+      partial[g * p.layers + l] += sum;
+    }
+    c = stop;
+  }
 }
 
 template <class T>
@@ -209,9 +277,9 @@ void forward_rows(const Forward& p, int64_t begin, int64_t end) {
   }
 }
 
-template <bool Values, bool Dots, class T>
-void backward_rows(const Backward& p, int64_t begin, int64_t end) {
-  const int64_t parts = parts_of_image(p), per_part = positions_per_part(p), per_group = p.channels / p.groups;
+template <bool Values, bool Dots, Write how, class T>
+void backward_rows_as(const Backward& p, int64_t begin, int64_t end) {
+  const int64_t parts = parts_of_image(p), per_part = positions_per_part(p);
   const int64_t block = channels_at_a_time(p);
   Buffer<float> weights(p.layers * block), sums(p.layers * block);
   for (int64_t task = begin; task < end; ++task) {
@@ -239,27 +307,35 @@ void backward_rows(const Backward& p, int64_t begin, int64_t end) {
           for (; c + L <= count; c += L) {
             const vf grad = load_as_float(grad_out + c);
             if constexpr (Dots) store(sum + c, load(sum + c) + grad * load_as_float(value + c));
-            if constexpr (Values) {
-              vf result = load(weight + c) * grad;
-              if (p.accumulate) result += load_as_float(grad_value + c);
-              store_rounded(grad_value + c, result);
-            }
+            if constexpr (Values) write<how>(grad_value + c, load(weight + c) * grad);
           }
           for (; c < count; ++c) {
             const float grad = static_cast<float>(grad_out[c]);
             if constexpr (Dots) sum[c] += grad * static_cast<float>(value[c]);
             if constexpr (Values)
               grad_value[c] =
-                  static_cast<T>(weight[c] * grad + (p.accumulate ? static_cast<float>(grad_value[c]) : 0.0f));
+                  static_cast<T>(weight[c] * grad + (how == Write::add ? static_cast<float>(grad_value[c]) : 0.0f));
           }
         }
       }
-      if constexpr (Dots)
-        for (int64_t c = 0; c < count; ++c)
-          for (int64_t l = 0; l < p.layers; ++l)
-            partial[(c0 + c) / per_group * p.layers + l] += sums.data[l * block + c];
+      if constexpr (Dots) gather_sums(p, c0, count, block, sums.data, partial);
     }
   }
+}
+
+template <bool Values, bool Dots, class T>
+void backward_rows(const Backward& p, int64_t begin, int64_t end) {
+  bool streams = p.large && p.channels % L == 0;
+  if constexpr (Values)
+    for (int64_t l = 0; l < p.layers; ++l)
+      streams &= can_stream(at<T>(p.grad_values[l], 0)) && p.grad_value_strides[l] % L == 0;
+  if (p.accumulate)
+    backward_rows_as<Values, Dots, Write::add, T>(p, begin, end);
+  else if (streams)
+    backward_rows_as<Values, Dots, Write::stream, T>(p, begin, end);
+  else
+    backward_rows_as<Values, Dots, Write::plain, T>(p, begin, end);
+  end_of_streams();
 }
 
 // --- choice of element type and memory order ----------------------------------------------------------------------

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fused_attn.ops.layer_attention import layer_attention
+from fused_attn import _extension
+from fused_attn.ops.layer_attention import layer_attention, weighted_layer_sum
 
 
 def inputs(layers=3, batch=2, groups=3, depth=4, per_group=2, spatial=(3, 2), dtype=torch.float64):
@@ -41,3 +42,21 @@ def test_query_for_all_samples_and_default_scale():
     query, keys, values, _ = inputs()
     expected = layer_attention(query[:1].expand(2, -1, -1), keys, values, scale=0.5)
     torch.testing.assert_close(layer_attention(query[0], keys, values), expected)
+
+
+@pytest.mark.skipif(not _extension.available(), reason="the C++ kernels are not built")
+@pytest.mark.parametrize("grid", [(128, 130), (127, 131)], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_maps_too_large_for_the_caches(grid, memory_format):
+    """They are written around the caches where rows are aligned."""
+    torch.manual_seed(0)
+    weights = torch.rand(2, 4, 3, requires_grad=True)
+    values = [torch.randn(2, 64, *grid).to(memory_format=memory_format).requires_grad_() for _ in range(3)]
+    assert values[0].numel() * 4 >= 8 << 20
+    grad_out = torch.randn(2, 64, *grid).to(memory_format=memory_format)
+    results = []
+    for impl in ("cpu", "reference"):
+        out = weighted_layer_sum(weights, values, impl=impl)
+        results.append((out, *torch.autograd.grad(out, [weights, *values], grad_out)))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
