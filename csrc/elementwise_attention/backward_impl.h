@@ -115,7 +115,8 @@ void combine_sums(const Backward& p, int64_t begin, int64_t end) {
     }
 }
 
-// Gradients of x and of the weights.  A whole plane forms its sums on the way, from gradients of the product kept in L1.
+// Gradients of x and of the weights.  A whole plane forms its sums on the way, from gradients of the product kept in
+// L1.
 template <bool Weighted, bool Normalise, bool Whole>
 struct Gradients : Visitor {
   const Backward& p;

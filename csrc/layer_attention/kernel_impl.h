@@ -1,8 +1,9 @@
 // The CPU kernels of the weighted sum over layers; see the op's README.md for the method.
 //
 // Included by kernel_<isa>.cpp only, once each.  Every value is read once and every result written once: what a
-// block of elements needs from all layers is gathered in the first-level cache.  Layer after layer, so that few streams are open at
-// a time: maps of one size start at the same offset of their pages, and more of them than the cache has ways would evict each other.
+// block of elements needs from all layers is gathered in the first-level cache.  Layer after layer, so that few streams
+// are open at a time: maps of one size start at the same offset of their pages, and more of them than the cache has
+// ways would evict each other.
 
 namespace fused_attn::layer_attention::FUSED_ATTN_ISA {
 namespace {
@@ -173,7 +174,7 @@ FA_INLINE void backward_run(const Backward& p, const float* weights, int64_t b, 
       for (; i < length; ++i) {  // only at the end of the run
         const float g = static_cast<float>(grad[i]);
         if constexpr (Dots) partial[l] += g * static_cast<float>(value[i]);
-        if constexpr (Values) 
+        if constexpr (Values)
           to[i] = static_cast<T>(how == Write::add ? weights[l] * g + static_cast<float>(to[i]) : weights[l] * g);
       }
     }
@@ -227,7 +228,8 @@ FA_INLINE void spread_weights(const Sum& p, int64_t b, int64_t first, int64_t co
 }
 
 // partial[g, l] += the sums of the group's channels, from `first` on.
-FA_INLINE void gather_sums(const Sum& p, int64_t first, int64_t count, int64_t block, const float* sums, float* partial) {
+FA_INLINE void gather_sums(const Sum& p, int64_t first, int64_t count, int64_t block, const float* sums,
+                           float* partial) {
   const int64_t per_group = p.channels / p.groups;
   for (int64_t c = 0, g = first / per_group; c < count; ++g) {
     const int64_t stop = smaller(count, (g + 1) * per_group - first);

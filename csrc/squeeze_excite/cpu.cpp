@@ -68,8 +68,16 @@ std::vector<float> pack_weight(const Kernels& use, const Tensor& weight, bool ou
   const TensorView view = view_of(weight);
   const int64_t deep = outputs_first ? 0 : 1, wide = 1 - deep;
   std::vector<float> panels = panels_for(use, weight.size(deep), weight.size(wide));
-  run_pack(use, {view, {}, weight.size(deep), weight.size(wide), weight.size(wide), view.stride[deep],
-                 view.stride[wide], 0, 0, panels.data()});
+  run_pack(use, {view,
+                 {},
+                 weight.size(deep),
+                 weight.size(wide),
+                 weight.size(wide),
+                 view.stride[deep],
+                 view.stride[wide],
+                 0,
+                 0,
+                 panels.data()});
   return panels;
 }
 

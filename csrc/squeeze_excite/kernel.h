@@ -20,9 +20,9 @@ struct Problem {
   int64_t batch, channels, positions, features, hidden;
   bool channels_last, relu;
   DType dtype;
-  int64_t chunk;   // samples that a thread squeezes, sends through the layers and scales together
+  int64_t chunk;  // samples that a thread squeezes, sends through the layers and scales together
   const void* x;
-  TensorView result;  // (batch, features)
+  TensorView result;                // (batch, features)
   float *z, *hidden_units, *scale;  // (batch, channels), (batch, hidden), (batch, channels), dense
 
   int64_t columns() const { return features + channels; }
@@ -31,22 +31,22 @@ struct Problem {
 };
 
 struct Forward : Problem {
-  const float *fc1, *fc2;         // panels: (columns x hidden), (hidden x channels)
-  TensorView bias1, bias2;        // or nothing
-  TensorView share;               // (batch, hidden), or nothing
-  const void* residual;           // or null
+  const float *fc1, *fc2;   // panels: (columns x hidden), (hidden x channels)
+  TensorView bias1, bias2;  // or nothing
+  TensorView share;         // (batch, hidden), or nothing
+  const void* residual;     // or null
   void* out;
 };
 
 struct Backward : Problem {
-  const void *grad_out, *out;     // out: null without an activation
-  const float *fc2, *fc1;         // panels: (channels x hidden), (hidden x columns)
-  float *grad_logits;             // (batch, padded channels): gradient of the sigmoid's argument
-  float *grad_hidden;             // (batch, padded hidden): gradient of the first layer's output
-  void *grad_x, *grad_residual;   // grad_residual: or null
-  void *grad_result, *grad_share; // dense, or null
+  const void *grad_out, *out;      // out: null without an activation
+  const float *fc2, *fc1;          // panels: (channels x hidden), (hidden x columns)
+  float* grad_logits;              // (batch, padded channels): gradient of the sigmoid's argument
+  float* grad_hidden;              // (batch, padded hidden): gradient of the first layer's output
+  void *grad_x, *grad_residual;    // grad_residual: or null
+  void *grad_result, *grad_share;  // dense, or null
   // For the weights' gradients, sums over the batch:
-  const float *input_panels, *hidden_panels;  // (batch x columns), (batch x hidden)
+  const float *input_panels, *hidden_panels;            // (batch x columns), (batch x hidden)
   void *grad_fc1, *grad_bias1, *grad_fc2, *grad_bias2;  // dense
 };
 
@@ -54,10 +54,10 @@ constexpr int64_t kRowGroup = 16;  // rows of a weight's gradient to a task; a m
 inline int64_t padded(int64_t count) { return (count + kRowGroup - 1) / kRowGroup * kRowGroup; }
 
 struct Kernels {
-  int64_t panel;                                                    // columns to a panel
-  void (*pack)(const Pack&, int64_t begin, int64_t end);            // panels
-  void (*forward)(const Forward&, int64_t begin, int64_t end);      // chunks of samples
-  void (*backward)(const Backward&, int64_t begin, int64_t end);    // chunks of samples
+  int64_t panel;                                                      // columns to a panel
+  void (*pack)(const Pack&, int64_t begin, int64_t end);              // panels
+  void (*forward)(const Forward&, int64_t begin, int64_t end);        // chunks of samples
+  void (*backward)(const Backward&, int64_t begin, int64_t end);      // chunks of samples
   void (*weight_grads)(const Backward&, int64_t begin, int64_t end);  // groups of rows: of fc1, then of fc2
 };
 

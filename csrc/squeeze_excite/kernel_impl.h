@@ -28,8 +28,7 @@ FA_INLINE T* at(void* base, int64_t offset) {
 
 struct Buffer {
   float* data;
-  explicit Buffer(int64_t count)
-      : data(static_cast<float*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64 + 64))) {
+  explicit Buffer(int64_t count) : data(static_cast<float*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64 + 64))) {
     if (data == nullptr) throw std::bad_alloc();
   }
   Buffer(const Buffer&) = delete;
@@ -166,8 +165,7 @@ FA_INLINE void each_of_map(const Problem& p, const float* a, const float* b, con
     }
   } else {
     for (int64_t row = 0; row < p.positions; ++row)
-      each(p.channels, [&](auto lanes)
-                           FA_INLINE_CALL { body(row * p.channels, lanes, lanes.load(a), lanes.load(b)); });
+      each(p.channels, [&](auto lanes) FA_INLINE_CALL { body(row * p.channels, lanes, lanes.load(a), lanes.load(b)); });
   }
 }
 
@@ -249,9 +247,8 @@ void forward_chunks(const Forward& p, int64_t begin, int64_t end) {
         gather(p.result, b * p.result.stride[0], p.result.stride[1], p.features, 1.0f, input + i * inputs);
       for (int64_t c = 0; c < p.channels; ++c) input.data[i * inputs + p.features + c] = z[c];
     }
-    multiply(count, input.data, inputs, 1, p.columns(), p.fc1, p.hidden, [&](int64_t i, int64_t j, vf x) FA_INLINE_CALL {
-      store(hidden + i * units + j, x + load(bias1 + j));
-    });
+    multiply(count, input.data, inputs, 1, p.columns(), p.fc1, p.hidden,
+             [&](int64_t i, int64_t j, vf x) FA_INLINE_CALL { store(hidden + i * units + j, x + load(bias1 + j)); });
     for (int64_t i = 0; i < count; ++i) {
       float* units_of_sample = hidden + i * units;
       float share[L];
@@ -267,9 +264,8 @@ void forward_chunks(const Forward& p, int64_t begin, int64_t end) {
         lanes.store(p.hidden_units + (first + i) * p.hidden, x);
       });
     }
-    multiply(count, hidden.data, units, 1, p.hidden, p.fc2, p.channels, [&](int64_t i, int64_t c, vf x) FA_INLINE_CALL {
-      store(logits + i * channels + c, x + load(bias2 + c));
-    });
+    multiply(count, hidden.data, units, 1, p.hidden, p.fc2, p.channels,
+             [&](int64_t i, int64_t c, vf x) FA_INLINE_CALL { store(logits + i * channels + c, x + load(bias2 + c)); });
     // Backwards: the sample squeezed last is the one most of which is still in the cache.
     for (int64_t i = count - 1; i >= 0; --i) {
       const int64_t b = first + i;
@@ -356,8 +352,8 @@ void backward_chunks(const Backward& p, int64_t begin, int64_t end) {
       const int64_t b = first + i;
       float* grad = grad_input + i * inputs;
       if (p.grad_result != nullptr)
-        each(p.features, [&](auto lanes)
-                             FA_INLINE_CALL { lanes.store(at<T>(p.grad_result, b * p.features), lanes.load(grad)); });
+        each(p.features,
+             [&](auto lanes) FA_INLINE_CALL { lanes.store(at<T>(p.grad_result, b * p.features), lanes.load(grad)); });
       grad += p.features;
       each(p.channels, [&](auto lanes) FA_INLINE_CALL { lanes.store(grad, mean * lanes.load(grad)); });
       if (p.grad_residual != nullptr)
