@@ -139,7 +139,7 @@ def test_the_replications_resnet_ends_in_2x2_maps():
     assert module.attention.size == (2, 2)
 
 
-@pytest.mark.parametrize("name", [*list_models("*wrn_*"), *list_models("*resnet34")])
+@pytest.mark.parametrize("name", [*list_models("*wrn_*"), "resnet34", "aa_resnet34"])
 def test_every_model_trains(name):
     """A gradient reaches every parameter, and a step along it lowers the loss."""
     torch.manual_seed(0)
