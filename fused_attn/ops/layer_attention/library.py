@@ -40,6 +40,11 @@ def attention_backward(impl, grad_out, query, keys, values, weights, scale, sigm
     return _BACKWARD[impl](grad_out, query, keys, values, weights, scale, sigmoid, into)
 
 
+def zero_gradient(values: Sequence[Tensor]) -> Tensor:
+    """Zeros that :func:`attention_backward` can add the gradient of any value to: all are in one memory order."""
+    return _empty_in_order(values[0], _order(values[0])).zero_()
+
+
 def weighted_layer_sum(impl, weights, values) -> Tensor:
     return getattr(torch.ops.fused_attn, f"weighted_layer_sum_{impl}").default(weights, values)
 

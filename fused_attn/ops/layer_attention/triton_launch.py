@@ -60,28 +60,26 @@ def as_matrix(shape: Sequence[int], groups: int, channels_last: bool) -> Matrix:
     return Matrix(groups, channels // groups * positions, groups, True)
 
 
-def tile_of(matrix: Matrix, elements: int) -> tuple[int, int]:
-    """(rows, columns) of a tile of at most ``elements``: powers of two.
+def tile_of(matrix: Matrix, all_layers: int) -> tuple[int, int]:
+    """(rows, columns) of a tile, powers of two; the same in every launch of a call, as its partial sums are per tile.
 
-    As wide as pays: every tile beside another costs about as much as 16 elements of padding per row (a partial sum, an
-    address), and a row narrower than 32 elements wastes memory transactions.
+    With many layers fewer elements, as the compilers start the loads of all of them together.
     """
+    elements = 1024 if all_layers <= 8 else 512
+    if not matrix.row_weights:
+        # A partial sum for every column of a tile: 64 channels fill the memory transactions, and the tile is tall, so
+        # that in bfloat16 writing and reading the partial sums adds a sixteenth to the traffic (16 rows: an eighth).
+        columns = min(triton.next_power_of_2(matrix.columns), 64)
+        return min(2 * elements // columns, triton.next_power_of_2(matrix.rows)), columns
     widest = min(triton.next_power_of_2(matrix.columns), elements)
 
     def cost(columns: int) -> int:
-        tiles = -(-matrix.columns // columns)
-        return tiles * (columns + 16)
+        # Every further tile of a row costs about as much as 16 elements of padding: a partial sum, addresses.
+        return -(-matrix.columns // columns) * (columns + 16)
 
+    # Rows of fewer than 32 elements would waste memory transactions.
     columns = min((2**i for i in range(widest.bit_length()) if 2**i >= min(32, widest)), key=cost)
     return min(elements // columns, triton.next_power_of_2(matrix.rows)), columns
-
-
-def _elements(all_layers: int) -> int:
-    """Elements of a tile, the same in every launch of a call, as its partial sums are per tile.
-
-    With many layers fewer, as the compilers start the loads of all of them together.
-    """
-    return 1024 if all_layers <= 8 else 512
 
 
 def chunks(layers: int) -> list[tuple[int, int]]:
@@ -109,7 +107,7 @@ def _checked(programs: int) -> int:
 
 def _plan_sum(kernel, like: Tensor, matrix: Matrix, values, first, all_layers, add, arguments, moved: int) -> Launch:
     """A launch over the tiles of all images; ``moved``: tensors of the values' size that it reads or writes."""
-    rows, columns = tile_of(matrix, _elements(all_layers))
+    rows, columns = tile_of(matrix, all_layers)
     if rows * matrix.columns >= 2**31:
         raise ValueError(f"values must have fewer than 2**31 elements in {rows} rows, got {matrix.columns} in each")
     tiles = -(-matrix.rows // rows) * -(-matrix.columns // columns)
@@ -129,7 +127,7 @@ def _plan_sum(kernel, like: Tensor, matrix: Matrix, values, first, all_layers, a
         "ROWS": rows,
         "COLUMNS": columns,
     }
-    warps = max(1, min(4, rows * columns // 256))
+    warps = max(1, min(8, rows * columns // 256))
     return Launch(
         kernel,
         _checked(like.shape[0] * tiles),
@@ -162,7 +160,7 @@ def plan_sum_forward(weights: Tensor, values: Sequence[Tensor], out: Tensor, cha
 def partials_shape(shape: Sequence[int], groups: int, channels_last: bool, layers: int) -> tuple[int, int, int, int]:
     """Shape of the partial sums that the backward launches leave: (B, parts, L, groups or channels)."""
     matrix = as_matrix(shape, groups, channels_last)
-    rows, columns = tile_of(matrix, _elements(layers))
+    rows, columns = tile_of(matrix, layers)
     if matrix.row_weights:
         return shape[0], -(-matrix.columns // columns), layers, matrix.rows
     return shape[0], -(-matrix.rows // rows), layers, matrix.columns
