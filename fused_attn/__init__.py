@@ -1,11 +1,19 @@
 """Fused, differentiable attention ops for convolutional and hierarchical vision networks."""
 
 from .models import create_model, list_models
-from .ops import LayerCache, decomposed_bias_attention, layer_attention, rel_attention_2d, weighted_layer_sum
+from .ops import (
+    LayerCache,
+    attention_residual,
+    decomposed_bias_attention,
+    layer_attention,
+    rel_attention_2d,
+    weighted_layer_sum,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "LayerCache",
+    "attention_residual",
     "create_model",
     "decomposed_bias_attention",
     "layer_attention",

@@ -1,11 +1,14 @@
-"""The package's nn.Modules, and the cache that MRLABase fills."""
+"""The package's nn.Modules, and what some of them attend over: ``LayerCache`` and ``BlockSums``."""
 
+from .ops.attention_residual.module import AttentionResidual, BlockSums
 from .ops.layer_attention.cache import LayerCache
 from .ops.layer_attention.module import LayerAttention, MRLABase, MRLALight
 from .ops.rel_attention_2d.module import AttentionAugmentedConv2d, RelPosAttention2d
 
 __all__ = [
     "AttentionAugmentedConv2d",
+    "AttentionResidual",
+    "BlockSums",
     "LayerAttention",
     "LayerCache",
     "MRLABase",

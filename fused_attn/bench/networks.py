@@ -310,8 +310,8 @@ def markdown(report: dict[str, Any]) -> str:
     plain = next((row for row in report["rows"] if row["coverage"] == "none"), {})
     lines = [
         f"{report['model']}, batch {report['batch_size']}, {report['dtype']}; {machine(report)}.  One training step: "
-        "median milliseconds [20th, 80th percentile], memory beyond weights, momentum and images; in brackets, the "
-        "multiple of the plain network's.",
+        "median milliseconds [20th, 80th percentile], memory beyond weights, momentum and images, and their "
+        "multiples of the plain network's.",
         "",
         "| attention in | implementation | step, ms | of plain | images/s | peak extra memory, MiB | of plain |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",

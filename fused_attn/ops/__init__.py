@@ -1,11 +1,13 @@
 """The fused ops, one folder each."""
 
+from .attention_residual import attention_residual
 from .layer_attention import LayerCache, layer_attention, weighted_layer_sum
 from .rel_attention_2d import decomposed_bias_attention, rel_attention_2d
 
 __all__ = [
     "SPECS",
     "LayerCache",
+    "attention_residual",
     "decomposed_bias_attention",
     "layer_attention",
     "rel_attention_2d",
@@ -16,8 +18,10 @@ __all__ = [
 def __getattr__(name: str):
     # Samples, bad inputs and peers are for tests and benchmarks; importing the package does not build them.
     if name == "SPECS":
+        from .attention_residual import spec as attention_residual_spec
         from .layer_attention import spec as layer_attention_spec
         from .rel_attention_2d import spec as rel_attention_2d_spec
 
-        return (*rel_attention_2d_spec.SPECS, *layer_attention_spec.SPECS)
+        modules = rel_attention_2d_spec, layer_attention_spec, attention_residual_spec
+        return tuple(spec for module in modules for spec in module.SPECS)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -117,6 +117,8 @@ class OpSpec:
 
     def reason(self, impl: str, inputs: Mapping[str, Any]) -> str | None:
         """Why ``impl`` cannot run on ``inputs``; None when it can."""
+        if impl not in self.implementations:
+            return f"{self.name} has no implementation {impl!r}"
         return self.implementations[impl](inputs)
 
     def shape(self, name: str) -> Shape:

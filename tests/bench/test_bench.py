@@ -89,7 +89,7 @@ def test_inputs_are_random_and_differ_from_draw_to_draw():
         shape = (*spec.shapes, *spec.growth)[-2]
         first, second = (contract.tensors(shape.inputs(torch.float32, draw=draw)) for draw in (0, 1))
         for name, tensor in first.items():
-            assert tensor.std() > 0.5
+            assert tensor.std() > 0.01
             assert not torch.equal(tensor, second[name])
 
 
@@ -336,7 +336,7 @@ def test_bad_settings_of_networks_are_named(settings, message):
 
 def test_bars_of_zero_and_missing_values_can_be_drawn(tmp_path):
     row = {"shape": "s", "kind": "shape", "sizes": {}, "provider": "p", "fused": False, "status": "ok", "pass": "fwd"}
-    row |= {"p50_ms": math.pi, "extra_bytes": 0}
+    row |= {"reason": None, "p50_ms": math.pi, "extra_bytes": 0}
     environment = {"cpu": "c", "gpu": None, "threads": 1, "cores": 1, "cpu_capability": None, "torch": "2", "date": "d"}
     result = {"op": "o", "device": "cpu", "dtype": "fp32", "environment": environment, "ceilings": {}, "rows": [row]}
     plots.bars(result, tmp_path / "bars.png")

@@ -1,0 +1,112 @@
+// Registration of the CPU kernels: LibTorch tensors in, plain views to the kernels, work split over threads.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+#include "attention_residual/kernel.h"
+#include "common/cpu_capability.h"
+
+namespace fused_attn::attention_residual {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    default: throw std::runtime_error("attention_residual: the CPU kernel takes float32, float16 and bfloat16");
+  }
+}
+
+TensorView view_of(const Tensor& tensor) {
+  TensorView view{tensor.data_ptr(), dtype_of(tensor), {}};
+  for (int64_t i = 0; i < tensor.dim(); ++i) view.stride[i] = tensor.stride(i);
+  return view;
+}
+
+std::vector<TensorView> views_of(const std::vector<Tensor>& tensors) {
+  std::vector<TensorView> views;
+  for (const Tensor& tensor : tensors) views.push_back(view_of(tensor));
+  return views;
+}
+
+void fill_problem(Problem& p, const std::vector<Tensor>& values, const std::vector<TensorView>& views,
+                  const Tensor& query, const std::optional<Tensor>& norm_weight) {
+  const Tensor& first = values.at(0);
+  p.outer = first.size(0), p.inner = first.size(1), p.dim = first.size(2);
+  p.count = static_cast<int64_t>(values.size());
+  p.dtype = dtype_of(first);
+  p.values = views.data();
+  p.query = view_of(query);
+  if (norm_weight) p.norm_weight = view_of(*norm_weight);
+}
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  if (cpu_capability() == CpuCapability::avx512) return avx512::kernels;
+  if (cpu_capability() == CpuCapability::avx2) return avx2::kernels;
+#endif
+  return generic::kernels;
+}
+
+template <class Run>
+void parallel(int64_t count, int64_t grain, const Run& run) {
+  if (count > 0) torch::stable::parallel_for(0, count, grain, run);
+}
+
+void attention_residual_forward(std::vector<Tensor> values, Tensor query, std::optional<Tensor> norm_weight, double eps,
+                                Tensor out, Tensor statistics) {
+  const std::vector<TensorView> views = views_of(values);
+  Forward p;
+  fill_problem(p, values, views, query, norm_weight);
+  p.eps = static_cast<float>(eps);
+  p.out = view_of(out);
+  p.statistics = static_cast<float*>(statistics.mutable_data_ptr());
+  const auto run = kernels().forward;
+  parallel(p.tasks(), 1, [&](int64_t begin, int64_t end) { run(p, begin, end); });
+}
+
+void attention_residual_backward(Tensor grad_out, std::vector<Tensor> values, Tensor query,
+                                 std::optional<Tensor> norm_weight, Tensor statistics, std::vector<Tensor> grad_values,
+                                 Tensor grad_query, Tensor grad_norm_weight) {
+  const std::vector<TensorView> views = views_of(values), grad_views = views_of(grad_values);
+  Backward p;
+  fill_problem(p, values, views, query, norm_weight);
+  p.grad_out = view_of(grad_out);
+  p.statistics = static_cast<const float*>(statistics.const_data_ptr());
+  p.grad_values = grad_views.data();
+  p.grad_query = view_of(grad_query);
+  if (norm_weight) p.grad_norm_weight = view_of(grad_norm_weight);
+  std::vector<float> partials(p.tasks() * p.dim);
+  p.partials = partials.data();
+
+  const Kernels& use = kernels();
+  parallel(p.tasks(), 1, [&](int64_t begin, int64_t end) { use.backward(p, begin, end); });
+  parallel(p.dim, 256, [&](int64_t begin, int64_t end) { use.sum_partials(p, begin, end); });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn_cpu, m) {
+  m.def(
+      "attention_residual_forward(Tensor[] values, Tensor query, Tensor? norm_weight, float eps, Tensor(a!) out, "
+      "Tensor(b!) statistics) -> ()");
+  m.def(
+      "attention_residual_backward(Tensor grad_out, Tensor[] values, Tensor query, Tensor? norm_weight, "
+      "Tensor statistics, Tensor(a!)[] grad_values, Tensor(b!) grad_query, Tensor(c!) grad_norm_weight) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_attn_cpu, CPU, m) {
+  m.impl("attention_residual_forward", TORCH_BOX(&attention_residual_forward));
+  m.impl("attention_residual_backward", TORCH_BOX(&attention_residual_backward));
+}
+
+}  // namespace fused_attn::attention_residual

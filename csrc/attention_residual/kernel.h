@@ -1,0 +1,61 @@
+// What cpu.cpp hands to the kernels.  One implementation (kernel_impl.h), compiled once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/tensor_view.h"
+
+namespace fused_attn::attention_residual {
+
+// Values, their gradients, out and grad_out are (outer, inner, dim) with contiguous rows; a token is one (outer,
+// inner). All but the statistics share one element type.
+struct Problem {
+  int64_t outer, inner, dim, count;  // count: values
+  DType dtype;
+  const TensorView* values;       // [count]
+  TensorView query, norm_weight;  // (dim,); norm_weight may be missing
+
+  int64_t tokens() const { return outer * inner; }
+};
+
+// Tokens to a task.  What several tasks contribute to is summed from partial results, one per task, so this must not
+// depend on the number of threads.
+constexpr int64_t kTaskTokens = 32;
+
+struct Forward : Problem {
+  float eps;
+  TensorView out;
+  float* statistics;  // (tokens, count, 2): logit and 1 / root mean square
+
+  int64_t tasks() const { return (tokens() + kTaskTokens - 1) / kTaskTokens; }
+};
+
+struct Backward : Problem {
+  TensorView grad_out;
+  const float* statistics;
+  const TensorView* grad_values;  // [count]
+  TensorView grad_query, grad_norm_weight;
+  float* partials;  // (tasks, dim): gradient of query * norm_weight
+
+  int64_t tasks() const { return (tokens() + kTaskTokens - 1) / kTaskTokens; }
+};
+
+struct Kernels {
+  void (*forward)(const Forward&, int64_t begin, int64_t end);        // tasks
+  void (*backward)(const Backward&, int64_t begin, int64_t end);      // tasks
+  void (*sum_partials)(const Backward&, int64_t begin, int64_t end);  // elements of dim
+};
+
+namespace generic {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+}  // namespace fused_attn::attention_residual

@@ -1,0 +1,312 @@
+// The CPU kernels of attention residuals; see the op's README.md for the method.
+//
+// Included by kernel_<isa>.cpp only, once each.  The rows of one token's values are walked twice: the first time they
+// come from memory, the second time from the cache, which holds them (36 KiB for 9 float32 rows of 1,024).
+
+namespace fused_attn::attention_residual::FUSED_ATTN_ISA {
+namespace {
+
+#include "common/simd.h"
+
+// Vectors walked together, each with a sum of its own.
+constexpr int U = 4;
+constexpr int64_t BLOCK = U * L;
+
+// Scratch memory, freed at the end of a range of tasks.
+template <class T>
+struct Scratch {
+  T* data;
+
+  explicit Scratch(int64_t count) {
+    const int64_t bytes = (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    data = static_cast<T*>(std::aligned_alloc(64, bytes > 0 ? bytes : 64));
+    if (data == nullptr) throw std::bad_alloc();
+  }
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { std::free(data); }
+  T* operator+(int64_t i) const { return data + i; }
+  T& operator[](int64_t i) const { return data[i]; }
+};
+
+// --- elements ----------------------------------------------------------------------------------------------------
+
+typedef uint16_t vh __attribute__((vector_size(L * 2)));
+typedef uint16_t vh_unaligned __attribute__((vector_size(L * 2), aligned(2), may_alias));
+
+FA_INLINE vf load_vector(const float* p) { return load(p); }
+FA_INLINE void store_vector(float* p, vf x) { store(p, x); }
+
+FA_INLINE vf load_vector(const c10::BFloat16* p) {
+  const vh bits = *reinterpret_cast<const vh_unaligned*>(p);
+  return (vf)(__builtin_convertvector(bits, vu) << 16);
+}
+FA_INLINE void store_vector(c10::BFloat16* p, vf x) {
+  const vu bits = (vu)x;
+  const vu rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+  const vu quiet = bits >> 16 | 0x40;                           // a NaN stays one
+  *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector((vu)select(x == x, (vf)rounded, (vf)quiet), vh);
+}
+
+FA_INLINE vf load_vector(const c10::Half* p) {
+#if FUSED_ATTN_LANES == 16
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif FUSED_ATTN_LANES == 8
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vf x;
+  for (int i = 0; i < L; ++i) x[i] = static_cast<float>(p[i]);
+  return x;
+#endif
+}
+FA_INLINE void store_vector(c10::Half* p, vf x) {
+#if FUSED_ATTN_LANES == 16
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif FUSED_ATTN_LANES == 8
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < L; ++i) p[i] = static_cast<c10::Half>(x[i]);
+#endif
+}
+
+// The first `count` < L elements; the other lanes are zero.
+template <class T>
+FA_INLINE vf load_first(const T* p, int64_t count) {
+  T part[L] = {};
+  for (int64_t i = 0; i < count; ++i) part[i] = p[i];
+  return load_vector(part);
+}
+template <class T>
+FA_INLINE void store_first(T* p, int64_t count, vf x) {
+  T part[L];
+  store_vector(part, x);
+  for (int64_t i = 0; i < count; ++i) p[i] = part[i];
+}
+
+// One vector of a row at which `Whole` says whether all its lanes exist.
+template <bool Whole, class T>
+FA_INLINE vf load_part(const T* p, int64_t count) {
+  if constexpr (Whole) return load_vector(p);
+  return load_first(p, count);
+}
+template <bool Whole, class T>
+FA_INLINE void store_part(T* p, int64_t count, vf x) {
+  if constexpr (Whole) return store_vector(p, x);
+  store_first(p, count, x);
+}
+
+template <class T>
+FA_INLINE T* row_of(const TensorView& view, int64_t outer, int64_t inner) {
+  return static_cast<T*>(view.data) + outer * view.stride[0] + inner * view.stride[1];
+}
+
+// Walks a row of `dim` elements: step(offset, vectors, whole, elements), with as many vectors at once as U.
+template <class Step>
+FA_INLINE void walk(int64_t dim, const Step& step) {
+  int64_t d = 0;
+  for (; d + BLOCK <= dim; d += BLOCK) step.template operator()<U, true>(d, int64_t(L));
+  for (; d + L <= dim; d += L) step.template operator()<1, true>(d, int64_t(L));
+  if (d < dim) step.template operator()<1, false>(d, dim - d);
+}
+
+// Sums over a row of up to N quantities, in chains of at most kLongestChain additions.
+template <int N>
+struct RowSums {
+  vf part[N][U] = {}, whole[N] = {};
+  int64_t chain = 0;
+
+  FA_INLINE void add(int n, int u, vf x) { part[n][u] += x; }
+  FA_INLINE void flush() {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      whole[n] += (part[n][0] + part[n][1]) + (part[n][2] + part[n][3]);
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) part[n][u] = vf{};
+    }
+  }
+  FA_INLINE void advance() {
+    if (++chain == kLongestChain) flush(), chain = 0;
+  }
+  FA_INLINE float total(int n) { return sum_lanes(whole[n]); }
+};
+
+// query * norm_weight.
+void score_vector(const Problem& p, float* to) {
+  gather(p.query, 0, p.query.stride[0], p.dim, 1.0f, to);
+  if (!p.norm_weight) return;
+  Scratch<float> weight(p.dim);
+  gather(p.norm_weight, 0, p.norm_weight.stride[0], p.dim, 1.0f, weight.data);
+  for (int64_t d = 0; d < p.dim; ++d) to[d] *= weight[d];
+}
+
+// Weights of one token from its logits, at statistics[2 * l].
+FA_INLINE void softmax(const float* statistics, int64_t count, float* weights) {
+  float largest = -kInfinity, sum = 0.0f;
+  for (int64_t l = 0; l < count; ++l) largest = statistics[2 * l] > largest ? statistics[2 * l] : largest;
+  for (int64_t l = 0; l < count; ++l) sum += weights[l] = __builtin_expf(statistics[2 * l] - largest);
+  for (int64_t l = 0; l < count; ++l) weights[l] /= sum;
+}
+
+// --- forward -------------------------------------------------------------------------------------------------------
+
+template <class T>
+void forward(const Forward& p, int64_t begin, int64_t end) {
+  Scratch<float> score(p.dim), weights(p.count);
+  score_vector(p, score.data);
+  Scratch<const T*> rows(p.count);
+  const int64_t last = end * kTaskTokens < p.tokens() ? end * kTaskTokens : p.tokens();
+  for (int64_t token = begin * kTaskTokens; token < last; ++token) {
+    const int64_t outer = token / p.inner, inner = token % p.inner;
+    float* statistics = p.statistics + token * p.count * 2;
+    for (int64_t l = 0; l < p.count; ++l) {
+      const T* row = rows[l] = row_of<const T>(p.values[l], outer, inner);
+      RowSums<2> sums;
+      walk(p.dim, [&]<int N, bool Whole>(int64_t d, int64_t elements) FA_INLINE_CALL {
+#pragma GCC unroll 4
+        for (int u = 0; u < N; ++u) {
+          const vf x = load_part<Whole>(row + d + u * L, elements);
+          sums.add(0, u, x * x);
+          sums.add(1, u, x * load_part<Whole>(score + d + u * L, elements));
+        }
+        sums.advance();
+      });
+      sums.flush();
+      const float rms = 1.0f / __builtin_sqrtf(sums.total(0) / float(p.dim) + p.eps);
+      statistics[2 * l] = sums.total(1) * rms;
+      statistics[2 * l + 1] = rms;
+    }
+    softmax(statistics, p.count, weights.data);
+    T* out = row_of<T>(p.out, outer, inner);
+    walk(p.dim, [&]<int N, bool Whole>(int64_t d, int64_t elements) FA_INLINE_CALL {
+      vf acc[N] = {};
+      for (int64_t l = 0; l < p.count; ++l) {
+        const vf weight = broadcast(weights[l]);
+#pragma GCC unroll 4
+        for (int u = 0; u < N; ++u) acc[u] += weight * load_part<Whole>(rows[l] + d + u * L, elements);
+      }
+#pragma GCC unroll 4
+      for (int u = 0; u < N; ++u) store_part<Whole>(out + d + u * L, elements, acc[u]);
+    });
+  }
+}
+
+// --- backward ------------------------------------------------------------------------------------------------------
+
+// With a the weights, s the logits, r = 1 / root mean square, u = query * norm_weight and g the gradient of out:
+// ds_l = a_l (g.v_l - sum_k a_k g.v_k), dv_l = a_l g + ds_l r_l u - (ds_l s_l r_l^2 / dim) v_l,
+// du = sum over tokens and values of ds_l r_l v_l.
+struct Coefficients {
+  float weight, score, value;
+};
+
+template <class T>
+void backward(const Backward& p, int64_t begin, int64_t end) {
+  Scratch<float> score(p.dim), grad(p.dim), weights(p.count), products(p.count);
+  score_vector(p, score.data);
+  Scratch<const T*> rows(p.count);
+  Scratch<T*> grad_rows(p.count);
+  Scratch<Coefficients> coefficients(p.count);
+  for (int64_t task = begin; task < end; ++task) {
+    float* partial = p.partials + task * p.dim;
+    const int64_t first = task * kTaskTokens;
+    const int64_t last = first + kTaskTokens < p.tokens() ? first + kTaskTokens : p.tokens();
+    for (int64_t token = first; token < last; ++token) {
+      const int64_t outer = token / p.inner, inner = token % p.inner;
+      const float* statistics = p.statistics + token * p.count * 2;
+      const T* grad_out = row_of<const T>(p.grad_out, outer, inner);
+      walk(p.dim, [&]<int N, bool Whole>(int64_t d, int64_t elements) FA_INLINE_CALL {
+        for (int u = 0; u < N; ++u)
+          store_part<Whole>(grad + d + u * L, elements, load_part<Whole>(grad_out + d + u * L, elements));
+      });
+      softmax(statistics, p.count, weights.data);
+      float delta = 0.0f;
+      for (int64_t l = 0; l < p.count; ++l) {
+        const T* row = rows[l] = row_of<const T>(p.values[l], outer, inner);
+        grad_rows[l] = row_of<T>(p.grad_values[l], outer, inner);
+        RowSums<1> sums;
+        walk(p.dim, [&]<int N, bool Whole>(int64_t d, int64_t elements) FA_INLINE_CALL {
+#pragma GCC unroll 4
+          for (int u = 0; u < N; ++u)
+            sums.add(0, u, load_part<Whole>(row + d + u * L, elements) * load_part<Whole>(grad + d + u * L, elements));
+          sums.advance();
+        });
+        sums.flush();
+        products[l] = sums.total(0);
+        delta += weights[l] * products[l];
+      }
+      for (int64_t l = 0; l < p.count; ++l) {
+        const float logit = statistics[2 * l], rms = statistics[2 * l + 1];
+        const float scaled = weights[l] * (products[l] - delta) * rms;
+        coefficients[l] = {weights[l], scaled, -scaled * logit * rms / float(p.dim)};
+      }
+      walk(p.dim, [&]<int N, bool Whole>(int64_t d, int64_t elements) FA_INLINE_CALL {
+        vf g[N], s[N], acc[N] = {};
+#pragma GCC unroll 4
+        for (int u = 0; u < N; ++u) {
+          g[u] = load_part<Whole>(grad + d + u * L, elements);
+          s[u] = load_part<Whole>(score + d + u * L, elements);
+        }
+        for (int64_t l = 0; l < p.count; ++l) {
+          const vf a = broadcast(coefficients[l].weight), b = broadcast(coefficients[l].score),
+                   c = broadcast(coefficients[l].value);
+#pragma GCC unroll 4
+          for (int u = 0; u < N; ++u) {
+            const vf x = load_part<Whole>(rows[l] + d + u * L, elements);
+            acc[u] += b * x;
+            store_part<Whole>(grad_rows[l] + d + u * L, elements, a * g[u] + b * s[u] + c * x);
+          }
+        }
+#pragma GCC unroll 4
+        for (int u = 0; u < N; ++u) {
+          float* to = partial + d + u * L;
+          store_part<Whole>(to, elements, acc[u] + load_part<Whole>(to, elements));
+        }
+      });
+    }
+  }
+}
+
+// grad_query and grad_norm_weight of elements [begin, end), from the partial sums of the tasks.
+void sum_partials(const Backward& p, int64_t begin, int64_t end) {
+  const int64_t count = end - begin, tasks = p.tasks();
+  Scratch<float> total(count), part(count), factor(count);
+  for (int64_t i = 0; i < count; ++i) total[i] = part[i] = 0.0f;
+  for (int64_t task = 0; task < tasks; ++task) {
+    for (int64_t i = 0; i < count; ++i) part[i] += p.partials[task * p.dim + begin + i];
+    if ((task + 1) % kLongestChain == 0 || task + 1 == tasks)
+      for (int64_t i = 0; i < count; ++i) total[i] += part[i], part[i] = 0.0f;
+  }
+  auto write = [&](const TensorView& to, const TensorView& other) {
+    if (other) {
+      gather(other, begin * other.stride[0], other.stride[0], count, 1.0f, factor.data);
+    } else {
+      for (int64_t i = 0; i < count; ++i) factor[i] = 1.0f;
+    }
+    for (int64_t i = 0; i < count; ++i) factor[i] *= total[i];
+    scatter(to, begin * to.stride[0], to.stride[0], count, 1.0f, factor.data);
+  };
+  write(p.grad_query, p.norm_weight);
+  if (p.norm_weight) write(p.grad_norm_weight, p.query);
+}
+
+template <class Run>
+void with_element(DType dtype, const Run& run) {
+  switch (dtype) {
+    case DType::float32: return run(float{});
+    case DType::float16: return run(c10::Half{});
+    case DType::bfloat16: return run(c10::BFloat16{});
+  }
+}
+
+void forward_any(const Forward& p, int64_t begin, int64_t end) {
+  with_element(p.dtype, [&](auto element) { forward<decltype(element)>(p, begin, end); });
+}
+
+void backward_any(const Backward& p, int64_t begin, int64_t end) {
+  with_element(p.dtype, [&](auto element) { backward<decltype(element)>(p, begin, end); });
+}
+
+}  // namespace
+
+extern const Kernels kernels = {forward_any, backward_any, sum_partials};
+
+}  // namespace fused_attn::attention_residual::FUSED_ATTN_ISA

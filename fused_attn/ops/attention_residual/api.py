@@ -1,0 +1,104 @@
+"""Public function: validation, autocast and the choice of implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .. import dispatch
+from . import library, reference
+
+
+def attention_residual(
+    values: Sequence[Tensor],
+    query: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> Tensor:
+    """Compute attention over the depth of a network: every token chooses among the outputs of earlier layers.
+
+    ``out = sum_l a_l values[l]`` with ``a = softmax_l(query . RMSNorm(values[l]))``, for every token on its own, where
+    ``RMSNorm(v) = v / sqrt(mean(v**2) + eps) * norm_weight``.
+
+    Args:
+        values: L >= 1 tensors, all (B, T, D), or all (..., D); float32, float16 or bfloat16 (float64: reference only).
+            Read where they lie, never stacked or concatenated: rows of D contiguous numbers, with any strides
+            otherwise.  A tensor whose last dimension is strided, or whose leading dimensions but the last two cannot be
+            viewed as one, is copied.
+        query: (D,), dtype of the values.
+        norm_weight: (D,), dtype of the values; None: ones.
+        eps: added to the mean square, at least 0.
+        impl: ``"auto"``, ``"cpu"`` or ``"reference"``.
+
+    Returns:
+        (B, T, D), or (..., D), contiguous; dtype of the values.
+
+    Raises:
+        TypeError: ``values`` is no list or tuple, an argument is not a tensor, or not of a floating-point dtype, or
+            ``eps`` is no number.
+        ValueError: ``values`` is empty, shapes, dtypes or devices do not fit, or ``eps`` is negative.
+        RuntimeError: the named ``impl`` cannot run on these inputs.
+
+    Gradients reach every value, the query and norm_weight; they are computed without atomics and are bitwise the same
+    at every run and number of threads.  Saved for backward beside the inputs: two float32 numbers per value and token.
+    Under autocast the inputs are cast to the autocast dtype, which copies values that are not in it already.
+
+    Source: Kimi Team 2026, "Attention Residuals" (arXiv:2603.15031).
+    """
+    _check(values, query, norm_weight, eps)
+    *values, query, norm_weight = dispatch.autocast(*values, query, norm_weight)
+    _check_dtypes(values, query, norm_weight)
+    impl = dispatch.choose("attention_residual", impl, library.IMPLEMENTATIONS, values, query)
+    if impl == "reference":
+        return reference.attention_residual(values, query, norm_weight, float(eps))
+    return library.attention(impl, values, query, norm_weight, float(eps))
+
+
+def _check_tensor(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+
+
+def _check(values: object, query: object, norm_weight: object, eps: object) -> None:
+    if not isinstance(values, (list, tuple)):
+        hint = "; unbind() makes one of a stacked tensor" if isinstance(values, Tensor) else ""
+        raise TypeError(f"values must be a list or tuple of tensors, got {type(values).__name__}{hint}")
+    if not values:
+        raise ValueError("values must hold at least one tensor, got none")
+    for i, value in enumerate(values):
+        _check_tensor(f"values[{i}]", value)
+        if i == 0 and (value.dim() == 0 or value.shape[-1] == 0):
+            raise ValueError(f"values[0] must have shape (..., D) with D >= 1, got shape {tuple(value.shape)}")
+        if value.shape != values[0].shape:
+            raise ValueError(
+                f"values[{i}] must have the shape of values[0], {tuple(values[0].shape)}, got {tuple(value.shape)}"
+            )
+    depth = values[0].shape[-1]
+    for name, tensor in (("query", query), ("norm_weight", norm_weight)):
+        if name == "norm_weight" and tensor is None:
+            continue
+        _check_tensor(name, tensor)
+        if tuple(tensor.shape) != (depth,):
+            raise ValueError(f"{name} must have shape (D,)=({depth},), got {tuple(tensor.shape)}")
+    # A tensor would be cut off from its gradient without a word.
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    if not eps >= 0.0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+
+
+def _check_dtypes(values: Sequence[Tensor], query: Tensor, norm_weight: Tensor | None) -> None:
+    first = values[0]
+    named = {f"values[{i}]": value for i, value in enumerate(values)}
+    for name, tensor in {**named, "query": query, "norm_weight": norm_weight}.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != first.dtype:
+            raise ValueError(f"{name} must have the dtype of values[0], {first.dtype}, got {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"{name} must be on the device of values[0], {first.device}, got {tensor.device}")

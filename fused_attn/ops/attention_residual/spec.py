@@ -1,0 +1,278 @@
+"""Samples, bad inputs, benchmark shapes and peers of ``attention_residual``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contract import BadInput, OpSpec, Sample, Shape
+from . import library
+from .api import attention_residual
+from .peers import PEERS
+
+# --- layouts of a value (..., D) --------------------------------------------------------------------------------------
+
+
+def _contiguous(shape, dtype, device):
+    return torch.randn(shape, dtype=torch.float64).to(device, dtype)
+
+
+def _tokens_first(shape, dtype, device):
+    """(T, B, D) in memory."""
+    return _contiguous((*shape[:-1][::-1], shape[-1]), dtype, device).permute(*range(len(shape) - 1)[::-1], -1)
+
+
+def _padded_rows(shape, dtype, device):
+    """Rows inside longer ones."""
+    return _contiguous((*shape[:-1], shape[-1] + 5), dtype, device)[..., 2:-3]
+
+
+def _strided_rows(shape, dtype, device):
+    """Every second number of a row: copied."""
+    return _contiguous((*shape[:-1], 2 * shape[-1]), dtype, device)[..., 1::2]
+
+
+def _expanded(shape, dtype, device):
+    """One image for the whole batch: stride 0."""
+    return _contiguous((1, *shape[1:]), dtype, device).expand(shape)
+
+
+_LAYOUTS = (_contiguous, _tokens_first, _padded_rows, _strided_rows)
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
+def make(
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    values: int,
+    shape: tuple[int, ...],
+    norm_weight: bool = True,
+    layout: Callable[..., Tensor] = _contiguous,
+    layouts: tuple[Callable[..., Tensor], ...] | None = None,
+    edit: Callable[[dict[str, Any]], None] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Arguments of ``attention_residual``; ``edit`` changes them afterwards.  Logits have a standard deviation of 1."""
+    inputs = {
+        "values": [each(shape, dtype, device) for each in layouts or (layout,) * values],
+        "query": (torch.randn(shape[-1:], dtype=torch.float64) * shape[-1] ** -0.5).to(device, dtype),
+    }
+    if norm_weight:
+        inputs["norm_weight"] = _contiguous(shape[-1:], dtype, device)
+    if edit is not None:
+        edit(inputs)
+    return {**inputs, **(options or {})}
+
+
+def _plant(value: float) -> Callable[[dict[str, Any]], None]:
+    def edit(inputs: dict[str, Any]) -> None:
+        # In one token: the others' results must stay finite and right.
+        inputs["values"][1][0, 0, 0] = value
+
+    return edit
+
+
+def _large(inputs: dict[str, Any]) -> None:
+    inputs["query"] *= 20.0
+
+
+def _zero_value(inputs: dict[str, Any]) -> None:
+    inputs["values"][0].zero_()
+
+
+_SMALL = {"values": 3, "shape": (2, 3, 5)}
+_SMALL_NAMES = ("small", "one value", "no norm_weight")
+
+SAMPLES = tuple(
+    Sample(name, partial(make, **settings), small=name in _SMALL_NAMES)
+    for name, settings in {
+        "small": _SMALL,
+        "one value": {**_SMALL, "values": 1},
+        "no norm_weight": {**_SMALL, "norm_weight": False},
+        "many values": {**_SMALL, "values": 33},
+        "depth 1": {**_SMALL, "shape": (2, 3, 1)},
+        "depth 16": {**_SMALL, "shape": (2, 3, 16)},
+        "depth 77": {**_SMALL, "shape": (3, 5, 77)},
+        "depth 384": {"values": 5, "shape": (2, 7, 384)},
+        "depth 1030": {"values": 9, "shape": (1, 3, 1030)},
+        "depth 2600": {"values": 4, "shape": (1, 2, 2600)},
+        "many tokens": {"values": 4, "shape": (3, 211, 20)},
+        "one token": {**_SMALL, "shape": (7,)},
+        "two dimensions": {**_SMALL, "shape": (6, 7)},
+        "four dimensions": {**_SMALL, "shape": (2, 3, 4, 7)},
+        "tokens first": {**_SMALL, "layout": _tokens_first},
+        "padded rows": {**_SMALL, "layout": _padded_rows},
+        "strided rows": {**_SMALL, "layout": _strided_rows},
+        "expanded": {**_SMALL, "layout": _expanded},
+        "mixed layouts": {**_SMALL, "layouts": (_contiguous, _tokens_first, _strided_rows)},
+        "eps 1": {**_SMALL, "options": {"eps": 1.0}},
+        "large logits": {**_SMALL, "edit": _large},
+        "a value of zeros": {**_SMALL, "edit": _zero_value},
+        "nan": {**_SMALL, "edit": _plant(float("nan"))},
+        "no images": {**_SMALL, "shape": (0, 3, 5)},
+        "no tokens": {**_SMALL, "shape": (2, 0, 5)},
+    }.items()
+)
+
+
+def fuzz(draw: random.Random) -> Sample:
+    values = draw.randint(1, 12)
+    depth = draw.choice((1, 2, 7, 15, 16, 17, 31, 33, 64, 65, 130, 384))
+    settings = {
+        "values": values,
+        "shape": (draw.randint(1, 3), draw.randint(1, 40), depth),
+        "norm_weight": draw.random() < 0.6,
+        "layouts": tuple(draw.choice(_LAYOUTS) for _ in range(values)),
+        "options": {"eps": draw.choice((1e-6, 1e-3))},
+    }
+    # The same text in every process, as the name of a sample is its seed.
+    name = str({**settings, "layouts": [each.__name__ for each in settings["layouts"]]})
+    return Sample(name, partial(make, **settings))
+
+
+# --- bad inputs -------------------------------------------------------------------------------------------------------
+
+
+def _bad(**changes: Any) -> Callable[[], dict[str, Any]]:
+    """A small valid call with some arguments replaced; a callable is applied to the argument."""
+
+    def build() -> dict[str, Any]:
+        torch.manual_seed(0)
+        inputs = make(torch.float32, torch.device("cpu"), **_SMALL)
+        for name, change in changes.items():
+            inputs[name] = change(inputs[name]) if callable(change) else change
+        return inputs
+
+    return build
+
+
+def _second(change: Callable[[Tensor], Any]) -> Callable[[list[Tensor]], list[Any]]:
+    return lambda values: [values[0], change(values[1]), *values[2:]]
+
+
+BAD_INPUTS = (
+    BadInput("values tensor", _bad(values=torch.ones(3, 4)), TypeError, r"values must be a list .* got Tensor; unbind"),
+    BadInput("values empty", _bad(values=[]), ValueError, r"values must hold at least one tensor, got none"),
+    BadInput("value none", _bad(values=_second(lambda x: None)), TypeError, r"values\[1\] must be a tensor, got None"),
+    BadInput("value integer", _bad(values=_second(Tensor.long)), TypeError, r"values\[1\] must have a floating"),
+    BadInput(
+        "value shape",
+        _bad(values=_second(lambda x: x[:, :2])),
+        ValueError,
+        r"values\[1\] must have the shape of values\[0\], \(2, 3, 5\), got \(2, 2, 5\)",
+    ),
+    BadInput(
+        "no depth",
+        _bad(values=lambda values: [value[..., :0] for value in values]),
+        ValueError,
+        r"values\[0\] must have shape \(\.\.\., D\) with D >= 1, got shape \(2, 3, 0\)",
+    ),
+    BadInput(
+        "value dtype", _bad(values=_second(Tensor.half)), ValueError, r"values\[1\] must have the dtype of values"
+    ),
+    BadInput(
+        "value device",
+        _bad(values=_second(lambda x: x.to("meta"))),
+        ValueError,
+        r"values\[1\] must be on the device of values\[0\], cpu, got meta",
+    ),
+    BadInput("query none", _bad(query=None), TypeError, r"query must be a tensor, got NoneType"),
+    BadInput("query shape", _bad(query=torch.ones(4)), ValueError, r"query must have shape \(D,\)=\(5,\), got \(4,\)"),
+    BadInput("query dtype", _bad(query=Tensor.double), ValueError, r"query must have the dtype of values\[0\]"),
+    BadInput(
+        "norm_weight shape", _bad(norm_weight=torch.ones(1, 5)), ValueError, r"norm_weight must have shape \(D,\)"
+    ),
+    BadInput("norm_weight integer", _bad(norm_weight=Tensor.long), TypeError, r"norm_weight must have a floating"),
+    BadInput("eps negative", _bad(eps=-1e-6), ValueError, r"eps must be at least 0, got -1e-06"),
+    BadInput("eps nan", _bad(eps=float("nan")), ValueError, r"eps must be at least 0, got nan"),
+    BadInput("eps text", _bad(eps="small"), TypeError, r"eps must be a number, got str"),
+    BadInput("impl unknown", _bad(impl="fast"), ValueError, r"impl must be one of 'auto', .* got 'fast'"),
+    BadInput(
+        "impl cannot run",
+        lambda: {**make(torch.float64, torch.device("cpu"), **_SMALL), "impl": "cpu"},
+        RuntimeError,
+        r"impl='cpu' cannot run: .*(float64|not available)",
+    ),
+)
+
+
+# --- benchmark shapes -------------------------------------------------------------------------------------------------
+
+
+def _shape(L: int, N: int, D: int, *, name: str = "") -> Shape:
+    """A case by its sizes: L values of N tokens of D numbers."""
+    numbers = N * D
+    sizes = {"L": L, "N": N, "D": D}
+    return Shape(
+        name or ",".join(f"{key}={value}" for key, value in sizes.items()),
+        partial(make, values=L, shape=(N, D)),
+        flops_forward=6 * L * numbers,
+        flops_backward=9 * L * numbers,
+        bytes_forward=4 * (L + 1) * numbers,
+        bytes_backward=4 * (2 * L + 1) * numbers,
+        # The output, a gradient of each value, the gradient of the output, which is expanded and so copied, two
+        # statistics of every value and token, and a partial sum of the query's gradient per 16 tokens.
+        memory_limit=int(1.1 * 4 * ((L + 2) * numbers + 2 * L * N + numbers / 16)),
+        sizes=sizes,
+    )
+
+
+SHAPES = (
+    _shape(9, 1024, 1024, name="L 9, N 1024, D 1024"),
+    _shape(9, 256, 7168, name="L 9, N 256, D 7168"),
+    _shape(24, 1568, 384, name="L 24, N 1568, D 384"),
+)
+GPU_SHAPES = (_shape(9, 8192, 7168, name="L 9, N 8192, D 7168"),)
+GROWTH = tuple(_shape(9, n, 384, name=f"N {n}, L 9, D 384") for n in (196, 784, 3136, 12544))
+
+
+# --- spec -------------------------------------------------------------------------------------------------------------
+
+
+def _implementations() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
+    def reason(can_run, inputs):
+        return can_run(inputs["values"], inputs["query"])
+
+    return {name: partial(reason, can_run) for name, can_run in library.IMPLEMENTATIONS.items()}
+
+
+def _operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
+    """The registered operators with the arguments of one call, for ``torch.library.opcheck``."""
+    if impl == "reference":
+        return ()
+    values, query, norm_weight = inputs["values"], inputs["query"], inputs.get("norm_weight")
+    forward = getattr(torch.ops.fused_attn, f"attention_residual_{impl}").default
+    backward = getattr(torch.ops.fused_attn, f"attention_residual_{impl}_backward").default
+    plain = [value.detach() for value in values], query.detach(), None if norm_weight is None else norm_weight.detach()
+    with torch.no_grad():
+        out, statistics = forward(*plain, 1e-6)
+    return (
+        (forward, (values, query, norm_weight, 1e-6)),
+        (backward, (torch.randn_like(out), *plain, statistics)),
+    )
+
+
+SPECS = (
+    OpSpec(
+        name="attention_residual",
+        function=attention_residual,
+        implementations=_implementations(),
+        samples=SAMPLES,
+        bad_inputs=BAD_INPUTS,
+        fuzz=fuzz,
+        operators=_operators,
+        shapes=SHAPES,
+        gpu_shapes=GPU_SHAPES,
+        growth=GROWTH,
+        make_shape=_shape,
+        peers=PEERS,
+    ),
+)
