@@ -6,6 +6,7 @@ wrote; fails when a fused op's ratio in one is more than PERCENT (10) off that i
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -31,8 +32,12 @@ def differences(first: Ratios, second: Ratios) -> Ratios:
 
 
 def main(arguments: list[str]) -> int:
-    first, second = (ratios(Path(folder)) for folder in arguments[:2])
-    limit, found = float(arguments[2]) / 100 if len(arguments) > 2 else 0.1, differences(first, second)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs=2, metavar="FOLDER")
+    parser.add_argument("percent", type=float, nargs="?", default=10.0)
+    options = parser.parse_args(arguments)
+    first, second = (ratios(folder) for folder in options.folders)
+    limit, found = options.percent / 100, differences(first, second)
     for key, difference in found.items():
         print(f"{difference:6.1%}  {first[key]:6.2f}x  {second[key]:6.2f}x  {', '.join(key)}")
     return int(not found or max(found.values()) > limit)

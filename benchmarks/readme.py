@@ -34,6 +34,12 @@ def results(folder: Path = RESULTS) -> Iterator[tuple[Path, dict[str, Any], Any]
             yield path, result, report if "op" in result else networks
 
 
+def summary(folder: Path = RESULTS) -> str:
+    """One table of all ops on the CPU in float32."""
+    reports = [result for path, result, kind in results(folder) if kind is report]
+    return report.summary(each for each in reports if report.stem(each) == each["op"])
+
+
 def fill(text: str, root: Path = ROOT) -> str:
     """The README with every block as its source file has it."""
     return BLOCK.sub(lambda block: f"{block[1]}{(root / block['source']).read_text().strip()}\n{block[3]}", text)
@@ -43,9 +49,11 @@ def main() -> int:
     readme = ROOT / "README.md"
     if "--check" in sys.argv[1:]:
         tables = all(path.with_suffix(".md").read_text() == kind.markdown(result) for path, result, kind in results())
+        tables = tables and (RESULTS / "summary.md").read_text() == summary()
         return int(not tables or fill(readme.read_text()) != readme.read_text())
     for _, result, kind in results():
         kind.render(result, RESULTS)
+    (RESULTS / "summary.md").write_text(summary())
     readme.write_text(fill(readme.read_text()))
     return 0
 

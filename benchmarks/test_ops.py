@@ -50,6 +50,7 @@ def test_op(benchmark, checked, request, spec, shape, name, each):
     option = request.config.getoption
     if option("--threads"):
         torch.set_num_threads(option("--threads"))
+    measure.keep_freed_memory()
     options = Options(dtype=DTYPES[option("--dtype")], device=option("--device"), providers=(name,))
     function, calls = checked(spec, shape, name, options)
     benchmark.group = f"{spec.name}, {shape.name}, {each}"

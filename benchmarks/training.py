@@ -1,15 +1,18 @@
-"""Keeps a training run and its repetition on the reference implementation: results/training.md, logs and curves.
+"""Keeps training runs that belong together: logs, curves, and a table of them, results/NAME.md.
 
-Run from the repository root after both runs (the README gives their command lines):
-``python benchmarks/training.py runs/FUSED runs/REFERENCE``.
+Run from the repository root (the README gives the runs' command lines):
+``python benchmarks/training.py NAME RUN [RUN ...] [--reference RUN]``.  The reference is the first run, or its first
+steps, repeated with ``--impl reference``.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -19,61 +22,135 @@ RESULTS = Path(__file__).parent / "results"
 KEPT = ("config.json", "log.csv", "log.jsonl", "curves.png", "metrics.json")
 
 
-def keep(run: Path, name: str) -> Path:
+def keep(run: Path, folder: Path) -> Path:
     """Copy what is small of a run into the results."""
-    folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
     for file in KEPT:
-        if (run / file).exists():
+        if (run / file).exists() and run.resolve() != folder.resolve():
             shutil.copy(run / file, folder / file)
     return folder
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def title(folder: Path) -> str:
+    config = metrics(folder)["config"]
+    return " ".join([config["model"], *config["model_options"]])
 
 
 def losses(folder: Path) -> dict[int, float]:
     return {event["step"]: event["loss"] for event in RunLog(folder).events("step")}
 
 
-def main(fused_run: Path, reference_run: Path) -> None:
-    fused, reference = keep(fused_run, "training"), keep(reference_run, "training_reference")
-    metrics = json.loads((fused / "metrics.json").read_text())
-    config, environment = metrics["config"], metrics["environment"]
-    first, second = losses(fused), losses(reference)
-    common = sorted(set(first) & set(second))
-    differences = [abs(first[step] - second[step]) for step in common]
+def head(folder: Path) -> str:
+    found = metrics(folder)
+    config, environment = found["config"], found["environment"]
+    return (
+        f"{found['data']}, batch {config['batch_size']}, {config['threads']} thread(s) of {environment['cpu']}, "
+        f"torch {environment['torch']}, {environment['date']}"
+    )
 
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(common, [first[step] for step in common], lw=2.5, alpha=0.5, label=f"impl={config['impl']} (C++ kernel)")
-    axes.plot(common, [second[step] for step in common], lw=1, label="impl=reference")
-    axes.set(xlabel="step", ylabel="training loss", title=f"{config['model']}, same seed")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(fused / "agreement.png", dpi=120)
 
-    epochs = RunLog(fused).events("epoch")
+def numbers(event: dict[str, Any]) -> str:
+    return (
+        f"{event['train_loss']:.3f} | {event['train_accuracy']:.1%} | {event['test_loss']:.3f} "
+        f"| {event['test_accuracy']:.1%} |"
+    )
+
+
+def epochs_table(folder: Path) -> list[str]:
+    """One run, epoch by epoch."""
     lines = [
-        f"{config['model']} ({', '.join(config['model_options'])}), {metrics['parameters']:,} parameters, "
-        f"{metrics['data']}, batch {config['batch_size']}, {config['threads']} thread(s) of {environment['cpu']}, "
-        f"torch {environment['torch']}, {environment['date']}:",
+        f"{title(folder)}, {metrics(folder)['parameters']:,} parameters, {head(folder)}:",
         "",
         "| epoch | steps | minutes | train loss | train accuracy | test loss | test accuracy |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for event in epochs:
-        lines.append(
-            f"| {event['epoch']:g} | {event['step']:,} | {event['seconds'] / 60:.0f} | {event['train_loss']:.3f} "
-            f"| {event['train_accuracy']:.1%} | {event['test_loss']:.3f} | {event['test_accuracy']:.1%} |"
-        )
-    lines += [
+    for event in RunLog(folder).events("epoch"):
+        lines.append(f"| {event['epoch']:g} | {event['step']:,} | {event['seconds'] / 60:.0f} | {numbers(event)}")
+    return lines
+
+
+def runs_table(folders: Sequence[Path]) -> list[str]:
+    """Several runs, each after its last epoch."""
+    lines = [
+        f"{head(folders[0])}:",
         "",
-        f"The reference implementation, same seed, over the first {common[-1]} steps: the logged losses (every "
-        f"{config['log_every']} steps) differ by {sum(differences) / len(differences):.2g} on average, "
-        f"{max(differences):.2g} at most, and by {max(differences[:5]):.1g} at most in the first {common[4]} steps. "
-        "[Curves](benchmarks/results/training/curves.png), [agreement](benchmarks/results/training/agreement.png).",
+        "| network | parameters | epochs | minutes | train loss | train accuracy | test loss | test accuracy |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    (RESULTS / "training.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    for folder in folders:
+        found = metrics(folder)
+        lines.append(
+            f"| {title(folder)} | {found['parameters']:,} | {found['epochs']:g} | {found['seconds'] / 60:.1f} "
+            f"| {numbers(found)}"
+        )
+    return lines
+
+
+def plot_runs(folders: Sequence[Path], to: Path) -> None:
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    for folder in folders:
+        events = RunLog(folder).events("epoch")
+        epochs = [event["epoch"] for event in events]
+        (line,) = loss.plot(epochs, [event["test_loss"] for event in events], label=title(folder))
+        loss.plot(epochs, [event["train_loss"] for event in events], color=line.get_color(), lw=1, ls="--")
+        accuracy.plot(epochs, [100 * event["test_accuracy"] for event in events], color=line.get_color())
+    loss.set(xlabel="epoch", ylabel="loss (dashed: training)")
+    accuracy.set(xlabel="epoch", ylabel="test accuracy, %")
+    for axes in (loss, accuracy):
+        axes.grid(alpha=0.3)
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    figure.savefig(to, dpi=120)
+
+
+def plot_agreement(fused: Path, reference: Path, to: Path) -> str:
+    """How far the losses of a run and of its repetition are apart, as a picture and in words."""
+    first, second = losses(fused), losses(reference)
+    common = sorted(set(first) & set(second))
+    differences = [abs(first[step] - second[step]) for step in common]
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(common, [first[step] for step in common], lw=2.5, alpha=0.5, label="C++ kernel")
+    axes.plot(common, [second[step] for step in common], lw=1, label="impl=reference")
+    axes.set(xlabel="step", ylabel="training loss", title=f"{title(fused)}, same seed")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(to, dpi=120)
+    every, fifth = metrics(fused)["config"]["log_every"], common[min(4, len(common) - 1)]
+    return (
+        f"{title(fused)} on the reference implementation, same seed, over the first {common[-1]} steps: the logged "
+        f"losses (every {every} steps) differ by {sum(differences) / len(differences):.2g} on average, "
+        f"{max(differences):.2g} at most, and by {max(differences[:5]):.1g} at most in the first {fifth} steps."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--reference", type=Path)
+    options = parser.parse_args()
+    results, link = RESULTS / options.name, f"benchmarks/results/{options.name}"
+    folders = [keep(run, results / run.name) for run in options.runs]
+    lines = epochs_table(folders[0]) if len(folders) == 1 else runs_table(folders)
+    words, pictures = [], []
+    if len(folders) == 1:
+        pictures.append(f"[Curves]({link}/{folders[0].name}/curves.png)")
+    else:
+        plot_runs(folders, results / "curves.png")
+        pictures.append(f"[Curves]({link}/curves.png)")
+    if options.reference:
+        reference = keep(options.reference, results / "reference")
+        words.append(plot_agreement(folders[0], reference, results / "agreement.png"))
+        pictures.append(f"[agreement]({link}/agreement.png)")
+    text = "\n".join([*lines, "", " ".join([*words, ", ".join(pictures) + "."])]) + "\n"
+    (RESULTS / f"{options.name}.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:3]))
+    main()

@@ -7,6 +7,7 @@ from .ops import (
     decomposed_bias_attention,
     layer_attention,
     rel_attention_2d,
+    squeeze_excite,
     weighted_layer_sum,
 )
 
@@ -19,5 +20,6 @@ __all__ = [
     "layer_attention",
     "list_models",
     "rel_attention_2d",
+    "squeeze_excite",
     "weighted_layer_sum",
 ]

@@ -4,6 +4,7 @@ from .ops.attention_residual.module import AttentionResidual, BlockSums
 from .ops.layer_attention.cache import LayerCache
 from .ops.layer_attention.module import LayerAttention, MRLABase, MRLALight
 from .ops.rel_attention_2d.module import AttentionAugmentedConv2d, RelPosAttention2d
+from .ops.squeeze_excite.module import SqueezeExcite, result_shares
 
 __all__ = [
     "AttentionAugmentedConv2d",
@@ -14,4 +15,6 @@ __all__ = [
     "MRLABase",
     "MRLALight",
     "RelPosAttention2d",
+    "SqueezeExcite",
+    "result_shares",
 ]

@@ -1,7 +1,8 @@
 // The CPU kernels of the weighted sum over layers; see the op's README.md for the method.
 //
-// Included by kernel_<isa>.cpp only, once each.  Every value is read once and every result written once: what an
-// element needs from all layers is gathered in registers.
+// Included by kernel_<isa>.cpp only, once each.  Every value is read once and every result written once: what a
+// block of elements needs from all layers is gathered in the first-level cache.  Layer after layer, so that few streams are open at
+// a time: maps of one size start at the same offset of their pages, and more of them than the cache has ways would evict each other.
 
 namespace fused_attn::layer_attention::FUSED_ATTN_ISA {
 namespace {
@@ -9,7 +10,8 @@ namespace {
 #include "common/simd.h"
 #include "common/simd_half.h"
 
-constexpr int CHUNK = 8;  // vectors held in registers while the layers pass by
+constexpr int CHUNK = 8;          // vectors whose products are summed before they join the rest
+constexpr int64_t kBlock = 1024;  // elements that stay in the first-level cache while the layers pass by
 
 FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -35,26 +37,45 @@ struct Buffer {
 
 // --- one weight for a whole run of elements (channels first) ------------------------------------------------------
 
-// out[i] = sum over layers of weights[l] * values[l][i], for N vectors.
+// acc[i] (+)= sum over N layers from l on of weights[l] * values[l][i], of whole vectors.
 template <int N, class T>
-FA_INLINE void sum_chunk(const Forward& p, const float* weights, int64_t b, int64_t offset, T* out) {
-  vf acc[N] = {};
-  for (int64_t l = 0; l < p.layers; ++l) {
-    const T* value = at<T>(p.values[l], b * p.value_strides[l] + offset);
-    const vf weight = broadcast(weights[l]);
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) acc[n] += weight * load_as_float(value + n * L);
+FA_INLINE void add_layers(const Forward& p, const float* weights, int64_t l, int64_t b, int64_t offset, int64_t vectors,
+                          float* acc) {
+  const T* value[N];
+  vf weight[N];
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    value[n] = at<T>(p.values[l + n], b * p.value_strides[l + n] + offset);
+    weight[n] = broadcast(weights[l + n]);
   }
-#pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) store_rounded(out + n * L, acc[n]);
+  for (int64_t i = 0; i < vectors * L; i += L) {
+    vf sum = l == 0 ? vf{} : load(acc + i);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sum += weight[n] * load_as_float(value[n] + i);
+    store(acc + i, sum);
+  }
 }
 
 template <class T>
 FA_INLINE void sum_run(const Forward& p, const float* weights, int64_t b, int64_t offset, int64_t count) {
   T* out = at<T>(p.out, b * p.out_stride + offset);
+  alignas(64) float buffer[kBlock];
   int64_t i = 0;
-  for (; i + CHUNK * L <= count; i += CHUNK * L) sum_chunk<CHUNK>(p, weights, b, offset + i, out + i);
-  for (; i + L <= count; i += L) sum_chunk<1>(p, weights, b, offset + i, out + i);
+  for (; i + L <= count;) {
+    const int64_t vectors = smaller(kBlock, count - i) / L;
+    float* acc = buffer;
+    if constexpr (std::is_same_v<T, float>) acc = out + i;
+    int64_t l = 0;
+    for (; l + 4 <= p.layers; l += 4) add_layers<4, T>(p, weights, l, b, offset + i, vectors, acc);
+    switch (p.layers - l) {
+      case 3: add_layers<3, T>(p, weights, l, b, offset + i, vectors, acc); break;
+      case 2: add_layers<2, T>(p, weights, l, b, offset + i, vectors, acc); break;
+      case 1: add_layers<1, T>(p, weights, l, b, offset + i, vectors, acc); break;
+    }
+    if constexpr (!std::is_same_v<T, float>)
+      for (int64_t j = 0; j < vectors * L; j += L) store_rounded(out + i + j, load(acc + j));
+    i += vectors * L;
+  }
   for (; i < count; ++i) {
     float sum = 0.0f;
     for (int64_t l = 0; l < p.layers; ++l)
@@ -74,57 +95,53 @@ void forward_runs(const Forward& p, int64_t begin, int64_t end) {
   }
 }
 
-// sums[l] += grad_out . values[l], and grad_values[l] = weights[l] * grad_out (or added to it), for N vectors.
-template <int N, bool Values, bool Dots, class T>
-FA_INLINE void backward_chunk(const Backward& p, const float* weights, int64_t b, int64_t offset, const T* grad_out,
-                              vf* sums) {
-  vf grad[N];
+// sum += grad_out . value, and grad_value = weight * grad_out (or added to it), for N vectors.
+template <int N, bool Values, bool Dots, bool Accumulate, class T>
+FA_INLINE void backward_chunk(const T* grad_out, const T* value, T* grad_value, vf weight, vf& sum) {
+  vf dot{};
 #pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) grad[n] = load_as_float(grad_out + n * L);
-  for (int64_t l = 0; l < p.layers; ++l) {
-    if constexpr (Dots) {
-      const T* value = at<T>(p.values[l], b * p.value_strides[l] + offset);
-      vf sum = grad[0] * load_as_float(value);
-#pragma GCC unroll 8
-      for (int n = 1; n < N; ++n) sum += grad[n] * load_as_float(value + n * L);
-      sums[l] += sum;
-    }
+  for (int n = 0; n < N; ++n) {
+    const vf grad = load_as_float(grad_out + n * L);
+    if constexpr (Dots) dot += grad * load_as_float(value + n * L);
     if constexpr (Values) {
-      T* to = at<T>(p.grad_values[l], b * p.grad_value_strides[l] + offset);
-      const vf weight = broadcast(weights[l]);
-      if (p.accumulate) {
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) store_rounded(to + n * L, weight * grad[n] + load_as_float(to + n * L));
-      } else {
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) store_rounded(to + n * L, weight * grad[n]);
-      }
+      vf result = weight * grad;
+      if constexpr (Accumulate) result += load_as_float(grad_value + n * L);
+      store_rounded(grad_value + n * L, result);
     }
   }
+  if constexpr (Dots) sum += dot;
 }
 
-template <bool Values, bool Dots, class T>
+template <bool Values, bool Dots, bool Accumulate, class T>
 FA_INLINE void backward_run(const Backward& p, const float* weights, int64_t b, int64_t offset, int64_t count, vf* sums,
                             float* partial) {
   const T* grad_out = at<T>(p.grad_out, b * p.grad_out_stride + offset);
   if constexpr (Dots)
-    for (int64_t l = 0; l < p.layers; ++l) sums[l] = vf{};
-  int64_t i = 0;
-  for (; i + CHUNK * L <= count; i += CHUNK * L)
-    backward_chunk<CHUNK, Values, Dots>(p, weights, b, offset + i, grad_out + i, sums);
-  for (; i + L <= count; i += L) backward_chunk<1, Values, Dots>(p, weights, b, offset + i, grad_out + i, sums);
-  for (int64_t l = 0; l < p.layers; ++l) {
-    float tail = 0.0f;
-    for (int64_t j = i; j < count; ++j) {
-      const float grad = static_cast<float>(grad_out[j]);
-      if constexpr (Dots) tail += grad * static_cast<float>(*at<T>(p.values[l], b * p.value_strides[l] + offset + j));
-      if constexpr (Values) {
-        T* to = at<T>(p.grad_values[l], b * p.grad_value_strides[l] + offset + j);
-        *to = static_cast<T>(p.accumulate ? weights[l] * grad + static_cast<float>(*to) : weights[l] * grad);
+    for (int64_t l = 0; l < p.layers; ++l) sums[l] = vf{}, partial[l] = 0.0f;
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int64_t length = smaller(kBlock, count - first);
+    for (int64_t l = 0; l < p.layers; ++l) {
+      const T *grad = grad_out + first, *value = nullptr;
+      T* to = nullptr;
+      if constexpr (Dots) value = at<T>(p.values[l], b * p.value_strides[l] + offset + first);
+      if constexpr (Values) to = at<T>(p.grad_values[l], b * p.grad_value_strides[l] + offset + first);
+      const vf weight = broadcast(weights[l]);
+      vf sum{};
+      if constexpr (Dots) sum = sums[l];
+      int64_t i = 0;
+      for (; i + CHUNK * L <= length; i += CHUNK * L)
+        backward_chunk<CHUNK, Values, Dots, Accumulate>(grad + i, value + i, to + i, weight, sum);
+      for (; i + L <= length; i += L) backward_chunk<1, Values, Dots, Accumulate>(grad + i, value + i, to + i, weight, sum);
+      if constexpr (Dots) sums[l] = sum;
+      for (; i < length; ++i) {  // only at the end of the run
+        const float g = static_cast<float>(grad[i]);
+        if constexpr (Dots) partial[l] += g * static_cast<float>(value[i]);
+        if constexpr (Values) to[i] = static_cast<T>(Accumulate ? weights[l] * g + static_cast<float>(to[i]) : weights[l] * g);
       }
     }
-    if constexpr (Dots) partial[l] = sum_lanes(sums[l]) + tail;
   }
+  if constexpr (Dots)
+    for (int64_t l = 0; l < p.layers; ++l) partial[l] += sum_lanes(sums[l]);
 }
 
 template <bool Values, bool Dots, class T>
@@ -136,31 +153,39 @@ void backward_runs(const Backward& p, int64_t begin, int64_t end) {
     const int64_t first = part * kPart, offset = g * row + first, count = smaller(kPart, row - first);
     const float* weights = p.weights + bg * p.layers;
     float* partial = p.partials + task * p.layers;
-    backward_run<Values, Dots, T>(p, weights, b, offset, count, sums.data, partial);
+    if (Values && p.accumulate)
+      backward_run<Values, Dots, Values, T>(p, weights, b, offset, count, sums.data, partial);
+    else
+      backward_run<Values, Dots, false, T>(p, weights, b, offset, count, sums.data, partial);
   }
 }
 
 // --- a weight per channel (channels last) -------------------------------------------------------------------------
 
-constexpr int64_t BLOCK = 256;  // channels: weights and sums of a block of all layers stay in the first-level cache
+// Channels whose weights and sums, of all layers, are held at a time: all if they fit the second-level cache, so that a
+// position is read from end to end.
+FA_INLINE int64_t channels_at_a_time(const Sum& p) {
+  return smaller(p.channels, p.layers > 128 ? 256 : 32768 / p.layers / 256 * 256);
+}
 
-// The weights of `count` channels from `first` on, layer by layer, BLOCK apart.
-FA_INLINE void spread_weights(const Sum& p, int64_t b, int64_t first, int64_t count, float* to) {
+// The weights of `count` channels from `first` on, layer by layer, `block` apart.
+FA_INLINE void spread_weights(const Sum& p, int64_t b, int64_t first, int64_t count, int64_t block, float* to) {
   const int64_t per_group = p.channels / p.groups;
   for (int64_t c = 0; c < count; ++c)
     for (int64_t l = 0; l < p.layers; ++l)
-      to[l * BLOCK + c] = p.weights[(b * p.groups + (first + c) / per_group) * p.layers + l];
+      to[l * block + c] = p.weights[(b * p.groups + (first + c) / per_group) * p.layers + l];
 }
 
 template <class T>
 void forward_rows(const Forward& p, int64_t begin, int64_t end) {
   const int64_t parts = parts_of_image(p), per_part = positions_per_part(p);
-  Buffer<float> weights(p.layers * BLOCK);
+  const int64_t block = channels_at_a_time(p);
+  Buffer<float> weights(p.layers * block);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / parts, from = task % parts * per_part, to = smaller(from + per_part, p.positions);
-    for (int64_t c0 = 0; c0 < p.channels; c0 += BLOCK) {
-      const int64_t count = smaller(BLOCK, p.channels - c0);
-      spread_weights(p, b, c0, count, weights.data);
+    for (int64_t c0 = 0; c0 < p.channels; c0 += block) {
+      const int64_t count = smaller(block, p.channels - c0);
+      spread_weights(p, b, c0, count, block, weights.data);
       for (int64_t position = from; position < to; ++position) {
         const int64_t offset = position * p.channels + c0;
         T* out = at<T>(p.out, b * p.out_stride + offset);
@@ -168,14 +193,14 @@ void forward_rows(const Forward& p, int64_t begin, int64_t end) {
         for (; c + L <= count; c += L) {
           vf acc{};
           for (int64_t l = 0; l < p.layers; ++l)
-            acc += load(weights.data + l * BLOCK + c) *
+            acc += load(weights.data + l * block + c) *
                    load_as_float(at<T>(p.values[l], b * p.value_strides[l] + offset + c));
           store_rounded(out + c, acc);
         }
         for (; c < count; ++c) {
           float sum = 0.0f;
           for (int64_t l = 0; l < p.layers; ++l)
-            sum += weights.data[l * BLOCK + c] *
+            sum += weights.data[l * block + c] *
                    static_cast<float>(*at<T>(p.values[l], b * p.value_strides[l] + offset + c));
           out[c] = static_cast<T>(sum);
         }
@@ -187,24 +212,25 @@ void forward_rows(const Forward& p, int64_t begin, int64_t end) {
 template <bool Values, bool Dots, class T>
 void backward_rows(const Backward& p, int64_t begin, int64_t end) {
   const int64_t parts = parts_of_image(p), per_part = positions_per_part(p), per_group = p.channels / p.groups;
-  Buffer<float> weights(p.layers * BLOCK), sums(p.layers * BLOCK);
+  const int64_t block = channels_at_a_time(p);
+  Buffer<float> weights(p.layers * block), sums(p.layers * block);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / parts, from = task % parts * per_part, to = smaller(from + per_part, p.positions);
     float* partial = p.partials + task * p.groups * p.layers;
     if constexpr (Dots)
       for (int64_t i = 0; i < p.groups * p.layers; ++i) partial[i] = 0.0f;
-    for (int64_t c0 = 0; c0 < p.channels; c0 += BLOCK) {
-      const int64_t count = smaller(BLOCK, p.channels - c0);
-      spread_weights(p, b, c0, count, weights.data);
+    for (int64_t c0 = 0; c0 < p.channels; c0 += block) {
+      const int64_t count = smaller(block, p.channels - c0);
+      spread_weights(p, b, c0, count, block, weights.data);
       if constexpr (Dots)
-        for (int64_t i = 0; i < p.layers * BLOCK; ++i) sums.data[i] = 0.0f;
+        for (int64_t i = 0; i < p.layers * block; ++i) sums.data[i] = 0.0f;
       for (int64_t position = from; position < to; ++position) {
         const int64_t offset = position * p.channels + c0;
         const T* grad_out = at<T>(p.grad_out, b * p.grad_out_stride + offset);
         for (int64_t l = 0; l < p.layers; ++l) {
           const T* value = at<T>(p.values[l], b * p.value_strides[l] + offset);
-          const float* weight = weights.data + l * BLOCK;
-          float* sum = sums.data + l * BLOCK;
+          const float* weight = weights.data + l * block;
+          float* sum = sums.data + l * block;
           T* grad_value = nullptr;
           if constexpr (Values) {
             grad_value = at<T>(p.grad_values[l], b * p.grad_value_strides[l] + offset);
@@ -231,7 +257,7 @@ void backward_rows(const Backward& p, int64_t begin, int64_t end) {
       if constexpr (Dots)
         for (int64_t c = 0; c < count; ++c)
           for (int64_t l = 0; l < p.layers; ++l)
-            partial[(c0 + c) / per_group * p.layers + l] += sums.data[l * BLOCK + c];
+            partial[(c0 + c) / per_group * p.layers + l] += sums.data[l * block + c];
     }
   }
 }

@@ -181,6 +181,32 @@ def markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(reports: Iterable[Report]) -> str:
+    """One line for each op and shape: forward and backward of the fused op beside its fastest peer."""
+    lines: list[str] = []
+    for report in reports:
+        timed = [
+            row for row in report["rows"] if row["kind"] == "shape" and row["pass"] == "both" and row.get("p50_ms")
+        ]
+        for mine in (row for row in timed if row["fused"] and row.get("best_peer_over_this")):
+            others = [row for row in timed if row["shape"] == mine["shape"] and not row["fused"]]
+            peer = min((row for row in others if row["provider"] != "reference"), key=lambda row: row["p50_ms"])
+            if not lines:
+                lines = [
+                    f"{machine(report)}, {report['dtype']}, forward + backward, medians; the share is that of the copy "
+                    "bandwidth which this machine reaches at most; memory is what is held at the peak beyond the inputs.",
+                    "",
+                    "| op | shape | fused, ms | best peer, ms | | ratio | of copy | fused, MiB | peer, MiB |",
+                    "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
+                ]
+            lines.append(
+                f"| `{report['op']}` | {mine['shape']} | {_number(mine['p50_ms'], 3)} | {_number(peer['p50_ms'], 3)} "
+                f"| {peer['provider']} | **{mine['best_peer_over_this']:.1f}x** | {_percent(mine.get('of_copy'))} "
+                f"| {_mebibytes(mine['extra_bytes'])} | {_mebibytes(peer['extra_bytes'])} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
 def _memory_tables(report: Report) -> list[str]:
     """Peak memory of training where there is a backward pass, and what is saved for it."""
     lines = []

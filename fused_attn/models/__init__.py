@@ -1,6 +1,6 @@
 """Model families, one file each, and the registry that names them."""
 
-from . import bottleneck_resnet, cifar_resnet, deit, resnet, wide_resnet
+from . import bottleneck_resnet, cifar_resnet, deit, resnet, se_resnet, wide_resnet
 from .registry import create_model, list_models, register_model
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "list_models",
     "register_model",
     "resnet",
+    "se_resnet",
     "wide_resnet",
 ]

@@ -138,14 +138,15 @@ def time_interleaved(
     passes: Mapping[str, Sequence[str]] | None = None,
     seconds: float,
     least: int = 5,
+    turn_seconds: float = 0.1,
     warmup: int = 1,
     into: dict[str, dict[str, list[float]]] | None = None,
     on_round: Callable[[float], None] = lambda done: None,
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of every function, pass and repetition: ``[function][pass][repetition]``.
 
-    The functions take turns (A B C A B C ...), so that a machine that slows down slows all of them, and every round
-    takes the next of ``calls``.
+    The functions take turns (A B C A B C ...), so that a machine that slows down slows all of them.  A turn is one
+    call, or as many as fit in ``turn_seconds``; every call takes the next of ``calls``.
 
     Args:
         functions: by name.
@@ -153,6 +154,8 @@ def time_interleaved(
         passes: those to time, by function; all when None.
         seconds: to go on for, after the warm-up.
         least: rounds to run even if they take longer.
+        turn_seconds: for fast functions to repeat their call in, so that they are timed more often than slow ones and
+            not only when another's data is in the caches.
         warmup: untimed rounds before, of every call.
         into: where the times go, so that an interrupted measurement keeps what it has.
         on_round: told after each round what part is done, between 0 and 1.
@@ -164,7 +167,15 @@ def time_interleaved(
         return lambda number: time_once(functions[name], calls[number % len(calls)], passes[name], clock)
 
     turns = {name: turn(name) for name in functions}
-    return interleave(turns, seconds=seconds, least=least, warmup=len(calls) * warmup, into=into, on_round=on_round)
+    return interleave(
+        turns,
+        seconds=seconds,
+        least=least,
+        turn_seconds=turn_seconds,
+        warmup=len(calls) * warmup,
+        into=into,
+        on_round=on_round,
+    )
 
 
 def interleave(
@@ -172,6 +183,7 @@ def interleave(
     *,
     seconds: float,
     least: int,
+    turn_seconds: float = 0.1,
     warmup: int,
     into: dict[str, dict[str, list[float]]] | None = None,
     on_round: Callable[[float], None] = lambda done: None,
@@ -179,22 +191,42 @@ def interleave(
     """What :func:`time_interleaved` does, for anything that times itself.
 
     Args:
-        turns: by name, what takes the number of a round, and returns seconds by what was timed.
-        warmup: rounds to throw away first.
-        seconds, least, into, on_round: as there.
+        turns: by name, what takes the number of a call, and returns seconds by what was timed.
+        warmup: rounds of one call to throw away first.
+        seconds, least, turn_seconds, into, on_round: as there.
     """
+    keep_freed_memory()
     times = {} if into is None else into
+    calls = dict.fromkeys(turns, 0)
     for number in range(warmup):
         for turn in turns.values():
             turn(number)
     started, rounds = time.monotonic(), 0
     while rounds < least or time.monotonic() - started < seconds:
         for name, turn in turns.items():
-            for each, value in turn(rounds).items():
-                times.setdefault(name, {}).setdefault(each, []).append(value)
+            turn_started = time.monotonic()
+            while True:
+                for each, value in turn(calls[name]).items():
+                    times.setdefault(name, {}).setdefault(each, []).append(value)
+                calls[name] += 1
+                if time.monotonic() - turn_started >= turn_seconds:
+                    break
         rounds += 1
         on_round(min(1.0, (time.monotonic() - started) / max(seconds, 1e-9), rounds / least))
     return times
+
+
+def keep_freed_memory() -> None:
+    """Let this process reuse what it frees, where the C library is glibc.
+
+    By default large blocks go back to the system and come anew, page fault by page fault, or not, depending on what was
+    allocated before: on the CPU, times of ops that are bound by memory come out one or two and a half times as long.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------

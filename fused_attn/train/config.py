@@ -80,6 +80,8 @@ class TrainConfig:
     """Linear warm-up from 0, before any schedule."""
     label_smoothing: float = 0.0
     """Of the cross-entropy."""
+    aux_weights: tuple[float, ...] = ()
+    """Weight of each auxiliary classifier's loss, added to the main loss, in the order of the model's stages."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, which is then what is evaluated; 0: none."""
     clip_norm: float | None = None
@@ -127,6 +129,8 @@ class TrainConfig:
         _check(self.warmup_epochs >= 0, "warmup_epochs", "at least 0", self.warmup_epochs)
         _check(self.crop_scale is None or 0 < self.crop_scale <= 1, "crop_scale", "in (0, 1]", self.crop_scale)
         _check(self.validation >= 0, "validation", "at least 0", self.validation)
+        for weight in self.aux_weights:
+            _check(weight >= 0, "aux_weights", "at least 0 each", self.aux_weights)
         _check(not self.nesterov or self.momentum > 0, "momentum", "above 0 with nesterov", self.momentum)
         self.parsed_model_options()
 

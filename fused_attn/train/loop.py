@@ -113,6 +113,13 @@ class Run:
 
     def _try_out(self) -> None:
         """Run one image, so that an ``impl`` that cannot run here is an error before anything is written."""
+        # A network that returns auxiliary logits in training keeps what makes them in `auxiliary`.
+        classifiers, weights = len(getattr(self.network, "auxiliary", ())), self.config.aux_weights
+        if classifiers != len(weights):
+            raise TrainError(
+                f"aux_weights must hold one weight for each of the {classifiers} auxiliary classifiers of "
+                f"{self.config.model}, got {len(weights)}"
+            )
         try:
             with torch.no_grad(), self.accelerator.autocast():
                 self.network.eval()(self._to_device(self.dataset.test[:1], self.eval_transform)[0])
@@ -175,8 +182,7 @@ class Run:
             share = len(part)
             images, labels = self._to_device(part, self.transform)
             with accelerator.accumulate(self.model):
-                logits = self.model(images).float()
-                loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+                logits, loss = self._loss(self.model(images), labels)
                 accelerator.backward(loss)
                 if config.clip_norm is not None and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm)
@@ -196,6 +202,16 @@ class Run:
                 self.log.write("step", step=self.step, epoch=epoch, loss=loss, lr=rate)
                 self.bar.set_postfix(epoch=f"{epoch:.2f}", loss=f"{loss:.4f}", lr=f"{rate:.4f}", refresh=False)
         self.bar.update()
+
+    def _loss(self, outputs: Tensor | tuple[Tensor, list[Tensor]], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits that count, and the loss: with auxiliary classifiers the weighted sum of all losses."""
+        logits, auxiliary = outputs if isinstance(outputs, tuple) else (outputs, [])
+        losses = [
+            F.cross_entropy(out.float(), labels, label_smoothing=self.config.label_smoothing)
+            for out in (logits, *auxiliary)
+        ]
+        weighted = (weight * loss for weight, loss in zip(self.config.aux_weights, losses[1:], strict=True))
+        return logits.float(), sum(weighted, losses[0])
 
     def _end_of_epoch(self, epoch: int, results: dict[str, float]) -> dict[str, float]:
         """Evaluate where it is due, log, and save; returns the newest results."""

@@ -59,4 +59,13 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
             "model_options": ("drop_path=0.2",),
         },
     ),
+    "result-attention": (
+        "Ye, Introduce the Result Into Self-Attention, section 4: SGD-Nesterov, divided by 5 at epochs 60, 120 and 160 "
+        "of 200, one epoch of warm-up; the auxiliary losses' weights are table 3's for 34 layers (0.3 0.3 for 50, "
+        "0.3 0.2 for 101)",
+        {
+            **_WRN, "model": "se_r_resnet34", "dataset": "cifar100", "epochs": 200, "milestones": (60, 120, 160),
+            "warmup_epochs": 1.0, "crop_padding": 4, "flip": True, "rotate": 15.0, "aux_weights": (0.4, 0.4),
+        },
+    ),
 }  # fmt: skip

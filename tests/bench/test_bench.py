@@ -78,10 +78,17 @@ def test_functions_take_turns_on_all_input_sets():
 
     functions = {"a": function("a"), "b": function("b")}
     passes = {"a": ("fwd",), "b": ("fwd",)}
-    times = measure.time_interleaved(functions, calls, passes=passes, seconds=0.0, least=3, warmup=1)
+    options = {"passes": passes, "seconds": 0.0, "least": 3, "warmup": 1}
+    times = measure.time_interleaved(functions, calls, turn_seconds=0.0, **options)
     one_round = [(name, float(i)) for i in range(3) for name in "ab"]
     assert order == one_round * 2  # a warm-up on every set, then the rounds
     assert {name: len(each["fwd"]) for name, each in times.items()} == {"a": 3, "b": 3}
+
+    order.clear()
+    times = measure.time_interleaved(functions, calls, turn_seconds=0.01, **options)
+    assert all(len(each["fwd"]) > 6 for each in times.values())  # fast functions go on until their turn is over
+    turns = [name for (name, _), (before, _) in zip(order[6:], order[5:], strict=False) if name != before]
+    assert turns == list("ababab")
 
 
 def test_inputs_are_random_and_differ_from_draw_to_draw():
@@ -240,12 +247,12 @@ def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch, capsy
     def stops_in_the_second_case(turns, **options):
         cases.append(turns)
         if len(cases) < 2:
-            return interleave(turns, **options)
+            return interleave(turns, **{**options, "turn_seconds": 0.0})
 
         def on_round(part):
             raise KeyboardInterrupt
 
-        return interleave(turns, **{**options, "on_round": on_round})
+        return interleave(turns, **{**options, "turn_seconds": 0.0, "on_round": on_round})
 
     monkeypatch.setattr(measure, "interleave", stops_in_the_second_case)
     second = TINY.replace("H=4", "H=5")

@@ -103,3 +103,12 @@ def test_recipe_of_mrla():
     with torch.device("meta"):
         model = create_model(recipe.model, **recipe.parsed_model_options())
     assert model.stages[3][2].drop_path.p == 0.2
+
+
+def test_recipe_of_result_attention():
+    recipe = TrainConfig(out="out", **RECIPES["result-attention"][1])
+    rates = [learning_rate(recipe, 10 * epoch, 10) for epoch in (1, 59, 60, 120, 160)]
+    assert rates == pytest.approx([0.1, 0.1, 0.02, 0.004, 0.0008])
+    assert learning_rate(recipe, 0, 10) < learning_rate(recipe, 5, 10) < 0.1
+    assert (recipe.batch_size, recipe.momentum, recipe.nesterov, recipe.weight_decay) == (128, 0.9, True, 5e-4)
+    assert (recipe.crop_padding, recipe.flip, recipe.rotate, recipe.aux_weights) == (4, True, 15.0, (0.4, 0.4))

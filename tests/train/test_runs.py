@@ -84,6 +84,67 @@ def test_run_is_the_training_loop_written_by_hand(small, tmp_path, linear_model)
     assert [record["loss"] for record in step_records(tmp_path / "run")] == pytest.approx(losses, rel=1e-5)
 
 
+class WithAuxiliary(nn.Module):
+    """A classifier and two auxiliary ones, which share its first layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh())
+        self.fc = nn.Linear(16, 10)
+        self.auxiliary = nn.ModuleList(nn.Linear(16, 10) for _ in range(2))
+
+    def forward(self, x):
+        x = self.first(x)
+        return (self.fc(x), [layer(x) for layer in self.auxiliary]) if self.training else self.fc(x)
+
+
+def with_auxiliary(config, dataset):
+    torch.manual_seed(3)
+    return WithAuxiliary()
+
+
+def test_auxiliary_losses_are_added_with_their_weights(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "build_network", with_auxiliary)
+    config = small(tmp_path / "run", **PLAIN, aux_weights=(0.3, 0.2), label_smoothing=0.1)
+    metrics = train(config)
+
+    digits = data.load("digits", image_size=8)
+    _, normalize = augment.build(config, digits)
+    model = with_auxiliary(config, digits)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    losses = []
+    for epoch in range(2):
+        for batch in data.epoch_batches(digits.train[:200], 32, 0, epoch):
+            optimizer.param_groups[0]["lr"] = learning_rate(config, len(losses), 6)
+            logits, (aux1, aux2) = model(normalize(batch.images.float() / 255.0))
+            main, one, two = (F.cross_entropy(out, batch.labels, label_smoothing=0.1) for out in (logits, aux1, aux2))
+            loss = main + 0.3 * one + 0.2 * two
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    torch.testing.assert_close(load_file(tmp_path / "run/model.safetensors"), model.state_dict())
+    assert [record["loss"] for record in step_records(tmp_path / "run")] == pytest.approx(losses, rel=1e-5)
+    with torch.no_grad():
+        logits = model.eval()(normalize(digits.test.images.float() / 255.0))
+    assert metrics["test_loss"] == pytest.approx(F.cross_entropy(logits, digits.test.labels).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("weights", [(), (0.3,), (0.3, 0.2, 0.1)])
+def test_every_auxiliary_classifier_needs_a_weight(small, tmp_path, monkeypatch, weights):
+    monkeypatch.setattr(loop, "build_network", with_auxiliary)
+    expected = (
+        f"aux_weights must hold one weight for each of the 2 auxiliary classifiers of wrn_10_1, got {len(weights)}"
+    )
+    with pytest.raises(TrainError, match=expected):
+        train(small(tmp_path / "run", aux_weights=weights))
+
+
+def test_weights_without_auxiliary_classifiers_are_refused(small, tmp_path):
+    with pytest.raises(TrainError, match="each of the 0 auxiliary classifiers of wrn_10_1, got 1"):
+        train(small(tmp_path / "run", aux_weights=(0.3,)))
+
+
 def test_accumulated_parts_are_one_batch(small, tmp_path, linear_model):
     train(small(tmp_path / "whole", **PLAIN))
     train(small(tmp_path / "parts", **PLAIN, accumulate=4))

@@ -1,0 +1,156 @@
+// Registration of the CPU kernels: LibTorch tensors in, plain views to the kernels, work split over threads.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+#include "common/cpu_capability.h"
+#include "squeeze_excite/kernel.h"
+
+namespace fused_attn::squeeze_excite {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kChunkBytes = 1 << 21;  // of the maps of one chunk of samples
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    default: throw std::runtime_error("squeeze_excite: the CPU kernel takes float32, float16 and bfloat16");
+  }
+}
+
+TensorView view_of(const Tensor& tensor) {
+  TensorView view{tensor.data_ptr(), dtype_of(tensor), {}};
+  for (int64_t i = 0; i < tensor.dim(); ++i) view.stride[i] = tensor.stride(i);
+  return view;
+}
+
+TensorView view_of(const std::optional<Tensor>& tensor) { return tensor ? view_of(*tensor) : TensorView{}; }
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  if (cpu_capability() == CpuCapability::avx512) return avx512::kernels;
+  if (cpu_capability() == CpuCapability::avx2) return avx2::kernels;
+#endif
+  return generic::kernels;
+}
+
+template <class Run>
+void parallel(int64_t count, const Run& run) {
+  if (count > 0) torch::stable::parallel_for(0, count, 1, run);
+}
+
+// What `run_pack` fills: `depth` rows of whole panels.
+std::vector<float> panels_for(const Kernels& use, int64_t depth, int64_t columns) {
+  return std::vector<float>((columns + use.panel - 1) / use.panel * use.panel * depth);
+}
+
+void run_pack(const Kernels& use, const Pack& pack) {
+  parallel((pack.columns + use.panel - 1) / use.panel, [&](int64_t begin, int64_t end) { use.pack(pack, begin, end); });
+}
+
+// Panels of a weight (outputs, inputs) for a product with its inputs, or with `outputs_first` its outputs, as depth.
+std::vector<float> pack_weight(const Kernels& use, const Tensor& weight, bool outputs_first) {
+  const TensorView view = view_of(weight);
+  const int64_t deep = outputs_first ? 0 : 1, wide = 1 - deep;
+  std::vector<float> panels = panels_for(use, weight.size(deep), weight.size(wide));
+  run_pack(use, {view, {}, weight.size(deep), weight.size(wide), weight.size(wide), view.stride[deep],
+                 view.stride[wide], 0, 0, panels.data()});
+  return panels;
+}
+
+void fill_problem(Problem& p, const Tensor& x, const Tensor& fc1_weight, const std::optional<Tensor>& result,
+                  bool channels_last, Tensor& z, Tensor& hidden, Tensor& scale) {
+  p.batch = x.size(0), p.channels = x.size(1), p.positions = x.size(2) * x.size(3);
+  p.features = result ? result->size(1) : 0, p.hidden = fc1_weight.size(0);
+  p.channels_last = channels_last || p.positions == 1;
+  p.dtype = dtype_of(x);
+  // Several samples share one pass over the small layers' weights; their maps must stay in the cache meanwhile.
+  const int64_t bytes = p.map() * x.element_size();
+  p.chunk = std::clamp<int64_t>(kChunkBytes / bytes, 1, 8);
+  p.x = x.const_data_ptr();
+  p.result = view_of(result);
+  p.z = static_cast<float*>(z.data_ptr()), p.hidden_units = static_cast<float*>(hidden.data_ptr());
+  p.scale = static_cast<float*>(scale.data_ptr());
+}
+
+void squeeze_excite_forward(Tensor x, Tensor fc1_weight, std::optional<Tensor> fc1_bias, Tensor fc2_weight,
+                            std::optional<Tensor> fc2_bias, std::optional<Tensor> result, std::optional<Tensor> share,
+                            std::optional<Tensor> residual, bool relu, bool channels_last, Tensor out, Tensor z,
+                            Tensor hidden, Tensor scale) {
+  Forward p;
+  fill_problem(p, x, fc1_weight, result, channels_last, z, hidden, scale);
+  if (p.batch == 0) return;
+  p.relu = relu;
+  p.bias1 = view_of(fc1_bias), p.bias2 = view_of(fc2_bias), p.share = view_of(share);
+  p.residual = residual ? residual->const_data_ptr() : nullptr;
+  p.out = out.mutable_data_ptr();
+  const Kernels& use = kernels();
+  const auto fc1 = pack_weight(use, fc1_weight, false), fc2 = pack_weight(use, fc2_weight, false);
+  p.fc1 = fc1.data(), p.fc2 = fc2.data();
+  parallel(p.chunks(), [&](int64_t begin, int64_t end) { use.forward(p, begin, end); });
+}
+
+void* data_or_null(Tensor& tensor) { return tensor.numel() > 0 ? tensor.mutable_data_ptr() : nullptr; }
+
+void squeeze_excite_backward(Tensor grad_out, Tensor x, Tensor fc1_weight, Tensor fc2_weight,
+                             std::optional<Tensor> result, std::optional<Tensor> out, Tensor z, Tensor hidden,
+                             Tensor scale, bool channels_last, Tensor grad_x, Tensor grad_fc1_weight,
+                             Tensor grad_fc1_bias, Tensor grad_fc2_weight, Tensor grad_fc2_bias, Tensor grad_result,
+                             Tensor grad_share, Tensor grad_residual) {
+  Backward p;
+  fill_problem(p, x, fc1_weight, result, channels_last, z, hidden, scale);
+  p.relu = out.has_value();
+  p.grad_out = grad_out.const_data_ptr(), p.out = out ? out->const_data_ptr() : nullptr;
+  p.grad_x = grad_x.mutable_data_ptr(), p.grad_residual = data_or_null(grad_residual);
+  p.grad_result = data_or_null(grad_result), p.grad_share = data_or_null(grad_share);
+  p.grad_fc1 = grad_fc1_weight.mutable_data_ptr(), p.grad_bias1 = grad_fc1_bias.mutable_data_ptr();
+  p.grad_fc2 = grad_fc2_weight.mutable_data_ptr(), p.grad_bias2 = grad_fc2_bias.mutable_data_ptr();
+
+  const Kernels& use = kernels();
+  const auto fc2 = pack_weight(use, fc2_weight, true), fc1 = pack_weight(use, fc1_weight, true);
+  p.fc2 = fc2.data(), p.fc1 = fc1.data();
+  std::vector<float> grad_logits(p.batch * padded(p.channels)), grad_hidden(p.batch * padded(p.hidden));
+  p.grad_logits = grad_logits.data(), p.grad_hidden = grad_hidden.data();
+  parallel(p.chunks(), [&](int64_t begin, int64_t end) { use.backward(p, begin, end); });
+
+  // One task sums over the whole batch in the order of the samples: the same bits at any number of threads.
+  std::vector<float> inputs = panels_for(use, p.batch, p.columns()), units = panels_for(use, p.batch, p.hidden);
+  run_pack(use, {p.result, view_of(z), p.batch, p.columns(), p.features, p.result.stride[0], p.result.stride[1],
+                 p.channels, 1, inputs.data()});
+  run_pack(use, {view_of(hidden), {}, p.batch, p.hidden, p.hidden, p.hidden, 1, 0, 0, units.data()});
+  p.input_panels = inputs.data(), p.hidden_panels = units.data();
+  parallel((padded(p.hidden) + padded(p.channels)) / kRowGroup,
+           [&](int64_t begin, int64_t end) { use.weight_grads(p, begin, end); });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn_cpu, m) {
+  m.def(
+      "squeeze_excite_forward(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
+      "Tensor? result, Tensor? result_share, Tensor? residual, bool relu, bool channels_last, Tensor(a!) out, "
+      "Tensor(b!) z, Tensor(c!) hidden, Tensor(d!) scale) -> ()");
+  m.def(
+      "squeeze_excite_backward(Tensor grad_out, Tensor x, Tensor fc1_weight, Tensor fc2_weight, Tensor? result, "
+      "Tensor? out, Tensor z, Tensor hidden, Tensor scale, bool channels_last, Tensor(a!) grad_x, "
+      "Tensor(b!) grad_fc1_weight, Tensor(c!) grad_fc1_bias, Tensor(d!) grad_fc2_weight, Tensor(e!) grad_fc2_bias, "
+      "Tensor(f!) grad_result, Tensor(g!) grad_result_share, Tensor(h!) grad_residual) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_attn_cpu, CPU, m) {
+  m.impl("squeeze_excite_forward", TORCH_BOX(&squeeze_excite_forward));
+  m.impl("squeeze_excite_backward", TORCH_BOX(&squeeze_excite_backward));
+}
+
+}  // namespace fused_attn::squeeze_excite

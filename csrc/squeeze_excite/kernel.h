@@ -1,0 +1,76 @@
+// What cpu.cpp hands to the kernels.  One implementation (kernel_impl.h), compiled once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/tensor_view.h"
+
+namespace fused_attn::squeeze_excite {
+
+// Weights of a small layer as panels: to[(panel, depth, lane)] = weight of (depth, panel * width + lane).
+struct Pack {
+  TensorView from, tail;  // columns past `split` come from `tail`, where they count from 0
+  int64_t depth, columns, split;
+  int64_t depth_stride, column_stride, tail_depth_stride, tail_column_stride;
+  float* to;
+};
+
+// Maps are dense, (batch, channels, positions) or, channels last, (batch, positions, channels), of one element type.
+struct Problem {
+  int64_t batch, channels, positions, features, hidden;
+  bool channels_last, relu;
+  DType dtype;
+  int64_t chunk;   // samples that a thread squeezes, sends through the layers and scales together
+  const void* x;
+  TensorView result;  // (batch, features)
+  float *z, *hidden_units, *scale;  // (batch, channels), (batch, hidden), (batch, channels), dense
+
+  int64_t columns() const { return features + channels; }
+  int64_t map() const { return channels * positions; }
+  int64_t chunks() const { return (batch + chunk - 1) / chunk; }
+};
+
+struct Forward : Problem {
+  const float *fc1, *fc2;         // panels: (columns x hidden), (hidden x channels)
+  TensorView bias1, bias2;        // or nothing
+  TensorView share;               // (batch, hidden), or nothing
+  const void* residual;           // or null
+  void* out;
+};
+
+struct Backward : Problem {
+  const void *grad_out, *out;     // out: null without an activation
+  const float *fc2, *fc1;         // panels: (channels x hidden), (hidden x columns)
+  float *grad_logits;             // (batch, padded channels): gradient of the sigmoid's argument
+  float *grad_hidden;             // (batch, padded hidden): gradient of the first layer's output
+  void *grad_x, *grad_residual;   // grad_residual: or null
+  void *grad_result, *grad_share; // dense, or null
+  // For the weights' gradients, sums over the batch:
+  const float *input_panels, *hidden_panels;  // (batch x columns), (batch x hidden)
+  void *grad_fc1, *grad_bias1, *grad_fc2, *grad_bias2;  // dense
+};
+
+constexpr int64_t kRowGroup = 16;  // rows of a weight's gradient to a task; a multiple of every vector length
+inline int64_t padded(int64_t count) { return (count + kRowGroup - 1) / kRowGroup * kRowGroup; }
+
+struct Kernels {
+  int64_t panel;                                                    // columns to a panel
+  void (*pack)(const Pack&, int64_t begin, int64_t end);            // panels
+  void (*forward)(const Forward&, int64_t begin, int64_t end);      // chunks of samples
+  void (*backward)(const Backward&, int64_t begin, int64_t end);    // chunks of samples
+  void (*weight_grads)(const Backward&, int64_t begin, int64_t end);  // groups of rows: of fc1, then of fc2
+};
+
+namespace generic {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+}  // namespace fused_attn::squeeze_excite

@@ -1,0 +1,437 @@
+// The CPU kernels of squeeze-excite; see the op's README.md for the method.
+//
+// Included by kernel_<isa>.cpp only, once each.  A chunk of samples is squeezed, sent through the two small layers and
+// scaled before the next one is touched, so that the second read of a map comes from the cache.
+
+namespace fused_attn::squeeze_excite::FUSED_ATTN_ISA {
+namespace {
+
+#include "common/simd.h"
+#include "common/simd_half.h"
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr int kRows = 8;            // positions whose channels are added in registers (channels last)
+constexpr int64_t kBlockRows = 32;  // such groups to a partial sum
+
+FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+FA_INLINE int64_t vectors_of(int64_t count) { return (count + L - 1) / L; }
+FA_INLINE int64_t panels_of(int64_t count) { return (count + PANEL - 1) / PANEL; }
+
+template <class T>
+FA_INLINE const T* at(const void* base, int64_t offset) {
+  return static_cast<const T*>(base) + offset;
+}
+template <class T>
+FA_INLINE T* at(void* base, int64_t offset) {
+  return static_cast<T*>(base) + offset;
+}
+
+struct Buffer {
+  float* data;
+  explicit Buffer(int64_t count)
+      : data(static_cast<float*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64 + 64))) {
+    if (data == nullptr) throw std::bad_alloc();
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { std::free(data); }
+  float* operator+(int64_t i) { return data + i; }
+};
+
+// --- the first `count` < L elements of a vector ---------------------------------------------------------------------
+
+template <class T>
+FA_INLINE vf load_some(const T* p, int64_t count) {
+#if defined(__AVX512BW__) && FUSED_ATTN_LANES == 16
+  const auto mask = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) {
+    return (vf)_mm512_maskz_loadu_ps(mask, p);
+  } else {
+    const __m256i bits = _mm256_maskz_loadu_epi16(mask, p);
+    if constexpr (std::is_same_v<T, c10::Half>) return (vf)_mm512_cvtph_ps(bits);
+    return (vf)(__builtin_convertvector((vh)bits, vu) << 16);
+  }
+#else
+  T some[L] = {};
+  for (int64_t i = 0; i < count; ++i) some[i] = p[i];
+  return load_as_float(some);
+#endif
+}
+
+template <class T>
+FA_INLINE void store_some(T* p, vf x, int64_t count) {
+#if defined(__AVX512BW__) && FUSED_ATTN_LANES == 16
+  const auto mask = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, mask, (__m512)x);
+  } else {
+    T some[L];
+    store_rounded(some, x);
+    _mm256_mask_storeu_epi16(p, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(some)));
+  }
+#else
+  T some[L];
+  store_rounded(some, x);
+  for (int64_t i = 0; i < count; ++i) p[i] = some[i];
+#endif
+}
+
+// Where a vector starts, and whether all of it is there.
+template <bool Whole>
+struct Lanes {
+  int64_t begin, count;
+
+  template <class T>
+  FA_INLINE vf load(const T* p) const {
+    if constexpr (Whole) return load_as_float(p + begin);
+    return load_some(p + begin, count);
+  }
+  template <class T>
+  FA_INLINE void store(T* p, vf x) const {
+    if constexpr (Whole) return store_rounded(p + begin, x);
+    store_some(p + begin, x, count);
+  }
+};
+
+// body(lanes) for every vector of `count` elements.
+template <class Body>
+FA_INLINE void each(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + L <= count; i += L) body(Lanes<true>{i, L});
+  if (i < count) body(Lanes<false>{i, count - i});
+}
+
+// Sum of term(lanes) over `count` elements; lanes past the end must come as 0.
+template <class Term>
+FA_INLINE float sum_each(int64_t count, const Term& term) {
+  constexpr int64_t Unroll = 4 * L, Block = kLongestChain * Unroll;
+  vf total{};
+  int64_t i = 0;
+  while (i + L <= count) {
+    vf sum[4] = {};
+    const int64_t end = smaller(i + Block, count);
+    for (; i + Unroll <= end; i += Unroll)
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; ++n) sum[n] += term(Lanes<true>{i + n * L, L});
+    for (; i + L <= end; i += L) sum[0] += term(Lanes<true>{i, L});
+    total += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+  if (i < count) total += term(Lanes<false>{i, count - i});
+  return sum_lanes(total);
+}
+
+// --- whole maps -----------------------------------------------------------------------------------------------------
+
+// sums[c] = factor * sum over the positions of one sample of term(offset of the row, lanes).  A row is a channel's
+// positions or, channels last, a position's channels.  `partial` holds as many floats as sums, padded.
+template <class Term>
+FA_INLINE void sum_map(const Problem& p, float factor, float* sums, float* partial, const Term& term) {
+  if (!p.channels_last) {
+    for (int64_t c = 0; c < p.channels; ++c)
+      sums[c] = factor * sum_each(p.positions, [&](auto lanes) FA_INLINE_CALL { return term(c * p.positions, lanes); });
+    return;
+  }
+  auto add_rows = [&]<int N>(int64_t row, bool first) FA_INLINE_CALL {
+    each(p.channels, [&](auto lanes) FA_INLINE_CALL {
+      vf sum[N];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum[n] = term((row + n) * p.channels, lanes);
+#pragma GCC unroll 8
+      for (int step = N / 2; step > 0; step /= 2)
+#pragma GCC unroll 8
+        for (int n = 0; n < step; ++n) sum[n] += sum[n + step];
+      float* to = partial + lanes.begin;
+      store(to, first ? sum[0] : load(to) + sum[0]);
+    });
+  };
+  for (int64_t block = 0; block < p.positions; block += kBlockRows * kRows) {
+    const int64_t end = smaller(block + kBlockRows * kRows, p.positions);
+    int64_t row = block;
+    for (; row + kRows <= end; row += kRows) add_rows.template operator()<kRows>(row, row == block);
+    for (; row < end; ++row) add_rows.template operator()<1>(row, row == block);
+    each(p.channels, [&](auto lanes) FA_INLINE_CALL {
+      const vf sum = load(partial + lanes.begin);
+      lanes.store(sums, block == 0 ? sum : lanes.load(sums) + sum);
+    });
+  }
+  each(p.channels, [&](auto lanes) FA_INLINE_CALL { lanes.store(sums, factor * lanes.load(sums)); });
+}
+
+// body(offset of the row, lanes, a of the lanes, b of the lanes) over one sample; a and b hold one float per channel.
+template <class Body>
+FA_INLINE void each_of_map(const Problem& p, const float* a, const float* b, const Body& body) {
+  if (!p.channels_last) {
+    for (int64_t c = 0; c < p.channels; ++c) {
+      const vf of_a = broadcast(a[c]), of_b = broadcast(b[c]);
+      each(p.positions, [&](auto lanes) FA_INLINE_CALL { body(c * p.positions, lanes, of_a, of_b); });
+    }
+  } else {
+    for (int64_t row = 0; row < p.positions; ++row)
+      each(p.channels, [&](auto lanes)
+                           FA_INLINE_CALL { body(row * p.channels, lanes, lanes.load(a), lanes.load(b)); });
+  }
+}
+
+// --- the small layers -----------------------------------------------------------------------------------------------
+
+void pack(const Pack& p, int64_t begin, int64_t end) {
+  for (int64_t panel = begin; panel < end; ++panel) {
+    float* to = p.to + panel * p.depth * PANEL;
+    for (int64_t lane = 0; lane < PANEL; ++lane) {
+      const int64_t column = panel * PANEL + lane;
+      if (column >= p.columns) {
+        for (int64_t k = 0; k < p.depth; ++k) to[k * PANEL + lane] = 0.0f;
+      } else if (column < p.split) {
+        gather(p.from, column * p.column_stride, p.depth_stride, p.depth, 1.0f, to + lane, PANEL);
+      } else {
+        gather(p.tail, (column - p.split) * p.tail_column_stride, p.tail_depth_stride, p.depth, 1.0f, to + lane, PANEL);
+      }
+    }
+  }
+}
+
+// finish(row, first column, product) with product = a (rows x depth) times panels (depth x columns).
+template <class Finish>
+FA_INLINE void multiply(int64_t rows, const float* a, int64_t a_row, int64_t a_depth, int64_t depth,
+                        const float* panels, int64_t columns, const Finish& finish) {
+  for (int64_t v = 0; v < vectors_of(columns); v += NR)
+    outer_product(rows, static_cast<int>(smaller(NR, vectors_of(columns) - v)), a, a_row, a_depth, depth,
+                  panels + v * L * depth, PANEL,
+                  [&](int64_t m, int n, vf x) FA_INLINE_CALL { finish(m, (v + n) * L, x); });
+}
+
+FA_INLINE vf sigmoid(vf x) {
+  const vf small = exp2_nonpositive(select(x < 0.0f, x, -x) * kLog2e);  // e^-|x|
+  return select(x < 0.0f, small, broadcast(1.0f)) / (small + 1.0f);
+}
+
+// Zero where x <= 0, as in torch.relu: NaN stays.
+FA_INLINE vf relu(vf x) { return select(x <= 0.0f, vf{}, x); }
+
+void gather_padded(const TensorView& view, int64_t count, float* to) {
+  for (int64_t i = 0; i < padded(count); ++i) to[i] = 0.0f;
+  if (view) gather(view, 0, view.stride[0], count, 1.0f, to);
+}
+
+// --- forward --------------------------------------------------------------------------------------------------------
+
+template <bool Residual, class T>
+void scale_map(const Forward& p, int64_t b) {
+  const T* x = at<T>(p.x, b * p.map());
+  const T* residual = Residual ? at<T>(p.residual, b * p.map()) : nullptr;
+  T* out = at<T>(p.out, b * p.map());
+  const float* scale = p.scale + b * p.channels;
+  auto run = [&]<bool Relu>() FA_INLINE_CALL {
+    each_of_map(p, scale, scale, [&](int64_t offset, auto lanes, vf s, vf) FA_INLINE_CALL {
+      vf y = lanes.load(x + offset) * s;
+      if constexpr (Residual) y += lanes.load(residual + offset);
+      lanes.store(out + offset, Relu ? relu(y) : y);
+    });
+  };
+  return p.relu ? run.template operator()<true>() : run.template operator()<false>();
+}
+
+template <class T>
+void forward_chunks(const Forward& p, int64_t begin, int64_t end) {
+  const int64_t inputs = padded(p.columns()), units = padded(p.hidden), channels = padded(p.channels);
+  Buffer input(p.chunk * inputs), hidden(p.chunk * units), logits(p.chunk * channels), partial(channels);
+  Buffer bias1(units), bias2(channels);
+  gather_padded(p.bias1, p.hidden, bias1.data);
+  gather_padded(p.bias2, p.channels, bias2.data);
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const int64_t first = chunk * p.chunk, count = smaller(p.chunk, p.batch - first);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t b = first + i;
+      float* z = p.z + b * p.channels;
+      const T* x = at<T>(p.x, b * p.map());
+      sum_map(p, 1.0f / p.positions, z, partial.data,
+              [&](int64_t offset, auto lanes) FA_INLINE_CALL { return lanes.load(x + offset); });
+      if (p.features > 0)
+        gather(p.result, b * p.result.stride[0], p.result.stride[1], p.features, 1.0f, input + i * inputs);
+      for (int64_t c = 0; c < p.channels; ++c) input.data[i * inputs + p.features + c] = z[c];
+    }
+    multiply(count, input.data, inputs, 1, p.columns(), p.fc1, p.hidden, [&](int64_t i, int64_t j, vf x) FA_INLINE_CALL {
+      store(hidden + i * units + j, x + load(bias1 + j));
+    });
+    for (int64_t i = 0; i < count; ++i) {
+      float* units_of_sample = hidden + i * units;
+      float share[L];
+      each(p.hidden, [&](auto lanes) FA_INLINE_CALL {
+        vf x = load(units_of_sample + lanes.begin);
+        if (p.share) {
+          gather(p.share, (first + i) * p.share.stride[0] + lanes.begin * p.share.stride[1], p.share.stride[1],
+                 lanes.count, 1.0f, share);
+          x += load(share);
+        }
+        x = relu(x);
+        store(units_of_sample + lanes.begin, x);
+        lanes.store(p.hidden_units + (first + i) * p.hidden, x);
+      });
+    }
+    multiply(count, hidden.data, units, 1, p.hidden, p.fc2, p.channels, [&](int64_t i, int64_t c, vf x) FA_INLINE_CALL {
+      store(logits + i * channels + c, x + load(bias2 + c));
+    });
+    // Backwards: the sample squeezed last is the one most of which is still in the cache.
+    for (int64_t i = count - 1; i >= 0; --i) {
+      const int64_t b = first + i;
+      each(p.channels, [&](auto lanes) FA_INLINE_CALL {
+        lanes.store(p.scale + b * p.channels, sigmoid(load(logits + i * channels + lanes.begin)));
+      });
+      p.residual != nullptr ? scale_map<true, T>(p, b) : scale_map<false, T>(p, b);
+    }
+  }
+}
+
+// --- backward -------------------------------------------------------------------------------------------------------
+
+// The gradient that reaches x * scale + residual.
+template <bool Relu, class T, class AnyLanes>
+FA_INLINE vf active(const T* grad_out, const T* out, int64_t offset, AnyLanes lanes) {
+  const vf grad = lanes.load(grad_out + offset);
+  if constexpr (Relu) return select(lanes.load(out + offset) <= 0.0f, vf{}, grad);
+  return grad;
+}
+
+// grad_scale[c] = sum of grad * x; writes grad_residual.
+template <bool Relu, bool Residual, class T>
+void reduce_map(const Backward& p, int64_t b, float* grad_scale, float* partial) {
+  const T *x = at<T>(p.x, b * p.map()), *grad_out = at<T>(p.grad_out, b * p.map());
+  const T* out = Relu ? at<T>(p.out, b * p.map()) : nullptr;
+  T* grad_residual = Residual ? at<T>(p.grad_residual, b * p.map()) : nullptr;
+  sum_map(p, 1.0f, grad_scale, partial, [&](int64_t offset, auto lanes) FA_INLINE_CALL {
+    const vf grad = active<Relu>(grad_out, out, offset, lanes);
+    if constexpr (Residual) lanes.store(grad_residual + offset, grad);
+    return grad * lanes.load(x + offset);
+  });
+}
+
+// grad_x = grad * scale + grad_mean.
+template <bool Relu, class T>
+void spread_map(const Backward& p, int64_t b, const void* grad, const float* grad_mean) {
+  const T* grad_out = at<T>(grad, b * p.map());
+  const T* out = Relu ? at<T>(p.out, b * p.map()) : nullptr;
+  T* grad_x = at<T>(p.grad_x, b * p.map());
+  each_of_map(p, p.scale + b * p.channels, grad_mean, [&](int64_t offset, auto lanes, vf s, vf mean) FA_INLINE_CALL {
+    lanes.store(grad_x + offset, active<Relu>(grad_out, out, offset, lanes) * s + mean);
+  });
+}
+
+template <class T>
+void backward_chunks(const Backward& p, int64_t begin, int64_t end) {
+  const int64_t inputs = padded(p.columns()), units = padded(p.hidden), channels = padded(p.channels);
+  Buffer partial(channels), grad_input(p.chunk * inputs);
+  const float mean = 1.0f / p.positions;
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const int64_t first = chunk * p.chunk, count = smaller(p.chunk, p.batch - first);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t b = first + i;
+      float* logits = p.grad_logits + b * channels;
+      for (int64_t c = p.channels; c < channels; ++c) logits[c] = 0.0f;
+      if (p.out == nullptr)
+        reduce_map<false, false, T>(p, b, logits, partial.data);
+      else if (p.grad_residual != nullptr)
+        reduce_map<true, true, T>(p, b, logits, partial.data);
+      else
+        reduce_map<true, false, T>(p, b, logits, partial.data);
+      const float* scale = p.scale + b * p.channels;
+      each(p.channels, [&](auto lanes) FA_INLINE_CALL {
+        const vf s = lanes.load(scale);
+        lanes.store(logits, lanes.load(logits) * (s * (1.0f - s)));
+      });
+    }
+    multiply(count, p.grad_logits + first * channels, channels, 1, p.channels, p.fc2, p.hidden,
+             [&](int64_t i, int64_t j, vf x) FA_INLINE_CALL { store(p.grad_hidden + (first + i) * units + j, x); });
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t b = first + i;
+      float* hidden = p.grad_hidden + b * units;
+      for (int64_t j = p.hidden; j < units; ++j) hidden[j] = 0.0f;
+      each(p.hidden, [&](auto lanes) FA_INLINE_CALL {
+        const vf grad = select(lanes.load(p.hidden_units + b * p.hidden) <= 0.0f, vf{}, lanes.load(hidden));
+        lanes.store(hidden, grad);
+        if (p.grad_share != nullptr) lanes.store(at<T>(p.grad_share, b * p.hidden), grad);
+      });
+    }
+    multiply(count, p.grad_hidden + first * units, units, 1, p.hidden, p.fc1, p.columns(),
+             [&](int64_t i, int64_t k, vf x) FA_INLINE_CALL { store(grad_input + i * inputs + k, x); });
+    for (int64_t i = count - 1; i >= 0; --i) {
+      const int64_t b = first + i;
+      float* grad = grad_input + i * inputs;
+      if (p.grad_result != nullptr)
+        each(p.features, [&](auto lanes)
+                             FA_INLINE_CALL { lanes.store(at<T>(p.grad_result, b * p.features), lanes.load(grad)); });
+      grad += p.features;
+      each(p.channels, [&](auto lanes) FA_INLINE_CALL { lanes.store(grad, mean * lanes.load(grad)); });
+      if (p.grad_residual != nullptr)
+        spread_map<false, T>(p, b, p.grad_residual, grad);  // just written, and one map instead of two
+      else if (p.out != nullptr)
+        spread_map<true, T>(p, b, p.grad_out, grad);
+      else
+        spread_map<false, T>(p, b, p.grad_out, grad);
+    }
+  }
+}
+
+// One layer's gradients, rows [row, row + kRowGroup): grads (batch, stride) times panels (batch x columns).
+template <class T>
+void weight_grad_rows(const Problem& p, int64_t row, int64_t rows, const float* grads, int64_t stride,
+                      const float* panels, int64_t columns, void* grad_weight, void* grad_bias) {
+  const int64_t count = smaller(kRowGroup, rows - row);
+  multiply(count, grads + row, 1, stride, p.batch, panels, columns, [&](int64_t m, int64_t k, vf x) FA_INLINE_CALL {
+    T* to = at<T>(grad_weight, (row + m) * columns + k);
+    k + L <= columns ? store_rounded(to, x) : store_some(to, x, columns - k);
+  });
+  each(count, [&](auto lanes) FA_INLINE_CALL {
+    vf total{};
+    for (int64_t b = 0; b < p.batch;) {
+      vf sum{};
+      for (const int64_t end = smaller(b + kLongestChain, p.batch); b < end; ++b)
+        sum += load(grads + b * stride + row + lanes.begin);
+      total += sum;
+    }
+    lanes.store(at<T>(grad_bias, row), total);
+  });
+}
+
+template <class T>
+void weight_grad_groups(const Backward& p, int64_t begin, int64_t end) {
+  const int64_t groups1 = padded(p.hidden) / kRowGroup;
+  for (int64_t group = begin; group < end; ++group) {
+    if (group < groups1)
+      weight_grad_rows<T>(p, group * kRowGroup, p.hidden, p.grad_hidden, padded(p.hidden), p.input_panels, p.columns(),
+                          p.grad_fc1, p.grad_bias1);
+    else
+      weight_grad_rows<T>(p, (group - groups1) * kRowGroup, p.channels, p.grad_logits, padded(p.channels),
+                          p.hidden_panels, p.hidden, p.grad_fc2, p.grad_bias2);
+  }
+}
+
+// --- element types --------------------------------------------------------------------------------------------------
+
+void forward(const Forward& p, int64_t begin, int64_t end) {
+  switch (p.dtype) {
+    case DType::float32: return forward_chunks<float>(p, begin, end);
+    case DType::float16: return forward_chunks<c10::Half>(p, begin, end);
+    case DType::bfloat16: return forward_chunks<c10::BFloat16>(p, begin, end);
+  }
+}
+
+void backward(const Backward& p, int64_t begin, int64_t end) {
+  switch (p.dtype) {
+    case DType::float32: return backward_chunks<float>(p, begin, end);
+    case DType::float16: return backward_chunks<c10::Half>(p, begin, end);
+    case DType::bfloat16: return backward_chunks<c10::BFloat16>(p, begin, end);
+  }
+}
+
+void weight_grads(const Backward& p, int64_t begin, int64_t end) {
+  switch (p.dtype) {
+    case DType::float32: return weight_grad_groups<float>(p, begin, end);
+    case DType::float16: return weight_grad_groups<c10::Half>(p, begin, end);
+    case DType::bfloat16: return weight_grad_groups<c10::BFloat16>(p, begin, end);
+  }
+}
+
+}  // namespace
+
+extern const Kernels kernels = {PANEL, pack, forward, backward, weight_grads};
+
+}  // namespace fused_attn::squeeze_excite::FUSED_ATTN_ISA

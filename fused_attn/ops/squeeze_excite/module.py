@@ -1,0 +1,143 @@
+"""Squeeze-excite as a module, with or without a result that joins the channel means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import library, reference
+from .api import squeeze_excite
+
+
+class SqueezeExcite(nn.Module):
+    """Scale every channel of a feature map by a gate computed from the channel means and, if there is one, a result.
+
+    ``fc1`` and ``fc2`` are ``nn.Linear``; state dicts in which they are 1x1 convolutions (torchvision, timm) load as
+    well.  With ``result_features`` the first columns of ``fc1`` belong to the result, as in the paper's eq. 4.
+
+    Args:
+        channels: C of the feature map.
+        reduction: the hidden width is ``channels // reduction``.
+        result_features: features n of the result; 0: plain squeeze-excite.
+        bias: whether the two layers have a bias.
+        impl: implementation of the op; not part of the state dict, so weights load across implementations.
+
+    Shapes: input (B, C, H, W), output (B, C, H, W).
+
+    Raises:
+        ValueError: an argument is out of range, ``reduction`` leaves no hidden channel, a result is missing, not
+            expected, or of the wrong width or batch.
+
+    Source: Hu et al. 2017, "Squeeze-and-Excitation Networks"; Ye, "Introduce the Result Into Self-Attention".
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: int = 16,
+        result_features: int = 0,
+        *,
+        bias: bool = True,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("channels", channels), ("reduction", reduction)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if reduction > channels:
+            raise ValueError(f"reduction must leave a hidden channel of channels={channels}, got {reduction}")
+        if result_features < 0:
+            raise ValueError(f"result_features must be at least 0, got {result_features}")
+        implementations = ("auto", *library.IMPLEMENTATIONS)
+        if impl not in implementations:
+            raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")
+        self.channels, self.reduction, self.result_features = channels, reduction, result_features
+        self.impl = impl
+        hidden, options = channels // reduction, {"bias": bias, "device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(result_features + channels, hidden, **options)
+        self.fc2 = nn.Linear(hidden, channels, **options)
+
+    def forward(
+        self,
+        x: Tensor,
+        result: Tensor | None = None,
+        *,
+        result_share: Tensor | None = None,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
+        """Excite x; see :func:`~fused_attn.squeeze_excite`.
+
+        Args:
+            x: (B, C, H, W).
+            result: (B, result_features); required where the module has some, unless ``result_share`` is given.
+            result_share: (B, hidden), from :func:`result_shares`, instead of ``result``.
+            residual: (B, C, H, W), added to the scaled map.
+            activation: None or ``"relu"``, after the addition.
+        """
+        return squeeze_excite(
+            x,
+            *self._layers(x, result, result_share),
+            result=result,
+            result_share=result_share,
+            residual=residual,
+            activation=activation,
+            impl=self.impl,
+        )
+
+    def scales(self, x: Tensor, result: Tensor | None = None) -> Tensor:
+        """The gates alone, (B, C), in plain PyTorch: for plots of how much they differ between channels."""
+        return reference.scales(x, *self._layers(x, result, None), result)
+
+    def _layers(self, x: Tensor, result: Tensor | None, result_share: Tensor | None) -> tuple[Tensor | None, ...]:
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"x must have shape (B, {self.channels}, H, W), got {tuple(x.shape)}")
+        expected = self.result_features
+        if expected == 0 and (result is not None or result_share is not None):
+            raise ValueError("result must be None: the module was built with result_features=0")
+        if expected > 0 and result is None and result_share is None:
+            raise ValueError(f"result must be given, (B, {expected}): the module has result_features={expected}")
+        if result is not None and (result.dim() != 2 or result.shape[1] != expected):
+            raise ValueError(f"result must have shape (B, {expected}), got {tuple(result.shape)}")
+        fc1_weight = self.fc1.weight if result_share is None else self.fc1.weight[:, expected:]
+        return fc1_weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        for name in ("fc1.weight", "fc2.weight"):
+            weight = state_dict.get(prefix + name)
+            if weight is not None and weight.dim() == 4 and weight.shape[2:] == (1, 1):
+                state_dict[prefix + name] = weight.flatten(1)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.channels}, reduction={self.reduction}, result_features={self.result_features}, impl={self.impl!r}"
+        )
+
+
+def result_shares(modules: Sequence[SqueezeExcite], result: Tensor) -> tuple[Tensor, ...]:
+    """The result's part of the first layer of several modules, in one product.
+
+    Args:
+        modules: all with the same ``result_features``, those of one stage for example.
+        result: (B, result_features).
+
+    Returns:
+        one ``result_share`` (B, hidden) per module.
+
+    Raises:
+        ValueError: a module expects another width.
+    """
+    for module in modules:
+        if result.dim() != 2 or module.result_features != result.shape[1]:
+            raise ValueError(
+                f"result must have shape (B, {module.result_features}), as every module expects, "
+                f"got {tuple(result.shape)}"
+            )
+    columns = torch.cat([module.fc1.weight[:, : module.result_features] for module in modules])
+    return F.linear(result, columns).split([module.fc1.out_features for module in modules], dim=1)

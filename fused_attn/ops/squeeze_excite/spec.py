@@ -1,0 +1,372 @@
+"""Samples, bad inputs, benchmark shapes and peers of ``squeeze_excite``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..contract import BadInput, OpSpec, Sample, Shape
+from . import library
+from .api import squeeze_excite
+from .peers import PEERS
+
+# --- layouts: a logical (B, C, H, W) map in some memory order ---------------------------------------------------------
+
+
+def _contiguous(shape, dtype, device):
+    return torch.randn(shape, dtype=torch.float64).to(device, dtype)
+
+
+def _channels_last(shape, dtype, device):
+    return _contiguous(shape, dtype, device).contiguous(memory_format=torch.channels_last)
+
+
+def _spread(shape, dtype, device):
+    """Every second element of every axis."""
+    return _contiguous([2 * size for size in shape], dtype, device)[tuple(slice(1, None, 2) for _ in shape)]
+
+
+def _turned(shape, dtype, device):
+    """(C, B, W, H) in memory."""
+    batch, channels, height, width = shape
+    return _contiguous((channels, batch, width, height), dtype, device).permute(1, 0, 3, 2)
+
+
+def _one_map(shape, dtype, device):
+    """One map expanded over the batch: stride 0."""
+    return _contiguous((1, *shape[1:]), dtype, device).expand(shape)
+
+
+def _slice_of_channels(shape, dtype, device):
+    """Half of the channels of a channels_last map."""
+    batch, channels, height, width = shape
+    return _channels_last((batch, 2 * channels, height, width), dtype, device)[:, channels:]
+
+
+LAYOUTS = (_contiguous, _channels_last, _spread, _turned, _one_map, _slice_of_channels)
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
+def make_inputs(
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    size: tuple[int, int, int, int],
+    hidden: int,
+    features: int | None = None,
+    share: bool = False,
+    biases: tuple[bool, bool] = (True, True),
+    residual: bool = False,
+    relu: bool = False,
+    layout: Callable = _contiguous,
+    residual_layout: Callable | None = None,
+    weight_layout: str = "plain",
+    edit: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Arguments of ``squeeze_excite``.  ``features``: of the result; ``share``: precomputed instead."""
+    batch, channels = size[:2]
+
+    def matrix(rows, columns):
+        shape = (columns, rows) if weight_layout == "transposed" else (rows, columns)
+        weight = _contiguous(shape, dtype, device) * (columns or 1) ** -0.5
+        return weight.t() if weight_layout == "transposed" else weight
+
+    inputs = {
+        "x": layout(size, dtype, device),
+        "fc1_weight": matrix(hidden, channels + (features or 0)),
+        "fc1_bias": _contiguous((hidden,), dtype, device) if biases[0] else None,
+        "fc2_weight": matrix(channels, hidden),
+        "fc2_bias": _contiguous((channels,), dtype, device) if biases[1] else None,
+    }
+    if features is not None:
+        inputs["result"] = _contiguous((batch, features), dtype, device)
+    if share:
+        inputs["result_share"] = _contiguous((batch, hidden), dtype, device)
+    if residual:
+        inputs["residual"] = (residual_layout or layout)(size, dtype, device)
+    if relu:
+        inputs["activation"] = "relu"
+    if edit is not None:
+        edit(inputs)
+    return inputs
+
+
+_SMALL: dict[str, Any] = {"size": (2, 6, 3, 4), "hidden": 3}
+_BLOCK: dict[str, Any] = {"residual": True, "relu": True}
+
+
+def _plant(name: str, value: float) -> Callable[[dict[str, Any]], None]:
+    def edit(inputs: dict[str, Any]) -> None:
+        # One sample of two: the other one's results must stay finite and right.
+        inputs[name][0, 0] = value
+
+    return edit
+
+
+def _strided_rows(inputs: dict[str, Any]) -> None:
+    for name in ("result", "result_share"):
+        if name in inputs:
+            inputs[name] = inputs[name].repeat_interleave(2, 1)[:, ::2]
+
+
+_CASES: dict[str, dict[str, Any]] = {
+    "small": {**_SMALL, "small": True},
+    "residual": {**_SMALL, "residual": True, "small": True},
+    "relu": {**_SMALL, "relu": True, "small": True},
+    "residual and relu": {**_SMALL, **_BLOCK, "small": True},
+    "result": {**_SMALL, "features": 5, "small": True},
+    "result, residual and relu": {**_SMALL, **_BLOCK, "features": 5},
+    "result share": {**_SMALL, **_BLOCK, "share": True, "small": True},
+    "result without features": {**_SMALL, "features": 0},
+    "strided result": {**_SMALL, "features": 5, "edit": _strided_rows},
+    "strided result share": {**_SMALL, "share": True, "edit": _strided_rows},
+    "no biases": {**_SMALL, **_BLOCK, "biases": (False, False), "small": True},
+    "first bias only": {**_SMALL, "biases": (True, False)},
+    "second bias only": {**_SMALL, "biases": (False, True)},
+    "channels_last": {**_SMALL, **_BLOCK, "layout": _channels_last, "small": True},
+    "channels_last, residual contiguous": {
+        **_SMALL, **_BLOCK, "layout": _channels_last, "residual_layout": _contiguous,
+    },
+    "contiguous, residual channels_last": {**_SMALL, **_BLOCK, "residual_layout": _channels_last},
+    "spread": {**_SMALL, **_BLOCK, "layout": _spread},
+    "turned": {**_SMALL, **_BLOCK, "layout": _turned},
+    "one map": {**_SMALL, "layout": _one_map, "residual": True},
+    "slice of channels": {**_SMALL, "layout": _slice_of_channels},
+    "transposed weights": {**_SMALL, **_BLOCK, "features": 5, "weight_layout": "transposed"},
+    "1x1 map": {"size": (3, 20, 1, 1), "hidden": 4, **_BLOCK},
+    "1x1 map, channels_last": {"size": (3, 20, 1, 1), "hidden": 4, "layout": _channels_last},
+    "one channel": {"size": (2, 1, 5, 5), "hidden": 4, **_BLOCK},
+    "one channel, channels_last": {"size": (2, 1, 5, 5), "hidden": 4, "layout": _channels_last},
+    "7x7": {"size": (3, 40, 7, 7), "hidden": 5, "features": 10, **_BLOCK},
+    "7x7, channels_last": {"size": (3, 40, 7, 7), "hidden": 5, "features": 10, **_BLOCK, "layout": _channels_last},
+    "14x14": {"size": (2, 24, 14, 14), "hidden": 3, **_BLOCK},
+    "14x14, channels_last": {"size": (2, 24, 14, 14), "hidden": 3, **_BLOCK, "layout": _channels_last},
+    "wide layers": {"size": (11, 130, 2, 2), "hidden": 70, "features": 33, **_BLOCK},
+    "wide layers, channels_last": {"size": (11, 130, 2, 2), "hidden": 70, "layout": _channels_last},
+    "large map": {"size": (1, 3, 67, 61), "hidden": 2, **_BLOCK},
+    "large map, channels_last": {"size": (1, 3, 67, 61), "hidden": 2, **_BLOCK, "layout": _channels_last},
+    "many samples": {"size": (40, 8, 2, 3), "hidden": 2, "relu": True},
+    "no samples": {**_SMALL, **_BLOCK, "size": (0, 6, 3, 4), "features": 5},
+    "no samples, share": {**_SMALL, "size": (0, 6, 3, 4), "share": True},
+    "nan in x": {**_SMALL, **_BLOCK, "edit": _plant("x", float("nan"))},
+    "inf in x": {**_SMALL, "edit": _plant("x", float("inf"))},
+    "nan in residual": {**_SMALL, **_BLOCK, "edit": _plant("residual", float("nan"))},
+}  # fmt: skip
+SAMPLES = tuple(
+    Sample(
+        name, partial(make_inputs, **{k: v for k, v in case.items() if k != "small"}), small=case.get("small", False)
+    )
+    for name, case in _CASES.items()
+)
+
+
+# --- random calls for the shape fuzz ----------------------------------------------------------------------------------
+
+
+def fuzz(draw: random.Random) -> Sample:
+    """One random valid call; its name, the same text in every process, is its seed."""
+    settings = {
+        "size": (draw.randint(1, 9), draw.randint(1, 70), draw.randint(1, 17), draw.randint(1, 17)),
+        "hidden": draw.randint(1, 20),
+        "features": draw.choice((None, None, 1, 10, 37)),
+        "biases": (draw.random() < 0.7, draw.random() < 0.7),
+        "residual": draw.random() < 0.5,
+        "relu": draw.random() < 0.5,
+        "layout": draw.choice(LAYOUTS),
+        "residual_layout": draw.choice(LAYOUTS),
+        "weight_layout": draw.choice(("plain", "transposed")),
+    }
+    settings["share"] = settings["features"] is None and draw.random() < 0.3
+    name = str({key: getattr(value, "__name__", value) for key, value in settings.items()})
+    return Sample(name, partial(make_inputs, **settings))
+
+
+# --- bad inputs -------------------------------------------------------------------------------------------------------
+
+
+def _bad(**changes: Any) -> Callable[[], dict[str, Any]]:
+    """A small valid call with some arguments replaced; a callable is applied to the argument."""
+
+    def build() -> dict[str, Any]:
+        torch.manual_seed(0)
+        inputs = make_inputs(torch.float32, torch.device("cpu"), **_SMALL, features=5, residual=True)
+        for name, change in changes.items():
+            inputs[name] = change(inputs[name]) if callable(change) else change
+        return inputs
+
+    return build
+
+
+def _without_result(**changes: Any) -> Callable[[], dict[str, Any]]:
+    return _bad(result=None, fc1_weight=lambda weight: weight[:, 5:], **changes)
+
+
+_TENSORS = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "result", "residual")
+BAD_INPUTS = (
+    BadInput("x no tensor", _bad(x=[1.0]), TypeError, r"x must be a tensor, got list"),
+    BadInput("x none", _bad(x=None), TypeError, r"x must be a tensor, got NoneType"),
+    BadInput("x integer", _bad(x=lambda x: x.long()), TypeError, r"x must have a floating-point dtype.*int64"),
+    BadInput("x rank", _bad(x=lambda x: x[0]), ValueError, r"x must have shape \(B, C, H, W\), got \(6, 3, 4\)"),
+    BadInput("x without positions", _bad(x=lambda x: x[:, :, :0]), ValueError, r"one position, got .*\(2, 6, 0, 4\)"),
+    BadInput("x without channels", _bad(x=lambda x: x[:, :0]), ValueError, r"x must have at least one channel"),
+    BadInput("fc1_weight none", _bad(fc1_weight=None), TypeError, r"fc1_weight must be a tensor, got NoneType"),
+    BadInput(
+        "fc1_weight convolution",
+        _bad(fc1_weight=lambda w: w[:, :, None, None]),
+        ValueError,
+        r"fc1_weight must have shape \(hidden, n \+ C\), got \(3, 11, 1, 1\)",
+    ),
+    BadInput("no hidden channel", _bad(fc1_weight=lambda w: w[:0]), ValueError, r"fc1_weight must .* hidden channel"),
+    BadInput(
+        "result missing", _bad(result=None), ValueError, r"fc1_weight must have one column per channel, C=6.*got 11"
+    ),
+    BadInput(
+        "result width",
+        _bad(result=lambda r: r[:, 1:]),
+        ValueError,
+        r"fc1_weight must have n \+ C = 4 \+ 6 columns for a result of n=4 features, got 11",
+    ),
+    BadInput("result batch", _bad(result=lambda r: r[:1]), ValueError, r"result must have the batch of x, 2, got 1"),
+    BadInput("result rank", _bad(result=lambda r: r[0]), ValueError, r"result must have shape \(B, n\), got \(5,\)"),
+    BadInput("result labels", _bad(result=lambda r: r.long()), TypeError, r"result must have a floating.*torch.int64"),
+    BadInput(
+        "result where none is expected",
+        _bad(fc1_weight=lambda w: w[:, 5:]),
+        ValueError,
+        r"fc1_weight must have n \+ C = 5 \+ 6 columns .* got 6",
+    ),
+    BadInput("result and share", _bad(result_share=torch.zeros(2, 3)), ValueError, r"result_share must be None where"),
+    BadInput(
+        "share shape",
+        _without_result(result_share=torch.zeros(2, 4)),
+        ValueError,
+        r"result_share must have shape \(B, hidden\)=\(2, 3\), got \(2, 4\)",
+    ),
+    BadInput(
+        "fc2_weight shape",
+        _bad(fc2_weight=lambda w: w.t()),
+        ValueError,
+        r"fc2_weight must have shape \(C, hidden\)=\(6, 3\), got \(3, 6\)",
+    ),
+    BadInput("fc1_bias", _bad(fc1_bias=torch.zeros(4)), ValueError, r"fc1_bias must have shape \(hidden,\)=\(3,\)"),
+    BadInput("fc2_bias", _bad(fc2_bias=torch.zeros(3)), ValueError, r"fc2_bias must have shape \(C,\)=\(6,\), got"),
+    BadInput("fc1_bias rank", _bad(fc1_bias=lambda b: b[None]), ValueError, r"fc1_bias must have shape \(hidden,\)"),
+    BadInput(
+        "residual shape",
+        _bad(residual=lambda r: r[:, :1]),
+        ValueError,
+        r"residual must have shape \(B, C, H, W\)=\(2, 6, 3, 4\), got \(2, 1, 3, 4\)",
+    ),
+    BadInput("residual rank", _bad(residual=lambda r: r[0]), ValueError, r"residual must have shape \(B, C, H, W\)"),
+    BadInput("activation", _bad(activation="gelu"), ValueError, r"activation must be one of None, 'relu', got 'gelu'"),
+    BadInput("dtype", _bad(fc2_weight=lambda w: w.half()), ValueError, r"fc2_weight must have the dtype of x, torch"),
+    BadInput("residual dtype", _bad(residual=lambda r: r.double()), ValueError, r"residual must have the dtype of x"),
+    BadInput("device", _bad(fc1_bias=lambda b: b.to("meta")), ValueError, r"fc1_bias must be on the device of x, cpu"),
+    BadInput("impl unknown", _bad(impl="fast"), ValueError, r"impl must be one of 'auto', .* got 'fast'"),
+    BadInput(
+        "impl cannot run",
+        _bad(**dict.fromkeys(_TENSORS, lambda tensor: tensor.double()), impl="cpu"),
+        RuntimeError,
+        r"impl='cpu' cannot run: .*(float64|not available)",
+    ),
+)
+
+
+# --- benchmark shapes -------------------------------------------------------------------------------------------------
+
+
+def _shape(
+    B: int, C: int, H: int, W: int, hidden: int, n: int = 0, *, layout: Callable = _contiguous, name: str = ""
+) -> Shape:
+    """A case by its sizes: with residual and ReLU, as at the end of a block; ``n`` features of a result."""
+    sizes = {"B": B, "C": C, "H": H, "W": W, "hidden": hidden, "n": n}
+    if n == 0:
+        del sizes["n"]
+    values, weights = B * C * H * W, hidden * (n + 2 * C + 1) + C
+    flops = 2 * B * hidden * (n + 2 * C)
+    return Shape(
+        name or ",".join(f"{key}={value}" for key, value in sizes.items()),
+        partial(make_inputs, size=(B, C, H, W), hidden=hidden, features=n or None, **_BLOCK, layout=layout),
+        flops_forward=flops,
+        flops_backward=2 * flops,
+        # x and the residual in, out out; x, out and its gradient in, two gradients out.
+        bytes_forward=4 * (3 * values + weights),
+        bytes_backward=4 * (5 * values + 2 * weights),
+        # out, its gradient and two gradients, and the small layers with their packed copies.
+        memory_limit=4 * (4 * values + 6 * weights + 8 * B * (C + hidden + n)) + 2**20,
+        sizes=sizes,
+    )
+
+
+#: ResNet-50's four stages on 224x224 images, then the case of the paper: stage 3 of SE-R-ResNet-50 on CIFAR-100.
+_STAGES = ((32, 256, 56, 32), (64, 512, 28, 64), (128, 512, 14, 64), (128, 1024, 14, 128), (128, 2048, 7, 256))
+SHAPES = (
+    *(
+        _shape(B, C, n, n, hidden, layout=layout, name=f"{n}x{n}, B {B}, C {C}{suffix}")
+        for B, C, n, hidden in _STAGES
+        for layout, suffix in ((_contiguous, ""), (_channels_last, ", channels_last"))
+    ),
+    _shape(128, 1024, 8, 8, 128, 100, name="8x8, B 128, C 1024, result of 100"),
+)
+GPU_SHAPES = tuple(
+    _shape(B, C, n, n, hidden, layout=layout, name=f"{n}x{n}, B {B}, C {C}, GPU{suffix}")
+    for B, C, n, hidden in ((128, 256, 56, 32), (128, 512, 28, 64), (256, 1024, 14, 128), (256, 2048, 7, 256))
+    for layout, suffix in ((_contiguous, ""), (_channels_last, ", channels_last"))
+)
+GROWTH = tuple(_shape(8, 64, n, n, 8, name=f"{n}x{n}, B 8, C 64") for n in (14, 28, 56, 112))
+
+
+# --- spec -------------------------------------------------------------------------------------------------------------
+
+
+def _implementations() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
+    def reason(can_run, inputs):
+        return can_run(inputs["x"])
+
+    return {name: partial(reason, can_run) for name, can_run in library.IMPLEMENTATIONS.items()}
+
+
+def _operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
+    """The registered operators with the arguments of one call, for ``torch.library.opcheck``."""
+    if impl == "reference":
+        return ()
+    names = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "result", "result_share", "residual")
+    relu = inputs.get("activation") == "relu"
+    given = [inputs.get(name) for name in names]
+    forward = getattr(torch.ops.fused_attn, f"squeeze_excite_{impl}").default
+    backward = getattr(torch.ops.fused_attn, f"squeeze_excite_{impl}_backward").default
+    x, fc1_weight, _, fc2_weight, _, result, share, residual = detached = [
+        None if tensor is None else tensor.detach() for tensor in given
+    ]
+    with torch.no_grad():
+        out, *saved = forward(*detached, relu)
+    flags = (share is not None, relu and residual is not None)
+    grad_out = torch.randn_like(out)
+    return (
+        (forward, (*given, relu)),
+        (backward, (grad_out, x, fc1_weight, fc2_weight, result, out if relu else None, *saved, *flags)),
+    )
+
+
+SPECS = (
+    OpSpec(
+        name="squeeze_excite",
+        function=squeeze_excite,
+        implementations=_implementations(),
+        samples=SAMPLES,
+        bad_inputs=BAD_INPUTS,
+        fuzz=fuzz,
+        operators=_operators,
+        shapes=SHAPES,
+        growth=GROWTH,
+        gpu_shapes=GPU_SHAPES,
+        make_shape=_shape,
+        peers=PEERS,
+    ),
+)

@@ -1,0 +1,198 @@
+"""Launches of the Triton kernels: tiles, arguments, the small layers between them, and the entry points of library.py.
+
+A launch is planned as data (:class:`Launch`) from shapes and the memory format alone.  ``forward`` and ``backward`` run
+the plans; ``compile_cases`` gives the same plans over meta tensors to benchmarks/compile_report.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from . import triton_kernels
+from .library import allocate_backward, allocate_forward, in_format, memory_format
+
+#: Elements of a tile: 16 for each thread of 4 warps, two 16-byte loads of bfloat16.
+_TILE = 2048
+#: Longest run of positions in a tile, and of channels where these lie side by side.
+_POSITIONS, _CHANNELS = 1024, 128
+
+
+class Launch(NamedTuple):
+    """One kernel launch: ``kernel[(programs,)](**arguments, **options)``; ``maps`` are read or written by it."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    maps: tuple[Tensor, ...]
+
+    @property
+    def tile(self) -> str:
+        order = "channels last" if self.arguments["CHANNELS_LAST"] else "contiguous"
+        return f"{self.arguments['BLOCK_C']} channels x {self.arguments['BLOCK_P']} positions, {order}"
+
+    @property
+    def bytes_per_tile(self) -> int:
+        elements = self.arguments["BLOCK_C"] * self.arguments["BLOCK_P"]
+        return elements * sum(tensor.element_size() for tensor in self.maps)
+
+    def run(self) -> None:
+        self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+
+def _plan(kernel: Any, x: Tensor, arguments: dict[str, Any], *, all_positions: bool) -> Launch:
+    """A launch over the tiles of ``x``; with ``all_positions`` a program walks over those of its channels."""
+    batch, channels, height, width = x.shape
+    positions, channels_last = height * width, memory_format(x) == torch.channels_last
+    if channels_last:
+        block_c = min(triton.next_power_of_2(channels), _CHANNELS)
+        block_p = min(triton.next_power_of_2(positions), _TILE // block_c)
+    else:
+        block_p = min(triton.next_power_of_2(positions), _POSITIONS)
+        block_c = min(triton.next_power_of_2(channels), _TILE // block_p)
+    programs = batch * triton.cdiv(channels, block_c) * (1 if all_positions else triton.cdiv(positions, block_p))
+    if programs >= 2**31:
+        raise ValueError(f"x makes {programs} tiles of work, expected fewer than 2**31; split the batch")
+    maps = tuple(value for value in arguments.values() if isinstance(value, Tensor) and value.dim() == 4)
+    arguments = arguments | {
+        "CHANNELS": channels,
+        "POSITIONS": positions,
+        "CHANNELS_LAST": channels_last,
+        "BLOCK_C": block_c,
+        "BLOCK_P": block_p,
+    }
+    return Launch(kernel, programs, arguments, {"num_warps": 4, "num_stages": 2}, maps)
+
+
+def plan_squeeze(x: Tensor, z: Tensor) -> Launch:
+    """Means of ``x`` into ``z``."""
+    return _plan(triton_kernels.squeeze_fwd_kernel, x, {"x_ptr": x, "z_ptr": z}, all_positions=True)
+
+
+def plan_scale(x: Tensor, scale: Tensor, residual: Tensor | None, out: Tensor, relu: bool) -> Launch:
+    """``activation(x * scale + residual)`` into ``out``."""
+    arguments = {"x_ptr": x, "scale_ptr": scale, "residual_ptr": residual, "out_ptr": out, "RELU": relu}
+    return _plan(triton_kernels.scale_fwd_kernel, x, arguments, all_positions=False)
+
+
+def plan_scale_backward(
+    grad_out: Tensor, out: Tensor | None, x: Tensor, grad_residual: Tensor | None, grad_scale: Tensor
+) -> Launch:
+    """The gradients of ``scale`` and, where a tensor is given for it, of the residual."""
+    arguments = {
+        "grad_out_ptr": grad_out,
+        "out_ptr": out,
+        "x_ptr": x,
+        "grad_residual_ptr": grad_residual,
+        "grad_scale_ptr": grad_scale,
+    }
+    return _plan(triton_kernels.scale_bwd_kernel, x, arguments, all_positions=True)
+
+
+def plan_squeeze_backward(
+    grad_out: Tensor, out: Tensor | None, scale: Tensor, grad_z: Tensor, grad_x: Tensor
+) -> Launch:
+    """``grad_x`` from the active gradient of the output and that of the means."""
+    arguments = {
+        "grad_out_ptr": grad_out,
+        "out_ptr": out,
+        "scale_ptr": scale,
+        "grad_z_ptr": grad_z,
+        "grad_x_ptr": grad_x,
+    }
+    return _plan(triton_kernels.squeeze_bwd_kernel, grad_x, arguments, all_positions=False)
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
+
+
+def forward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual, relu) -> tuple[Tensor, ...]:
+    """``out``, ``z``, ``hidden`` and ``scale`` of the operator in library.py."""
+    outputs = out, z, hidden, scale = allocate_forward(x, fc1_weight)
+    if x.shape[0] == 0:
+        return outputs
+    form = memory_format(x)
+    x, residual = in_format(x, form), in_format(residual, form)
+    features = 0 if result is None else result.shape[1]
+    weight = fc1_weight.float()
+    with torch.cuda.device_of(x):
+        plan_squeeze(x, z).run()
+        units = F.linear(z, weight[:, features:], _float(fc1_bias))
+        if result is not None:
+            units.addmm_(result.float(), weight[:, :features].t())
+        if result_share is not None:
+            units += result_share
+        torch.relu_(units)
+        hidden.copy_(units)
+        scale.copy_(F.linear(units, fc2_weight.float(), _float(fc2_bias)).sigmoid_())
+        plan_scale(x, scale, residual, out, relu).run()
+    return outputs
+
+
+def backward(
+    grad_out, x, fc1_weight, fc2_weight, result, out, z, hidden, scale, share_grad, residual_grad
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients of the operator in library.py."""
+    grads = allocate_backward(x, fc1_weight, fc2_weight, result, share_grad, residual_grad)
+    if x.shape[0] == 0:
+        for grad in grads:
+            grad.zero_()
+        return grads
+    grad_x, grad_w1, grad_b1, grad_w2, grad_b2, grad_result, grad_share, grad_residual = grads
+    form = memory_format(x)
+    x, grad_out = in_format(x, form), in_format(grad_out, form)
+    features = 0 if result is None else result.shape[1]
+    weight = fc1_weight.float()
+    with torch.cuda.device_of(x):
+        logits = torch.empty_like(scale)
+        plan_scale_backward(grad_out, out, x, grad_residual if residual_grad else None, logits).run()
+        logits *= scale * (1.0 - scale)
+        grad_w2.copy_(logits.t() @ hidden)
+        grad_b2.copy_(logits.sum(0))
+        units = (logits @ fc2_weight.float()).masked_fill_(hidden <= 0.0, 0.0)
+        grad_w1[:, features:].copy_(units.t() @ z)
+        grad_b1.copy_(units.sum(0))
+        if result is not None:
+            grad_w1[:, :features].copy_(units.t() @ result.float())
+            grad_result.copy_(units @ weight[:, :features])
+        if share_grad:
+            grad_share.copy_(units)
+        # The residual's gradient is that of the output where it was active: one map to read instead of two.
+        source, signs = (grad_residual, None) if residual_grad else (grad_out, out)
+        plan_squeeze_backward(source, signs, scale, units @ weight[:, features:], grad_x).run()
+    return grads
+
+
+#: Cases of benchmarks/compile_report.py: name -> (map, dtype, channels_last).
+_COMPILE_SHAPES: dict[str, tuple] = {
+    "14x14, C 512": ((512, 14, 14), torch.bfloat16, False),
+    "14x14, C 512, channels_last": ((512, 14, 14), torch.bfloat16, True),
+    "56x56, C 256": ((256, 56, 56), torch.bfloat16, False),
+    "56x56, C 256, channels_last": ((256, 56, 56), torch.bfloat16, True),
+    "7x7, C 2048": ((2048, 7, 7), torch.bfloat16, False),
+    "7x7, C 2048, channels_last": ((2048, 7, 7), torch.bfloat16, True),
+    "14x14, C 512, float32": ((512, 14, 14), torch.float32, False),
+    "14x14, C 512, channels_last, float32": ((512, 14, 14), torch.float32, True),
+}
+
+
+def compile_cases(arch: str) -> Iterator[tuple[str, Launch]]:
+    """(case, launch) of every kernel, with residual and ReLU, over meta tensors: see compile_report.py."""
+    for name, (size, dtype, channels_last) in _COMPILE_SHAPES.items():
+        form = torch.channels_last if channels_last else torch.contiguous_format
+        x = torch.empty((128, *size), dtype=dtype, device="meta").contiguous(memory_format=form)
+        per_channel = torch.empty((128, size[0]), dtype=torch.float32, device="meta")
+        for launch in (
+            plan_squeeze(x, per_channel),
+            plan_scale(x, per_channel, x, x, True),
+            plan_scale_backward(x, x, x, x, per_channel),
+            plan_squeeze_backward(x, None, per_channel, per_channel, x),
+        ):
+            yield name, launch

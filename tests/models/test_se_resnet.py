@@ -1,0 +1,172 @@
+"""SE-, SE-A- and SE-R-ResNets: the published counts, what feeds what, numerics across implementations."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_checks import on_meta
+
+from fused_attn import create_model, list_models
+from fused_attn.models.se_resnet import SEBlock
+
+#: depth -> SE-ResNet, SE-R-ResNet at 100 classes and reduction 8; table 1 of the paper gives them in millions
+COUNTS = {34: (21_655_420, 26_144_836), 50: (28_778_692, 33_530_764), 101: (52_272_964, 57_242_636)}
+PUBLISHED = {34: (21.655, 26.145), 50: (28.779, 33.531), 101: (52.273, 57.243)}
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def blocks(model):
+    return {
+        stage: [block for block in layers if isinstance(block, SEBlock)] for stage, layers in enumerate(model.stages, 1)
+    }
+
+
+def fed(model):
+    """Stages whose squeeze-excite layers take a result."""
+    return [stage for stage, layers in blocks(model).items() if all(block.se.result_features for block in layers)]
+
+
+def test_names():
+    names = {f"{prefix}_resnet{depth}" for prefix in ("se", "se_a", "se_r") for depth in COUNTS}
+    assert set(list_models("se_*resnet*")) == names
+
+
+@pytest.mark.parametrize("depth", COUNTS)
+def test_published_counts(depth):
+    plain, with_result = COUNTS[depth]
+    counts = {name: count(on_meta(f"{name}_resnet{depth}", num_classes=100)) for name in ("se", "se_a", "se_r")}
+    assert (counts["se"], counts["se_r"]) == (plain, with_result)
+    assert (round(plain / 1e6, 3), round(with_result / 1e6, 3)) == PUBLISHED[depth]
+    # SE-A lacks the result's columns of the first layers in stages 3 and 4.
+    model = on_meta(f"se_r_resnet{depth}", num_classes=100)
+    columns = sum(block.se.fc1.weight[:, :100].numel() for stage in (3, 4) for block in blocks(model)[stage])
+    assert counts["se_a"] == with_result - columns
+
+
+@pytest.mark.parametrize(("reduction", "hidden"), [(8, 32), (12, 21), (16, 16)])
+def test_reduction(reduction, hidden):
+    model = on_meta("se_resnet50", reduction=reduction)
+    assert blocks(model)[1][0].se.fc1.out_features == hidden
+
+
+@pytest.mark.parametrize(
+    ("options", "stages"),
+    [
+        ({}, [3, 4]),
+        ({"aux_stages": (1,)}, [2]),
+        ({"aux_stages": (2,)}, [3]),
+        ({"aux_stages": (3,)}, [4]),
+        ({"aux_stages": (1, 2)}, [2, 3]),
+        ({"aux_stages": (2,), "result_reach": "later"}, [3, 4]),
+        ({"aux_stages": (1, 3), "result_reach": "later"}, [2, 3, 4]),
+        ({"aux_stages": (1, 3)}, [2, 4]),
+        ({"feed_result": False}, []),
+    ],
+)
+def test_which_stages_are_fed(options, stages):
+    model = on_meta("se_r_resnet34", num_classes=7, **options)
+    assert fed(model) == stages
+    assert list(model.auxiliary) == [str(stage) for stage in options.get("aux_stages", (2, 3))]
+    with torch.device("meta"):
+        main, auxiliary = model.train()(torch.empty(2, 3, 32, 32))
+    assert main.shape == (2, 7)
+    assert [logits.shape for logits in auxiliary] == [(2, 7)] * len(model.auxiliary)
+
+
+@pytest.mark.parametrize(("name", "auxiliary"), [("se_resnet34", 0), ("se_a_resnet34", 2), ("se_r_resnet34", 2)])
+def test_training_returns_auxiliary_logits_and_evaluation_does_not(name, auxiliary):
+    torch.manual_seed(0)
+    model, x = create_model(name, num_classes=5, aux_dropout=0.0), torch.randn(2, 3, 16, 16)
+    out = model.train()(x)
+    assert isinstance(out, torch.Tensor) if auxiliary == 0 else len(out[1]) == auxiliary
+    calls = []
+    for head in model.auxiliary.values():
+        head.register_forward_hook(lambda *args: calls.append(args))
+    assert model.eval()(x).shape == (2, 5)
+    # Heads whose result nobody reads do not run.
+    assert len(calls) == (auxiliary if name == "se_r_resnet34" else 0)
+
+
+def test_stages_see_the_newest_result():
+    torch.manual_seed(0)
+    model = create_model("se_r_resnet34", num_classes=5).eval()
+    results, seen = {}, {}
+    for stage, head in model.auxiliary.items():
+        head.register_forward_hook(lambda module, args, out, stage=stage: results.__setitem__(int(stage), out))
+    for stage, layers in blocks(model).items():
+        for block in layers:
+            block.register_forward_pre_hook(
+                lambda module, args, stage=stage: seen.setdefault(stage, []).append(args[1]) and None
+            )
+    with torch.no_grad():
+        model(torch.randn(2, 3, 16, 16))
+    assert seen[1] == [None] * 3
+    assert seen[2] == [None] * 4
+    assert all(result is results[2] for result in seen[3])
+    assert all(result is results[3] for result in seen[4])
+
+
+def test_form_and_detachment_of_the_result():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    for form in ("logits", "probabilities"):
+        for detach in (False, True):
+            model = create_model(
+                "se_r_resnet34", num_classes=5, result_form=form, detach_result=detach, aux_dropout=0.0
+            )
+            seen = []
+            model.stages[2][0].register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[1]))
+            main, auxiliary = model(x)
+            expected = auxiliary[0].softmax(1) if form == "probabilities" else auxiliary[0]
+            torch.testing.assert_close(seen[0], expected)
+            (grad,) = torch.autograd.grad(main.sum(), model.auxiliary["2"].fc2.weight, allow_unused=True)
+            assert (grad is None) == detach
+
+
+def test_block_is_the_papers():
+    """ReLU(SE(branch) + shortcut), the branch ending in a ReLU, against the layers written out."""
+    torch.manual_seed(0)
+    block = SEBlock(16, 8, 2, 4, reduction=8, result_features=3, impl="auto").eval()
+    x, result = torch.randn(2, 16, 6, 6), torch.randn(2, 3)
+    branch = block.residual(x)
+    assert (branch >= 0).all()
+    units = F.relu(F.linear(torch.cat((result, branch.mean((2, 3))), 1), block.se.fc1.weight, block.se.fc1.bias))
+    gates = F.linear(units, block.se.fc2.weight, block.se.fc2.bias).sigmoid()
+    torch.testing.assert_close(block(x, result), F.relu(branch * gates[:, :, None, None] + block.shortcut(x)))
+
+
+def test_implementations_agree():
+    torch.manual_seed(0)
+    options = {"num_classes": 5, "aux_dropout": 0.0}
+    model = create_model("se_r_resnet34", impl="auto", **options)
+    other = create_model("se_r_resnet34", impl="reference", **options)
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(3, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    losses = []
+    for network in (model, other):
+        main, auxiliary = network.train()(x)
+        losses.append(main.square().mean() + sum(logits.square().mean() for logits in auxiliary))
+        losses[-1].backward()
+    torch.testing.assert_close(losses[0], losses[1])
+    for got, want in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aux_stages": (4,)}, r"aux_stages must be different stages from 1 to 3, got \(4,\)"),
+        ({"aux_stages": (2, 2)}, r"aux_stages must be different stages from 1 to 3, got \(2, 2\)"),
+        ({"aux_stages": ()}, r"aux_stages must name a stage where feed_result is True, got \(\)"),
+        ({"result_form": "labels"}, "result_form must be one of 'logits', 'probabilities', got 'labels'"),
+        ({"result_reach": "all"}, "result_reach must be one of 'next', 'later', got 'all'"),
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"aux_dropout": 1.5}, r"aux_dropout must be in \[0, 1\], got 1.5"),
+        ({"reduction": 65}, "reduction must leave a hidden channel of channels=64, got 65"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        create_model("se_r_resnet34", **options)

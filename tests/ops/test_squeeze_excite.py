@@ -1,0 +1,224 @@
+"""What squeeze_excite computes, against loops over channels, and what the contract does not know about it."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fused_attn import _extension, squeeze_excite
+from fused_attn.modules import SqueezeExcite, result_shares
+from fused_attn.ops.contract import evaluate
+from fused_attn.ops.squeeze_excite import library, spec
+
+IMPLEMENTATIONS = [
+    "reference",
+    pytest.param("cpu", marks=pytest.mark.skipif(not _extension.available(), reason=str(_extension.reason()))),
+]
+implementations = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+needs_extension = pytest.mark.skipif(not _extension.available(), reason=str(_extension.reason()))
+
+
+def call(dtype=torch.float32, **settings):
+    torch.manual_seed(0)
+    return spec.make_inputs(dtype, torch.device("cpu"), **settings)
+
+
+def by_loops(x, w1, b1, w2, b2, result, residual):
+    """The definition, one number at a time."""
+    out = torch.empty_like(x)
+    for b in range(x.shape[0]):
+        inputs = result[b].tolist() + [float(channel.sum()) / channel.numel() for channel in x[b]]
+        units = [
+            max(0.0, sum(w * z for w, z in zip(row, inputs, strict=True)) + bias)
+            for row, bias in zip(w1, b1, strict=True)
+        ]
+        for c in range(x.shape[1]):
+            logit = sum(w * unit for w, unit in zip(w2[c], units, strict=True)) + b2[c]
+            out[b, c] = (x[b, c] / (1.0 + math.exp(-logit)) + residual[b, c]).clamp(min=0.0)
+    return out
+
+
+@implementations
+def test_definition(impl):
+    inputs = call(size=(2, 5, 3, 4), hidden=3, features=4, residual=True, relu=True)
+    expected = by_loops(
+        *(inputs[name].double() for name in ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")),
+        inputs["result"].double(),
+        inputs["residual"].double(),
+    )
+    torch.testing.assert_close(squeeze_excite(**inputs, impl=impl).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@implementations
+def test_share_of_the_result_is_the_result(impl):
+    inputs = call(size=(3, 8, 4, 5), hidden=4, features=6, residual=True, relu=True)
+    expected = squeeze_excite(**inputs, impl=impl)
+    result, weight = inputs.pop("result"), inputs["fc1_weight"]
+    inputs |= {"fc1_weight": weight[:, 6:], "result_share": F.linear(result, weight[:, :6])}
+    torch.testing.assert_close(squeeze_excite(**inputs, impl=impl), expected)
+
+
+@implementations
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_out_and_gradients_keep_the_memory_format(impl, channels_last):
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    inputs = call(size=(2, 8, 4, 5), hidden=4, residual=True, relu=True)
+    x = inputs.pop("x").contiguous(memory_format=form).requires_grad_()
+    inputs["residual"] = inputs["residual"].contiguous(memory_format=form).requires_grad_()
+    out = squeeze_excite(x, **inputs, impl=impl)
+    assert out.is_contiguous(memory_format=form)
+    for grad in torch.autograd.grad(out.square().sum(), (x, inputs["residual"])):
+        assert grad.is_contiguous(memory_format=form)
+
+
+@needs_extension
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("size", [(21, 24, 5, 5), (3, 2000, 20, 20)])
+def test_a_sample_does_not_depend_on_the_others(size, channels_last):
+    """Chunks hold one to eight samples: the same bits in whatever company."""
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    inputs = call(size=size, hidden=5, features=3, residual=True, relu=True)
+    inputs["x"] = inputs["x"].contiguous(memory_format=form)
+    whole = squeeze_excite(**inputs, impl="cpu")
+    for b in range(size[0]):
+        alone = {
+            name: value[b : b + 1] if name in ("x", "result", "residual") else value for name, value in inputs.items()
+        }
+        assert torch.equal(squeeze_excite(**alone, impl="cpu"), whole[b : b + 1])
+
+
+@needs_extension
+def test_what_is_saved_for_backward():
+    inputs = call(size=(4, 16, 6, 6), hidden=4, features=3, residual=True, relu=True)
+    leaves = {name: value.requires_grad_() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = squeeze_excite(**{**inputs, **leaves}, impl="cpu")
+    own = {out.data_ptr(), *(leaf.data_ptr() for leaf in leaves.values())}
+    extra = [tensor for tensor in saved if tensor.data_ptr() not in own]
+    assert sum(tensor.numel() for tensor in extra) == 4 * (16 + 4 + 16)
+    assert inputs["residual"].data_ptr() not in {tensor.data_ptr() for tensor in saved}
+
+
+@needs_extension
+def test_gradient_of_the_residual_is_not_copied_without_an_activation():
+    inputs = call(size=(2, 8, 4, 4), hidden=4, residual=True)
+    residual = inputs.pop("residual").requires_grad_()
+    out = squeeze_excite(**inputs, residual=residual, impl="cpu")
+    grad_out = torch.randn_like(out)
+    (grad,) = torch.autograd.grad(out, residual, grad_out)
+    assert grad.data_ptr() == grad_out.data_ptr()
+
+
+@implementations
+def test_nothing_is_masked_where_out_is_nan(impl):
+    inputs = call(size=(2, 4, 2, 2), hidden=2, residual=True, relu=True)
+    inputs["x"][0, 0, 0, 0] = math.nan
+    results = evaluate(lambda **kwargs: squeeze_excite(**kwargs, impl=impl), inputs, torch.ones(2, 4, 2, 2))
+    assert results["out"][0].isnan().all()
+    assert torch.equal(results["grad_residual"][0], torch.ones(4, 2, 2))
+    assert results["out"][1].isfinite().all()
+
+
+def test_nearest_format_of_strided_maps():
+    x = torch.empty(2, 3, 4, 5)
+    assert library.memory_format(x) == torch.contiguous_format
+    assert library.memory_format(x[:, :, :, ::2]) == torch.contiguous_format
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert library.memory_format(last) == torch.channels_last
+    assert library.memory_format(last[:, 1:]) == torch.channels_last
+
+
+# --- the module -----------------------------------------------------------------------------------------------------
+
+
+class ConvolutionForm(nn.Module):
+    """Squeeze-excite as torchvision and timm build it."""
+
+    def __init__(self, channels, hidden):
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, hidden, 1)
+        self.fc2 = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x):
+        return x * self.fc2(F.relu(self.fc1(F.adaptive_avg_pool2d(x, 1)))).sigmoid()
+
+
+def test_state_dict_of_the_convolution_form_loads():
+    torch.manual_seed(0)
+    theirs, ours = ConvolutionForm(16, 4), SqueezeExcite(16, 4)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 16, 5, 6)
+    torch.testing.assert_close(ours(x), theirs(x))
+    again = SqueezeExcite(16, 4)
+    again.load_state_dict(ours.state_dict())
+    assert torch.equal(again(x), ours(x))
+
+
+def test_larger_kernels_do_not_load():
+    state = ConvolutionForm(16, 4).state_dict()
+    state["fc1.weight"] = torch.zeros(4, 16, 3, 3)
+    with pytest.raises(RuntimeError, match=r"size mismatch for fc1\.weight"):
+        SqueezeExcite(16, 4).load_state_dict(state)
+
+
+def test_shares_of_a_stage_in_one_product():
+    torch.manual_seed(0)
+    modules = [SqueezeExcite(channels, 4, result_features=10) for channels in (16, 16, 32)]
+    result = torch.randn(3, 10, requires_grad=True)
+    shares = result_shares(modules, result)
+    for module, share in zip(modules, shares, strict=True):
+        x = torch.randn(3, module.channels, 4, 4)
+        alone, shared = module(x, result), module(x, result_share=share)
+        torch.testing.assert_close(shared, alone)
+        variables = [result, *module.parameters()]
+        for got, want in zip(
+            torch.autograd.grad(shared.square().sum(), variables, retain_graph=True),
+            torch.autograd.grad(alone.square().sum(), variables, retain_graph=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"result must have shape \(B, 10\), as every module expects, got \(3, 9\)"):
+        result_shares(modules, result[:, 1:])
+
+
+def test_scales_are_those_of_the_op():
+    torch.manual_seed(0)
+    module, x, result = SqueezeExcite(8, 2, result_features=3), torch.randn(2, 8, 4, 4), torch.randn(2, 3)
+    torch.testing.assert_close(module.scales(x, result)[:, :, None, None] * x, module(x, result))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"channels": 0}, "channels must be at least 1, got 0"),
+        ({"channels": 8, "reduction": 0}, "reduction must be at least 1, got 0"),
+        ({"channels": 8, "reduction": 9}, "reduction must leave a hidden channel of channels=8, got 9"),
+        ({"channels": 8, "reduction": 2, "result_features": -1}, "result_features must be at least 0, got -1"),
+        ({"channels": 8, "reduction": 2, "impl": "fast"}, "impl must be one of 'auto', .* got 'fast'"),
+    ],
+)
+def test_bad_modules(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SqueezeExcite(**arguments)
+
+
+def test_bad_results():
+    x, result = torch.randn(2, 8, 3, 3), torch.randn(2, 5)
+    plain, fed = SqueezeExcite(8, 2), SqueezeExcite(8, 2, result_features=5)
+    for module, arguments, message in (
+        (fed, (x,), r"result must be given, \(B, 5\)"),
+        (plain, (x, result), "result must be None: the module was built with result_features=0"),
+        (fed, (x, result[:, 1:]), r"result must have shape \(B, 5\), got \(2, 4\)"),
+        (fed, (x, result[:1]), "result must have the batch of x, 2, got 1"),
+        (fed, (x[:, 1:], result), r"x must have shape \(B, 8, H, W\), got \(2, 7, 3, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module(*arguments)
