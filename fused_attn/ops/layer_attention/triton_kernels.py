@@ -56,23 +56,25 @@ def layer_sum_fwd_kernel(
 ):
     """One tile of out = sum over layers of weight * value, or of what is to be added to it."""
     image, _, _, row, column, start, offsets = _tile(rows, columns, ROWS, COLUMNS)
-    live_row, live_column = row < rows, column < columns
-    live = live_row[:, None] & live_column[None, :]
+    live = (row < rows)[:, None] & (column < columns)[None, :]
     if ROW_WEIGHTS:
-        weight_ptrs, live_weight = weights_ptr + (image * groups + row) * all_layers + first, live_row
+        weight_ptrs = weights_ptr + (image * groups + row) * all_layers + first
+        index, indices = row, rows
     else:
-        weight_ptrs, live_weight = weights_ptr + (image * groups + column // per_group) * all_layers + first, live_column
+        weight_ptrs = weights_ptr + (image * groups + column // per_group) * all_layers + first
+        index, indices = column, columns
     out_ptrs = out_ptr + image * rows * columns + start + offsets
 
-    if ADD:
+    if ADD:  # noqa: SIM108 - a constexpr flag chooses the code
         acc = tl.load(out_ptrs, mask=live, other=0.0).to(tl.float32)
     else:
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for layer in tl.static_range(LAYERS):
-        there = layers > layer
-        weight = tl.load(weight_ptrs + layer, mask=live_weight & there, other=0.0)
+        there = live & (row < tl.where(layers > layer, rows, 0))[:, None]
+        live_weight = index < tl.where(layers > layer, indices, 0)
+        weight = tl.load(weight_ptrs + layer, mask=live_weight, other=0.0)
         value_ptr = value_ptrs[layer] + image * value_strides[layer] + start
-        value = tl.load(value_ptr + offsets, mask=live & there, other=0.0).to(tl.float32)
+        value = tl.load(value_ptr + offsets, mask=there, other=0.0).to(tl.float32)
         if ROW_WEIGHTS:
             acc += weight[:, None] * value
         else:
@@ -108,35 +110,37 @@ def layer_sum_bwd_kernel(
     all_layers, groups) with ROW_WEIGHTS, else (images, row tiles, all_layers, channels).
     """
     image, row_tile, column_tile, row, column, start, offsets = _tile(rows, columns, ROWS, COLUMNS)
-    live_row, live_column = row < rows, column < columns
-    live = live_row[:, None] & live_column[None, :]
+    live = (row < rows)[:, None] & (column < columns)[None, :]
     if ROW_WEIGHTS:
-        weight_ptrs, live_weight = weights_ptr + (image * groups + row) * all_layers + first, live_row
+        weight_ptrs = weights_ptr + (image * groups + row) * all_layers + first
+        index, indices = row, rows
         part = image * tl.cdiv(columns, COLUMNS) + column_tile
         partial_ptrs, width = partials_ptr + (part * all_layers + first) * rows + row, rows
     else:
-        weight_ptrs, live_weight = weights_ptr + (image * groups + column // per_group) * all_layers + first, live_column
+        weight_ptrs = weights_ptr + (image * groups + column // per_group) * all_layers + first
+        index, indices = column, columns
         part = image * tl.cdiv(rows, ROWS) + row_tile
         partial_ptrs, width = partials_ptr + (part * all_layers + first) * columns + column, columns
 
     grad = tl.load(grad_out_ptr + image * grad_out_stride + start + offsets, mask=live, other=0.0).to(tl.float32)
     grad_start = image * rows * columns + start
     for layer in tl.static_range(LAYERS):
-        there = layers > layer
-        weight = tl.load(weight_ptrs + layer, mask=live_weight & there, other=0.0)
+        there = live & (row < tl.where(layers > layer, rows, 0))[:, None]
+        live_weight = index < tl.where(layers > layer, indices, 0)
+        weight = tl.load(weight_ptrs + layer, mask=live_weight, other=0.0)
         value_ptr = value_ptrs[layer] + image * value_strides[layer] + start
-        value = tl.load(value_ptr + offsets, mask=live & there, other=0.0).to(tl.float32)
+        value = tl.load(value_ptr + offsets, mask=there, other=0.0).to(tl.float32)
         if ROW_WEIGHTS:
             grad_value = weight[:, None] * grad
             partial = tl.sum(grad * value, axis=1)
         else:
             grad_value = weight[None, :] * grad
             partial = tl.sum(grad * value, axis=0)
-        tl.store(partial_ptrs + layer * width, partial, mask=live_weight & there)
+        tl.store(partial_ptrs + layer * width, partial, mask=live_weight)
         grad_ptr = grad_value_ptrs[layer] + grad_start
         if ADD:
-            grad_value += tl.load(grad_ptr + offsets, mask=live & there, other=0.0).to(tl.float32)
-        tl.store(grad_ptr + offsets, grad_value.to(grad_ptr.dtype.element_ty), mask=live & there)
+            grad_value += tl.load(grad_ptr + offsets, mask=there, other=0.0).to(tl.float32)
+        tl.store(grad_ptr + offsets, grad_value.to(grad_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=_LAYER_COUNTS)
@@ -174,7 +178,7 @@ def layer_weights_fwd_kernel(
         query = tl.load(query_ptr + d.to(tl.int64) * query_strides[2], mask=d < depth, other=0.0).to(tl.float32)
         for layer in tl.static_range(LAYERS):
             key_ptr = key_ptrs[layer] + head * depth
-            key = tl.load(key_ptr + d, mask=(d < depth) & (layers > layer), other=0.0).to(tl.float32)
+            key = tl.load(key_ptr + d, mask=d < tl.where(layers > layer, depth, 0), other=0.0).to(tl.float32)
             dots += tl.where(lanes == first + layer, tl.sum(query * key), 0.0)
 
     scores = scale * dots
@@ -222,8 +226,8 @@ def layer_heads_bwd_kernel(
 ):
     """The small gradients of one head: of its weights if they were GIVEN, else of its scores, query and keys.
 
-    The FIRST launch adds up the partials, ``span`` side by side in each of ``parts``, and writes ``grad_weights``, which
-    receives the gradient of the scores unless GIVEN.
+    The FIRST launch adds up the partials, ``span`` side by side in each of ``parts``, and writes ``grad_weights``,
+    which receives the gradient of the scores unless GIVEN.
     """
     head = tl.program_id(0).to(tl.int64)
     image, group = head // groups, head % groups
@@ -241,7 +245,7 @@ def layer_heads_bwd_kernel(
         grad = tl.sum(sums, axis=1)
         if not GIVEN:
             weight = tl.load(weights_ptr + head * all_layers + lanes, mask=live, other=0.0)
-            if SIGMOID:
+            if SIGMOID:  # noqa: SIM108 - a constexpr flag chooses the code
                 grad = weight * (1.0 - weight) * grad
             else:
                 grad = weight * (grad - tl.sum(weight * grad))
@@ -261,7 +265,7 @@ def layer_heads_bwd_kernel(
             else:
                 grad_query = tl.load(grad_query_ptrs, mask=d < depth, other=0.0).to(tl.float32)
             for layer in tl.static_range(LAYERS):
-                there = (d < depth) & (layers > layer)
+                there = d < tl.where(layers > layer, depth, 0)
                 grad_score = scale * tl.sum(tl.where(lanes == first + layer, grad, 0.0))
                 key = tl.load(key_ptrs[layer] + head * depth + d, mask=there, other=0.0).to(tl.float32)
                 grad_query += grad_score * key

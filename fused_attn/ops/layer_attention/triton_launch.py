@@ -247,8 +247,8 @@ def plan_heads_backward(
 ) -> list[Launch]:
     """Writes ``grad_weights`` (B, G, L) from the partial sums.
 
-    With ``attention``, which is (query, keys, scale, sigmoid, grad_query, grad_keys), that is the gradient of the scores,
-    and those of query and keys are written too.
+    With ``attention``, which is (query, keys, scale, sigmoid, grad_query, grad_keys), that is the gradient of the
+    scores, and those of query and keys are written too.
     """
     layers, groups = weights.shape[2], weights.shape[1]
     query, keys, scale, sigmoid, grad_query, grad_keys = attention or (None, None, 1.0, False, None, None)

@@ -1,5 +1,5 @@
-"""Numerics of the Triton kernels in Triton's interpreter.  Run by tests/ops/test_layer_attention_triton.py, in a process
-of its own, because TRITON_INTERPRET is read when triton is imported.
+"""Numerics of the Triton kernels in Triton's interpreter.  Run by tests/ops/test_layer_attention_triton.py, in a
+process of its own, because TRITON_INTERPRET is read when triton is imported.
 """
 
 import random
@@ -160,7 +160,8 @@ def test_tiles_cover_the_image_and_are_powers_of_two(shape, groups, channels_las
         assert rows.bit_count() == columns.bit_count() == 1
         assert rows * columns <= 2048
         # Partial sums are small beside the values: one for at least 16 elements, or for a whole row or column.
-        assert (columns if matrix.row_weights else rows) >= min(16, matrix.columns if matrix.row_weights else matrix.rows)
+        summed, available = (columns, matrix.columns) if matrix.row_weights else (rows, matrix.rows)
+        assert summed >= min(16, available)
 
 
 def test_buckets_repeat_pointers_up_to_a_power_of_two():
