@@ -9,28 +9,12 @@
 #include <vector>
 
 #include "attention_residual/kernel.h"
-#include "common/cpu_capability.h"
+#include "common/cpu_op.h"
 
 namespace fused_attn::attention_residual {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Half: return DType::float16;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    default: throw std::runtime_error("attention_residual: the CPU kernel takes float32, float16 and bfloat16");
-  }
-}
-
-TensorView view_of(const Tensor& tensor) {
-  TensorView view{tensor.data_ptr(), dtype_of(tensor), {}};
-  for (int64_t i = 0; i < tensor.dim(); ++i) view.stride[i] = tensor.stride(i);
-  return view;
-}
 
 std::vector<TensorView> views_of(const std::vector<Tensor>& tensors) {
   std::vector<TensorView> views;
@@ -49,18 +33,7 @@ void fill_problem(Problem& p, const std::vector<Tensor>& values, const std::vect
   if (norm_weight) p.norm_weight = view_of(*norm_weight);
 }
 
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  if (cpu_capability() == CpuCapability::avx512) return avx512::kernels;
-  if (cpu_capability() == CpuCapability::avx2) return avx2::kernels;
-#endif
-  return generic::kernels;
-}
-
-template <class Run>
-void parallel(int64_t count, int64_t grain, const Run& run) {
-  if (count > 0) torch::stable::parallel_for(0, count, grain, run);
-}
+const Kernels& kernels() { return FUSED_ATTN_BEST_KERNELS; }
 
 void attention_residual_forward(std::vector<Tensor> values, Tensor query, std::optional<Tensor> norm_weight, double eps,
                                 Tensor out, Tensor statistics) {
@@ -71,7 +44,7 @@ void attention_residual_forward(std::vector<Tensor> values, Tensor query, std::o
   p.out = view_of(out);
   p.statistics = static_cast<float*>(statistics.mutable_data_ptr());
   const auto run = kernels().forward;
-  parallel(p.tasks(), 1, [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  parallel(p.tasks(), [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }
 
 void attention_residual_backward(Tensor grad_out, std::vector<Tensor> values, Tensor query,
@@ -89,8 +62,8 @@ void attention_residual_backward(Tensor grad_out, std::vector<Tensor> values, Te
   p.partials = partials.data();
 
   const Kernels& use = kernels();
-  parallel(p.tasks(), 1, [&](int64_t begin, int64_t end) { use.backward(p, begin, end); });
-  parallel(p.dim, 256, [&](int64_t begin, int64_t end) { use.sum_partials(p, begin, end); });
+  parallel(p.tasks(), [&](int64_t begin, int64_t end) { use.backward(p, begin, end); });
+  parallel(p.dim, [&](int64_t begin, int64_t end) { use.sum_partials(p, begin, end); }, 256);
 }
 
 }  // namespace

@@ -10,29 +10,13 @@
 #include <stdexcept>
 #include <vector>
 
-#include "common/cpu_capability.h"
+#include "common/cpu_op.h"
 #include "elementwise_attention/kernel.h"
 
 namespace fused_attn::elementwise_attention {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Half: return DType::float16;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    default: throw std::runtime_error("elementwise_attention: the CPU kernel takes float32, float16 and bfloat16");
-  }
-}
-
-TensorView view_of(const Tensor& tensor) {
-  TensorView view{tensor.data_ptr(), dtype_of(tensor), {}};
-  for (int64_t i = 0; i < tensor.dim(); ++i) view.stride[i] = tensor.stride(i);
-  return view;
-}
 
 // (B, heads*C, H, W) or (B, C, H, W) becomes (batch, head, channel, y, x).
 TensorView view_by_head(const Tensor& tensor, int64_t channels) {
@@ -77,17 +61,11 @@ void fill_problem(Problem& p, const Tensor& x, const std::optional<Tensor>& weig
   tile(p);
 }
 
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  if (cpu_capability() == CpuCapability::avx512) return avx512::kernels;
-  if (cpu_capability() == CpuCapability::avx2) return avx2::kernels;
-#endif
-  return generic::kernels;
-}
+const Kernels& kernels() { return FUSED_ATTN_BEST_KERNELS; }
 
 template <class P>
 void parallel(int64_t count, void (*kernel)(const P&, int64_t, int64_t), const P& p) {
-  if (count > 0) torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  fused_attn::parallel(count, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 // Both moments of every (head, channel), over tasks in their order.

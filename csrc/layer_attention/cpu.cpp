@@ -11,42 +11,15 @@
 #include <stdexcept>
 #include <vector>
 
-#include "common/cpu_capability.h"
+#include "common/cpu_op.h"
 #include "layer_attention/kernel.h"
 
 namespace fused_attn::layer_attention {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Half: return DType::float16;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    default: throw std::runtime_error("layer_attention: the CPU kernel takes float32, float16 and bfloat16");
-  }
-}
-
-TensorView view_of(const Tensor& tensor) {
-  TensorView view{tensor.data_ptr(), dtype_of(tensor), {}};
-  for (int64_t i = 0; i < tensor.dim(); ++i) view.stride[i] = tensor.stride(i);
-  return view;
-}
-
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  if (cpu_capability() == CpuCapability::avx512) return avx512::kernels;
-  if (cpu_capability() == CpuCapability::avx2) return avx2::kernels;
-#endif
-  return generic::kernels;
-}
-
-template <class Run>
-void parallel(int64_t count, const Run& run, int64_t grain = 1) {
-  if (count > 0) torch::stable::parallel_for(0, count, grain, run);
-}
+const Kernels& kernels() { return FUSED_ATTN_BEST_KERNELS; }
 
 // --- the weights --------------------------------------------------------------------------------------------------
 

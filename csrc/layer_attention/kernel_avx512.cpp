@@ -7,25 +7,9 @@
 #include "layer_attention/kernel.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,bmi,bmi2"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,bmi,bmi2")
-#endif
-
-#define FUSED_ATTN_ISA avx512
-#define FUSED_ATTN_LANES 16
-#define FUSED_ATTN_PANEL_VECTORS 4
-#define FUSED_ATTN_BLOCK_ROWS 4
+// clang-format off: the order counts
+#include "common/avx512_begin.h"
 #include "layer_attention/kernel_impl.h"
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "common/isa_end.h"
+// clang-format on
 #endif

@@ -10,29 +10,13 @@
 #include <stdexcept>
 #include <vector>
 
-#include "common/cpu_capability.h"
+#include "common/cpu_op.h"
 #include "rel_attention_2d/kernel.h"
 
 namespace fused_attn::rel_attention_2d {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Half: return DType::float16;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    default: throw std::runtime_error("rel_attention_2d: the CPU kernel takes float32, float16 and bfloat16");
-  }
-}
-
-TensorView view_of(const Tensor& tensor) {
-  TensorView view{tensor.data_ptr(), dtype_of(tensor), {}};
-  for (int64_t i = 0; i < tensor.dim(); ++i) view.stride[i] = tensor.stride(i);
-  return view;
-}
 
 // Tables become (head, position, depth); a shared one gets a head stride of 0.
 TensorView term_view(const std::optional<Tensor>& term) {
@@ -59,18 +43,7 @@ void fill_problem(Problem& p, const Tensor& query, const Tensor& key, const Tens
   p.row = term_view(row), p.col = term_view(col);
 }
 
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  if (cpu_capability() == CpuCapability::avx512) return avx512::kernels;
-  if (cpu_capability() == CpuCapability::avx2) return avx2::kernels;
-#endif
-  return generic::kernels;
-}
-
-template <class Run>
-void parallel(int64_t count, const Run& run) {
-  if (count > 0) torch::stable::parallel_for(0, count, 1, run);
-}
+const Kernels& kernels() { return FUSED_ATTN_BEST_KERNELS; }
 
 void attention_2d_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> row, std::optional<Tensor> col,
                           double scale, double rel_scale, bool key_minus_query, double dropout_p,

@@ -9,48 +9,19 @@
 #include <stdexcept>
 #include <vector>
 
-#include "common/cpu_capability.h"
+#include "common/cpu_op.h"
 #include "common/huge_pages.h"
 #include "squeeze_excite/kernel.h"
 
 namespace fused_attn::squeeze_excite {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kChunkBytes = 1 << 21;  // of the maps of one chunk of samples
 constexpr int64_t kSerialPack = 1 << 17;  // numbers that one thread packs sooner than several wake up
 
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Half: return DType::float16;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    default: throw std::runtime_error("squeeze_excite: the CPU kernel takes float32, float16 and bfloat16");
-  }
-}
-
-TensorView view_of(const Tensor& tensor) {
-  TensorView view{tensor.data_ptr(), dtype_of(tensor), {}};
-  for (int64_t i = 0; i < tensor.dim(); ++i) view.stride[i] = tensor.stride(i);
-  return view;
-}
-
-TensorView view_of(const std::optional<Tensor>& tensor) { return tensor ? view_of(*tensor) : TensorView{}; }
-
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  if (cpu_capability() == CpuCapability::avx512) return avx512::kernels;
-  if (cpu_capability() == CpuCapability::avx2) return avx2::kernels;
-#endif
-  return generic::kernels;
-}
-
-template <class Run>
-void parallel(int64_t count, const Run& run) {
-  if (count > 0) torch::stable::parallel_for(0, count, 1, run);
-}
+const Kernels& kernels() { return FUSED_ATTN_BEST_KERNELS; }
 
 // What `run_pack` fills: `depth` rows of whole panels.
 std::vector<float> panels_for(const Kernels& use, int64_t depth, int64_t columns) {

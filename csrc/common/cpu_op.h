@@ -1,0 +1,51 @@
+// What the registrations of the CPU kernels share: LibTorch tensors to plain views, the choice of instruction set,
+// threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+
+#include "common/cpu_capability.h"
+#include "common/tensor_view.h"
+
+namespace fused_attn {
+
+inline DType dtype_of(const torch::stable::Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    default: throw std::runtime_error("the CPU kernels take float32, float16 and bfloat16");
+  }
+}
+
+inline TensorView view_of(const torch::stable::Tensor& tensor) {
+  TensorView view{tensor.data_ptr(), dtype_of(tensor), {}};
+  for (int64_t i = 0; i < tensor.dim(); ++i) view.stride[i] = tensor.stride(i);
+  return view;
+}
+
+inline TensorView view_of(const std::optional<torch::stable::Tensor>& tensor) {
+  return tensor ? view_of(*tensor) : TensorView{};
+}
+
+template <class Run>
+void parallel(int64_t count, const Run& run, int64_t grain = 1) {
+  if (count > 0) torch::stable::parallel_for(0, count, grain, run);
+}
+
+}  // namespace fused_attn
+
+// The kernels of the surrounding namespace for this machine.
+#if defined(__x86_64__)
+#define FUSED_ATTN_BEST_KERNELS                                \
+  (cpu_capability() == CpuCapability::avx512 ? avx512::kernels \
+   : cpu_capability() == CpuCapability::avx2 ? avx2::kernels   \
+                                             : generic::kernels)
+#else
+#define FUSED_ATTN_BEST_KERNELS generic::kernels
+#endif
