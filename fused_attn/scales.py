@@ -69,7 +69,8 @@ def deviations(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     def hook(name):
         def run(module, args, kwargs, out):
             result = kwargs.get("result", args[1] if len(args) > 1 else None)
-            found[name].append(module.scales(args[0], result).float().std(dim=1, correction=0))
+            scales = module.scales(args[0], result, result_share=kwargs.get("result_share"))
+            found[name].append(scales.float().std(dim=1, correction=0))
 
         return run
 

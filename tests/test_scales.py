@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fused_attn import cli, create_model
 from fused_attn.scales import deviations
@@ -19,12 +20,15 @@ def test_deviations_are_those_of_the_gates(name):
     found = deviations(model, images)
     assert len(found) == 16
     layer, seen = model.stages[2][1].se, []
-    layer.register_forward_pre_hook(lambda module, args: seen.append(args))
+    layer.register_forward_pre_hook(lambda module, args, kwargs: seen.append((*args, kwargs)), with_kwargs=True)
     with torch.no_grad():
         model(images)
-        x, result = seen[0]
-        z = x.mean((2, 3)) if result is None else torch.cat((result, x.mean((2, 3))), 1)
-        gates = layer.fc2(layer.fc1(z).relu()).sigmoid()
+        x, options = seen[0]
+        assert (options["result_share"] is None) == (layer.result_features == 0)
+        hidden = F.linear(x.mean((2, 3)), layer.fc1.weight[:, layer.result_features :], layer.fc1.bias)
+        if layer.result_features:
+            hidden = hidden + options["result_share"]
+        gates = layer.fc2(hidden.relu()).sigmoid()
     torch.testing.assert_close(found["stages.2.1.se"], gates.var(1, correction=0).sqrt(), rtol=1e-3, atol=1e-6)
 
 

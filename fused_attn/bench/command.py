@@ -43,6 +43,9 @@ class BenchConfig:
     """folder for JSON, CSV, Markdown and pictures; results of the same op in it are replaced"""
     providers: tuple[str, ...] = ()
     """implementations and peers to measure; all but the reference when none is named"""
+    allocator: Literal["caching", "default"] = "caching"
+    """of the CPU: keep what is freed, as jemalloc and tcmalloc do; or the C library's default: large blocks may go
+    back to the system and come anew, page fault by page fault, and times vary by what was allocated before"""
     growth: bool = True
     """with --out and without --shape, measure at growing sizes too: time and memory against N"""
     memory: bool = True
@@ -103,6 +106,7 @@ def _measure_op(
         "op": spec.name,
         "device": config.device,
         "dtype": config.dtype,
+        "allocator": config.allocator,
         "interrupted": True,
         "environment": describe(),
         "ceilings": ceilings,
@@ -159,7 +163,9 @@ def _options(config: BenchConfig) -> Options:
         raise BenchError(f"seconds must be at least 0, got {config.seconds}")
     passes = tuple(each for each in measure.PASSES if each in passes)
     dtype = DTYPES[config.dtype]
-    return Options(dtype, config.device, passes, config.seconds, config.providers, config.memory)
+    return Options(
+        dtype, config.device, passes, config.seconds, config.providers, config.memory, config.allocator == "caching"
+    )
 
 
 def _cases(spec: OpSpec, config: BenchConfig) -> list[tuple[str, Shape]]:

@@ -23,9 +23,14 @@ Report = dict[str, Any]
 
 
 def stem(report: Report) -> str:
-    """Name of the result files: the op's; with device and dtype where they are not CPU and float32."""
+    """Name of the result files: the op's; with device, dtype and allocator where they are not the usual ones."""
     usual = (report["device"], report["dtype"]) == ("cpu", "fp32")
-    return report["op"] if usual else f"{report['op']}_{report['device']}_{report['dtype']}"
+    name = report["op"] if usual else f"{report['op']}_{report['device']}_{report['dtype']}"
+    return f"{name}_default_allocator" if _pages_come_anew(report) else name
+
+
+def _pages_come_anew(report: Report) -> bool:
+    return report["device"] == "cpu" and report.get("allocator") == "default"
 
 
 def write(report: Report, folder: Path) -> None:
@@ -135,7 +140,8 @@ def machine(report: Report) -> str:
     where = environment["gpu"] if report["device"] == "cuda" else environment["cpu"]
     if report["device"] == "cpu":
         where += f", {environment['threads']} of {environment['cores']} cores, {environment['cpu_capability']}"
-    return f"{where}, torch {environment['torch']}, {environment['date']}"
+    where += f", torch {environment['torch']}, {environment['date']}"
+    return f"{where}, the C library's default allocator" if _pages_come_anew(report) else where
 
 
 def markdown(report: Report) -> str:

@@ -34,6 +34,8 @@ class Options:
     #: names of implementations and peers; empty for all but the reference
     providers: tuple[str, ...] = ()
     memory: bool = True
+    #: on the CPU, keep freed memory; for good: a process cannot take it back
+    keep_freed: bool = True
 
 
 def provider_names(spec: OpSpec, chosen: Sequence[str] = ()) -> list[str]:
@@ -171,6 +173,7 @@ class Measurement:
             calls,
             passes={name: self._passes(name) for name in functions},
             seconds=self.options.seconds,
+            keep_freed=self.options.keep_freed,
             into=self.times,
             on_round=on_round,
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules import SqueezeExcite
+from ..modules import SqueezeExcite, result_shares
 from .registry import create_model, register_model
 
 #: depth -> blocks of each stage, expansion
@@ -59,9 +59,10 @@ class SEBlock(nn.Module):
         if stride != 1 or in_channels != channels:
             self.shortcut = nn.Sequential(*_conv_bn(in_channels, channels, 1, stride))
 
-    def forward(self, x: Tensor, result: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, result_share: Tensor | None = None) -> Tensor:
+        """``result_share``: (B, hidden), the result's part of the first squeeze-excite layer, where there is one."""
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        return self.se(self.residual(x), result, residual=shortcut, activation="relu")
+        return self.se(self.residual(x), result_share=result_share, residual=shortcut, activation="relu")
 
 
 class AuxiliaryClassifier(nn.Module):
@@ -207,9 +208,11 @@ class SEResNet(nn.Module):
         x = self.stem(x)
         for stage, blocks in enumerate(self.stages, start=1):
             source = self._source(stage, logits) if self.feed_result else None
-            result = None if source is None else self._result(logits[source])
-            for block in blocks:
-                x = block(x, result)
+            shares: Sequence[Tensor | None] = [None] * len(blocks)
+            if source is not None:
+                shares = result_shares([block.se for block in blocks], self._result(logits[source]))
+            for block, share in zip(blocks, shares, strict=True):
+                x = block(x, share)
             if str(stage) in self.auxiliary and (self.training or self.feed_result):
                 logits[stage] = self.auxiliary[str(stage)](x)
         out = self.fc(x.mean(dim=(2, 3)))

@@ -140,6 +140,7 @@ def time_interleaved(
     least: int = 5,
     turn_seconds: float = 0.1,
     warmup: int = 1,
+    keep_freed: bool = True,
     into: dict[str, dict[str, list[float]]] | None = None,
     on_round: Callable[[float], None] = lambda done: None,
 ) -> dict[str, dict[str, list[float]]]:
@@ -157,6 +158,7 @@ def time_interleaved(
         turn_seconds: for fast functions to repeat their call in, so that they are timed more often than slow ones and
             not only when another's data is in the caches.
         warmup: untimed rounds before, of every call.
+        keep_freed: see :func:`keep_freed_memory`.
         into: where the times go, so that an interrupted measurement keeps what it has.
         on_round: told after each round what part is done, between 0 and 1.
     """
@@ -173,6 +175,7 @@ def time_interleaved(
         least=least,
         turn_seconds=turn_seconds,
         warmup=len(calls) * warmup,
+        keep_freed=keep_freed,
         into=into,
         on_round=on_round,
     )
@@ -185,6 +188,7 @@ def interleave(
     least: int,
     turn_seconds: float = 0.1,
     warmup: int,
+    keep_freed: bool = True,
     into: dict[str, dict[str, list[float]]] | None = None,
     on_round: Callable[[float], None] = lambda done: None,
 ) -> dict[str, dict[str, list[float]]]:
@@ -193,9 +197,10 @@ def interleave(
     Args:
         turns: by name, what takes the number of a call, and returns seconds by what was timed.
         warmup: rounds of one call to throw away first.
-        seconds, least, turn_seconds, into, on_round: as there.
+        seconds, least, turn_seconds, keep_freed, into, on_round: as there.
     """
-    keep_freed_memory()
+    if keep_freed:
+        keep_freed_memory()
     times = {} if into is None else into
     calls = dict.fromkeys(turns, 0)
     for number in range(warmup):

@@ -350,3 +350,16 @@ def test_bars_of_zero_and_missing_values_can_be_drawn(tmp_path):
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
     plots.growth(result, tmp_path / "growth.png")
     assert not (tmp_path / "growth.png").exists()
+
+
+def test_results_with_the_default_allocator_say_so(monkeypatch):
+    kept = []
+    monkeypatch.setattr(measure, "keep_freed_memory", lambda: kept.append(True))
+    for keep_freed in (True, False):
+        measure.interleave({"a": lambda number: {"fwd": 1.0}}, seconds=0, least=1, warmup=0, keep_freed=keep_freed)
+    assert kept == [True]
+    environment = {"cpu": "c", "gpu": None, "threads": 1, "cores": 1, "cpu_capability": None, "torch": "2", "date": "d"}
+    result = {"op": "o", "device": "cpu", "dtype": "fp32", "allocator": "default", "environment": environment}
+    assert report.stem(result) == "o_default_allocator"
+    assert report.machine(result).endswith("the C library's default allocator")
+    assert report.stem(result | {"allocator": "caching"}) == "o"

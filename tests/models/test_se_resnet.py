@@ -7,6 +7,7 @@ from model_checks import on_meta
 from torch import nn
 
 from fused_attn import create_model, list_models
+from fused_attn.models import se_resnet
 from fused_attn.models.se_resnet import SEBlock
 
 #: depth -> SE-ResNet, SE-R-ResNet at 100 classes and reduction 8; table 1 of the paper gives them in millions
@@ -90,6 +91,11 @@ def test_training_returns_auxiliary_logits_and_evaluation_does_not(name, auxilia
     assert len(calls) == (auxiliary if name == "se_r_resnet34" else 0)
 
 
+def share(block, result):
+    """The result's part of the first squeeze-excite layer of a block."""
+    return F.linear(result, block.se.fc1.weight[:, : result.shape[1]])
+
+
 def test_stages_see_the_newest_result():
     torch.manual_seed(0)
     model = create_model("se_r_resnet34", num_classes=5).eval()
@@ -99,14 +105,25 @@ def test_stages_see_the_newest_result():
     for stage, layers in blocks(model).items():
         for block in layers:
             block.register_forward_pre_hook(
-                lambda module, args, stage=stage: seen.setdefault(stage, []).append(args[1]) and None
+                lambda module, args, stage=stage: seen.setdefault(stage, []).append((module, args[1])) and None
             )
     with torch.no_grad():
         model(torch.randn(2, 3, 16, 16))
-    assert seen[1] == [None] * 3
-    assert seen[2] == [None] * 4
-    assert all(result is results[2] for result in seen[3])
-    assert all(result is results[3] for result in seen[4])
+    assert [given for stage in (1, 2) for _, given in seen[stage]] == [None] * 7
+    for stage, source in ((3, 2), (4, 3)):
+        for block, given in seen[stage]:
+            torch.testing.assert_close(given, share(block, results[source]))
+
+
+def test_the_result_joins_a_stage_in_one_product():
+    model, products = create_model("se_r_resnet34", num_classes=5).eval(), []
+    shares = se_resnet.result_shares
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(
+            se_resnet, "result_shares", lambda layers, result: products.append(layers) or shares(layers, result)
+        )
+        model(torch.randn(2, 3, 16, 16))
+    assert products == [[block.se for block in blocks(model)[stage]] for stage in (3, 4)]
 
 
 def test_form_and_detachment_of_the_result():
@@ -121,7 +138,7 @@ def test_form_and_detachment_of_the_result():
             model.stages[2][0].register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[1]))
             main, auxiliary = model(x)
             expected = auxiliary[0].softmax(1) if form == "probabilities" else auxiliary[0]
-            torch.testing.assert_close(seen[0], expected)
+            torch.testing.assert_close(seen[0], share(model.stages[2][0], expected))
             (grad,) = torch.autograd.grad(main.sum(), model.auxiliary["2"].fc2.weight, allow_unused=True)
             assert (grad is None) == detach
 
@@ -135,7 +152,9 @@ def test_block_is_the_papers():
     assert (branch >= 0).all()
     units = F.relu(F.linear(torch.cat((result, branch.mean((2, 3))), 1), block.se.fc1.weight, block.se.fc1.bias))
     gates = F.linear(units, block.se.fc2.weight, block.se.fc2.bias).sigmoid()
-    torch.testing.assert_close(block(x, result), F.relu(branch * gates[:, :, None, None] + block.shortcut(x)))
+    torch.testing.assert_close(
+        block(x, share(block, result)), F.relu(branch * gates[:, :, None, None] + block.shortcut(x))
+    )
 
 
 def test_implementations_agree():
@@ -199,12 +218,13 @@ def test_auxiliary_model_feeds_every_stage():
     seen, results = [], []
     model.auxiliary["model"].register_forward_hook(lambda module, args, out: results.append(out))
     for layers in model.stages:
-        layers[-1].register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+        layers[-1].register_forward_pre_hook(lambda module, args: seen.append((module, args[1])))
     main, (auxiliary,) = model(x)
     assert main.shape == auxiliary.shape == (2, 5)
     assert auxiliary is results[0]
     assert len(seen) == 4
-    assert all(result is results[0] for result in seen)
+    for block, given in seen:
+        torch.testing.assert_close(given, share(block, results[0]))
     # The main loss reaches the auxiliary model through the gates.
     (grad,) = torch.autograd.grad(main.sum(), model.auxiliary["model"].fc.weight)
     assert grad.abs().sum() > 0

@@ -1,5 +1,7 @@
 """``LayerCache``: the gradients of separate calls, in one buffer per value and memory that grows with the layers."""
 
+import threading
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -171,6 +173,103 @@ def test_hooks_on_values_see_the_whole_gradient():
     assert torch.equal(seen[0], call[2][0].grad)
 
 
+def test_hooks_after_accumulation_run_once():
+    """What DistributedDataParallel and optimisers in the backward pass build on."""
+    call = draw(3)
+    leaves = [leaf for group in call for leaf in group]
+    ran = []
+    for i, leaf in enumerate(leaves):
+        leaf.register_post_accumulate_grad_hook(lambda _, i=i: ran.append(i))
+    total(stage(*call)).backward()
+    assert sorted(ran) == list(range(len(leaves)))
+    assert_same([leaf.grad for leaf in leaves], torch.autograd.grad(total(separate(*call)), leaves))
+
+
+class _Network(torch.nn.Module):
+    """Values, keys and queries from parameters, one layer after the other."""
+
+    def __init__(self, cached, layers=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cached = cached
+        self.convolutions = torch.nn.ModuleList(torch.nn.Conv2d(C, C, 3, padding=1) for _ in range(layers))
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(C, 2 * G * D) for _ in range(layers))
+
+    def forward(self, x):
+        cache, keys, values = LayerCache(), [], []
+        for convolution, head in zip(self.convolutions, self.heads, strict=True):
+            query, key = head(x.mean((2, 3))).view(-1, 2, G, D).unbind(1)
+            value = convolution(x)
+            if self.cached:
+                cache.append(key, value)
+                x = x + cache.attend(query)
+            else:
+                keys.append(key)
+                values.append(value)
+                x = x + layer_attention(query, keys, values)
+        return x
+
+
+@pytest.fixture
+def one_process_group(tmp_path):
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available():
+        pytest.skip("this PyTorch has no torch.distributed")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel(one_process_group):
+    x = torch.randn(B, C, SIDE, SIDE)
+    plain, wrapped = _Network(cached=False), _Network(cached=True)
+    parallel = torch.nn.parallel.DistributedDataParallel(wrapped)
+    for network in (plain, parallel):
+        network(x).square().sum().backward()
+    assert_same([p.grad for p in wrapped.parameters()], [p.grad for p in plain.parameters()])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_compiled_stage(cached):
+    """In one graph; the cache makes the separate calls there."""
+    torch._dynamo.reset()
+    x, network, plain = torch.randn(B, C, SIDE, SIDE), _Network(cached), _Network(cached=False)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    out, expected = compiled(x), plain(x)
+    torch.testing.assert_close(out, expected)
+    grads = torch.autograd.grad(out.square().sum(), list(network.parameters()))
+    assert_same(grads, torch.autograd.grad(expected.square().sum(), list(plain.parameters())))
+
+
+def _recorded_by_another_thread(function, *args):
+    """``function(*args)`` where autograd's count of operations starts anew: its backward pass runs late."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function(*args)))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+@pytest.mark.parametrize("layouts", [("last", "first"), ("first", "last"), ("first", "expanded")])
+@pytest.mark.parametrize("late", [False, True])
+def test_values_of_several_memory_orders(layouts, late):
+    """With ``late``, the attention over both values adds to the gradient that the one over the first has begun."""
+    queries, keys, _ = draw(2)
+    make = {
+        "first": lambda: torch.randn(B, C, SIDE, SIDE),
+        "last": lambda: torch.randn(B, C, SIDE, SIDE).to(memory_format=torch.channels_last),
+        "expanded": lambda: torch.randn(1, C, 1, 1).expand(B, C, SIDE, SIDE),
+    }
+    values = [make[name]().requires_grad_() for name in layouts]
+    cache = LayerCache()
+    cache.append(keys[0], values[0])
+    first = cache.attend(queries[0])
+    cache.append(keys[1], values[1])
+    both = _recorded_by_another_thread(cache.attend, queries[1]) if late else cache.attend(queries[1])
+    actual = torch.autograd.grad(total([first, both]), values)
+    assert_same(actual, torch.autograd.grad(total(separate(queries, keys, values)), values))
+
+
 def test_autocast():
     call = draw(3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -257,3 +356,25 @@ def test_maps_of_a_backward_pass_grow_with_the_layers_not_their_square():
             loss.backward()
         counts[layers] = allocations.count
     assert counts == {4: 4, 8: 8, 16: 16}
+
+
+def _peak_of(function):
+    """Most bytes that PyTorch's CPU allocator holds at once while ``function`` runs, beyond those before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def test_peak_of_a_backward_pass_grows_with_the_layers_not_their_square():
+    maps, peaks = B * C * SIDE * SIDE * 4, {}
+    for layers in (4, 8, 16, 32):
+        call = draw(layers)
+        loss = total(stage(*call))
+        peaks[layers] = _peak_of(loss.backward) / maps
+    # A gradient of each value and one of each output, and little else: T(T+1)/2 maps would be 528.
+    assert all(layers <= peak <= 2.1 * layers for layers, peak in peaks.items()), peaks

@@ -192,7 +192,10 @@ def test_shares_of_a_stage_in_one_product():
 def test_scales_are_those_of_the_op():
     torch.manual_seed(0)
     module, x, result = SqueezeExcite(8, 2, result_features=3), torch.randn(2, 8, 4, 4), torch.randn(2, 3)
-    torch.testing.assert_close(module.scales(x, result)[:, :, None, None] * x, module(x, result))
+    expected = module(x, result)
+    torch.testing.assert_close(module.scales(x, result)[:, :, None, None] * x, expected)
+    (share,) = result_shares([module], result)
+    torch.testing.assert_close(module.scales(x, result_share=share)[:, :, None, None] * x, expected)
 
 
 @pytest.mark.parametrize(

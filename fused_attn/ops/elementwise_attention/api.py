@@ -22,7 +22,7 @@ def row_col_softmax(
         x: (B, C, H, W), float32, float16 or bfloat16 (float64: reference only).  Any strides, any H and W.
         weight_row: (heads, C, H, W), dtype of ``x``, for the softmax over W; None together with ``weight_col``.
         weight_col: (heads, C, H, W), dtype of ``x``, for the softmax over H.
-        impl: ``"auto"``, ``"cpu"`` or ``"reference"``.
+        impl: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         (B, heads, C, H, W), or (B, C, H, W) without weights; contiguous, dtype of ``x``.
@@ -82,7 +82,7 @@ def elementwise_attention(
         momentum: share of the batch in the updated running statistics.  (A cumulative average, ``momentum=None`` of
             ``BatchNorm2d``, needs a count of batches: the module ``ElementwiseAttention`` keeps one.)
         eps: added to the variance.
-        impl: ``"auto"``, ``"cpu"`` or ``"reference"``.
+        impl: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         (B, heads*C, H, W), contiguous, dtype of ``x``.

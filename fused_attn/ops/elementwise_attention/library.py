@@ -6,13 +6,16 @@ statistics of the batch, and api.py updates the running ones.
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import torch
 from torch import Tensor
 
 from ... import _extension
 
-# Statistics: per plane (batch, head, channel) and per row or column, the maximum of the logits and the reciprocal of
-# the sum of e^(logit - maximum).  The pair rather than a log-sum-exp, whose rounding a whole row would share.
+# Statistics: per plane (batch, head, channel) and per row or column, the maximum of the logits and the sum of
+# e^(logit - maximum).  The pair rather than a log-sum-exp, whose rounding a whole row would share.
 _STATISTICS = "Tensor row_stats, Tensor col_stats"
 _SOFTMAX = f"(Tensor x, Tensor? weight_row, Tensor? weight_col) -> (Tensor out, {_STATISTICS})"
 _SOFTMAX_BACKWARD = (
@@ -60,12 +63,23 @@ def can_run_cpu(x: Tensor) -> str | None:
     return _dtype_reason(x)
 
 
+def can_run_triton(x: Tensor) -> str | None:
+    if not _HAS_TRITON:
+        return "the package triton is not installed"
+    if x.device.type != "cuda" and not _INTERPRETED:
+        return f"it needs CUDA tensors, got {x.device.type} (or TRITON_INTERPRET=1, which runs it slowly anywhere)"
+    return _dtype_reason(x)
+
+
 def can_run_reference(x: Tensor) -> str | None:
     return None
 
 
-#: Implementations in the order ``auto`` prefers them.
-IMPLEMENTATIONS = {"cpu": can_run_cpu, "reference": can_run_reference}
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+#: Implementations in the order ``auto`` prefers them.  The interpreter never wins over a real kernel.
+IMPLEMENTATIONS = {"cpu": can_run_cpu, "triton": can_run_triton, "reference": can_run_reference}
 
 
 # --- allocation -------------------------------------------------------------------------------------------------
@@ -131,6 +145,17 @@ def _cpu_attention_backward(grad_out, x, weight_row, weight_col, row_stats, col_
         grad_out, x, weight_row, weight_col, row_stats, col_stats, mean, var, training, eps, *grads
     )
     return grads
+
+
+def _triton(entry_point: str):
+    """An entry point of triton_launch.py, which is imported on the first call."""
+
+    def run(*args):
+        from . import triton_launch
+
+        return getattr(triton_launch, entry_point)(*args)
+
+    return run
 
 
 # --- registration -----------------------------------------------------------------------------------------------
@@ -199,3 +224,9 @@ def _register_all(impl: str, device_types: tuple[str, ...], softmax, attention) 
 
 
 _register_all("cpu", ("cpu",), (_cpu_softmax, _cpu_softmax_backward), (_cpu_attention, _cpu_attention_backward))
+_register_all(
+    "triton",
+    ("cuda", "cpu") if _INTERPRETED else ("cuda",),
+    (_triton("softmax_forward"), _triton("softmax_backward")),
+    (_triton("attention_forward"), _triton("attention_backward")),
+)

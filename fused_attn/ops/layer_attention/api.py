@@ -36,7 +36,7 @@ def layer_attention(
         scale: factor of the products; ``d**-0.5`` when None.
         bias: (L, G), added to the scores.  None: none.
         activation: ``"softmax"`` over the layers, or ``"sigmoid"`` of each.
-        impl: ``"auto"``, ``"cpu"`` or ``"reference"``.
+        impl: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         (B, C, *spatial), dtype of the inputs, memory order of ``values[0]``.

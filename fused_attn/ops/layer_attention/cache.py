@@ -155,10 +155,7 @@ class _Attend(torch.autograd.Function):
         if all(collected):
             into = [buffer.get() for buffer in buffers]
             if any(total is not None for total in into):
-                into = [
-                    torch.zeros_like(value) if total is None else total
-                    for total, value in zip(into, values, strict=True)
-                ]
+                into = [library.zero_gradient(values) if total is None else total for total in into]
             else:
                 into = None
         grad_query, grad_keys, grad_values, grad_bias = library.attention_backward(

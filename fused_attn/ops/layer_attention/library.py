@@ -5,6 +5,8 @@ Two operators per implementation: the whole attention, and the sum with given we
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +40,11 @@ def attention_backward(impl, grad_out, query, keys, values, weights, scale, sigm
     return _BACKWARD[impl](grad_out, query, keys, values, weights, scale, sigmoid, into)
 
 
+def zero_gradient(values: Sequence[Tensor]) -> Tensor:
+    """Zeros that :func:`attention_backward` can add the gradient of any value to: all are in one memory order."""
+    return _empty_in_order(values[0], _order(values[0])).zero_()
+
+
 def weighted_layer_sum(impl, weights, values) -> Tensor:
     return getattr(torch.ops.fused_attn, f"weighted_layer_sum_{impl}").default(weights, values)
 
@@ -60,12 +67,24 @@ def can_run_cpu(values: Sequence[Tensor]) -> str | None:
     return _dtype_reason(values)
 
 
+def can_run_triton(values: Sequence[Tensor]) -> str | None:
+    if not _HAS_TRITON:
+        return "the package triton is not installed"
+    device = values[0].device.type
+    if device != "cuda" and not _INTERPRETED:
+        return f"it needs CUDA tensors, got {device} (or TRITON_INTERPRET=1, which runs it slowly anywhere)"
+    return _dtype_reason(values)
+
+
 def can_run_reference(values: Sequence[Tensor]) -> str | None:
     return None
 
 
-#: Implementations in the order ``auto`` prefers them.
-IMPLEMENTATIONS = {"cpu": can_run_cpu, "reference": can_run_reference}
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+#: Implementations in the order ``auto`` prefers them.  The interpreter never wins over a real kernel.
+IMPLEMENTATIONS = {"cpu": can_run_cpu, "triton": can_run_triton, "reference": can_run_reference}
 
 
 # --- memory order -----------------------------------------------------------------------------------------------
@@ -162,6 +181,34 @@ def _cpu_given(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
 
 def _cpu_given_backward(grad_out, weights, values):
     grad_weights, grad_values = _cpu_sum_backward(grad_out, weights.float().contiguous(), values)
+    return grad_weights.to(weights.dtype), grad_values
+
+
+# --- Triton kernels ---------------------------------------------------------------------------------------------
+
+
+def _triton_attention(query, keys, values, bias, scale, sigmoid):
+    from . import triton_launch
+
+    return triton_launch.attention_forward(query, keys, values, bias, scale, sigmoid)
+
+
+def _triton_attention_backward(grad_out, query, keys, values, weights, scale, sigmoid, into=None):
+    from . import triton_launch
+
+    return triton_launch.attention_backward(grad_out, query, keys, values, weights, scale, sigmoid, into)
+
+
+def _triton_given(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
+    from . import triton_launch
+
+    return triton_launch.sum_forward(weights.float().contiguous(), values)
+
+
+def _triton_given_backward(grad_out, weights, values):
+    from . import triton_launch
+
+    grad_weights, grad_values = triton_launch.sum_backward(grad_out, weights.float().contiguous(), values)
     return grad_weights.to(weights.dtype), grad_values
 
 
@@ -264,6 +311,11 @@ def _flop_formula(index: int, factor: int):
 
 
 #: Backward passes as plain functions that can add to given tensors, for :class:`~.cache.LayerCache`.
-_BACKWARD = {"cpu": _cpu_attention_backward}
+_BACKWARD = {"cpu": _cpu_attention_backward, "triton": _triton_attention_backward}
 
 _register("cpu", ("cpu",), (_cpu_given, _cpu_given_backward, _cpu_attention, _cpu_attention_backward))
+_register(
+    "triton",
+    ("cuda", "cpu") if _INTERPRETED else ("cuda",),
+    (_triton_given, _triton_given_backward, _triton_attention, _triton_attention_backward),
+)

@@ -265,6 +265,12 @@ def _common_bad(make: Callable[..., dict[str, Any]], first: str) -> tuple[BadInp
             RuntimeError,
             r"impl='cpu' cannot run: .*(float64|not available)",
         ),
+        BadInput(
+            "triton cannot run",
+            lambda: {**make(torch.float64, torch.device("cpu"), **_SMALL), "impl": "triton"},
+            RuntimeError,
+            r"impl='triton' cannot run: (it|the package) ",
+        ),
     )
 
 

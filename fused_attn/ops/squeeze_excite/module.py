@@ -90,9 +90,9 @@ class SqueezeExcite(nn.Module):
             impl=self.impl,
         )
 
-    def scales(self, x: Tensor, result: Tensor | None = None) -> Tensor:
+    def scales(self, x: Tensor, result: Tensor | None = None, *, result_share: Tensor | None = None) -> Tensor:
         """The gates alone, (B, C), in plain PyTorch: for plots of how much they differ between channels."""
-        return reference.scales(x, *self._layers(x, result, None), result)
+        return reference.scales(x, *self._layers(x, result, result_share), result, result_share)
 
     def _layers(self, x: Tensor, result: Tensor | None, result_share: Tensor | None) -> tuple[Tensor | None, ...]:
         if x.dim() != 4 or x.shape[1] != self.channels:

@@ -1,0 +1,339 @@
+"""Launches of the Triton kernels: tiles, arguments, and the four entry points of library.py.
+
+A launch is planned as data (:class:`Launch`) from shapes and strides alone.  The entry points run the plans;
+``compile_cases`` gives the same plans over meta tensors to benchmarks/compile_report.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import triton_kernels as kernels
+from .library import _allocate_attention, _allocate_backward, _allocate_softmax
+
+#: Elements of the largest plane that one program holds, and of a tile of a larger one.
+WHOLE_PLANE = 4096
+TILE = 1024
+#: Images whose weight gradients one program adds up.
+IMAGES = 32
+
+
+class Launch(NamedTuple):
+    """One kernel launch: ``kernel[(programs,)](**arguments, **options)``."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    bytes_per_tile: int
+
+    @property
+    def tile(self) -> str:
+        return f"{self.arguments['ROWS']}x{self.arguments['COLUMNS']}"
+
+    def run(self) -> None:
+        self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+
+class Tiling(NamedTuple):
+    """How a plane is cut: rows and columns of a tile, row tiles, and whether one tile is the whole plane."""
+
+    rows: int
+    columns: int
+    chunks: int
+    whole: bool
+
+    @property
+    def warps(self) -> int:
+        return min(max(self.rows * self.columns // 128, 1), 8)
+
+
+def tiling(height: int, width: int) -> Tiling:
+    """Tiles of powers of two."""
+    rows, columns = triton.next_power_of_2(height), triton.next_power_of_2(width)
+    if rows * columns <= WHOLE_PLANE:
+        return Tiling(rows, columns, 1, True)
+    columns = min(columns, 64)
+    rows = min(rows, TILE // columns)
+    return Tiling(rows, columns, -(-height // rows), False)
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...] | None:
+    """Strides, 0 along dimensions of size 1: what they say there is arbitrary."""
+    if tensor is None:
+        return None
+    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _launch(kernel, programs: int, tile: Tiling, moved: tuple[Tensor | None, ...], arguments: dict[str, Any]) -> Launch:
+    """``moved``: tensors of which a tile crosses memory in one iteration."""
+    if programs >= 2**31:
+        raise ValueError(f"x makes {programs} tiles of work, expected fewer than 2**31; split the batch")
+    arguments = {name: value for name, value in arguments.items() if name in kernel.arg_names}
+    once = tile.whole and "images" not in arguments and kernel is not kernels.row_col_bwd_x_kernel
+    options = {"num_warps": tile.warps, "num_stages": 1 if once else 2, "enable_fp_fusion": True}
+    moved_bytes = tile.rows * tile.columns * sum(tensor.element_size() for tensor in moved if tensor is not None)
+    return Launch(kernel, programs, arguments, options, moved_bytes)
+
+
+def _common(x: Tensor, row: Tensor | None, col: Tensor | None, row_stats: Tensor, col_stats: Tensor) -> dict[str, Any]:
+    batch, channels, height, width = x.shape
+    heads = 1 if row is None else row.shape[0]
+    tile = tiling(height, width)
+    return {
+        "x_ptr": x, "row_ptr": row, "col_ptr": col, "row_stats_ptr": row_stats, "col_stats_ptr": col_stats,
+        "x_strides": _strides(x), "row_strides": _strides(row), "col_strides": _strides(col),
+        "planes": batch * heads * channels, "batch": batch, "heads": heads, "channels": channels, "height": height,
+        "width": width, "chunks": tile.chunks, "shift": 1.0 / (height * width),
+        "ROWS": tile.rows, "COLUMNS": tile.columns, "WHOLE": tile.whole,
+        "out_ptr": None, "moments_ptr": None, "mean_ptr": None, "scale_ptr": None,
+    }  # fmt: skip
+
+
+# --- forward ----------------------------------------------------------------------------------------------------
+
+
+def plan_statistics(x, row, col, row_stats, col_partials, *, out=None, moments=None) -> Launch:
+    """Row statistics and those of the columns of each chunk, ``col_partials`` (chunks, ...); see the kernel."""
+    common = _common(x, row, col, row_stats, col_partials) | {"out_ptr": out, "moments_ptr": moments}
+    tile = tiling(*x.shape[2:])
+    moved = (x, row, col, out)
+    return _launch(kernels.row_col_stats_kernel, common["planes"] * tile.chunks, tile, moved, common)
+
+
+def plan_moments(x, row, col, row_stats, col_stats, moments) -> Launch:
+    common = _common(x, row, col, row_stats, col_stats) | {"moments_ptr": moments}
+    tile = tiling(*x.shape[2:])
+    return _launch(kernels.row_col_moments_kernel, common["planes"] * tile.chunks, tile, (x, row, col), common)
+
+
+def plan_output(x, row, col, out, row_stats, col_stats, mean=None, scale=None) -> Launch:
+    common = _common(x, row, col, row_stats, col_stats) | {"out_ptr": out, "mean_ptr": mean, "scale_ptr": scale}
+    tile = tiling(*x.shape[2:])
+    return _launch(kernels.row_col_output_kernel, common["planes"] * tile.chunks, tile, (x, row, col, out), common)
+
+
+def _combine_columns(partials: Tensor, col_stats: Tensor) -> None:
+    """Over the chunks, in one fixed order: partials (chunks, planes, 2, width)."""
+    maximum, total = partials.unbind(2)
+    largest = maximum.amax(0)
+    shift = largest.masked_fill(largest == float("-inf"), 0.0)
+    total = (total * (maximum - shift).exp()).sum(0)
+    torch.stack((largest, total), 1, out=col_stats.view(-1, 2, col_stats.shape[-1]))
+
+
+def _statistics(x, row, col, row_stats, col_stats, out=None, moments=None) -> None:
+    tile = tiling(*x.shape[2:])
+    if tile.whole:
+        plan_statistics(x, row, col, row_stats, col_stats, out=out, moments=moments).run()
+        return
+    planes = row_stats.shape[:3].numel()
+    partials = x.new_empty((tile.chunks, planes, 2, x.shape[3]), dtype=torch.float32)
+    plan_statistics(x, row, col, row_stats, partials).run()
+    _combine_columns(partials, col_stats)
+    if moments is not None:
+        plan_moments(x, row, col, row_stats, col_stats, moments).run()
+
+
+def softmax_forward(x, row, col):
+    outputs = out, row_stats, col_stats = _allocate_softmax(x, row)
+    if out.numel() == 0:
+        return outputs
+    with torch.cuda.device_of(x):
+        _statistics(x, row, col, row_stats, col_stats, out=out)
+        if not tiling(*x.shape[2:]).whole:
+            plan_output(x, row, col, out, row_stats, col_stats).run()
+    return outputs
+
+
+def _reduced(moments: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Means per (head, channel) in float64 of moments (B, heads, C, chunks, 2), over images and positions of x."""
+    count = shape[0] * shape[2] * shape[3]
+    return (moments.double().sum((0, 3)) / count).flatten(0, 1).unbind(1)
+
+
+def _moments(x: Tensor, heads: int) -> Tensor:
+    return x.new_empty((x.shape[0], heads, x.shape[1], tiling(*x.shape[2:]).chunks, 2), dtype=torch.float32)
+
+
+def attention_forward(x, row, col, mean, var, eps):
+    outputs = out, row_stats, col_stats, mean_used, var_used = _allocate_attention(x, row)
+    if mean is not None:
+        mean_used.copy_(mean)
+        var_used.copy_(var)
+    if out.numel() == 0:
+        return outputs
+    with torch.cuda.device_of(x):
+        moments = _moments(x, row.shape[0]) if mean is None else None
+        _statistics(x, row, col, row_stats, col_stats, moments=moments)
+        if mean is None:
+            first, second = _reduced(moments, x.shape)
+            shift = torch.tensor(1.0 / (x.shape[2] * x.shape[3]), dtype=torch.float32).item()
+            mean_used.copy_(shift + first)
+            var_used.copy_((second - first.square()).clamp_min(0.0))
+        scale = (var_used.double() + eps).rsqrt().float()
+        plan_output(x, row, col, out, row_stats, col_stats, mean_used, scale).run()
+    return outputs
+
+
+# --- backward ---------------------------------------------------------------------------------------------------
+
+
+class Normalisation(NamedTuple):
+    """What backward through the batch normalisation needs, per (head, channel); all None without one."""
+
+    mean: Tensor | None = None
+    scale: Tensor | None = None
+    grad_mean: Tensor | None = None
+    grad_var: Tensor | None = None
+
+
+def _backward(grad_out, x, row, col, row_stats, col_stats, norm, sums=(None, None)) -> dict[str, Any]:
+    return _common(x, row, col, row_stats, col_stats) | {
+        "grad_out_ptr": grad_out,
+        "grad_out_strides": _strides(grad_out),
+        "mean_ptr": norm.mean,
+        "scale_ptr": norm.scale,
+        "grad_mean_ptr": norm.grad_mean,
+        "grad_var_ptr": norm.grad_var,
+        "row_sums_ptr": sums[0],
+        "col_sums_ptr": sums[1],
+    }
+
+
+def plan_grad_moments(grad_out, x, row, col, row_stats, col_stats, norm, moments) -> Launch:
+    arguments = _backward(grad_out, x, row, col, row_stats, col_stats, norm) | {"moments_ptr": moments}
+    tile = tiling(*x.shape[2:])
+    moved = (grad_out, x, row, col)
+    return _launch(kernels.row_col_grad_moments_kernel, arguments["planes"] * tile.chunks, tile, moved, arguments)
+
+
+def plan_sums(grad_out, x, row, col, row_stats, col_stats, norm, sums) -> Launch:
+    arguments = _backward(grad_out, x, row, col, row_stats, col_stats, norm, sums)
+    tile = tiling(*x.shape[2:])
+    moved = (grad_out, x, row, col)
+    return _launch(kernels.row_col_sums_kernel, arguments["planes"] * tile.chunks, tile, moved, arguments)
+
+
+def plan_grad_x(grad_out, x, row, col, row_stats, col_stats, norm, sums, grad_x) -> Launch:
+    arguments = _backward(grad_out, x, row, col, row_stats, col_stats, norm, sums) | {"grad_x_ptr": grad_x}
+    tile = tiling(*x.shape[2:])
+    programs = x.shape[0] * x.shape[1] * tile.chunks
+    return _launch(kernels.row_col_bwd_x_kernel, programs, tile, (grad_out, x, row, col), arguments)
+
+
+def plan_grad_weight(grad_out, x, row, col, row_stats, col_stats, norm, sums, partials) -> Launch:
+    """``partials``: (groups, 2, heads, C, H, W), float32."""
+    tile = tiling(*x.shape[2:])
+    column_tiles = -(-x.shape[3] // tile.columns)
+    arguments = _backward(grad_out, x, row, col, row_stats, col_stats, norm, sums) | {
+        "grad_weight_ptr": partials,
+        "images": IMAGES,
+        "column_tiles": column_tiles,
+    }
+    programs = partials.shape[0] * row.shape[0] * x.shape[1] * tile.chunks * column_tiles
+    return _launch(kernels.row_col_bwd_weight_kernel, programs, tile, (grad_out, x, row, col), arguments)
+
+
+def _run_backward(grad_out, x, row, col, row_stats, col_stats, norm) -> tuple[Tensor, Tensor, Tensor]:
+    grads = grad_x, grad_row, grad_col = _allocate_backward(x, row)
+    batch, _, height, width = x.shape
+    terms = (grad_out, x, row, col, row_stats, col_stats, norm)
+    tile, planes = tiling(height, width), row_stats.shape[:3].numel()
+    sums = (None, None)
+    if not tile.whole:
+        row_sums = x.new_empty((planes, height), dtype=torch.float32)
+        partials = x.new_empty((tile.chunks, planes, width), dtype=torch.float32)
+        plan_sums(*terms, (row_sums, partials)).run()
+        sums = row_sums, partials.sum(0)
+    plan_grad_x(*terms, sums, grad_x).run()
+    if row is not None:
+        partials = x.new_empty((-(-batch // IMAGES), 2, *row.shape), dtype=torch.float32)
+        plan_grad_weight(*terms, sums, partials).run()
+        both = partials.sum(0)
+        grad_row.copy_(both[0])
+        grad_col.copy_(both[1])
+    return grads
+
+
+def _by_head(tensor: Tensor, channels: int) -> Tensor:
+    """(B, heads*C, H, W) or (B, C, H, W) as (B, heads, C, H, W)."""
+    if tensor.dim() == 5:
+        return tensor
+    return tensor.unflatten(1, (tensor.shape[1] // channels, channels))
+
+
+def softmax_backward(grad_out, x, row, col, row_stats, col_stats):
+    if grad_out.numel() == 0:
+        return tuple(grad.zero_() for grad in _allocate_backward(x, row))
+    with torch.cuda.device_of(x):
+        return _run_backward(_by_head(grad_out, x.shape[1]), x, row, col, row_stats, col_stats, Normalisation())
+
+
+def attention_backward(grad_out, x, row, col, row_stats, col_stats, mean, var, training, eps):
+    if grad_out.numel() == 0:
+        return tuple(grad.zero_() for grad in _allocate_backward(x, row))
+    with torch.cuda.device_of(x):
+        grad_out = _by_head(grad_out, x.shape[1])
+        deviation = (var.double() + eps).rsqrt()
+        norm = Normalisation(mean, deviation.float(), torch.zeros_like(mean), torch.zeros_like(mean))
+        if training:
+            moments = _moments(x, row.shape[0])
+            plan_grad_moments(grad_out, x, row, col, row_stats, col_stats, norm, moments).run()
+            first, second = _reduced(moments, x.shape)
+            norm.grad_mean.copy_(first)
+            norm.grad_var.copy_(second * deviation.square())
+        return _run_backward(grad_out, x, row, col, row_stats, col_stats, norm)
+
+
+# --- compilation without a GPU ----------------------------------------------------------------------------------
+
+#: Cases of benchmarks/compile_report.py: name -> (batch, channels, grid, heads, dtype).
+_COMPILE_SHAPES: dict[str, tuple] = {
+    "28x28, 16 heads": (512, 1, (28, 28), 16, torch.bfloat16),
+    "32x32, 3 channels": (256, 3, (32, 32), 8, torch.float16),
+    "64x64": (32, 2, (64, 64), 4, torch.bfloat16),
+    "100x150": (8, 2, (100, 150), 4, torch.bfloat16),
+    "28x28, float32": (512, 1, (28, 28), 16, torch.float32),
+    "dual 4800x4800": (1, 1, (4800, 4800), None, torch.bfloat16),
+    "dual 4800x4800, float32": (1, 1, (4800, 4800), None, torch.float32),
+}
+
+
+def compile_cases(arch: str) -> Iterator[tuple[str, Launch]]:
+    """(case, launch) of every shipped configuration, over meta tensors; the tiles are the same on every ``arch``."""
+    for name, (batch, channels, grid, heads, dtype) in _COMPILE_SHAPES.items():
+        for launch in _plan_all(batch, channels, grid, heads, dtype):
+            yield name, launch
+
+
+def _plan_all(batch: int, channels: int, grid: tuple[int, int], heads: int | None, dtype: torch.dtype) -> list[Launch]:
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, tile = empty(batch, channels, *grid, dtype=dtype), tiling(*grid)
+    lead = (batch, heads or 1, channels)
+    row, col = (empty(heads, channels, *grid, dtype=dtype) if heads else None for _ in range(2))
+    out = empty(*lead, *grid, dtype=dtype)
+    stats = empty(*lead, 2, grid[0]), empty(*lead, 2, grid[1])
+    moments = empty(*lead, tile.chunks, 2)
+    per_channel = [empty((heads or 1) * channels) for _ in range(4)]
+    norm = Normalisation(*per_channel) if heads else Normalisation()
+    sums = (None, None) if tile.whole else (empty(*lead, grid[0]), empty(*lead, grid[1]))
+    launches = [plan_statistics(x, row, col, *stats, **({"out": out} if tile.whole else {}))]
+    if heads:
+        statistics = plan_statistics(x, row, col, *stats, moments=moments)
+        launches += [statistics] if tile.whole else [plan_moments(x, row, col, *stats, moments)]
+        launches.append(plan_grad_moments(out, x, row, col, *stats, norm, moments))
+    launches.append(plan_output(x, row, col, out, *stats, *norm[:2]))
+    if not tile.whole:
+        launches.append(plan_sums(out, x, row, col, *stats, norm, sums))
+    launches.append(plan_grad_x(out, x, row, col, *stats, norm, sums, x))
+    if heads:
+        launches.append(plan_grad_weight(out, x, row, col, *stats, norm, sums, empty(1, 2, heads, channels, *grid)))
+    return launches
