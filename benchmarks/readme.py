@@ -34,10 +34,13 @@ def results(folder: Path = RESULTS) -> Iterator[tuple[Path, dict[str, Any], Any]
             yield path, result, report if "op" in result else networks
 
 
-def summary(folder: Path = RESULTS) -> str:
-    """One table of all ops on the CPU in float32."""
+def summaries(folder: Path = RESULTS) -> dict[str, str]:
+    """Tables of all ops on the CPU in float32, by file name: one for each allocator."""
     reports = [result for path, result, kind in results(folder) if kind is report]
-    return report.summary(each for each in reports if report.stem(each) == each["op"])
+    return {
+        f"summary{suffix}.md": report.summary(each for each in reports if report.stem(each) == each["op"] + suffix)
+        for suffix in ("", "_default_allocator")
+    }
 
 
 def fill(text: str, root: Path = ROOT) -> str:
@@ -49,11 +52,12 @@ def main() -> int:
     readme = ROOT / "README.md"
     if "--check" in sys.argv[1:]:
         tables = all(path.with_suffix(".md").read_text() == kind.markdown(result) for path, result, kind in results())
-        tables = tables and (RESULTS / "summary.md").read_text() == summary()
+        tables = tables and all((RESULTS / name).read_text() == text for name, text in summaries().items())
         return int(not tables or fill(readme.read_text()) != readme.read_text())
     for _, result, kind in results():
         kind.render(result, RESULTS)
-    (RESULTS / "summary.md").write_text(summary())
+    for name, text in summaries().items():
+        (RESULTS / name).write_text(text)
     readme.write_text(fill(readme.read_text()))
     return 0
 

@@ -236,7 +236,8 @@ struct Gradients : Visitor {
     for (int64_t i = 0; i < k.images; ++i)
       for (int64_t y = 0; y < k.rows; ++y)
         store_row(g, (k.b0 + i) * g.stride[0] + k.c * g.stride[1] + (k.y0 + y) * g.stride[2], p.width,
-                  grad_x + i * o.plane + y * o.stride);
+                  grad_x + i * o.plane + y * o.stride, p.large);
+    end_of_streams();
   }
 };
 

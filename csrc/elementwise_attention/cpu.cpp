@@ -28,6 +28,10 @@ TensorView view_by_head(const Tensor& tensor, int64_t channels) {
   return view;
 }
 
+constexpr int64_t kLargeBytes = int64_t{8} << 20;
+
+bool is_large(const Tensor& written) { return written.numel() * written.element_size() >= kLargeBytes; }
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How the work is cut up follows the shape alone: partial sums are then the same at any number of threads.
@@ -104,10 +108,11 @@ void row_col_softmax_forward(Tensor x, std::optional<Tensor> weight_row, std::op
   if (out.numel() == 0) return;
   Forward p{};
   fill_problem(p, x, weight_row, weight_col, row_stats, col_stats);
-  p.out = view_by_head(out, p.channels);
+  p.out = view_by_head(out, p.channels), p.large = is_large(out);
+  p.writes_whole = p.whole();
   std::vector<float> partials;
   forward_statistics(p, partials);
-  parallel(p.tasks(), kernels().output, p);
+  if (!p.writes_whole) parallel(p.tasks(), kernels().output, p);
 }
 
 void elementwise_attention_forward(Tensor x, Tensor weight_row, Tensor weight_col, bool training, double eps,
@@ -115,7 +120,7 @@ void elementwise_attention_forward(Tensor x, Tensor weight_row, Tensor weight_co
   if (out.numel() == 0) return;
   Forward p{};
   fill_problem(p, x, weight_row, weight_col, row_stats, col_stats);
-  p.out = view_by_head(out, p.channels);
+  p.out = view_by_head(out, p.channels), p.large = is_large(out);
   p.needs_moments = training;
   float *means = static_cast<float*>(mean.data_ptr()), *vars = static_cast<float*>(var.data_ptr());
   Moments moments(p);
@@ -140,7 +145,7 @@ void elementwise_attention_forward(Tensor x, Tensor weight_row, Tensor weight_co
 
 void backward(Backward& p, const Tensor& grad_out, const Tensor& grad_x, const Tensor& grad_weight_row,
               const Tensor& grad_weight_col) {
-  p.grad_x = view_of(grad_x);
+  p.grad_x = view_of(grad_x), p.large = is_large(grad_x);
   if (p.weighted) p.grad_weight_row = view_of(grad_weight_row), p.grad_weight_col = view_of(grad_weight_col);
 
   std::vector<float> row_sums, col_sums, weights;

@@ -17,6 +17,7 @@ struct Problem {
   TensorView weight_row, weight_col;  // (head, channel, y, x)
   float *row_stats, *col_stats;       // (batch, head, channel, 2, y or x): maximum, sum of e^(logit - maximum)
   int64_t groups, ranges, block_rows, images_at_once;
+  bool large;  // more is written than stays in the caches
 
   // Batch normalisation of the product; without it mean is null.
   const float *mean, *scale;  // (head, channel); scale is 1 / sqrt(variance + eps)
@@ -31,6 +32,7 @@ struct Problem {
 struct Forward : Problem {
   TensorView out;       // (batch, head, channel, y, x)
   bool needs_moments;   // statistics of the batch are wanted
+  bool writes_whole;    // whole planes are written together with their statistics
   float* col_partials;  // (range, plane, 2, x): maximum and sum of one range; null when whole
 };
 
@@ -45,7 +47,7 @@ struct Backward : Problem {
 };
 
 struct Kernels {
-  void (*statistics)(const Forward&, int64_t begin, int64_t end);       // tasks; the moments too when whole
+  void (*statistics)(const Forward&, int64_t begin, int64_t end);  // tasks; when whole, the moments or the output too
   void (*combine_columns)(const Forward&, int64_t begin, int64_t end);  // planes
   void (*moments)(const Forward&, int64_t begin, int64_t end);          // tasks
   void (*output)(const Forward&, int64_t begin, int64_t end);           // tasks

@@ -15,15 +15,34 @@ constexpr int64_t kMostImages = 32;
 FA_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// e^x for x <= 0: 0 below e^-87, NaN stays NaN.  The multiple of ln 2 is taken from x itself, in two parts, so that no
+// exp2_polynomial in e^r on [-ln 2 / 2, ln 2 / 2].
+FA_INLINE vf exp_polynomial(vf r) {
+  vf p = broadcast(0.001384350354783237f);
+  p = p * r + 0.008374154567718506f;
+  p = p * r + 0.04166800528764725f;
+  p = p * r + 0.16666430234909058f;
+  p = p * r + 0.4999999403953552f;
+  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+
+// e^x for x <= 0: 0 for -inf, NaN stays NaN.  The multiple of ln 2 is taken from x itself, in two parts, so that no
 // rounding grows with x.
 FA_INLINE vf exp_of(vf x) {
+#if FUSED_ATTN_LANES == 16
+  // The larger of a number and NaN is the second operand.  scalef rounds e^-104 to 0.
+  x = (vf)_mm512_maskz_max_ps(0xffff, (__m512)broadcast(-104.0f), (__m512)x);
+#endif
   const vf shifted = x * kLog2e + 12582912.0f;  // 1.5 * 2^23: rounds to an integer held in the low mantissa bits
   const vf n = shifted - 12582912.0f;
   const vf r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
-  const vi result = (vi)exp2_polynomial(r * kLog2e) + ((vi)shifted << 23);
+#if FUSED_ATTN_LANES == 16
+  return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)exp_polynomial(r), (__m512)n);
+#else
+  const vi result = (vi)exp_polynomial(r) + ((vi)shifted << 23);
   const vi underflow = x < -87.0f;
   return (vf)(result & ~underflow);
+#endif
 }
 
 // A product that is not fused with the sum it goes into.

@@ -79,29 +79,62 @@ FA_INLINE void load_row(const TensorView& view, int64_t offset, int64_t stride, 
   }
 }
 
-// to[i] = at(vector of i), rounded to T, for `count` elements.
+// Past the caches: a large result would not stay there, and a plain store reads the line first.
+FA_INLINE void store_streamed(float* to, vf x) {
+#if FUSED_ATTN_LANES == 16
+  _mm512_stream_ps(to, (__m512)x);
+#elif FUSED_ATTN_LANES == 8
+  _mm256_stream_ps(to, (__m256)x);
+#else
+  store(to, x);
+#endif
+}
+
+// What this thread streamed comes before whatever it does next.
+FA_INLINE void end_of_streams() {
+#if FUSED_ATTN_LANES >= 8
+  _mm_sfence();
+#endif
+}
+
+// to[i] = from[i], i < count, streamed but for a few at the ends.
+FA_INLINE void stream(float* to, const float* from, int64_t count) {
+  int64_t i = 0;
+  for (; i < count && reinterpret_cast<uintptr_t>(to + i) % sizeof(vf) != 0; ++i) to[i] = from[i];
+  for (; i + L <= count; i += L) store_streamed(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = from[i];
+}
+
+// to[i] = at(vector of i), rounded to T, for `count` elements; streamed, if that is wanted, where vectors are aligned.
 template <class T, class At>
-FA_INLINE void write_row(T* to, int64_t count, const At& at) {
+FA_INLINE void write_row(T* to, int64_t count, bool stream, const At& at) {
   const int64_t vectors = count / L;
+  if constexpr (sizeof(T) == 4)
+    if (stream && reinterpret_cast<uintptr_t>(to) % sizeof(vf) == 0) {
+      for (int64_t v = 0; v < vectors; ++v) store_streamed(to + v * L, at(v));
+      if (vectors * L < count) store_part(to + vectors * L, at(vectors), count - vectors * L);
+      return;
+    }
   for (int64_t v = 0; v < vectors; ++v) store_from_float(to + v * L, at(v));
   if (vectors * L < count) store_part(to + vectors * L, at(vectors), count - vectors * L);
 }
 
 // The last dimension of what the kernels write is contiguous.
 template <class At>
-FA_INLINE void write_row(const TensorView& view, int64_t offset, int64_t count, const At& at) {
+FA_INLINE void write_row(const TensorView& view, int64_t offset, int64_t count, bool stream, const At& at) {
   switch (view.dtype) {
-    case DType::float32: return write_row(static_cast<float*>(view.data) + offset, count, at);
-    case DType::float16: return write_row(static_cast<c10::Half*>(view.data) + offset, count, at);
-    case DType::bfloat16: return write_row(static_cast<c10::BFloat16*>(view.data) + offset, count, at);
+    case DType::float32: return write_row(static_cast<float*>(view.data) + offset, count, stream, at);
+    case DType::float16: return write_row(static_cast<c10::Half*>(view.data) + offset, count, stream, at);
+    case DType::bfloat16: return write_row(static_cast<c10::BFloat16*>(view.data) + offset, count, stream, at);
   }
 }
 
 FA_INLINE void store_row_as(float* to, int64_t count, const float* from) {
-  write_row(to, count, [&](int64_t v) FA_INLINE_CALL { return load(from + v * L); });
+  write_row(to, count, false, [&](int64_t v) FA_INLINE_CALL { return load(from + v * L); });
 }
-FA_INLINE void store_row(const TensorView& view, int64_t offset, int64_t count, const float* from) {
-  write_row(view, offset, count, [&](int64_t v) FA_INLINE_CALL { return load(from + v * L); });
+FA_INLINE void store_row(const TensorView& view, int64_t offset, int64_t count, const float* from,
+                         bool stream = false) {
+  write_row(view, offset, count, stream, [&](int64_t v) FA_INLINE_CALL { return load(from + v * L); });
 }
 
 // Rows of one plane in float32, `stride` floats apart, readable in whole vectors.

@@ -115,3 +115,28 @@ def test_modules_name_what_is_wrong():
         ElementwiseAttention(1, (4, 5), 1)(torch.zeros(2, 1, 5, 4))
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         ElementwiseAttention(1, (1, 1), 2)(torch.zeros(1, 1, 1, 1))
+
+
+@pytest.mark.skipif(not _extension.available(), reason="the C++ kernels are not built")
+@pytest.mark.parametrize(
+    ("batch", "heads", "grid"),
+    [(80, 32, (32, 32)), (92, 32, (27, 29)), (92, 32, (28, 28)), (1, None, (1450, 1504)), (1, None, (1450, 1501))],
+)
+def test_outputs_too_large_for_the_caches(batch, heads, grid):
+    """They are streamed: rows where they are aligned, else whole blocks."""
+    torch.manual_seed(0)
+    x = torch.randn(batch, 1, *grid, requires_grad=True)
+    weights = [torch.randn(heads, 1, *grid, requires_grad=True) for _ in range(2)] if heads else []
+    functions = [
+        row_col_softmax,
+        lambda *tensors, impl: elementwise_attention(*tensors, None, None, training=True, impl=impl),
+    ]
+    for function in functions if heads else functions[:1]:
+        results = []
+        for impl in ("cpu", "reference"):
+            out = function(x, *weights, impl=impl)
+            assert out.numel() * 4 >= 8 << 20
+            grad_out = torch.linspace(-1, 1, out.numel()).view(out.shape)
+            results.append((out, *torch.autograd.grad(out, [x, *weights], grad_out)))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
