@@ -33,6 +33,8 @@ void fill_problem(Problem& p, const std::vector<Tensor>& values, const std::vect
   if (norm_weight) p.norm_weight = view_of(*norm_weight);
 }
 
+constexpr int64_t kLargeBytes = int64_t{8} << 20;
+
 const Kernels& kernels() { return FUSED_ATTN_BEST_KERNELS; }
 
 void attention_residual_forward(std::vector<Tensor> values, Tensor query, std::optional<Tensor> norm_weight, double eps,
@@ -56,6 +58,7 @@ void attention_residual_backward(Tensor grad_out, std::vector<Tensor> values, Te
   p.grad_out = view_of(grad_out);
   p.statistics = static_cast<const float*>(statistics.const_data_ptr());
   p.grad_values = grad_views.data();
+  p.large = p.count * grad_values[0].numel() * grad_values[0].element_size() >= kLargeBytes;
   p.grad_query = view_of(grad_query);
   if (norm_weight) p.grad_norm_weight = view_of(grad_norm_weight);
   std::vector<float> partials(p.tasks() * p.dim);

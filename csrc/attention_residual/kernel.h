@@ -34,6 +34,7 @@ struct Backward : Problem {
   TensorView grad_out;
   const float* statistics;
   const TensorView* grad_values;  // [count]
+  bool large;                     // they do not stay in the caches
   TensorView grad_query, grad_norm_weight;
   float* partials;  // (tasks, dim): gradient of query * norm_weight
 

@@ -61,6 +61,21 @@ template <class T>
 FA_INLINE T* row_of(const TensorView& view, int64_t outer, int64_t inner) {
   return static_cast<T*>(view.data) + outer * view.stride[0] + inner * view.stride[1];
 }
+template <class T>
+FA_INLINE T* row_of(const Problem& p, const TensorView& view, int64_t token) {
+  return row_of<T>(view, token / p.inner, token % p.inner);
+}
+
+// Past the caches: large gradients would not stay there, and a plain store reads the line first.
+FA_INLINE void store_streamed(float* p, vf x) {
+#if FUSED_ATTN_LANES == 16
+  _mm512_stream_ps(p, (__m512)x);
+#elif FUSED_ATTN_LANES == 8
+  _mm256_stream_ps(p, (__m256)x);
+#else
+  store(p, x);
+#endif
+}
 
 // Walks a row of `dim` elements: step(offset, vectors, whole, elements), with as many vectors at once as U.
 template <class Step>
@@ -92,6 +107,12 @@ struct RowSums {
   FA_INLINE float total(int n) { return sum_lanes(whole[n]); }
 };
 
+// Rows of the next token: no hardware prefetcher follows from one value to the next.
+template <class T>
+FA_INLINE void prefetch(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
 // query * norm_weight.
 void score_vector(const Problem& p, float* to) {
   gather(p.query, 0, p.query.stride[0], p.dim, 1.0f, to);
@@ -122,10 +143,12 @@ void forward(const Forward& p, int64_t begin, int64_t end) {
     float* statistics = p.statistics + token * p.count * 2;
     for (int64_t l = 0; l < p.count; ++l) {
       const T* row = rows[l] = row_of<const T>(p.values[l], outer, inner);
+      const T* next = token + 1 < last ? row_of<const T>(p, p.values[l], token + 1) : row;
       RowSums<2> sums;
       walk(p.dim, [&]<int N, bool Whole>(int64_t d, int64_t elements) FA_INLINE_CALL {
 #pragma GCC unroll 4
         for (int u = 0; u < N; ++u) {
+          prefetch(next + d + u * L);
           const vf x = load_part<Whole>(row + d + u * L, elements);
           sums.add(0, u, x * x);
           sums.add(1, u, x * load_part<Whole>(score + d + u * L, elements));
@@ -176,6 +199,8 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
       const int64_t outer = token / p.inner, inner = token % p.inner;
       const float* statistics = p.statistics + token * p.count * 2;
       const T* grad_out = row_of<const T>(p.grad_out, outer, inner);
+      const bool more = token + 1 < last;
+      bool streams = p.large && sizeof(T) == sizeof(float);
       walk(p.dim, [&]<int N, bool Whole>(int64_t d, int64_t elements) FA_INLINE_CALL {
         for (int u = 0; u < N; ++u)
           store_part<Whole>(grad + d + u * L, elements, load_part<Whole>(grad_out + d + u * L, elements));
@@ -184,12 +209,16 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
       float delta = 0.0f;
       for (int64_t l = 0; l < p.count; ++l) {
         const T* row = rows[l] = row_of<const T>(p.values[l], outer, inner);
+        const T* next = more ? row_of<const T>(p, p.values[l], token + 1) : row;
         grad_rows[l] = row_of<T>(p.grad_values[l], outer, inner);
+        streams &= reinterpret_cast<uintptr_t>(grad_rows[l]) % sizeof(vf) == 0;
         RowSums<1> sums;
         walk(p.dim, [&]<int N, bool Whole>(int64_t d, int64_t elements) FA_INLINE_CALL {
 #pragma GCC unroll 4
-          for (int u = 0; u < N; ++u)
+          for (int u = 0; u < N; ++u) {
+            prefetch(next + d + u * L);
             sums.add(0, u, load_part<Whole>(row + d + u * L, elements) * load_part<Whole>(grad + d + u * L, elements));
+          }
           sums.advance();
         });
         sums.flush();
@@ -215,7 +244,13 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
           for (int u = 0; u < N; ++u) {
             const vf x = load_part<Whole>(rows[l] + d + u * L, elements);
             acc[u] += b * x;
-            store_part<Whole>(grad_rows[l] + d + u * L, elements, a * g[u] + b * s[u] + c * x);
+            const vf grad_value = a * g[u] + b * s[u] + c * x;
+            if constexpr (Whole && sizeof(T) == sizeof(float))
+              if (streams) {
+                store_streamed(grad_rows[l] + d + u * L, grad_value);
+                continue;
+              }
+            store_part<Whole>(grad_rows[l] + d + u * L, elements, grad_value);
           }
         }
 #pragma GCC unroll 4
@@ -226,6 +261,9 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
       });
     }
   }
+#if FUSED_ATTN_LANES >= 8
+  _mm_sfence();  // what this thread streamed comes before whatever it does next
+#endif
 }
 
 // grad_query and grad_norm_weight of elements [begin, end), from the partial sums of the tasks.

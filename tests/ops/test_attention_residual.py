@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fused_attn import _extension, attention_residual
 from fused_attn.modules import AttentionResidual, BlockSums
 
 
@@ -69,3 +70,19 @@ def test_bad_settings():
         AttentionResidual(4, impl="fast")
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         BlockSums(torch.ones(2, 4), size=0)
+
+
+@pytest.mark.skipif(not _extension.available(), reason="the C++ kernels are not built")
+@pytest.mark.parametrize("depth", [1024, 1000, 1017])
+def test_gradients_too_large_for_the_caches(depth):
+    """They are streamed where rows are aligned: all, every second, few."""
+    torch.manual_seed(0)
+    values = [torch.randn(300, depth, requires_grad=True) for _ in range(9)]
+    query, weight = (torch.randn(depth, requires_grad=True) for _ in range(2))
+    assert 9 * values[0].numel() * 4 >= 8 << 20
+    grad_out, results = torch.randn(300, depth), []
+    for impl in ("cpu", "reference"):
+        out = attention_residual(values, query, norm_weight=weight, impl=impl)
+        results.append((out, *torch.autograd.grad(out, [*values, query, weight], grad_out)))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
