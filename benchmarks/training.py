@@ -2,7 +2,7 @@
 
 Run from the repository root (the README gives the runs' command lines):
 ``python benchmarks/training.py NAME RUN [RUN ...] [--reference RUN]``.  The reference is the first run, or its first
-steps, repeated with ``--impl reference``.
+steps, repeated with ``--impl reference``.  results/NAME/paper.json, written by hand, adds what a paper reports.
 """
 
 from __future__ import annotations
@@ -73,21 +73,22 @@ def epochs_table(folder: Path) -> list[str]:
     return lines
 
 
-def runs_table(folders: Sequence[Path]) -> list[str]:
-    """Several runs, each after its last epoch."""
-    lines = [
-        f"{head(folders[0])}:",
-        "",
-        "| network | parameters | epochs | minutes | train loss | train accuracy | test loss | test accuracy |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+def runs_table(folders: Sequence[Path], paper: dict[str, Any]) -> list[str]:
+    """Several runs, each after its last epoch, beside what the paper reports of the network."""
+    heading = "| network | parameters | epochs | minutes | train loss | train accuracy | test loss | test accuracy |"
+    more = " loss in the paper | accuracy in the paper |" if paper else ""
+    columns = (heading + more).count("|") - 2
+    lines = [f"{head(folders[0])}:", "", heading + more, "| --- |" + " ---: |" * columns]
     for folder in folders:
         found = metrics(folder)
-        lines.append(
+        line = (
             f"| {title(folder)} | {found['parameters']:,} | {found['epochs']:g} | {found['seconds'] / 60:.1f} "
             f"| {numbers(found)}"
         )
-    return lines
+        if paper:
+            line += " {} | {} |".format(*paper["reported"].get(title(folder), ("-", "-")))
+        lines.append(line)
+    return [*lines, *(["", paper["note"]] if paper else [])]
 
 
 def plot_runs(folders: Sequence[Path], to: Path) -> None:
@@ -136,7 +137,9 @@ def main() -> None:
     options = parser.parse_args()
     results, link = RESULTS / options.name, f"benchmarks/results/{options.name}"
     folders = [keep(run, results / run.name) for run in options.runs]
-    lines = epochs_table(folders[0]) if len(folders) == 1 else runs_table(folders)
+    paper = results / "paper.json"
+    reported = json.loads(paper.read_text()) if paper.exists() else {}
+    lines = epochs_table(folders[0]) if len(folders) == 1 else runs_table(folders, reported)
     words, pictures = [], []
     if len(folders) == 1:
         pictures.append(f"[Curves]({link}/{folders[0].name}/curves.png)")

@@ -309,7 +309,9 @@ def compile_cases(arch: str) -> Iterator[tuple[str, Launch]]:
     """(case, launch) of every shipped configuration, over meta tensors; the tiles are the same on every ``arch``."""
     for name, (batch, channels, grid, heads, dtype) in _COMPILE_SHAPES.items():
         for launch in _plan_all(batch, channels, grid, heads, dtype):
-            yield name, launch
+            statistics = launch.kernel is kernels.row_col_stats_kernel
+            moments = statistics and launch.arguments["moments_ptr"] is not None
+            yield f"{name}, moments" if moments else name, launch
 
 
 def _plan_all(batch: int, channels: int, grid: tuple[int, int], heads: int | None, dtype: torch.dtype) -> list[Launch]:
