@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib.util
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,19 +207,40 @@ def interleave(
     for number in range(warmup):
         for turn in turns.values():
             turn(number)
-    started, rounds = time.monotonic(), 0
-    while rounds < least or time.monotonic() - started < seconds:
-        for name, turn in turns.items():
-            turn_started = time.monotonic()
-            while True:
-                for each, value in turn(calls[name]).items():
-                    times.setdefault(name, {}).setdefault(each, []).append(value)
-                calls[name] += 1
-                if time.monotonic() - turn_started >= turn_seconds:
-                    break
-        rounds += 1
-        on_round(min(1.0, (time.monotonic() - started) / max(seconds, 1e-9), rounds / least))
+    with _no_garbage_collection() as collect:
+        started, rounds = time.monotonic(), 0
+        while rounds < least or time.monotonic() - started < seconds:
+            for name, turn in turns.items():
+                turn_started = time.monotonic()
+                while True:
+                    for each, value in turn(calls[name]).items():
+                        times.setdefault(name, {}).setdefault(each, []).append(value)
+                    calls[name] += 1
+                    if time.monotonic() - turn_started >= turn_seconds:
+                        break
+                collect()
+            rounds += 1
+            on_round(min(1.0, (time.monotonic() - started) / max(seconds, 1e-9), rounds / least))
     return times
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[Callable[[], object]]:
+    """Keep Python's collector out of timed calls; yields what collects between them.
+
+    After TorchInductor has run, a full collection takes longer than most calls, and it comes where a call happens to
+    allocate Python objects.  Those that exist already are left out, which makes the collections in between short.
+    """
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield gc.collect
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 def keep_freed_memory() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import gc
 import json
 import math
 
@@ -363,3 +364,25 @@ def test_results_with_the_default_allocator_say_so(monkeypatch):
     assert report.stem(result) == "o_default_allocator"
     assert report.machine(result).endswith("the C library's default allocator")
     assert report.stem(result | {"allocator": "caching"}) == "o"
+
+
+def test_no_garbage_is_collected_in_a_timed_call():
+    seen = []
+
+    def turn(number):
+        seen.append(gc.isenabled())
+        return {"fwd": 1.0}
+
+    measure.interleave({"a": turn}, seconds=0, least=2, turn_seconds=0, warmup=1)
+    assert seen == [True, False, False]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+    def interrupted(number):
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        return turn(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        measure.interleave({"a": interrupted}, seconds=0, least=9, turn_seconds=0, warmup=0)
+    assert gc.isenabled()
