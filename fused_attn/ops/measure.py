@@ -253,7 +253,7 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
         mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_trim_threshold, -1)  # never: 2 GiB, the most that fits, are passed by peers with large intermediates
 
 
 # --- memory -----------------------------------------------------------------------------------------------------
