@@ -33,8 +33,6 @@ void fill_problem(Problem& p, const std::vector<Tensor>& values, const std::vect
   if (norm_weight) p.norm_weight = view_of(*norm_weight);
 }
 
-constexpr int64_t kLargeBytes = int64_t{8} << 20;
-
 const Kernels& kernels() { return FUSED_ATTN_BEST_KERNELS; }
 
 void attention_residual_forward(std::vector<Tensor> values, Tensor query, std::optional<Tensor> norm_weight, double eps,

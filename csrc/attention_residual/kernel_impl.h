@@ -8,6 +8,7 @@ namespace {
 
 #include "common/simd.h"
 #include "common/simd_half.h"
+#include "common/stream.h"
 
 // Vectors walked together, each with a sum of its own.
 constexpr int U = 4;
@@ -64,17 +65,6 @@ FA_INLINE T* row_of(const TensorView& view, int64_t outer, int64_t inner) {
 template <class T>
 FA_INLINE T* row_of(const Problem& p, const TensorView& view, int64_t token) {
   return row_of<T>(view, token / p.inner, token % p.inner);
-}
-
-// Past the caches: large gradients would not stay there, and a plain store reads the line first.
-FA_INLINE void store_streamed(float* p, vf x) {
-#if FUSED_ATTN_LANES == 16
-  _mm512_stream_ps(p, (__m512)x);
-#elif FUSED_ATTN_LANES == 8
-  _mm256_stream_ps(p, (__m256)x);
-#else
-  store(p, x);
-#endif
 }
 
 // Walks a row of `dim` elements: step(offset, vectors, whole, elements), with as many vectors at once as U.
@@ -200,7 +190,7 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
       const float* statistics = p.statistics + token * p.count * 2;
       const T* grad_out = row_of<const T>(p.grad_out, outer, inner);
       const bool more = token + 1 < last;
-      bool streams = p.large && sizeof(T) == sizeof(float);
+      bool streams = p.large;
       walk(p.dim, [&]<int N, bool Whole>(int64_t d, int64_t elements) FA_INLINE_CALL {
         for (int u = 0; u < N; ++u)
           store_part<Whole>(grad + d + u * L, elements, load_part<Whole>(grad_out + d + u * L, elements));
@@ -211,7 +201,7 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
         const T* row = rows[l] = row_of<const T>(p.values[l], outer, inner);
         const T* next = more ? row_of<const T>(p, p.values[l], token + 1) : row;
         grad_rows[l] = row_of<T>(p.grad_values[l], outer, inner);
-        streams &= reinterpret_cast<uintptr_t>(grad_rows[l]) % sizeof(vf) == 0;
+        streams &= can_stream(grad_rows[l]);
         RowSums<1> sums;
         walk(p.dim, [&]<int N, bool Whole>(int64_t d, int64_t elements) FA_INLINE_CALL {
 #pragma GCC unroll 4
@@ -261,9 +251,7 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
       });
     }
   }
-#if FUSED_ATTN_LANES >= 8
-  _mm_sfence();  // what this thread streamed comes before whatever it does next
-#endif
+  end_of_streams();
 }
 
 // grad_query and grad_norm_weight of elements [begin, end), from the partial sums of the tasks.

@@ -33,6 +33,9 @@ inline TensorView view_of(const std::optional<torch::stable::Tensor>& tensor) {
   return tensor ? view_of(*tensor) : TensorView{};
 }
 
+// More than this does not stay in the caches until somebody reads it.
+constexpr int64_t kLargeBytes = int64_t{8} << 20;
+
 template <class Run>
 void parallel(int64_t count, const Run& run, int64_t grain = 1) {
   if (count > 0) torch::stable::parallel_for(0, count, grain, run);

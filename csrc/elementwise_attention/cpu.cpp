@@ -28,8 +28,6 @@ TensorView view_by_head(const Tensor& tensor, int64_t channels) {
   return view;
 }
 
-constexpr int64_t kLargeBytes = int64_t{8} << 20;
-
 bool is_large(const Tensor& written) { return written.numel() * written.element_size() >= kLargeBytes; }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -7,6 +7,8 @@ namespace fused_attn::elementwise_attention::FUSED_ATTN_ISA {
 namespace {
 
 #include "common/simd.h"
+#include "common/simd_half.h"
+#include "common/stream.h"
 #include "elementwise_attention/rows.h"
 
 constexpr float kLog2e = 1.4426950408889634f;

@@ -1,40 +1,5 @@
 // Rows of a strided tensor to and from padded float32 rows; part of kernel_impl.h.
 
-// The instruction set is told by its lanes: GCC 12 reads a whole C++ file before a target pragma defines __AVX512F__.
-typedef uint16_t vh __attribute__((vector_size(L * 2), aligned(2), may_alias));
-
-FA_INLINE vf load_as_float(const float* p) { return load(p); }
-FA_INLINE vf load_as_float(const c10::BFloat16* p) {
-  return (vf)(__builtin_convertvector(*reinterpret_cast<const vh*>(p), vu) << 16);
-}
-FA_INLINE vf load_as_float(const c10::Half* p) {
-#if FUSED_ATTN_LANES == 16
-  return (vf)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif FUSED_ATTN_LANES == 8
-  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-  vf x;
-  for (int i = 0; i < L; ++i) x[i] = static_cast<float>(p[i]);
-  return x;
-#endif
-}
-
-FA_INLINE void store_from_float(float* p, vf x) { store(p, x); }
-FA_INLINE void store_from_float(c10::BFloat16* p, vf x) {
-  const vu bits = (vu)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const vu not_nan = (vu)(x == x);
-  *reinterpret_cast<vh*>(p) = __builtin_convertvector((rounded & not_nan) | (0x7fc0 & ~not_nan), vh);
-}
-FA_INLINE void store_from_float(c10::Half* p, vf x) {
-#if FUSED_ATTN_LANES == 16
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)x, 0));
-#elif FUSED_ATTN_LANES == 8
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, 0));
-#else
-  for (int i = 0; i < L; ++i) p[i] = static_cast<c10::Half>(float(x[i]));
-#endif
-}
-
 // The first `count` < L elements, `fill` in the other lanes.  Whole vectors go to scratch memory, as a load that spans
 // two earlier stores would wait for both to leave the store buffer.
 template <class T>
@@ -54,7 +19,7 @@ FA_INLINE void store_part(T* p, vf x, int64_t count) {
   if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)x);
 #endif
   T part[L];
-  store_from_float(part, x);
+  store_rounded(part, x);
   for (int64_t i = 0; i < count; ++i) p[i] = part[i];
 }
 
@@ -79,24 +44,6 @@ FA_INLINE void load_row(const TensorView& view, int64_t offset, int64_t stride, 
   }
 }
 
-// Past the caches: a large result would not stay there, and a plain store reads the line first.
-FA_INLINE void store_streamed(float* to, vf x) {
-#if FUSED_ATTN_LANES == 16
-  _mm512_stream_ps(to, (__m512)x);
-#elif FUSED_ATTN_LANES == 8
-  _mm256_stream_ps(to, (__m256)x);
-#else
-  store(to, x);
-#endif
-}
-
-// What this thread streamed comes before whatever it does next.
-FA_INLINE void end_of_streams() {
-#if FUSED_ATTN_LANES >= 8
-  _mm_sfence();
-#endif
-}
-
 // to[i] = from[i], i < count, streamed but for a few at the ends.
 FA_INLINE void stream(float* to, const float* from, int64_t count) {
   int64_t i = 0;
@@ -109,13 +56,13 @@ FA_INLINE void stream(float* to, const float* from, int64_t count) {
 template <class T, class At>
 FA_INLINE void write_row(T* to, int64_t count, bool stream, const At& at) {
   const int64_t vectors = count / L;
-  if constexpr (sizeof(T) == 4)
-    if (stream && reinterpret_cast<uintptr_t>(to) % sizeof(vf) == 0) {
+  if constexpr (std::is_same_v<T, float>)
+    if (stream && can_stream(to)) {
       for (int64_t v = 0; v < vectors; ++v) store_streamed(to + v * L, at(v));
       if (vectors * L < count) store_part(to + vectors * L, at(vectors), count - vectors * L);
       return;
     }
-  for (int64_t v = 0; v < vectors; ++v) store_from_float(to + v * L, at(v));
+  for (int64_t v = 0; v < vectors; ++v) store_rounded(to + v * L, at(v));
   if (vectors * L < count) store_part(to + vectors * L, at(vectors), count - vectors * L);
 }
 

@@ -121,8 +121,6 @@ void layer_weights_backward(Tensor query, std::vector<Tensor> keys, double scale
 
 // --- the sum ------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kLargeBytes = int64_t{8} << 20;
-
 struct Pointers {
   std::vector<void*> data;
   std::vector<int64_t> strides;

@@ -10,6 +10,7 @@ namespace {
 
 #include "common/simd.h"
 #include "common/simd_half.h"
+#include "common/stream.h"
 
 constexpr int CHUNK = 8;          // vectors whose products are summed before they join the rest
 constexpr int64_t kBlock = 1024;  // elements that stay in the first-level cache while the layers pass by
@@ -36,40 +37,14 @@ struct Buffer {
   ~Buffer() { std::free(data); }
 };
 
-// How results are written.  Streaming goes around the caches: large maps would not stay there, and a plain store reads
-// the line first.  It needs whole, aligned vectors; the generic build has none.
+// How results are written; where they are streamed, can_stream said that they can be.
 enum class Write { plain, add, stream };
 
 template <Write how, class T>
 FA_INLINE void write(T* to, vf x) {
   if constexpr (how == Write::add) x += load_as_float(to);
-#if FUSED_ATTN_LANES >= 8
-  if constexpr (how == Write::stream && std::is_same_v<T, float>) {
-#if FUSED_ATTN_LANES == 16
-    _mm512_stream_ps(to, (__m512)x);
-#else
-    _mm256_stream_ps(to, (__m256)x);
-#endif
-    return;
-  }
-#endif
+  if constexpr (how == Write::stream && std::is_same_v<T, float>) return store_streamed(to, x);
   store_rounded(to, x);
-}
-
-template <class T>
-FA_INLINE bool can_stream(const T* to) {
-#if FUSED_ATTN_LANES >= 8
-  return std::is_same_v<T, float> && reinterpret_cast<uintptr_t>(to) % sizeof(vf) == 0;
-#else
-  return false;
-#endif
-}
-
-// Streamed results of this thread come before whatever it does next.
-FA_INLINE void end_of_streams() {
-#if FUSED_ATTN_LANES >= 8
-  _mm_sfence();
-#endif
 }
 
 // --- one weight for a whole run of elements (channels first) ------------------------------------------------------

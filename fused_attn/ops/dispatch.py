@@ -7,15 +7,53 @@ explicit ``impl`` and ``fused-attn info``.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable, Mapping
 
 import torch
+
+from .. import _extension
 
 #: Every value that ``impl=`` may take, for any op.
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "cuda")
 
 #: Says why an implementation cannot run on the given inputs; None when it can.
 CanRun = Callable[..., "str | None"]
+
+
+#: Dtypes that the C++ and the Triton kernels compute.
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+#: Device types that operators of the Triton kernels are registered for.
+TRITON_DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
+
+
+def _dtype_reason(tensor: torch.Tensor) -> str | None:
+    if tensor.dtype in KERNEL_DTYPES:
+        return None
+    return f"it computes float32, float16 and bfloat16, got {tensor.dtype} (impl='reference' computes any)"
+
+
+def cpu_reason(tensor: torch.Tensor) -> str | None:
+    """Why the C++ kernels cannot run on a tensor of this device and dtype; None when they can."""
+    if tensor.device.type != "cpu":
+        return f"it needs CPU tensors, got {tensor.device.type}"
+    if not _extension.available():
+        return f"the C++ extension is not available ({_extension.reason()})"
+    return _dtype_reason(tensor)
+
+
+def triton_reason(tensor: torch.Tensor) -> str | None:
+    """Why the Triton kernels cannot run on a tensor of this device and dtype; None when they can."""
+    if not _HAS_TRITON:
+        return "the package triton is not installed"
+    if tensor.device.type not in TRITON_DEVICES:
+        return f"it needs CUDA tensors, got {tensor.device.type} (or TRITON_INTERPRET=1, which runs it slowly anywhere)"
+    return _dtype_reason(tensor)
 
 
 def choose(op: str, impl: str, candidates: Mapping[str, CanRun], *inputs) -> str:

@@ -7,23 +7,20 @@ One operator per implementation, all with the schema below, so that ``torch.comp
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ... import _extension
+from .. import dispatch
 
 _SCHEMA = "(Tensor[] values, Tensor query, Tensor? norm_weight, float eps) -> (Tensor out, Tensor statistics)"
 _BACKWARD_SCHEMA = (
     "(Tensor grad_out, Tensor[] values, Tensor query, Tensor? norm_weight, Tensor statistics) "
     "-> (Tensor[] grad_values, Tensor grad_query, Tensor grad_norm_weight)"
 )
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def attention(impl, values, query, norm_weight, eps) -> Tensor:
@@ -34,30 +31,18 @@ def attention(impl, values, query, norm_weight, eps) -> Tensor:
 # --- what can run -----------------------------------------------------------------------------------------------
 
 
-def _dtype_reason(query: Tensor) -> str | None:
-    if query.dtype in _KERNEL_DTYPES:
-        return None
-    return f"it computes float32, float16 and bfloat16, got {query.dtype} (impl='reference' computes any)"
-
-
 def can_run_cpu(values: Sequence[Tensor], query: Tensor) -> str | None:
-    if query.device.type != "cpu":
-        return f"it needs CPU tensors, got {query.device.type}"
-    if not _extension.available():
-        return f"the C++ extension is not available ({_extension.reason()})"
-    return _dtype_reason(query)
+    return dispatch.cpu_reason(query)
 
 
 def can_run_triton(values: Sequence[Tensor], query: Tensor) -> str | None:
-    if not _HAS_TRITON:
-        return "the package triton is not installed"
-    if query.device.type != "cuda" and not _INTERPRETED:
-        return f"it needs CUDA tensors, got {query.device.type} (or TRITON_INTERPRET=1, which runs it slowly anywhere)"
+    if (reason := dispatch.triton_reason(query)) is not None:
+        return reason
     if len(values) > _MOST_VALUES:
         return f"it takes up to {_MOST_VALUES} values, got {len(values)}"
     if query.shape[0] > _DEEPEST:
         return f"it takes values of up to {_DEEPEST} numbers per token, got {query.shape[0]}"
-    return _dtype_reason(query)
+    return None
 
 
 def can_run_reference(values: Sequence[Tensor], query: Tensor) -> str | None:
@@ -66,8 +51,6 @@ def can_run_reference(values: Sequence[Tensor], query: Tensor) -> str | None:
 
 # The Triton kernels name every value as an argument, and hold whole rows in registers.
 _MOST_VALUES, _DEEPEST = 32, 8192
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 #: Implementations in the order ``auto`` prefers them.  The interpreter never wins over a real kernel.
 IMPLEMENTATIONS = {"cpu": can_run_cpu, "triton": can_run_triton, "reference": can_run_reference}
@@ -181,4 +164,4 @@ def _register(impl: str, device_types: tuple[str, ...], forward, backward) -> No
 
 
 _register("cpu", ("cpu",), _cpu, _cpu_backward)
-_register("triton", ("cuda", "cpu") if _INTERPRETED else ("cuda",), _triton, _triton_backward)
+_register("triton", dispatch.TRITON_DEVICES, _triton, _triton_backward)

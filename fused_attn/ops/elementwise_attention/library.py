@@ -6,13 +6,10 @@ statistics of the batch, and api.py updates the running ones.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
-from ... import _extension
+from .. import dispatch
 
 # Statistics: per plane (batch, head, channel) and per row or column, the maximum of the logits and the sum of
 # e^(logit - maximum).  The pair rather than a log-sum-exp, whose rounding a whole row would share.
@@ -31,7 +28,6 @@ _ATTENTION_BACKWARD = (
     f"(Tensor grad_out, Tensor x, Tensor weight_row, Tensor weight_col, {_STATISTICS}, Tensor mean, Tensor var, "
     "bool training, float eps) -> (Tensor grad_x, Tensor grad_weight_row, Tensor grad_weight_col)"
 )
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def row_col_softmax(impl: str, x: Tensor, weight_row: Tensor | None, weight_col: Tensor | None) -> Tensor:
@@ -49,34 +45,17 @@ def elementwise_attention(impl: str, x, weight_row, weight_col, mean, var, eps) 
 # --- what can run -----------------------------------------------------------------------------------------------
 
 
-def _dtype_reason(x: Tensor) -> str | None:
-    if x.dtype in _KERNEL_DTYPES:
-        return None
-    return f"it computes float32, float16 and bfloat16, got {x.dtype} (impl='reference' computes any)"
-
-
 def can_run_cpu(x: Tensor) -> str | None:
-    if x.device.type != "cpu":
-        return f"it needs CPU tensors, got {x.device.type}"
-    if not _extension.available():
-        return f"the C++ extension is not available ({_extension.reason()})"
-    return _dtype_reason(x)
+    return dispatch.cpu_reason(x)
 
 
 def can_run_triton(x: Tensor) -> str | None:
-    if not _HAS_TRITON:
-        return "the package triton is not installed"
-    if x.device.type != "cuda" and not _INTERPRETED:
-        return f"it needs CUDA tensors, got {x.device.type} (or TRITON_INTERPRET=1, which runs it slowly anywhere)"
-    return _dtype_reason(x)
+    return dispatch.triton_reason(x)
 
 
 def can_run_reference(x: Tensor) -> str | None:
     return None
 
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 #: Implementations in the order ``auto`` prefers them.  The interpreter never wins over a real kernel.
 IMPLEMENTATIONS = {"cpu": can_run_cpu, "triton": can_run_triton, "reference": can_run_reference}
@@ -226,7 +205,7 @@ def _register_all(impl: str, device_types: tuple[str, ...], softmax, attention) 
 _register_all("cpu", ("cpu",), (_cpu_softmax, _cpu_softmax_backward), (_cpu_attention, _cpu_attention_backward))
 _register_all(
     "triton",
-    ("cuda", "cpu") if _INTERPRETED else ("cuda",),
+    dispatch.TRITON_DEVICES,
     (_triton("softmax_forward"), _triton("softmax_backward")),
     (_triton("attention_forward"), _triton("attention_backward")),
 )

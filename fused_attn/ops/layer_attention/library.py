@@ -5,15 +5,13 @@ Two operators per implementation: the whole attention, and the sum with given we
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ... import _extension
+from .. import dispatch
 
 _SCHEMAS = {
     "weighted_layer_sum": "(Tensor weights, Tensor[] values) -> Tensor",
@@ -25,7 +23,6 @@ _SCHEMAS = {
     "float scale, bool sigmoid) "
     "-> (Tensor grad_query, Tensor[] grad_keys, Tensor[] grad_values, Tensor grad_bias)",
 }
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def layer_attention(impl, query, keys, values, bias, scale, sigmoid) -> Tensor:
@@ -52,36 +49,17 @@ def weighted_layer_sum(impl, weights, values) -> Tensor:
 # --- what can run -----------------------------------------------------------------------------------------------
 
 
-def _dtype_reason(values: Sequence[Tensor]) -> str | None:
-    dtype = values[0].dtype
-    if dtype in _KERNEL_DTYPES:
-        return None
-    return f"it computes float32, float16 and bfloat16, got {dtype} (impl='reference' computes any)"
-
-
 def can_run_cpu(values: Sequence[Tensor]) -> str | None:
-    if values[0].device.type != "cpu":
-        return f"it needs CPU tensors, got {values[0].device.type}"
-    if not _extension.available():
-        return f"the C++ extension is not available ({_extension.reason()})"
-    return _dtype_reason(values)
+    return dispatch.cpu_reason(values[0])
 
 
 def can_run_triton(values: Sequence[Tensor]) -> str | None:
-    if not _HAS_TRITON:
-        return "the package triton is not installed"
-    device = values[0].device.type
-    if device != "cuda" and not _INTERPRETED:
-        return f"it needs CUDA tensors, got {device} (or TRITON_INTERPRET=1, which runs it slowly anywhere)"
-    return _dtype_reason(values)
+    return dispatch.triton_reason(values[0])
 
 
 def can_run_reference(values: Sequence[Tensor]) -> str | None:
     return None
 
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 #: Implementations in the order ``auto`` prefers them.  The interpreter never wins over a real kernel.
 IMPLEMENTATIONS = {"cpu": can_run_cpu, "triton": can_run_triton, "reference": can_run_reference}
@@ -316,6 +294,6 @@ _BACKWARD = {"cpu": _cpu_attention_backward, "triton": _triton_attention_backwar
 _register("cpu", ("cpu",), (_cpu_given, _cpu_given_backward, _cpu_attention, _cpu_attention_backward))
 _register(
     "triton",
-    ("cuda", "cpu") if _INTERPRETED else ("cuda",),
+    dispatch.TRITON_DEVICES,
     (_triton_given, _triton_given_backward, _triton_attention, _triton_attention_backward),
 )

@@ -7,15 +7,13 @@ multiplied with the query inside the operator) or finished logits (5 dimensions)
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ... import _extension
+from .. import dispatch
 from ..layout import empty_like_heads
 
 _SCHEMA = (
@@ -27,7 +25,6 @@ _BACKWARD_SCHEMA = (
     "float scale, float rel_scale, bool key_minus_query, float dropout_p, Tensor? seed) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_row, Tensor grad_col)"
 )
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def attention(impl, query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed) -> Tensor:
@@ -39,41 +36,22 @@ def attention(impl, query, key, value, row, col, scale, rel_scale, key_minus_que
 # --- what can run -----------------------------------------------------------------------------------------------
 
 
-def _dtype_reason(query: Tensor) -> str | None:
-    if query.dtype in _KERNEL_DTYPES:
-        return None
-    return f"it computes float32, float16 and bfloat16, got {query.dtype} (impl='reference' computes any)"
-
-
 def can_run_cpu(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    if query.device.type != "cpu":
-        return f"it needs CPU tensors, got {query.device.type}"
-    if not _extension.available():
-        return f"the C++ extension is not available ({_extension.reason()})"
-    return _dtype_reason(query)
-
-
-def triton_interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return dispatch.cpu_reason(query)
 
 
 def can_run_triton(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    if not _HAS_TRITON:
-        return "the package triton is not installed"
-    if query.device.type != "cuda" and not _INTERPRETED:
-        return f"it needs CUDA tensors, got {query.device.type} (or TRITON_INTERPRET=1, which runs it slowly anywhere)"
+    if (reason := dispatch.triton_reason(query)) is not None:
+        return reason
     depth, deepest = max(query.shape[-1], value.shape[-1]), 128 if query.dtype == torch.float32 else 256
     if depth > deepest:
         return f"it computes depths up to 128 in float32 and 256 in float16 and bfloat16, got {depth} in {query.dtype}"
-    return _dtype_reason(query)
+    return None
 
 
 def can_run_reference(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None
 
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETED = triton_interpreted()
 
 #: Implementations in the order ``auto`` prefers them.  The interpreter never wins over a real kernel.
 IMPLEMENTATIONS = {"cpu": can_run_cpu, "triton": can_run_triton, "reference": can_run_reference}
@@ -196,4 +174,4 @@ def _register(impl: str, device_types: tuple[str, ...], forward, backward) -> No
 
 
 _register("cpu", ("cpu",), _cpu, _cpu_backward)
-_register("triton", ("cuda", "cpu") if _INTERPRETED else ("cuda",), _triton, _triton_backward)
+_register("triton", dispatch.TRITON_DEVICES, _triton, _triton_backward)

@@ -6,14 +6,11 @@ One operator per implementation, all with the schema below, so that ``torch.comp
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ... import _extension
+from .. import dispatch
 
 _SCHEMA = (
     "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? result, "
@@ -26,7 +23,6 @@ _BACKWARD_SCHEMA = (
     "Tensor grad_fc1_bias, Tensor grad_fc2_weight, Tensor grad_fc2_bias, Tensor grad_result, "
     "Tensor grad_result_share, Tensor grad_residual)"
 )
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def excite(impl, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual, relu) -> Tensor:
@@ -38,34 +34,17 @@ def excite(impl, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_s
 # --- what can run -----------------------------------------------------------------------------------------------
 
 
-def _dtype_reason(x: Tensor) -> str | None:
-    if x.dtype in _KERNEL_DTYPES:
-        return None
-    return f"it computes float32, float16 and bfloat16, got {x.dtype} (impl='reference' computes any)"
-
-
 def can_run_cpu(x: Tensor) -> str | None:
-    if x.device.type != "cpu":
-        return f"it needs CPU tensors, got {x.device.type}"
-    if not _extension.available():
-        return f"the C++ extension is not available ({_extension.reason()})"
-    return _dtype_reason(x)
+    return dispatch.cpu_reason(x)
 
 
 def can_run_triton(x: Tensor) -> str | None:
-    if not _HAS_TRITON:
-        return "the package triton is not installed"
-    if x.device.type != "cuda" and not _INTERPRETED:
-        return f"it needs CUDA tensors, got {x.device.type} (or TRITON_INTERPRET=1, which runs it slowly anywhere)"
-    return _dtype_reason(x)
+    return dispatch.triton_reason(x)
 
 
 def can_run_reference(x: Tensor) -> str | None:
     return None
 
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 #: Implementations in the order ``auto`` prefers them.  The interpreter never wins over a real kernel.
 IMPLEMENTATIONS = {"cpu": can_run_cpu, "triton": can_run_triton, "reference": can_run_reference}
@@ -220,4 +199,4 @@ def _register(impl: str, device_types: tuple[str, ...], forward, backward) -> No
 
 
 _register("cpu", ("cpu",), _cpu, _cpu_backward)
-_register("triton", ("cuda", "cpu") if _INTERPRETED else ("cuda",), _triton, _triton_backward)
+_register("triton", dispatch.TRITON_DEVICES, _triton, _triton_backward)
