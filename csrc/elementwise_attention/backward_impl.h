@@ -6,14 +6,26 @@ struct GradOut {
   const Operands& o;
   Buffer memory;
   Rows rows;
+  const char* next;  // the same rows of the next image
+  int64_t size, next_stride;
 
   GradOut(const Backward& backward, const Operands& operands)
-      : p(backward), o(operands), memory(operands.plane, 0.0f) {}
+      : p(backward),
+        o(operands),
+        memory(operands.plane, 0.0f),
+        size(p.grad_out.dtype == DType::float32 ? 4 : 2),
+        next_stride(p.grad_out.stride[3] * size) {}
   void load_image(const Block& k, int64_t i) {
     const TensorView& g = p.grad_out;
     const int64_t offset = (k.b0 + i) * g.stride[0] + k.h * g.stride[1] + k.c * g.stride[2] + k.y0 * g.stride[3];
-    if (i + 1 < k.images && g.stride[4] == 1) prefetch_rows<0>(g, offset + g.stride[0], g.stride[3], k.rows, p.width);
     rows = rows_of(g, 3, offset, k.rows, p.width, 0.0f, memory.data, o.stride);
+    const bool last = i + 1 == k.images || g.stride[4] != 1;
+    next = static_cast<const char*>(g.data) + (offset + (last ? 0 : g.stride[0])) * size;
+  }
+  // Brings row y of the next image closer, to be called while this one's is computed: images lie heads planes apart,
+  // where no hardware prefetcher follows, and a whole image at once would wait for room among the outstanding misses.
+  FA_INLINE void prefetch_next(int64_t y) const {
+    for (int64_t i = 0; i < p.width * size; i += 64) __builtin_prefetch(next + y * next_stride + i);
   }
 };
 
@@ -35,6 +47,7 @@ struct GradMoments : Visitor {
       for (const int64_t part = smaller(k.rows, y + kLongestChain); y < part; ++y) {
         const Softmaxes<true> row(o, o.x[i], y);
         const float* grad_row = grad.rows[y];
+        grad.prefetch_next(y);
         for (int64_t v = 0; v < vectors; ++v) {
           const vf d = load(grad_row + v * L) * row.value(v);
           sum += d, weighted += d * (row.product(v) - mean);
@@ -96,6 +109,7 @@ struct Sums : Visitor {
       const float* grad_row = grad.rows[y];
       vf sum{};
       for (int64_t v = 0; v < vectors; ++v) {
+        if constexpr (!Weighted) prefetch_on(row.x + v * L), prefetch_on(grad_row + v * L);
         const vf product = row.product(v), t = product * norm.backward(load(grad_row + v * L), row.value(v), product);
         sum += t;
         store(col + v * L, load(col + v * L) + t);
@@ -123,6 +137,7 @@ struct Gradients : Visitor {
   GradOut grad;
   Buffer grad_x, grad_row, grad_col;
   Buffer gradient, row_softmax, col_softmax, row_sum, col_sum;
+  bool written = false;  // grad_x of this block already
 
   Gradients(const Backward& backward, Operands& operands)
       : Visitor{operands},
@@ -161,6 +176,7 @@ struct Gradients : Visitor {
           const int64_t at = (y0 + j) * o.stride;
           const Softmaxes<Weighted> softmax(o, o.x[i], y0 + j);
           const float* grad_out = grad.rows[y0 + j];
+          grad.prefetch_next(y0 + j);
           float *const d_to = gradient + at, *const row_to = row_softmax + at, *const col_to = col_softmax + at;
           vf sum{};
           for (int64_t v = 0; v < vectors; ++v) {
@@ -178,6 +194,11 @@ struct Gradients : Visitor {
     } else {
       row_sums = p.row_sums + plane * p.height + k.y0;
       load_row_as(p.col_sums + plane * p.width, 1, p.width, 0.0f, col_sums);
+    }
+
+    if constexpr (!Weighted && !Whole) {
+      written = o.shares(k);
+      if (written) return shared(k, i, row_sums);
     }
 
     for (int64_t y = 0; y < k.rows; ++y) {
@@ -212,6 +233,25 @@ struct Gradients : Visitor {
     }
   }
 
+  // One exponential for both softmaxes.
+  void shared(const Block& k, int64_t i, const float* row_sums) {
+    const TensorView& g = p.grad_x;
+    const int64_t offset = (k.b0 + i) * g.stride[0] + k.c * g.stride[1] + k.y0 * g.stride[2];
+    const float shift = o.col_max.data[0];
+    for (int64_t y = 0; y < k.rows; ++y)
+      write_row(g, offset + y * g.stride[2], p.width, p.large,
+                [x = o.x[i][y], grad_out = grad.rows[y], row_inverse = o.row_inverse.data[y],
+                 row_rest = o.row_rest.data[y], row_sum = row_sums[y], col_inverse = o.col_inverse.data,
+                 col_rest = o.col_rest.data, col_sum = col_sum.data, shift](int64_t v) FA_INLINE_CALL {
+                  const int64_t lane = v * L;
+                  prefetch_on(x + lane), prefetch_on(grad_out + lane);
+                  const vf e = exp_of(load(x + lane) - shift), d = load(grad_out + lane);
+                  const vf row = e * row_inverse + rounded(e * row_rest);
+                  const vf col = e * load(col_inverse + lane) + rounded(e * load(col_rest + lane));
+                  return row * (rounded(col * d) - row_sum) + col * (rounded(row * d) - load(col_sum + lane));
+                });
+  }
+
   void head_done(const Block& k) {
     if constexpr (Weighted) {
       store_weight(k, 0, p.grad_weight_row, grad_row);
@@ -233,6 +273,7 @@ struct Gradients : Visitor {
   }
   void images_done(const Block& k) {
     const TensorView& g = p.grad_x;
+    if (!Weighted && !Whole && written) return end_of_streams();
     for (int64_t i = 0; i < k.images; ++i)
       for (int64_t y = 0; y < k.rows; ++y)
         store_row(g, (k.b0 + i) * g.stride[0] + k.c * g.stride[1] + (k.y0 + y) * g.stride[2], p.width,
@@ -276,10 +317,10 @@ void sum_weights(const Backward& p, int64_t begin, int64_t end) {
   Buffer sum(round_up(p.width, L), 0.0f);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t which = index / rows, row = index % rows, h = row / p.height / p.channels;
-    for (int64_t x = 0; x < p.width; ++x) {
-      float total = 0.0f;
-      for (int64_t g = 0; g < p.groups; ++g) total += p.weight_partials[((g * 2 + which) * rows + row) * p.width + x];
-      sum.data[x] = total;
+    for (int64_t x = 0; x < p.width; ++x) sum.data[x] = 0.0f;
+    for (int64_t g = 0; g < p.groups; ++g) {
+      const float* part = p.weight_partials + ((g * 2 + which) * rows + row) * p.width;
+      for (int64_t x = 0; x < p.width; ++x) sum.data[x] += part[x];
     }
     const TensorView& to = which == 0 ? p.grad_weight_row : p.grad_weight_col;
     store_row(to, h * to.stride[0] + row / p.height % p.channels * to.stride[1] + row % p.height * p.width, p.width,

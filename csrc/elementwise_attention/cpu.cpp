@@ -40,9 +40,10 @@ void tile(Problem& p) {
   const int64_t stride = ceil_div(p.width, 16) * 16;
   const bool whole = p.height * stride <= kWholePlane;
   p.block_rows = whole ? p.height : std::min(p.height, std::max<int64_t>(8, kBlock / stride));
-  // Without weights no image shares a gradient with another.  With them every group holds a partial gradient, small
-  // next to the output of its 16 images.
-  p.groups = std::clamp<int64_t>(p.weighted ? p.batch / 16 : p.batch, 1, kTasks);
+  // Without weights no image shares a gradient with another, and large planes are taken one at a time.  With weights
+  // every group holds a partial gradient, small next to the output of its 16 images.
+  p.groups = std::max<int64_t>(p.weighted ? p.batch / 16 : p.batch, 1);
+  if (p.weighted || whole) p.groups = std::min(p.groups, kTasks);
   const int64_t group = ceil_div(p.batch, p.groups);
   const int64_t room = std::max<int64_t>(32768 / (p.block_rows * stride), 1);
   p.images_at_once = std::min({group, room, int64_t{32}});

@@ -54,6 +54,8 @@ struct Statistics : Visitor {
   const Forward& p;
   Buffer col_max, col_sum, exponentials;
   Writer write;
+  bool shares = false;  // so far, rows and columns of this range are shifted by one number:
+  float shift = 0.0f;
 
   Statistics(const Forward& forward, Operands& operands)
       : Visitor{operands},
@@ -123,23 +125,94 @@ struct Statistics : Visitor {
     }
   }
 
-  void image(const Block& k, int64_t i, int64_t plane) {
-    rows(k, i, p.row_stats + plane * 2 * p.height);
-    if constexpr (!Whole) {
-      float* partial = p.col_partials + (k.range * p.planes() + plane) * 2 * p.width;
-      if (!k.first_rows) {
-        load_row_as(partial, 1, p.width, -kInfinity, col_max.data);
-        load_row_as(partial + p.width, 1, p.width, 0.0f, col_sum.data);
+  // Sums of R rows from y on, and of the columns over them: one exponential serves both.
+  template <int R>
+  FA_INLINE bool shared_rows(const Block& k, const Rows& x, int64_t y, float* stats) {
+    const int64_t vectors = o.vectors;
+    const float by = shift;
+    float* const to = col_sum.data;
+    const float* rows[R];
+    for (int r = 0; r < R; ++r) rows[r] = x[y + r];
+    vf sums[R] = {};
+    for (int64_t v = 0; v < vectors;) {
+      vf part[R] = {};
+      for (const int64_t stop = smaller(vectors, v + kLongestChain); v < stop; ++v) {
+        vf column{};
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          prefetch_on(rows[r] + v * L);
+          const vf e = exp_of(load(rows[r] + v * L) - by);
+          part[r] += e, column += e;
+        }
+        store(to + v * L, load(to + v * L) + column);
       }
-      columns(k, i, k.first_rows ? nullptr : partial);
-      store_row_as(partial, p.width, col_max.data);
-      store_row_as(partial + p.width, p.width, col_sum.data);
+      for (int r = 0; r < R; ++r) sums[r] += part[r];
+    }
+    for (int r = 0; r < R; ++r) {
+      stats[k.y0 + y + r] = by;
+      stats[p.height + k.y0 + y + r] = sum_lanes(sums[r]);
+    }
+    return all_near(stats + p.height + k.y0 + y, R);
+  }
+
+  // Rows and columns of a block, shifted by the maximum of the plane's first row; false where others are too far from
+  // it.
+  bool shared(const Block& k, int64_t i, int64_t plane) {
+    float* stats = p.row_stats + plane * 2 * p.height;
+    if (k.first_rows) {
+      load_row(p.x, (k.b0 + i) * p.x.stride[0] + k.c * p.x.stride[1], p.x.stride[3], p.width, -kInfinity, col_max.data);
+      shift = max_lanes(over_vectors(
+          o.vectors, broadcast(-kInfinity), [&](int64_t v) FA_INLINE_CALL { return load(col_max + v * L); },
+          [](vf a, vf b) FA_INLINE_CALL { return maximum(a, b); }));
+      for (int64_t v = 0; v < o.vectors; ++v) store(col_sum + v * L, vf{});
+    }
+    int64_t y = 0;
+    for (; y + 8 <= k.rows; y += 8)
+      if (!shared_rows<8>(k, o.x[i], y, stats)) return false;
+    for (; y < k.rows; ++y)
+      if (!shared_rows<1>(k, o.x[i], y, stats)) return false;
+    if (!k.last_rows) return true;
+    float* partial = p.col_partials + (k.range * p.planes() + plane) * 2 * p.width;
+    for (int64_t x = 0; x < p.width; ++x) partial[x] = shift;
+    store_row_as(partial + p.width, p.width, col_sum.data);
+    return all_near(col_sum.data, p.width);
+  }
+
+  // Rows and columns of a block, each shifted by its own maximum.
+  void separate(const Block& k, int64_t i, int64_t plane) {
+    rows(k, i, p.row_stats + plane * 2 * p.height);
+    float* partial = p.col_partials + (k.range * p.planes() + plane) * 2 * p.width;
+    if (!k.first_rows) {
+      load_row_as(partial, 1, p.width, -kInfinity, col_max.data);
+      load_row_as(partial + p.width, 1, p.width, 0.0f, col_sum.data);
+    }
+    columns(k, i, k.first_rows ? nullptr : partial);
+    store_row_as(partial, p.width, col_max.data);
+    store_row_as(partial + p.width, p.width, col_sum.data);
+  }
+
+  void image(const Block& k, int64_t i, int64_t plane) {
+    if constexpr (!Whole) {
+      if (Weighted) return separate(k, i, plane);
+      if (k.first_rows) shares = true;
+      if (!shares) return separate(k, i, plane);
+      shares = shared(k, i, plane);
+      if (shares) return;
+      const int64_t y_begin = p.height * k.range / p.ranges;
+      Block again = k;
+      for (again.y0 = y_begin; again.y0 <= k.y0; again.y0 += p.block_rows) {
+        again.first_rows = again.y0 == y_begin;
+        again.rows = again.y0 == k.y0 ? k.rows : p.block_rows;
+        o.load_images(again);
+        separate(again, i, plane);
+      }
       return;
     }
+    float *row_stats = p.row_stats + plane * 2 * p.height, *col_stats = p.col_stats + plane * 2 * p.width;
+    rows(k, i, row_stats);
     columns(k, i, nullptr);
-    float* stats = p.col_stats + plane * 2 * p.width;
-    store_row_as(stats, p.width, col_max.data);
-    store_row_as(stats + p.width, p.width, col_sum.data);
+    store_row_as(col_stats, p.width, col_max.data);
+    store_row_as(col_stats + p.width, p.width, col_sum.data);
     if (!p.needs_moments && !p.writes_whole) return;
     o.load_statistics(k, plane);
     auto product = [&](int64_t y) FA_INLINE_CALL {
@@ -212,6 +285,7 @@ struct Output : Visitor {
     write(k, i, [&](int64_t y) FA_INLINE_CALL {
       return [mean, scale, row = Softmaxes<Weighted>(o, o.x[i], y)](int64_t v) FA_INLINE_CALL {
         if constexpr (Normalise) return (row.product(v) - mean) * scale * row.value(v);
+        if constexpr (!Weighted) prefetch_on(row.x + v * L);
         return row.product(v);
       };
     });

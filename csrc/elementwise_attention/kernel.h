@@ -15,7 +15,7 @@ struct Problem {
   bool weighted;
   TensorView x;                       // (batch, channel, y, x)
   TensorView weight_row, weight_col;  // (head, channel, y, x)
-  float *row_stats, *col_stats;       // (batch, head, channel, 2, y or x): maximum, sum of e^(logit - maximum)
+  float *row_stats, *col_stats;       // (batch, head, channel, 2, y or x): shift, sum of e^(logit - shift)
   int64_t groups, ranges, block_rows, images_at_once;
   bool large;  // more is written than stays in the caches
 
@@ -33,7 +33,7 @@ struct Forward : Problem {
   TensorView out;       // (batch, head, channel, y, x)
   bool needs_moments;   // statistics of the batch are wanted
   bool writes_whole;    // whole planes are written together with their statistics
-  float* col_partials;  // (range, plane, 2, x): maximum and sum of one range; null when whole
+  float* col_partials;  // (range, plane, 2, x): shift and sum of one range; null when whole
 };
 
 struct Backward : Problem {

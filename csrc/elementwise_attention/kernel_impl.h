@@ -28,7 +28,7 @@ FA_INLINE vf exp_polynomial(vf r) {
   return p * r + 1.0f;
 }
 
-// e^x for x <= 0: 0 for -inf, NaN stays NaN.  The multiple of ln 2 is taken from x itself, in two parts, so that no
+// e^x for x <= 88: 0 for -inf, NaN stays NaN.  The multiple of ln 2 is taken from x itself, in two parts, so that no
 // rounding grows with x.
 FA_INLINE vf exp_of(vf x) {
 #if FUSED_ATTN_LANES == 16
@@ -47,6 +47,19 @@ FA_INLINE vf exp_of(vf x) {
 #endif
 }
 
+// A shift other than the maximum serves a row or column if its sum of e^(x - shift) stays within these bounds: no
+// element is then more than 16 above it, and what underflows is no part of the sum.  NaN is not near.
+FA_INLINE vi is_near(vf sum) { return (sum > 1e-7f) & (sum < 1e7f); }
+FA_INLINE bool all_near(const float* sums, int64_t count) {
+  vi near = vi{} - 1;
+  int64_t i = 0;
+  for (; i + L <= count; i += L) near &= is_near(load(sums + i));
+  if (i < count) near &= is_near(load_part(sums + i, count - i, 1.0f));
+  bool all = true;
+  for (int j = 0; j < L; ++j) all &= near[j] != 0;
+  return all;
+}
+
 // A product that is not fused with the sum it goes into.
 FA_INLINE vf rounded(vf x) {
 #if defined(__x86_64__)
@@ -56,6 +69,9 @@ FA_INLINE vf rounded(vf x) {
 #endif
   return x;
 }
+
+// For long rows that are read once: no hardware prefetcher follows them over the end of a page.
+FA_INLINE void prefetch_on(const float* p) { __builtin_prefetch(p + 1024); }
 
 // Scratch memory, one aligned allocation, freed at the end of a range of tasks.
 struct Buffer {
@@ -88,7 +104,8 @@ struct Operands {
   // reciprocal alone would be shared by a whole row or column, and not cancel in the gradients of its logits.
   const float* row_max;
   Buffer col_max, row_inverse, row_rest, col_inverse, col_rest;
-  int64_t columns_of = -1;  // the plane of the column statistics
+  int64_t columns_of = -1;     // the plane of the column statistics
+  bool columns_share = false;  // one shift
 
   explicit Operands(const Problem& problem)
       : p(problem),
@@ -126,6 +143,14 @@ struct Operands {
     const float* stats = p.col_stats + plane_index * 2 * p.width;
     load_row_as(stats, 1, p.width, 0.0f, col_max.data);
     invert(stats + p.width, p.width, col_inverse.data, col_rest.data);
+    columns_share = !p.weighted && all_are(stats, p.width, stats[0]);
+  }
+  // Whether every row of the block and every column of its plane is shifted by one number.
+  bool shares(const Block& k) const { return columns_share && all_are(row_max, k.rows, col_max.data[0]); }
+  static bool all_are(const float* numbers, int64_t count, float number) {
+    bool all = true;
+    for (int64_t i = 0; i < count; ++i) all &= numbers[i] == number;
+    return all;
   }
   // 0 beyond `count`.
   static void invert(const float* sums, int64_t count, float* inverse, float* rest) {
@@ -138,6 +163,14 @@ struct Operands {
     for (int64_t i = count; i < round_up(count, L); ++i) inverse[i] = rest[i] = 0.0f;
   }
 };
+
+// Of the next image of a whole plane: they lie heads planes on, where no hardware prefetcher looks.
+FA_INLINE void prefetch_statistics(const Problem& p, int64_t plane) {
+  if (!p.whole()) return;
+  const float *rows = p.row_stats + plane * 2 * p.height, *columns = p.col_stats + plane * 2 * p.width;
+  for (int64_t i = 0; i < 2 * p.height; i += 16) __builtin_prefetch(rows + i);
+  for (int64_t i = 0; i < 2 * p.width; i += 16) __builtin_prefetch(columns + i);
+}
 
 // Visits every block of a task: images(), then for every head head(), image() each, head_done(), then images_done().
 template <class Visitor>
@@ -159,7 +192,10 @@ void walk(const Problem& p, int64_t begin, int64_t end, Operands& o, Visitor& vi
         for (k.h = 0; k.h < p.heads; ++k.h) {
           o.load_weights(k);
           visitor.head(k);
-          for (int64_t i = 0; i < k.images; ++i) visitor.image(k, i, p.plane(k.b0 + i, k.h, k.c));
+          for (int64_t i = 0; i < k.images; ++i) {
+            if (i + 1 < k.images) prefetch_statistics(p, p.plane(k.b0 + i + 1, k.h, k.c));
+            visitor.image(k, i, p.plane(k.b0 + i, k.h, k.c));
+          }
           visitor.head_done(k);
         }
         visitor.images_done(k);

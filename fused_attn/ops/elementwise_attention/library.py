@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import dispatch
 
-# Statistics: per plane (batch, head, channel) and per row or column, the maximum of the logits and the sum of
-# e^(logit - maximum).  The pair rather than a log-sum-exp, whose rounding a whole row would share.
+# Statistics: per plane (batch, head, channel) and per row or column, a shift (the maximum of the logits or near it) and
+# the sum of e^(logit - shift).  The pair rather than a log-sum-exp, whose rounding a whole row would share.
 _STATISTICS = "Tensor row_stats, Tensor col_stats"
 _SOFTMAX = f"(Tensor x, Tensor? weight_row, Tensor? weight_col) -> (Tensor out, {_STATISTICS})"
 _SOFTMAX_BACKWARD = (

@@ -143,6 +143,23 @@ def _mask(inputs: dict[str, Any]) -> None:
     x[1, 0, 0, 0] = float("-inf")
 
 
+def _far_apart(inputs: dict[str, Any]) -> None:
+    """A row far above the others and a column far below them: no one shift serves both."""
+    x = inputs["x"]
+    x[..., -5, :] += 60
+    x[..., 7] -= 60
+
+
+def _mask_far_in(inputs: dict[str, Any]) -> None:
+    """Masked elements, and a masked row and column, beyond the first rows of a large plane."""
+    x = inputs["x"]
+    x[0, 0, 100] = x[0, 0, :, 30] = x[-1, 0, 120, 5] = float("-inf")
+
+
+def _large_image(inputs: dict[str, Any]) -> None:
+    inputs["x"][1] *= 40
+
+
 def _plant(name: str, value: float) -> Callable[[dict[str, Any]], None]:
     def edit(inputs: dict[str, Any]) -> None:
         inputs[name][0, 0, 0, 0] = value
@@ -160,6 +177,12 @@ SOFTMAX_SAMPLES = (
     *(_sample(f"dual, {name}", small=name == "small", **plane) for name, plane in _PLANES.items()),
     _sample("dual, 200x1000", **_g((200, 1000), batch=1)),
     _sample("dual, masked", **_g((4, 5)), edit=_mask),
+    _sample("dual, masked far in", **_g((130, 70)), edit=_mask_far_in),
+    _sample("dual, far apart", **_g((300, 200), batch=1), edit=_far_apart),
+    _sample("dual, far apart in one plane of many", **_g((130, 70), batch=40), edit=_large_image),
+    _sample("dual, small planes far apart", **_g((9, 11)), edit=_far_apart),
+    _sample("dual, large numbers", **_g((130, 70)), edit=_large_image),
+    _sample("large logits of one image", **_g((7, 9), heads=2), edit=_large_image),
     _sample("dual, nan", **_g((4, 5)), edit=_plant("x", float("nan"))),
     _sample("inf in weight_row", **_g((4, 5), heads=2), edit=_plant("weight_row", float("inf"))),
 )
@@ -171,6 +194,7 @@ ATTENTION_SAMPLES = (
         for name, plane in {**_PLANES, **_WEIGHTED}.items()
     ),
     _sample("eps 1e-12", small=True, **_SMALL, heads=2, options={"eps": 1e-12}),
+    _sample("large logits of one image", **_g((7, 9), heads=2), edit=_large_image),
     _sample("nan in x", **_g((4, 5), heads=2), edit=_plant("x", float("nan"))),
 )
 
