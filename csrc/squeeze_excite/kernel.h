@@ -19,6 +19,7 @@ struct Pack {
 struct Problem {
   int64_t batch, channels, positions, features, hidden;
   bool channels_last, relu;
+  bool large;  // maps are streamed past the caches, in which they would not stay
   DType dtype;
   int64_t chunk;  // samples that a thread squeezes, sends through the layers and scales together
   const void* x;

@@ -8,6 +8,7 @@ namespace {
 
 #include "common/simd.h"
 #include "common/simd_half.h"
+#include "common/stream.h"
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kRows = 8;            // positions whose channels are added in registers (channels last)
@@ -84,10 +85,22 @@ struct Lanes {
     if constexpr (Whole) return load_as_float(p + begin);
     return load_some(p + begin, count);
   }
+  // Of what is read once from memory: no hardware prefetcher follows over the end of a page.
+  template <class T>
+  FA_INLINE vf load_on(const T* p) const {
+    __builtin_prefetch(reinterpret_cast<const char*>(p + begin) + 4096);
+    return load(p);
+  }
   template <class T>
   FA_INLINE void store(T* p, vf x) const {
     if constexpr (Whole) return store_rounded(p + begin, x);
     store_some(p + begin, x, count);
+  }
+  // Past the caches where the vector is whole, and then aligned.
+  template <class T>
+  FA_INLINE void stream(T* p, vf x) const {
+    if constexpr (Whole && std::is_same_v<T, float>) return store_streamed(p + begin, x);
+    store(p, x);
   }
 };
 
@@ -95,6 +108,16 @@ struct Lanes {
 template <class Body>
 FA_INLINE void each(int64_t count, const Body& body) {
   int64_t i = 0;
+  for (; i + L <= count; i += L) body(Lanes<true>{i, L});
+  if (i < count) body(Lanes<false>{i, count - i});
+}
+
+// The same, whole vectors lying where those of `to` can be streamed.
+template <class Body>
+FA_INLINE void each_aligned(const float* to, int64_t count, const Body& body) {
+  const int64_t head = smaller(-(reinterpret_cast<uintptr_t>(to) / sizeof(float)) % L, count);
+  if (head > 0) body(Lanes<false>{0, head});
+  int64_t i = head;
   for (; i + L <= count; i += L) body(Lanes<true>{i, L});
   if (i < count) body(Lanes<false>{i, count - i});
 }
@@ -155,18 +178,31 @@ FA_INLINE void sum_map(const Problem& p, float factor, float* sums, float* parti
   each(p.channels, [&](auto lanes) FA_INLINE_CALL { lanes.store(sums, factor * lanes.load(sums)); });
 }
 
-// body(offset of the row, lanes, a of the lanes, b of the lanes) over one sample; a and b hold one float per channel.
-template <class Body>
-FA_INLINE void each_of_map(const Problem& p, const float* a, const float* b, const Body& body) {
-  if (!p.channels_last) {
-    for (int64_t c = 0; c < p.channels; ++c) {
-      const vf of_a = broadcast(a[c]), of_b = broadcast(b[c]);
-      each(p.positions, [&](auto lanes) FA_INLINE_CALL { body(c * p.positions, lanes, of_a, of_b); });
+// to = value(offset of the row, lanes, a of the lanes, b of the lanes) over one sample; a and b hold one float per
+// channel. A large result is streamed.
+template <class T, class Value>
+FA_INLINE void write_map(const Problem& p, T* to, const float* a, const float* b, const Value& value) {
+  auto rows = [&]<bool Streamed>() FA_INLINE_CALL {
+    auto row = [&](int64_t offset, int64_t count, const auto& write) FA_INLINE_CALL {
+      if constexpr (Streamed)
+        each_aligned(to + offset, count, [&](auto lanes) FA_INLINE_CALL { lanes.stream(to + offset, write(lanes)); });
+      else
+        each(count, [&](auto lanes) FA_INLINE_CALL { lanes.store(to + offset, write(lanes)); });
+    };
+    if (!p.channels_last) {
+      for (int64_t c = 0; c < p.channels; ++c)
+        row(c * p.positions, p.positions,
+            [&, of_a = broadcast(a[c]), of_b = broadcast(b[c])](auto lanes)
+                FA_INLINE_CALL { return value(c * p.positions, lanes, of_a, of_b); });
+    } else {
+      for (int64_t y = 0; y < p.positions; ++y)
+        row(y * p.channels, p.channels,
+            [&](auto lanes) FA_INLINE_CALL { return value(y * p.channels, lanes, lanes.load(a), lanes.load(b)); });
     }
-  } else {
-    for (int64_t row = 0; row < p.positions; ++row)
-      each(p.channels, [&](auto lanes) FA_INLINE_CALL { body(row * p.channels, lanes, lanes.load(a), lanes.load(b)); });
-  }
+  };
+  if constexpr (std::is_same_v<T, float>)
+    if (p.large) return rows.template operator()<true>();
+  rows.template operator()<false>();
 }
 
 // --- the small layers -----------------------------------------------------------------------------------------------
@@ -219,10 +255,10 @@ void scale_map(const Forward& p, int64_t b) {
   T* out = at<T>(p.out, b * p.map());
   const float* scale = p.scale + b * p.channels;
   auto run = [&]<bool Relu>() FA_INLINE_CALL {
-    each_of_map(p, scale, scale, [&](int64_t offset, auto lanes, vf s, vf) FA_INLINE_CALL {
+    write_map(p, out, scale, scale, [&](int64_t offset, auto lanes, vf s, vf) FA_INLINE_CALL {
       vf y = lanes.load(x + offset) * s;
-      if constexpr (Residual) y += lanes.load(residual + offset);
-      lanes.store(out + offset, Relu ? relu(y) : y);
+      if constexpr (Residual) y += lanes.load_on(residual + offset);
+      return Relu ? relu(y) : y;
     });
   };
   return p.relu ? run.template operator()<true>() : run.template operator()<false>();
@@ -242,7 +278,7 @@ void forward_chunks(const Forward& p, int64_t begin, int64_t end) {
       float* z = p.z + b * p.channels;
       const T* x = at<T>(p.x, b * p.map());
       sum_map(p, 1.0f / p.positions, z, partial.data,
-              [&](int64_t offset, auto lanes) FA_INLINE_CALL { return lanes.load(x + offset); });
+              [&](int64_t offset, auto lanes) FA_INLINE_CALL { return lanes.load_on(x + offset); });
       if (p.features > 0)
         gather(p.result, b * p.result.stride[0], p.result.stride[1], p.features, 1.0f, input + i * inputs);
       for (int64_t c = 0; c < p.channels; ++c) input.data[i * inputs + p.features + c] = z[c];
@@ -275,6 +311,7 @@ void forward_chunks(const Forward& p, int64_t begin, int64_t end) {
       p.residual != nullptr ? scale_map<true, T>(p, b) : scale_map<false, T>(p, b);
     }
   }
+  end_of_streams();
 }
 
 // --- backward -------------------------------------------------------------------------------------------------------
@@ -282,8 +319,8 @@ void forward_chunks(const Forward& p, int64_t begin, int64_t end) {
 // The gradient that reaches x * scale + residual.
 template <bool Relu, class T, class AnyLanes>
 FA_INLINE vf active(const T* grad_out, const T* out, int64_t offset, AnyLanes lanes) {
-  const vf grad = lanes.load(grad_out + offset);
-  if constexpr (Relu) return select(lanes.load(out + offset) <= 0.0f, vf{}, grad);
+  const vf grad = lanes.load_on(grad_out + offset);
+  if constexpr (Relu) return select(lanes.load_on(out + offset) <= 0.0f, vf{}, grad);
   return grad;
 }
 
@@ -296,7 +333,7 @@ void reduce_map(const Backward& p, int64_t b, float* grad_scale, float* partial)
   sum_map(p, 1.0f, grad_scale, partial, [&](int64_t offset, auto lanes) FA_INLINE_CALL {
     const vf grad = active<Relu>(grad_out, out, offset, lanes);
     if constexpr (Residual) lanes.store(grad_residual + offset, grad);
-    return grad * lanes.load(x + offset);
+    return grad * lanes.load_on(x + offset);
   });
 }
 
@@ -306,9 +343,9 @@ void spread_map(const Backward& p, int64_t b, const void* grad, const float* gra
   const T* grad_out = at<T>(grad, b * p.map());
   const T* out = Relu ? at<T>(p.out, b * p.map()) : nullptr;
   T* grad_x = at<T>(p.grad_x, b * p.map());
-  each_of_map(p, p.scale + b * p.channels, grad_mean, [&](int64_t offset, auto lanes, vf s, vf mean) FA_INLINE_CALL {
-    lanes.store(grad_x + offset, active<Relu>(grad_out, out, offset, lanes) * s + mean);
-  });
+  write_map(p, grad_x, p.scale + b * p.channels, grad_mean,
+            [&](int64_t offset, auto lanes, vf s, vf mean)
+                FA_INLINE_CALL { return active<Relu>(grad_out, out, offset, lanes) * s + mean; });
 }
 
 template <class T>
@@ -364,6 +401,7 @@ void backward_chunks(const Backward& p, int64_t begin, int64_t end) {
         spread_map<false, T>(p, b, p.grad_out, grad);
     }
   }
+  end_of_streams();
 }
 
 // One layer's gradients, rows [row, row + kRowGroup): grads (batch, stride) times panels (batch x columns).

@@ -225,3 +225,28 @@ def test_bad_results():
     ):
         with pytest.raises(ValueError, match=message):
             module(*arguments)
+
+
+@needs_extension
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])
+@pytest.mark.parametrize("size", [(2, 64, 128, 130), (84, 128, 14, 14), (43, 1025, 7, 7)], ids=str)
+def test_maps_too_large_for_the_caches(size, memory_format):
+    """They are streamed: whole rows where they are aligned, else all but their ends; rows of 49 values not at all."""
+    torch.manual_seed(0)
+    channels = size[1]
+    x, residual, grad_out = (torch.randn(size).to(memory_format=memory_format) for _ in range(3))
+    assert x.numel() * 4 >= 8 << 20
+    weights = [
+        torch.randn(8, channels) / channels**0.5,
+        torch.randn(8),
+        torch.randn(channels, 8),
+        torch.randn(channels),
+    ]
+    tensors = [tensor.requires_grad_() for tensor in (x, *weights, residual)]
+    for activation in (None, "relu"):
+        results = []
+        for impl in ("cpu", "reference"):
+            out = squeeze_excite(*tensors[:-1], residual=residual, activation=activation, impl=impl)
+            results.append((out, *torch.autograd.grad(out, tensors, grad_out)))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.detach().abs().max()))
