@@ -143,11 +143,15 @@ def _mask(inputs: dict[str, Any]) -> None:
     x[1, 0, 0, 0] = float("-inf")
 
 
-def _far_apart(inputs: dict[str, Any]) -> None:
-    """A row far above the others and a column far below them: no one shift serves both."""
-    x = inputs["x"]
-    x[..., -5, :] += 60
-    x[..., 7] -= 60
+def _far_above(inputs: dict[str, Any]) -> None:
+    """A row far above the others: no one shift serves it and them."""
+    inputs["x"][..., -5, :] += 60
+
+
+def _far_below(inputs: dict[str, Any]) -> None:
+    """A row and a column far below the others, which alone decide about the softmaxes across them."""
+    inputs["x"][..., -5, :] -= 60
+    inputs["x"][..., 7] -= 60
 
 
 def _mask_far_in(inputs: dict[str, Any]) -> None:
@@ -178,9 +182,10 @@ SOFTMAX_SAMPLES = (
     _sample("dual, 200x1000", **_g((200, 1000), batch=1)),
     _sample("dual, masked", **_g((4, 5)), edit=_mask),
     _sample("dual, masked far in", **_g((130, 70)), edit=_mask_far_in),
-    _sample("dual, far apart", **_g((300, 200), batch=1), edit=_far_apart),
+    _sample("dual, far above", **_g((300, 200), batch=1), edit=_far_above),
+    _sample("dual, far below", **_g((300, 200), batch=1), edit=_far_below),
     _sample("dual, far apart in one plane of many", **_g((130, 70), batch=40), edit=_large_image),
-    _sample("dual, small planes far apart", **_g((9, 11)), edit=_far_apart),
+    _sample("dual, small planes, far below", **_g((9, 11)), edit=_far_below),
     _sample("dual, large numbers", **_g((130, 70)), edit=_large_image),
     _sample("large logits of one image", **_g((7, 9), heads=2), edit=_large_image),
     _sample("dual, nan", **_g((4, 5)), edit=_plant("x", float("nan"))),
