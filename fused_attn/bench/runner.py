@@ -151,7 +151,7 @@ class Measurement:
                     if trains:
                         self.saved[name] = measure.saved_bytes(function, draws[0])
                 del results
-            except NotImplementedError as error:
+            except NotImplementedError as error:  # so a peer says why it cannot run here, see contract.Peer
                 self.refused[name] = ("not run", _one_line(error))
             except Exception as error:  # a peer that does not compile or fit must not end the others' measurement
                 status = "failed" if name in self.spec.implementations else "not run"
@@ -185,7 +185,7 @@ class Measurement:
                 self.memory[name] = measure.memory_here(*arguments, "cuda", self.options.dtype)
             else:
                 self.memory[name] = measure.peak_memory(*arguments, dtype=self.options.dtype)
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # the process that measures it could not run it
             self.refused[name] = ("not run", _one_line(error))
         except RuntimeError as error:  # it does not fit: what was timed stays
             self.memory_missing[name] = f"no memory measured: {_one_line(error)}"

@@ -434,5 +434,5 @@ if __name__ == "__main__":
     torch.set_num_threads(int(threads))
     try:
         print(json.dumps(memory_here(*names, device, getattr(torch, dtype))))
-    except NotImplementedError as reason:
+    except NotImplementedError as reason:  # handed to the parent, which raises it there
         print(json.dumps({"reason": str(reason)}))
