@@ -61,7 +61,8 @@ class Measurement:
         self.spec, self.shape, self.kind, self.options = spec, shape, kind, options
         self.names = provider_names(spec, options.providers)
         self.refused: dict[str, tuple[str, str]] = {}
-        self.times: dict[str, dict[str, list[float]]] = {}
+        self.times: measure.Times = {}
+        self.rounds: measure.Times = {}
         self.saved: dict[str, int] = {}
         self.memory: dict[str, dict[str, int]] = {}
         self.memory_missing: dict[str, str] = {}
@@ -175,6 +176,7 @@ class Measurement:
             seconds=self.options.seconds,
             keep_freed=self.options.keep_freed,
             into=self.times,
+            rounds_into=self.rounds,
             on_round=on_round,
         )
 
@@ -232,10 +234,19 @@ class Measurement:
                 row = {**head, "pass": each, "repetitions": len(seconds)}
                 if seconds:
                     row |= self._speed(each, seconds, ceilings)
+                row |= self._comparison(name, each)
                 row |= {"extra_bytes": memory, "saved_bytes": self.saved.get(name) if each != "fwd" else None}
                 rows.append(row)
-        _compare(rows, [peer.name for peer in self.spec.peers])
         return rows
+
+    def _comparison(self, name: str, each: str) -> Row:
+        """The peer with the least time for this pass, and how many times this one's it is."""
+        mine = self.rounds.get(name, {}).get(each)
+        peers = [peer.name for peer in self.spec.peers if self.rounds.get(peer.name, {}).get(each)]
+        if not mine or not peers:
+            return {}
+        ratio, best = min((measure.median_ratio(self.rounds[peer][each], mine), peer) for peer in peers)
+        return {"best_peer": best, "best_peer_over_this": ratio}
 
     def _speed(self, each: str, seconds: list[float], ceilings: Mapping[str, float]) -> Row:
         shape, parts = self.shape, {"fwd": ("forward",), "bwd": ("backward",)}.get(each, ("forward", "backward"))
@@ -249,18 +260,6 @@ class Measurement:
             row["of_copy"] = row["gbps"] / ceilings["copy_gbps"]
             row["of_matmul"] = row["gflops"] / ceilings["matmul_gflops"]
         return row
-
-
-def _compare(rows: list[Row], peers: Sequence[str]) -> None:
-    """Add to every row how many times its median the best peer takes for the same pass."""
-    for row in rows:
-        others = [
-            other["p50_ms"]
-            for other in rows
-            if other["provider"] in peers and other["pass"] == row["pass"] and other.get("p50_ms")
-        ]
-        if others and row.get("p50_ms"):
-            row["best_peer_over_this"] = min(others) / row["p50_ms"]
 
 
 def _one_line(error: Exception) -> str:

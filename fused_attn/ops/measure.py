@@ -12,6 +12,7 @@ import gc
 import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
 import threading
@@ -29,6 +30,11 @@ from . import contract
 PASSES = ("fwd", "bwd", "both")
 #: keyword arguments of one call, and a gradient of its output
 Call = tuple[Mapping[str, Any], Tensor]
+#: seconds of every function, pass and repetition
+Times = dict[str, dict[str, list[float]]]
+#: A fast function repeats its call for so long before it is the next one's turn: long enough for most calls to find
+#: their code and data as a loop would, short enough for a round to be over before the machine changes its speed.
+TURN_SECONDS = 0.03
 
 
 def find_spec(op: str) -> contract.OpSpec:
@@ -139,12 +145,13 @@ def time_interleaved(
     passes: Mapping[str, Sequence[str]] | None = None,
     seconds: float,
     least: int = 5,
-    turn_seconds: float = 0.1,
+    turn_seconds: float = TURN_SECONDS,
     warmup: int = 1,
     keep_freed: bool = True,
-    into: dict[str, dict[str, list[float]]] | None = None,
+    into: Times | None = None,
+    rounds_into: Times | None = None,
     on_round: Callable[[float], None] = lambda done: None,
-) -> dict[str, dict[str, list[float]]]:
+) -> Times:
     """Seconds of every function, pass and repetition: ``[function][pass][repetition]``.
 
     The functions take turns (A B C A B C ...), so that a machine that slows down slows all of them.  A turn is one
@@ -161,6 +168,7 @@ def time_interleaved(
         warmup: untimed rounds before, of every call.
         keep_freed: see :func:`keep_freed_memory`.
         into: where the times go, so that an interrupted measurement keeps what it has.
+        rounds_into: where the median of each turn goes; see :func:`median_ratio`.
         on_round: told after each round what part is done, between 0 and 1.
     """
     passes = passes or dict.fromkeys(functions, PASSES)
@@ -178,6 +186,7 @@ def time_interleaved(
         warmup=len(calls) * warmup,
         keep_freed=keep_freed,
         into=into,
+        rounds_into=rounds_into,
         on_round=on_round,
     )
 
@@ -187,22 +196,24 @@ def interleave(
     *,
     seconds: float,
     least: int,
-    turn_seconds: float = 0.1,
+    turn_seconds: float = TURN_SECONDS,
     warmup: int,
     keep_freed: bool = True,
-    into: dict[str, dict[str, list[float]]] | None = None,
+    into: Times | None = None,
+    rounds_into: Times | None = None,
     on_round: Callable[[float], None] = lambda done: None,
-) -> dict[str, dict[str, list[float]]]:
+) -> Times:
     """What :func:`time_interleaved` does, for anything that times itself.
 
     Args:
         turns: by name, what takes the number of a call, and returns seconds by what was timed.
         warmup: rounds of one call to throw away first.
-        seconds, least, turn_seconds, keep_freed, into, on_round: as there.
+        seconds, least, turn_seconds, keep_freed, into, rounds_into, on_round: as there.
     """
     if keep_freed:
         keep_freed_memory()
     times = {} if into is None else into
+    medians = {} if rounds_into is None else rounds_into
     calls = dict.fromkeys(turns, 0)
     for number in range(warmup):
         for turn in turns.values():
@@ -211,17 +222,32 @@ def interleave(
         started, rounds = time.monotonic(), 0
         while rounds < least or time.monotonic() - started < seconds:
             for name, turn in turns.items():
-                turn_started = time.monotonic()
+                turn_started, first = time.monotonic(), calls[name]
                 while True:
                     for each, value in turn(calls[name]).items():
                         times.setdefault(name, {}).setdefault(each, []).append(value)
                     calls[name] += 1
                     if time.monotonic() - turn_started >= turn_seconds:
                         break
+                for each, values in times[name].items():
+                    median = statistics.median(values[first - calls[name] :])
+                    medians.setdefault(name, {}).setdefault(each, []).append(median)
                 collect()
             rounds += 1
             on_round(min(1.0, (time.monotonic() - started) / max(seconds, 1e-9), rounds / least))
     return times
+
+
+def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
+    """``first`` over ``second``: the median of what each round says.
+
+    A neighbour on the same machine can slow everything by half for seconds at a time.  When that is about half of the
+    rounds, the medians of two functions may come from different halves; within a round both see the same.
+
+    Args:
+        first, second: medians of turns, round by round; a last one that only ``first`` has is left out.
+    """
+    return statistics.median(one / other for one, other in zip(first, second, strict=False))
 
 
 @contextlib.contextmanager
