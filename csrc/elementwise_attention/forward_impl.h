@@ -86,7 +86,7 @@ struct Statistics : Visitor {
         rows[j] = over_vectors(
             vectors, vf{},
             [&](int64_t v) FA_INLINE_CALL {
-              const vf e = exp_of(row.row_logit(v) - at_most);
+              const vf e = exponential<Weighted>(row.row_logit(v) - at_most);
               if constexpr (Whole) store(to + v * L, e);
               return e;
             },
@@ -107,11 +107,11 @@ struct Statistics : Visitor {
       for (int64_t y = 0; y < k.rows; ++y) max = maximum(at(y), max);
       // A column of -inf so far: its sum stays 0.
       const vf shift = select(max == -kInfinity, vf{}, max);
-      vf sum = before ? load(col_sum + v * L) * exp_of(old - shift) : vf{};
+      vf sum = before ? load(col_sum + v * L) * exponential<Weighted>(old - shift) : vf{};
       for (int64_t y = 0; y < k.rows;) {
         vf part{};
         for (const int64_t stop = smaller(k.rows, y + kLongestChain); y < stop; ++y) {
-          const vf e = exp_of(at(y) - shift);
+          const vf e = exponential<Weighted>(at(y) - shift);
           part += e;
           if constexpr (Whole) {
             float* to = exponentials + y * o.stride + v * L;
@@ -241,6 +241,7 @@ void statistics(const Forward& p, int64_t begin, int64_t end) {
 
 // Over the ranges of rows, in their order.
 void combine_columns(const Forward& p, int64_t begin, int64_t end) {
+  const float to_base_2 = p.weighted ? 1.0f : kLog2e;
   for (int64_t plane = begin; plane < end; ++plane) {
     auto partial = [&](int64_t range) { return p.col_partials + (range * p.planes() + plane) * 2 * p.width; };
     float* stats = p.col_stats + plane * 2 * p.width;
@@ -249,7 +250,7 @@ void combine_columns(const Forward& p, int64_t begin, int64_t end) {
       for (int64_t r = 0; r < p.ranges; ++r) max = partial(r)[x] > max ? partial(r)[x] : max;
       const float shift = max == -kInfinity ? 0.0f : max;
       for (int64_t r = 0; r < p.ranges; ++r)
-        sum += partial(r)[p.width + x] * __builtin_exp2f((partial(r)[x] - shift) * kLog2e);
+        sum += partial(r)[p.width + x] * __builtin_exp2f((partial(r)[x] - shift) * to_base_2);
       stats[x] = max, stats[p.width + x] = sum;
     }
   }

@@ -11,7 +11,7 @@ namespace {
 #include "common/stream.h"
 #include "elementwise_attention/rows.h"
 
-constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr int64_t kMostImages = 32;
 
 FA_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -45,6 +45,14 @@ FA_INLINE vf exp_of(vf x) {
   const vi underflow = x < -87.0f;
   return (vf)(result & ~underflow);
 #endif
+}
+
+// Of a logit less its row's or column's shift.  Logits with weights are in base 2, as their weights carry log2(e).
+// Those without are their input: their shift may be 16 below them, where a product with log2(e) would round too far off.
+template <bool Weighted>
+FA_INLINE vf exponential(vf x) {
+  if constexpr (Weighted) return exp2_nonpositive(x);
+  return exp_of(x);
 }
 
 // A shift other than the maximum serves a row or column if its sum of e^(x - shift) stays within these bounds: no
@@ -130,10 +138,15 @@ struct Operands {
   void load_weights(const Block& k) {
     if (!p.weighted) return;
     const TensorView &r = p.weight_row, &c = p.weight_col;
-    weight_row = rows_of(r, 2, k.h * r.stride[0] + k.c * r.stride[1] + k.y0 * r.stride[2], k.rows, p.width, -kInfinity,
-                         row_memory.data, stride);
-    weight_col = rows_of(c, 2, k.h * c.stride[0] + k.c * c.stride[1] + k.y0 * c.stride[2], k.rows, p.width, 0.0f,
-                         col_memory.data, stride);
+    weight_row = times_log2e(r, k.h * r.stride[0] + k.c * r.stride[1] + k.y0 * r.stride[2], k.rows, -kInfinity,
+                             row_memory.data);
+    weight_col =
+        times_log2e(c, k.h * c.stride[0] + k.c * c.stride[1] + k.y0 * c.stride[2], k.rows, 0.0f, col_memory.data);
+  }
+  Rows times_log2e(const TensorView& weight, int64_t offset, int64_t rows, float fill, float* to) const {
+    load_rows(weight, offset, weight.stride[2], weight.stride[3], rows, p.width, fill, to, stride);
+    for (int64_t i = 0; i < rows * stride; i += L) store(to + i, load(to + i) * kLog2e);
+    return {to, stride};
   }
   void load_statistics(const Block& k, int64_t plane_index) {
     row_max = p.row_stats + plane_index * 2 * p.height + k.y0;
@@ -212,12 +225,12 @@ struct Visitor {
   void images_done(const Block&) {}
 };
 
-// One row of a block; local copies, which stores to gradients cannot alias.
+// One row of a block, its logits as `exponential` takes them; local copies, which stores to gradients cannot alias.
 template <bool Weighted>
 struct Row {
   const float *x, *weight_row, *weight_col;
 
-  Row(const Operands& o, const Rows& image, int64_t y)
+  FA_INLINE Row(const Operands& o, const Rows& image, int64_t y)
       : x(image[y]), weight_row(Weighted ? o.weight_row[y] : x), weight_col(Weighted ? o.weight_col[y] : x) {}
   FA_INLINE vf value(int64_t v) const { return load(x + v * L); }
   FA_INLINE vf row_logit(int64_t v) const {
@@ -236,7 +249,7 @@ struct Softmaxes : Row<Weighted> {
   float row_max, row_inverse, row_rest;
   const float *col_max, *col_inverse, *col_rest;
 
-  Softmaxes(const Operands& o, const Rows& image, int64_t y)
+  FA_INLINE Softmaxes(const Operands& o, const Rows& image, int64_t y)
       : Row<Weighted>(o, image, y),
         row_max(o.row_max[y]),
         row_inverse(o.row_inverse.data[y]),
@@ -247,16 +260,16 @@ struct Softmaxes : Row<Weighted> {
   FA_INLINE vf row_exponent(int64_t v) const { return this->row_logit(v) - row_max; }
   FA_INLINE vf col_exponent(int64_t v) const { return this->col_logit(v) - load(col_max + v * L); }
   FA_INLINE vf row(int64_t v) const {
-    const vf e = exp_of(row_exponent(v));
+    const vf e = exponential<Weighted>(row_exponent(v));
     return e * row_inverse + rounded(e * row_rest);
   }
   FA_INLINE vf col(int64_t v) const {
-    const vf e = exp_of(col_exponent(v));
+    const vf e = exponential<Weighted>(col_exponent(v));
     return e * load(col_inverse + v * L) + rounded(e * load(col_rest + v * L));
   }
   // With one exponential.
   FA_INLINE vf product(int64_t v) const {
-    return exp_of(row_exponent(v) + col_exponent(v)) * (row_inverse * load(col_inverse + v * L));
+    return exponential<Weighted>(row_exponent(v) + col_exponent(v)) * (row_inverse * load(col_inverse + v * L));
   }
 };
 

@@ -23,25 +23,39 @@ FA_INLINE void store_part(T* p, vf x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = part[i];
 }
 
+// `to` has whole vectors and, where elements are strided, holds `fill` in its padding already.
+template <class T>
+FA_INLINE void load_rows_as(const T* from, int64_t y_stride, int64_t x_stride, int64_t rows, int64_t width, float fill,
+                            float* to, int64_t to_stride) {
+  const int64_t whole = width / L * L, rest = width - whole;
+  for (int64_t y = 0; y < rows; ++y, from += y_stride, to += to_stride) {
+    if (x_stride != 1) {
+      for (int64_t i = 0; i < width; ++i) to[i] = static_cast<float>(from[i * x_stride]);
+      continue;
+    }
+    for (int64_t i = 0; i < whole; i += L) store(to + i, load_as_float(from + i));
+    if (rest > 0) store(to + whole, load_part(from + whole, rest, fill));
+  }
+}
 template <class T>
 FA_INLINE void load_row_as(const T* from, int64_t stride, int64_t count, float fill, float* to) {
-  if (stride != 1) {
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i * stride]);
-    return;
-  }
-  int64_t i = 0;
-  for (; i + L <= count; i += L) store(to + i, load_as_float(from + i));
-  if (i < count) store(to + i, load_part(from + i, count - i, fill));
+  load_rows_as(from, 0, stride, 1, count, fill, to, 0);
 }
 
-// `to` has whole vectors and holds `fill` in its padding already.
-FA_INLINE void load_row(const TensorView& view, int64_t offset, int64_t stride, int64_t count, float fill, float* to) {
+FA_INLINE void load_rows(const TensorView& view, int64_t offset, int64_t y_stride, int64_t x_stride, int64_t rows,
+                         int64_t width, float fill, float* to, int64_t to_stride) {
+  auto run = [&](auto element) FA_INLINE_CALL {
+    using T = decltype(element);
+    load_rows_as(static_cast<const T*>(view.data) + offset, y_stride, x_stride, rows, width, fill, to, to_stride);
+  };
   switch (view.dtype) {
-    case DType::float32: return load_row_as(static_cast<const float*>(view.data) + offset, stride, count, fill, to);
-    case DType::float16: return load_row_as(static_cast<const c10::Half*>(view.data) + offset, stride, count, fill, to);
-    case DType::bfloat16:
-      return load_row_as(static_cast<const c10::BFloat16*>(view.data) + offset, stride, count, fill, to);
+    case DType::float32: return run(float{});
+    case DType::float16: return run(c10::Half{});
+    case DType::bfloat16: return run(c10::BFloat16{});
   }
+}
+FA_INLINE void load_row(const TensorView& view, int64_t offset, int64_t stride, int64_t count, float fill, float* to) {
+  load_rows(view, offset, 0, stride, 1, count, fill, to, 0);
 }
 
 // to[i] = from[i], i < count, streamed but for a few at the ends.
@@ -97,7 +111,7 @@ FA_INLINE Rows rows_of(const TensorView& view, int dimension, int64_t offset, in
   const int64_t y_stride = view.stride[dimension], x_stride = view.stride[dimension + 1];
   if (view.dtype == DType::float32 && x_stride == 1 && width % L == 0)
     return {static_cast<const float*>(view.data) + offset, y_stride};
-  for (int64_t y = 0; y < rows; ++y) load_row(view, offset + y * y_stride, x_stride, width, fill, to + y * to_stride);
+  load_rows(view, offset, y_stride, x_stride, rows, width, fill, to, to_stride);
   return {to, to_stride};
 }
 
