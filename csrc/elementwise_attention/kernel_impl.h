@@ -166,10 +166,9 @@ struct Operands {
     return all;
   }
   // 0 beyond `count`.
-  static void invert(const float* sums, int64_t count, float* inverse, float* rest) {
-    load_row_as(sums, 1, count, 1.0f, rest);
+  FA_INLINE static void invert(const float* sums, int64_t count, float* inverse, float* rest) {
     for (int64_t i = 0; i < count; i += L) {
-      const vf sum = load(rest + i), first = 1.0f / sum;
+      const vf sum = i + L <= count ? load(sums + i) : load_part(sums + i, count - i, 1.0f), first = 1.0f / sum;
       store(inverse + i, first);
       store(rest + i, (1.0f - sum * first) * first);  // one rounding where there are fused products, else about 0
     }
