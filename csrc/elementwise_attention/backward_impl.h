@@ -196,9 +196,6 @@ struct Gradients : Visitor {
       load_row_as(p.col_sums + plane * p.width, 1, p.width, 0.0f, col_sums);
     }
 
-    // With weights, that of x is formed times log2(e), as they are.
-    const float scale_log2e = norm.scale * kLog2e;
-
     if constexpr (!Weighted && !Whole) {
       written = o.shares(k);
       if (written) return shared(k, i, row_sums);
@@ -227,7 +224,7 @@ struct Gradients : Visitor {
         } else {
           const vf value = softmax.value(v);
           vf d_x = d_row * load(softmax.weight_row + lane) + d_col * load(softmax.weight_col + lane);
-          if constexpr (Normalise) d_x += load(grad_out + lane) * ((row * col - norm.mean) * scale_log2e);
+          if constexpr (Normalise) d_x += load(grad_out + lane) * ((row * col - norm.mean) * norm.scale);
           store(x_to + lane, load(x_to + lane) + d_x);
           store(row_to + lane, load(row_to + lane) + d_row * value);
           store(col_to + lane, load(col_to + lane) + d_col * value);
@@ -279,10 +276,8 @@ struct Gradients : Visitor {
     if (!Weighted && !Whole && written) return end_of_streams();
     for (int64_t i = 0; i < k.images; ++i)
       for (int64_t y = 0; y < k.rows; ++y)
-        write_row(g, (k.b0 + i) * g.stride[0] + k.c * g.stride[1] + (k.y0 + y) * g.stride[2], p.width, p.large,
-                  [from = grad_x + i * o.plane + y * o.stride](int64_t v) FA_INLINE_CALL {
-                    return Weighted ? load(from + v * L) * kLn2 : load(from + v * L);
-                  });
+        store_row(g, (k.b0 + i) * g.stride[0] + k.c * g.stride[1] + (k.y0 + y) * g.stride[2], p.width,
+                  grad_x + i * o.plane + y * o.stride, p.large);
     end_of_streams();
   }
 };

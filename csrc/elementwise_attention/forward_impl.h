@@ -241,7 +241,6 @@ void statistics(const Forward& p, int64_t begin, int64_t end) {
 
 // Over the ranges of rows, in their order.
 void combine_columns(const Forward& p, int64_t begin, int64_t end) {
-  const float to_base_2 = p.weighted ? 1.0f : kLog2e;
   for (int64_t plane = begin; plane < end; ++plane) {
     auto partial = [&](int64_t range) { return p.col_partials + (range * p.planes() + plane) * 2 * p.width; };
     float* stats = p.col_stats + plane * 2 * p.width;
@@ -250,7 +249,7 @@ void combine_columns(const Forward& p, int64_t begin, int64_t end) {
       for (int64_t r = 0; r < p.ranges; ++r) max = partial(r)[x] > max ? partial(r)[x] : max;
       const float shift = max == -kInfinity ? 0.0f : max;
       for (int64_t r = 0; r < p.ranges; ++r)
-        sum += partial(r)[p.width + x] * __builtin_exp2f((partial(r)[x] - shift) * to_base_2);
+        sum += partial(r)[p.width + x] * __builtin_exp2f((partial(r)[x] - shift) * kLog2e);
       stats[x] = max, stats[p.width + x] = sum;
     }
   }

@@ -11,7 +11,7 @@ namespace {
 #include "common/stream.h"
 #include "elementwise_attention/rows.h"
 
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLog2e = 1.4426950408889634f;
 constexpr int64_t kMostImages = 32;
 
 FA_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -47,11 +47,11 @@ FA_INLINE vf exp_of(vf x) {
 #endif
 }
 
-// Of a logit less its row's or column's shift.  Logits with weights are in base 2, as their weights carry log2(e).
-// Those without are their input: their shift may be 16 below them, where a product with log2(e) would round too far off.
+// e^x of a logit less its row's or column's shift.  With weights that is the maximum: x is at most 0, and the rounding
+// of x log2(e) grows only where e^x gets small.  Without, x may be 16, see is_near.
 template <bool Weighted>
 FA_INLINE vf exponential(vf x) {
-  if constexpr (Weighted) return exp2_nonpositive(x);
+  if constexpr (Weighted) return exp2_nonpositive(x * kLog2e);
   return exp_of(x);
 }
 
@@ -138,15 +138,10 @@ struct Operands {
   void load_weights(const Block& k) {
     if (!p.weighted) return;
     const TensorView &r = p.weight_row, &c = p.weight_col;
-    weight_row = times_log2e(r, k.h * r.stride[0] + k.c * r.stride[1] + k.y0 * r.stride[2], k.rows, -kInfinity,
-                             row_memory.data);
-    weight_col =
-        times_log2e(c, k.h * c.stride[0] + k.c * c.stride[1] + k.y0 * c.stride[2], k.rows, 0.0f, col_memory.data);
-  }
-  Rows times_log2e(const TensorView& weight, int64_t offset, int64_t rows, float fill, float* to) const {
-    load_rows(weight, offset, weight.stride[2], weight.stride[3], rows, p.width, fill, to, stride);
-    for (int64_t i = 0; i < rows * stride; i += L) store(to + i, load(to + i) * kLog2e);
-    return {to, stride};
+    weight_row = rows_of(r, 2, k.h * r.stride[0] + k.c * r.stride[1] + k.y0 * r.stride[2], k.rows, p.width, -kInfinity,
+                         row_memory.data, stride);
+    weight_col = rows_of(c, 2, k.h * c.stride[0] + k.c * c.stride[1] + k.y0 * c.stride[2], k.rows, p.width, 0.0f,
+                         col_memory.data, stride);
   }
   void load_statistics(const Block& k, int64_t plane_index) {
     row_max = p.row_stats + plane_index * 2 * p.height + k.y0;
@@ -224,7 +219,7 @@ struct Visitor {
   void images_done(const Block&) {}
 };
 
-// One row of a block, its logits as `exponential` takes them; local copies, which stores to gradients cannot alias.
+// One row of a block; local copies, which stores to gradients cannot alias.
 template <bool Weighted>
 struct Row {
   const float *x, *weight_row, *weight_col;
