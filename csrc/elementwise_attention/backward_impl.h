@@ -37,7 +37,7 @@ struct GradMoments : Visitor {
   GradMoments(const Backward& backward, Operands& operands)
       : Visitor{operands}, p(backward), grad(backward, operands) {}
   void image(const Block& k, int64_t i, int64_t plane) {
-    o.load_statistics(k, plane);
+    o.load_statistics<false>(k, plane);
     grad.load_image(k, i);
     const int64_t vectors = o.vectors;
     const float mean = p.mean[k.h * p.channels + k.c];
@@ -94,7 +94,7 @@ struct Sums : Visitor {
       : Visitor{operands}, p(backward), grad(backward, operands), col_sum(o.stride, 0.0f) {}
 
   void image(const Block& k, int64_t i, int64_t plane) {
-    o.load_statistics(k, plane);
+    o.load_statistics<false>(k, plane);
     grad.load_image(k, i);
     const int64_t vectors = o.vectors;
     const Normalisation<Normalise> norm(p, k);
@@ -161,7 +161,7 @@ struct Gradients : Visitor {
   }
 
   void image(const Block& k, int64_t i, int64_t plane) {
-    o.load_statistics(k, plane);
+    o.load_statistics<true>(k, plane);
     grad.load_image(k, i);
     const int64_t vectors = o.vectors;
     const Normalisation<Normalise> norm(p, k);
@@ -311,19 +311,23 @@ void gradients(const Backward& p, int64_t begin, int64_t end) {
                  : gradients_of<true, false, false>)(p, begin, end);
 }
 
-// Over the groups of images, in their order.
+// Over the groups of images, in their order, some rows at a time.
 void sum_weights(const Backward& p, int64_t begin, int64_t end) {
-  const int64_t rows = p.heads * p.channels * p.height;
-  Buffer sum(round_up(p.width, L), 0.0f);
-  for (int64_t index = begin; index < end; ++index) {
-    const int64_t which = index / rows, row = index % rows, h = row / p.height / p.channels;
-    for (int64_t x = 0; x < p.width; ++x) sum.data[x] = 0.0f;
+  const int64_t rows = p.heads * p.channels * p.height, most = p.width < 512 ? 512 / p.width : 1;
+  Buffer sum(round_up(most * p.width, L), 0.0f);
+  for (int64_t index = begin, count; index < end; index += count) {
+    const int64_t which = index / rows, first = index % rows;
+    count = smaller(most, smaller(end - index, rows - first));
+    for (int64_t i = 0; i < count * p.width; ++i) sum.data[i] = 0.0f;
     for (int64_t g = 0; g < p.groups; ++g) {
-      const float* part = p.weight_partials + ((g * 2 + which) * rows + row) * p.width;
-      for (int64_t x = 0; x < p.width; ++x) sum.data[x] += part[x];
+      const float* part = p.weight_partials + ((g * 2 + which) * rows + first) * p.width;
+      for (int64_t i = 0; i < count * p.width; ++i) sum.data[i] += part[i];
     }
     const TensorView& to = which == 0 ? p.grad_weight_row : p.grad_weight_col;
-    store_row(to, h * to.stride[0] + row / p.height % p.channels * to.stride[1] + row % p.height * p.width, p.width,
-              sum.data);
+    for (int64_t row = first; row < first + count; ++row)
+      store_row(to,
+                row / p.height / p.channels * to.stride[0] + row / p.height % p.channels * to.stride[1] +
+                    row % p.height * p.width,
+                p.width, sum + (row - first) * p.width);
   }
 }

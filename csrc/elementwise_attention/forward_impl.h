@@ -86,7 +86,7 @@ struct Statistics : Visitor {
         rows[j] = over_vectors(
             vectors, vf{},
             [&](int64_t v) FA_INLINE_CALL {
-              const vf e = exponential<Weighted>(row.row_logit(v) - at_most);
+              const vf e = exp_of(row.row_logit(v) - at_most);
               if constexpr (Whole) store(to + v * L, e);
               return e;
             },
@@ -107,11 +107,11 @@ struct Statistics : Visitor {
       for (int64_t y = 0; y < k.rows; ++y) max = maximum(at(y), max);
       // A column of -inf so far: its sum stays 0.
       const vf shift = select(max == -kInfinity, vf{}, max);
-      vf sum = before ? load(col_sum + v * L) * exponential<Weighted>(old - shift) : vf{};
+      vf sum = before ? load(col_sum + v * L) * exp_of(old - shift) : vf{};
       for (int64_t y = 0; y < k.rows;) {
         vf part{};
         for (const int64_t stop = smaller(k.rows, y + kLongestChain); y < stop; ++y) {
-          const vf e = exponential<Weighted>(at(y) - shift);
+          const vf e = exp_of(at(y) - shift);
           part += e;
           if constexpr (Whole) {
             float* to = exponentials + y * o.stride + v * L;
@@ -214,7 +214,7 @@ struct Statistics : Visitor {
     store_row_as(col_stats, p.width, col_max.data);
     store_row_as(col_stats + p.width, p.width, col_sum.data);
     if (!p.needs_moments && !p.writes_whole) return;
-    o.load_statistics(k, plane);
+    o.load_statistics<false>(k, plane);
     auto product = [&](int64_t y) FA_INLINE_CALL {
       return [from = exponentials + y * o.stride, row = o.row_inverse.data[y], col = o.col_inverse.data](int64_t v)
                  FA_INLINE_CALL { return load(from + v * L) * (row * load(col + v * L)); };
@@ -258,7 +258,7 @@ void combine_columns(const Forward& p, int64_t begin, int64_t end) {
 struct Moments : Visitor {
   const Forward& p;
   void image(const Block& k, int64_t i, int64_t plane) {
-    o.load_statistics(k, plane);
+    o.load_statistics<false>(k, plane);
     add_moments(o, k, p.moments + (k.task * p.heads + k.h) * 2, [&](int64_t y) FA_INLINE_CALL {
       return [row = Softmaxes<true>(o, o.x[i], y)](int64_t v) FA_INLINE_CALL { return row.product(v); };
     });
@@ -279,7 +279,7 @@ struct Output : Visitor {
   Output(const Forward& forward, Operands& operands) : Visitor{operands}, p(forward), write(p) {}
 
   void image(const Block& k, int64_t i, int64_t plane) {
-    o.load_statistics(k, plane);
+    o.load_statistics<false>(k, plane);
     const int64_t channel = k.h * p.channels + k.c;
     const float mean = Normalise ? p.mean[channel] : 0.0f, scale = Normalise ? p.scale[channel] : 1.0f;
     write(k, i, [&](int64_t y) FA_INLINE_CALL {

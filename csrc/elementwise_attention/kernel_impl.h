@@ -34,9 +34,11 @@ FA_INLINE vf exp_of(vf x) {
 #if FUSED_ATTN_LANES == 16
   // The larger of a number and NaN is the second operand.  scalef rounds e^-104 to 0.
   x = (vf)_mm512_maskz_max_ps(0xffff, (__m512)broadcast(-104.0f), (__m512)x);
-#endif
+  const vf n = (vf)_mm512_maskz_roundscale_ps(0xffff, (__m512)(x * kLog2e), 0);
+#else
   const vf shifted = x * kLog2e + 12582912.0f;  // 1.5 * 2^23: rounds to an integer held in the low mantissa bits
   const vf n = shifted - 12582912.0f;
+#endif
   const vf r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
 #if FUSED_ATTN_LANES == 16
   return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)exp_polynomial(r), (__m512)n);
@@ -45,14 +47,6 @@ FA_INLINE vf exp_of(vf x) {
   const vi underflow = x < -87.0f;
   return (vf)(result & ~underflow);
 #endif
-}
-
-// e^x of a logit less its row's or column's shift.  With weights that is the maximum: x is at most 0, and the rounding
-// of x log2(e) grows only where e^x gets small.  Without, x may be 16, see is_near.
-template <bool Weighted>
-FA_INLINE vf exponential(vf x) {
-  if constexpr (Weighted) return exp2_nonpositive(x * kLog2e);
-  return exp_of(x);
 }
 
 // A shift other than the maximum serves a row or column if its sum of e^(x - shift) stays within these bounds: no
@@ -143,14 +137,16 @@ struct Operands {
     weight_col = rows_of(c, 2, k.h * c.stride[0] + k.c * c.stride[1] + k.y0 * c.stride[2], k.rows, p.width, 0.0f,
                          col_memory.data, stride);
   }
-  void load_statistics(const Block& k, int64_t plane_index) {
+  // Without `rest` where only the product of the softmaxes is formed.
+  template <bool Rest>
+  FA_INLINE void load_statistics(const Block& k, int64_t plane_index) {
     row_max = p.row_stats + plane_index * 2 * p.height + k.y0;
-    invert(row_max + p.height, k.rows, row_inverse.data, row_rest.data);
+    invert<Rest>(row_max + p.height, k.rows, row_inverse.data, row_rest.data);
     if (plane_index == columns_of) return;
     columns_of = plane_index;
     const float* stats = p.col_stats + plane_index * 2 * p.width;
     load_row_as(stats, 1, p.width, 0.0f, col_max.data);
-    invert(stats + p.width, p.width, col_inverse.data, col_rest.data);
+    invert<Rest>(stats + p.width, p.width, col_inverse.data, col_rest.data);
     columns_share = !p.weighted && all_are(stats, p.width, stats[0]);
   }
   // Whether every row of the block and every column of its plane is shifted by one number.
@@ -161,11 +157,13 @@ struct Operands {
     return all;
   }
   // 0 beyond `count`.
+  template <bool Rest>
   FA_INLINE static void invert(const float* sums, int64_t count, float* inverse, float* rest) {
     for (int64_t i = 0; i < count; i += L) {
       const vf sum = i + L <= count ? load(sums + i) : load_part(sums + i, count - i, 1.0f), first = 1.0f / sum;
       store(inverse + i, first);
-      store(rest + i, (1.0f - sum * first) * first);  // one rounding where there are fused products, else about 0
+      // One rounding where there are fused products, else about 0.
+      if constexpr (Rest) store(rest + i, (1.0f - sum * first) * first);
     }
     for (int64_t i = count; i < round_up(count, L); ++i) inverse[i] = rest[i] = 0.0f;
   }
@@ -254,16 +252,23 @@ struct Softmaxes : Row<Weighted> {
   FA_INLINE vf row_exponent(int64_t v) const { return this->row_logit(v) - row_max; }
   FA_INLINE vf col_exponent(int64_t v) const { return this->col_logit(v) - load(col_max + v * L); }
   FA_INLINE vf row(int64_t v) const {
-    const vf e = exponential<Weighted>(row_exponent(v));
+    const vf e = exp_of(row_exponent(v));
     return e * row_inverse + rounded(e * row_rest);
   }
   FA_INLINE vf col(int64_t v) const {
-    const vf e = exponential<Weighted>(col_exponent(v));
+    const vf e = exp_of(col_exponent(v));
     return e * load(col_inverse + v * L) + rounded(e * load(col_rest + v * L));
   }
-  // With one exponential.
+  // With one exponential.  With weights the exponents are at most 0, the shifts being maxima: what rounding x log2(e)
+  // adds grows only where the product gets small.  Without, they may be 32, see is_near.
   FA_INLINE vf product(int64_t v) const {
-    return exponential<Weighted>(row_exponent(v) + col_exponent(v)) * (row_inverse * load(col_inverse + v * L));
+    const vf exponent = row_exponent(v) + col_exponent(v);
+    vf exponential;
+    if constexpr (Weighted)
+      exponential = exp2_nonpositive(exponent * kLog2e);
+    else
+      exponential = exp_of(exponent);
+    return exponential * (row_inverse * load(col_inverse + v * L));
   }
 };
 
