@@ -288,9 +288,13 @@ FA_INLINE vf max_lanes_of_each(vf* x) {
   return x[0];
 }
 
-// combine over v < vectors of at(v), in four chains.
+// combine over v < vectors of at(v), in four chains where there are as many.
 template <class At, class Combine>
 FA_INLINE vf over_vectors(int64_t vectors, vf start, const At& at, const Combine& combine) {
+  if (vectors <= 2) {
+    const vf first = combine(at(0), start);
+    return vectors == 2 ? combine(at(1), first) : first;
+  }
   vf a = start, b = start, c = start, d = start;
   int64_t v = 0;
   for (; v + 4 <= vectors; v += 4) {
