@@ -58,9 +58,8 @@ void fill_problem(Problem& p, const Tensor& x, const Tensor& fc1_weight, const s
   p.features = result ? result->size(1) : 0, p.hidden = fc1_weight.size(0);
   p.channels_last = channels_last || p.positions == 1;
   p.dtype = dtype_of(x);
-  // Short rows are mostly ends, which no whole vector covers.
-  const int64_t row = p.channels_last ? p.channels : p.positions;
-  p.large = x.numel() * x.element_size() >= kLargeBytes && row >= 64;
+  // Few channels at a position are mostly ends of vectors, which cannot be streamed.
+  p.large = x.numel() * x.element_size() >= kLargeBytes && (!p.channels_last || p.channels >= 64);
   // Several samples share one pass over the small layers' weights; their maps must stay in the cache meanwhile.
   const int64_t bytes = p.map() * x.element_size();
   p.chunk = std::clamp<int64_t>(kChunkBytes / bytes, 1, 8);

@@ -141,12 +141,31 @@ FA_INLINE float sum_each(int64_t count, const Term& term) {
   return sum_lanes(total);
 }
 
+// Contiguous channels of fewer positions are taken as many at a time as there are lanes: by themselves they would be
+// ends of vectors to a large part.
+constexpr int64_t kShortRow = 64;
+
 // --- whole maps -----------------------------------------------------------------------------------------------------
 
 // sums[c] = factor * sum over the positions of one sample of term(offset of the row, lanes).  A row is a channel's
 // positions or, channels last, a position's channels.  `partial` holds as many floats as sums, padded.
 template <class Term>
 FA_INLINE void sum_map(const Problem& p, float factor, float* sums, float* partial, const Term& term) {
+  if (!p.channels_last && p.positions < kShortRow) {
+    alignas(64) float terms[L * kShortRow];
+    each(p.channels, [&](auto channels) FA_INLINE_CALL {
+      const int64_t first = channels.begin * p.positions;
+      each(channels.count * p.positions, [&](auto lanes) FA_INLINE_CALL { lanes.store(terms, term(first, lanes)); });
+      vf sum[L];
+      for (int64_t c = 0; c < L; ++c) {
+        sum[c] = vf{};
+        if (c < channels.count)
+          each(p.positions, [&](auto lanes) FA_INLINE_CALL { sum[c] += lanes.load(terms + c * p.positions); });
+      }
+      channels.store(sums, factor * sum_lanes_of_each(sum));
+    });
+    return;
+  }
   if (!p.channels_last) {
     for (int64_t c = 0; c < p.channels; ++c)
       sums[c] = factor * sum_each(p.positions, [&](auto lanes) FA_INLINE_CALL { return term(c * p.positions, lanes); });
@@ -189,7 +208,20 @@ FA_INLINE void write_map(const Problem& p, T* to, const float* a, const float* b
       else
         each(count, [&](auto lanes) FA_INLINE_CALL { lanes.store(to + offset, write(lanes)); });
     };
-    if (!p.channels_last) {
+    if (!p.channels_last && p.positions < kShortRow) {
+      alignas(64) float a_of[(L + 1) * kShortRow], b_of[(L + 1) * kShortRow];  // of each position
+      each(p.channels, [&](auto channels) FA_INLINE_CALL {
+        for (int64_t c = 0; c < channels.count; ++c)
+          for (int64_t i = 0; i < p.positions; i += L) {  // what lies over the end belongs to the next channel
+            store(a_of + c * p.positions + i, broadcast(a[channels.begin + c]));
+            if (a != b) store(b_of + c * p.positions + i, broadcast(b[channels.begin + c]));
+          }
+        const int64_t first = channels.begin * p.positions;
+        row(first, channels.count * p.positions, [&, b_from = a == b ? a_of : b_of](auto lanes) FA_INLINE_CALL {
+          return value(first, lanes, lanes.load(a_of), lanes.load(b_from));
+        });
+      });
+    } else if (!p.channels_last) {
       for (int64_t c = 0; c < p.channels; ++c)
         row(c * p.positions, p.positions,
             [&, of_a = broadcast(a[c]), of_b = broadcast(b[c])](auto lanes)
