@@ -100,7 +100,7 @@ struct RowSums {
 // Rows of the next token: no hardware prefetcher follows from one value to the next.
 template <class T>
 FA_INLINE void prefetch(const T* p) {
-  __builtin_prefetch(p, 0, 2);
+  __builtin_prefetch(p, 0, 3);
 }
 
 // query * norm_weight.
