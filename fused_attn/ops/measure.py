@@ -245,7 +245,7 @@ def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
     rounds, the medians of two functions may come from different halves; within a round both see the same.
 
     Args:
-        first, second: medians of turns, round by round; a last one that only ``first`` has is left out.
+        first, second: medians of turns, round by round; an interrupted one that only one of them has is left out.
     """
     return statistics.median(one / other for one, other in zip(first, second, strict=False))
 
