@@ -38,7 +38,7 @@ class BenchConfig:
     threads: int | None = None
     """of PyTorch on the CPU; its own choice when not given"""
     seconds: float = 10.0
-    """to time each case for; every implementation and peer has at least five turns, however long they take"""
+    """to time each case for; every implementation and peer has at least nine turns, however long they take"""
     out: Path | None = None
     """folder for JSON, CSV, Markdown and pictures; results of the same op in it are replaced"""
     providers: tuple[str, ...] = ()

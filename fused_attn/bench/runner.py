@@ -62,7 +62,7 @@ class Measurement:
         self.names = provider_names(spec, options.providers)
         self.refused: dict[str, tuple[str, str]] = {}
         self.times: measure.Times = {}
-        self.rounds: measure.Times = {}
+        self.rounds: measure.Rounds = []
         self.saved: dict[str, int] = {}
         self.memory: dict[str, dict[str, int]] = {}
         self.memory_missing: dict[str, str] = {}
@@ -106,6 +106,9 @@ class Measurement:
                 self.refused[name] = ("not run", why)
             elif (reason := self.spec.reason(name, inputs)) is not None:
                 self.refused[name] = ("not run", reason)
+
+    def _is_fused(self, name: str) -> bool:
+        return name in self.spec.implementations and name != "reference"
 
     def _passes(self, name: str) -> tuple[str, ...]:
         available = measure.passes_of(self.spec, name, self.options.device)
@@ -174,6 +177,7 @@ class Measurement:
             calls,
             passes={name: self._passes(name) for name in functions},
             seconds=self.options.seconds,
+            between=[name for name in functions if self._is_fused(name)],
             keep_freed=self.options.keep_freed,
             into=self.times,
             rounds_into=self.rounds,
@@ -213,7 +217,7 @@ class Measurement:
                 "kind": self.kind,
                 "sizes": dict(self.shape.sizes),
                 "provider": name,
-                "fused": name in self.spec.implementations and name != "reference",
+                "fused": self._is_fused(name),
                 "status": "ok",
                 "reason": self.memory_missing.get(name),
             }
@@ -241,11 +245,15 @@ class Measurement:
 
     def _comparison(self, name: str, each: str) -> Row:
         """The peer with the least time for this pass, and how many times this one's it is."""
-        mine = self.rounds.get(name, {}).get(each)
-        peers = [peer.name for peer in self.spec.peers if self.rounds.get(peer.name, {}).get(each)]
-        if not mine or not peers:
+        ratios = {
+            peer.name: measure.median_ratio(self.rounds, peer.name, name, each)
+            for peer in self.spec.peers
+            if each in self.times.get(peer.name, {})
+        }
+        known = [(ratio, peer) for peer, ratio in ratios.items() if ratio is not None]
+        if not known:
             return {}
-        ratio, best = min((measure.median_ratio(self.rounds[peer][each], mine), peer) for peer in peers)
+        ratio, best = min(known)
         return {"best_peer": best, "best_peer_over_this": ratio}
 
     def _speed(self, each: str, seconds: list[float], ceilings: Mapping[str, float]) -> Row:

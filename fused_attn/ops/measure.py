@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,13 @@ PASSES = ("fwd", "bwd", "both")
 Call = tuple[Mapping[str, Any], Tensor]
 #: seconds of every function, pass and repetition
 Times = dict[str, dict[str, list[float]]]
+#: of every round, the turns in their order: whose, and the median seconds of each pass
+Rounds = list[list[tuple[str, dict[str, float]]]]
 #: A fast function repeats its call for so long before it is the next one's turn: long enough for most calls to find
 #: their code and data as a loop would, short enough for a round to be over before the machine changes its speed.
 TURN_SECONDS = 0.03
+#: Rounds even of slow functions: fewer leave the median ratio to chance where a neighbour disturbs.
+LEAST_ROUNDS = 9
 
 
 def find_spec(op: str) -> contract.OpSpec:
@@ -144,12 +148,13 @@ def time_interleaved(
     *,
     passes: Mapping[str, Sequence[str]] | None = None,
     seconds: float,
-    least: int = 5,
+    least: int = LEAST_ROUNDS,
+    between: Collection[str] = (),
     turn_seconds: float = TURN_SECONDS,
     warmup: int = 1,
     keep_freed: bool = True,
     into: Times | None = None,
-    rounds_into: Times | None = None,
+    rounds_into: Rounds | None = None,
     on_round: Callable[[float], None] = lambda done: None,
 ) -> Times:
     """Seconds of every function, pass and repetition: ``[function][pass][repetition]``.
@@ -163,12 +168,14 @@ def time_interleaved(
         passes: those to time, by function; all when None.
         seconds: to go on for, after the warm-up.
         least: rounds to run even if they take longer.
+        between: functions that take a turn before each of the others and after the last (A B A C A), so that each of
+            these has them right beside it.
         turn_seconds: for fast functions to repeat their call in, so that they are timed more often than slow ones and
             not only when another's data is in the caches.
         warmup: untimed rounds before, of every call.
         keep_freed: see :func:`keep_freed_memory`.
         into: where the times go, so that an interrupted measurement keeps what it has.
-        rounds_into: where the median of each turn goes; see :func:`median_ratio`.
+        rounds_into: where the median of each turn goes, for :func:`median_ratio`.
         on_round: told after each round what part is done, between 0 and 1.
     """
     passes = passes or dict.fromkeys(functions, PASSES)
@@ -182,6 +189,7 @@ def time_interleaved(
         turns,
         seconds=seconds,
         least=least,
+        between=between,
         turn_seconds=turn_seconds,
         warmup=len(calls) * warmup,
         keep_freed=keep_freed,
@@ -196,11 +204,12 @@ def interleave(
     *,
     seconds: float,
     least: int,
+    between: Collection[str] = (),
     turn_seconds: float = TURN_SECONDS,
     warmup: int,
     keep_freed: bool = True,
     into: Times | None = None,
-    rounds_into: Times | None = None,
+    rounds_into: Rounds | None = None,
     on_round: Callable[[float], None] = lambda done: None,
 ) -> Times:
     """What :func:`time_interleaved` does, for anything that times itself.
@@ -208,46 +217,67 @@ def interleave(
     Args:
         turns: by name, what takes the number of a call, and returns seconds by what was timed.
         warmup: rounds of one call to throw away first.
-        seconds, least, turn_seconds, keep_freed, into, rounds_into, on_round: as there.
+        seconds, least, between, turn_seconds, keep_freed, into, rounds_into, on_round: as there.
     """
     if keep_freed:
         keep_freed_memory()
     times = {} if into is None else into
-    medians = {} if rounds_into is None else rounds_into
-    calls = dict.fromkeys(turns, 0)
+    rounds: Rounds = [] if rounds_into is None else rounds_into
+    order, calls = _order(turns, between), dict.fromkeys(turns, 0)
     for number in range(warmup):
         for turn in turns.values():
             turn(number)
     with _no_garbage_collection() as collect:
-        started, rounds = time.monotonic(), 0
-        while rounds < least or time.monotonic() - started < seconds:
-            for name, turn in turns.items():
+        started, first_round = time.monotonic(), len(rounds)
+        while (done := len(rounds) - first_round) < least or time.monotonic() - started < seconds:
+            rounds.append([])
+            for name in order:
                 turn_started, first = time.monotonic(), calls[name]
                 while True:
-                    for each, value in turn(calls[name]).items():
+                    for each, value in turns[name](calls[name]).items():
                         times.setdefault(name, {}).setdefault(each, []).append(value)
                     calls[name] += 1
                     if time.monotonic() - turn_started >= turn_seconds:
                         break
-                for each, values in times[name].items():
-                    median = statistics.median(values[first - calls[name] :])
-                    medians.setdefault(name, {}).setdefault(each, []).append(median)
+                new = first - calls[name]
+                medians = {each: statistics.median(values[new:]) for each, values in times[name].items()}
+                rounds[-1].append((name, medians))
                 collect()
-            rounds += 1
-            on_round(min(1.0, (time.monotonic() - started) / max(seconds, 1e-9), rounds / least))
+            on_round(min(1.0, (time.monotonic() - started) / max(seconds, 1e-9), (done + 1) / least))
     return times
 
 
-def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
-    """``first`` over ``second``: the median of what each round says.
+def _order(names: Iterable[str], between: Collection[str]) -> list[str]:
+    """Who takes a turn when, in one round."""
+    names = list(names)
+    beside = [name for name in names if name in between]
+    others = [name for name in names if name not in between]
+    return [turn for name in others for turn in (*beside, name)] + beside
+
+
+def median_ratio(rounds: Rounds, first: str, second: str, each: str) -> float | None:
+    """Time of ``first`` over that of ``second``: the median of what its turns say; None when neither has one.
 
     A neighbour on the same machine can slow everything by half for seconds at a time.  When that is about half of the
-    rounds, the medians of two functions may come from different halves; within a round both see the same.
+    rounds, the medians of two functions may come from different halves.  So a turn of ``first`` is compared with the
+    turns of ``second`` in the same round that come right before and after it, with their mean where there are both.
 
     Args:
-        first, second: medians of turns, round by round; an interrupted one that only one of them has is left out.
+        rounds: as :func:`time_interleaved` fills them.
+        first, second: names of functions.
+        each: the pass.
     """
-    return statistics.median(one / other for one, other in zip(first, second, strict=False))
+    if first == second:
+        return 1.0
+    ratios = []
+    for turns in rounds:
+        for place, (name, medians) in enumerate(turns):
+            if name == first and each in medians:
+                before = [other[each] for whose, other in turns[:place] if whose == second and each in other]
+                after = [other[each] for whose, other in turns[place + 1 :] if whose == second and each in other]
+                if nearest := before[-1:] + after[:1]:
+                    ratios.append(medians[each] / statistics.mean(nearest))
+    return statistics.median(ratios) if ratios else None
 
 
 @contextlib.contextmanager

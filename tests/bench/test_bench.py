@@ -6,7 +6,6 @@ import gc
 import itertools
 import json
 import math
-import statistics
 
 import pytest
 import torch
@@ -60,16 +59,15 @@ def test_rows_follow_from_times_and_the_spec():
     for row in rows.values():
         assert row["status"] == "ok"
         assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
-        assert row["repetitions"] >= 5
+        assert row["repetitions"] >= measure.LEAST_ROUNDS
         assert row["of_copy"] == pytest.approx(row["gbps"] / 10.0)
         assert row["of_matmul"] == pytest.approx(row["gflops"] / 100.0)
-        rounds = {name: each[row["pass"]] for name, each in measurement.rounds.items()}
-        ratios = {
-            peer: statistics.median(a / b for a, b in zip(rounds[peer], rounds[row["provider"]], strict=True))
-            for peer in (PEER, "SDPA, dense bias")
-        }
+        peers = (PEER, "SDPA, dense bias")
+        ratios = {peer: measure.median_ratio(measurement.rounds, peer, row["provider"], row["pass"]) for peer in peers}
         assert row["best_peer"] == min(ratios, key=ratios.get)
         assert row["best_peer_over_this"] == pytest.approx(min(ratios.values()))
+    order = [name for name, _ in measurement.rounds[0]]
+    assert order == ["cpu", PEER, "cpu", "SDPA, dense bias", "cpu"]  # each peer right beside the fused op
     both, forward = rows["cpu", "both"], rows["cpu", "fwd"]
     assert forward["gflops"] == pytest.approx(shape.flops_forward / forward["p50_ms"] * 1e-6)
     assert both["gbps"] == pytest.approx((shape.bytes_forward + shape.bytes_backward) / both["p50_ms"] * 1e-6)
@@ -107,33 +105,54 @@ def test_functions_take_turns_on_all_input_sets():
     assert turns == list("ababab")
 
 
-def test_ratios_are_those_of_rounds():
-    """A machine that slows down by half, half of the time: the medians may come from different halves."""
-    ours, peers = [1.0, 1.5, 1.0, 1.5], [2.0, 3.0, 2.2, 3.3, 9.9]
-    assert measure.median_ratio(peers, ours) == pytest.approx(2.1)
+def rounds_of(*rounds):
+    """Of texts as "a1 b2.5": whose turn, and how long."""
+    return [[(turn[0], {"fwd": float(turn[1:])}) for turn in one.split()] for one in rounds]
 
+
+def test_ratios_are_those_of_neighbouring_turns():
+    """A machine that slows down by half, half of the time: the medians may come from different halves."""
+    slowing = rounds_of("a1 b2 a1", "a1.5 b3 a1.5", "a1 b2.2 a1", "a1.5 b3.3 a1.5", "a1")
+    assert measure.median_ratio(slowing, "b", "a", "fwd") == pytest.approx(2.1)
+    within_a_round = rounds_of("a1 b2 a1 c3 a2 d8 a2", "a2 b4 a2 c6 a4 d16 a4")
+    assert [measure.median_ratio(within_a_round, peer, "a", "fwd") for peer in "bcd"] == [2, 2, 4]
+    assert measure.median_ratio(within_a_round, "d", "b", "fwd") == 4  # far apart, in the same round
+    assert measure.median_ratio(within_a_round, "b", "b", "fwd") == 1
+    assert measure.median_ratio(rounds_of("b2 a1", "b3"), "b", "a", "fwd") == 2  # interrupted
+    assert measure.median_ratio(within_a_round, "b", "e", "fwd") is None
+    assert measure.median_ratio(within_a_round, "b", "a", "bwd") is None
+
+
+def test_turns_of_a_round():
     ticks = itertools.count(1)
-    turns = {"a": lambda number: {"fwd": float(next(ticks))}, "b": lambda number: {"fwd": 10.0 * next(ticks)}}
-    rounds: measure.Times = {}
-    times = measure.interleave(turns, seconds=0, least=3, turn_seconds=0, warmup=0, rounds_into=rounds)
-    assert times == rounds == {"a": {"fwd": [1.0, 3.0, 5.0]}, "b": {"fwd": [20.0, 40.0, 60.0]}}
+    turns = {name: lambda number: {"fwd": float(next(ticks))} for name in "abc"}
+    rounds: measure.Rounds = []
+    options = {"seconds": 0, "warmup": 0, "rounds_into": rounds}
+    times = measure.interleave(turns, least=2, turn_seconds=0, **options)
+    assert rounds == rounds_of("a1 b2 c3", "a4 b5 c6")
+    assert times == {"a": {"fwd": [1, 4]}, "b": {"fwd": [2, 5]}, "c": {"fwd": [3, 6]}}
 
     rounds.clear()
-    times = measure.interleave(turns, seconds=0, least=3, turn_seconds=1e-4, warmup=0, rounds_into=rounds)
-    assert [len(of["fwd"]) for of in rounds.values()] == [3, 3]
+    times = measure.interleave(turns, least=2, turn_seconds=0, between="b", **options)
+    assert rounds == rounds_of("b7 a8 b9 c10 b11", "b12 a13 b14 c15 b16")
+    assert times["b"]["fwd"] == [7, 9, 11, 12, 14, 16]
+
+    rounds.clear()
+    times = measure.interleave(turns, least=3, turn_seconds=1e-4, **options)
+    assert [[name for name, _ in turns] for turns in rounds] == [list("abc")] * 3
     for name, of in times.items():  # every repetition is in one turn
-        assert min(of["fwd"]) <= min(rounds[name]["fwd"]) <= max(rounds[name]["fwd"]) <= max(of["fwd"])
-    assert sum(len(of["fwd"]) for of in times.values()) > 6
+        medians = [seconds["fwd"] for turns in rounds for whose, seconds in turns if whose == name]
+        assert min(of["fwd"]) <= min(medians) <= max(medians) <= max(of["fwd"])
+    assert sum(len(of["fwd"]) for of in times.values()) > 9
 
 
 def test_the_best_peer_is_that_of_rounds():
     measurement = runner.Measurement(REL, REL.shapes[0], "shape", runner.Options())
     names = [peer.name for peer in REL.peers[:2]]
-    measurement.rounds = {
-        "cpu": {"fwd": [1.0, 2.0, 1.0]},
-        names[0]: {"fwd": [3.0, 6.0, 3.0]},
-        names[1]: {"fwd": [9.0, 5.0, 2.5]},
-    }
+    whose = {"a": "cpu", "b": names[0], "c": names[1]}
+    rounds = rounds_of("a1 b3 a1 c9 a1", "a2 b6 a2 c5 a2", "a1 b3 a1 c2.5 a1")
+    measurement.rounds = [[(whose[name], seconds) for name, seconds in turns] for turns in rounds]
+    measurement.times = {name: {"fwd": [1.0]} for name in whose.values()}
     assert measurement._comparison("cpu", "fwd") == {"best_peer": names[1], "best_peer_over_this": 2.5}
     assert measurement._comparison(names[0], "fwd")["best_peer_over_this"] == pytest.approx(5 / 6)
     assert measurement._comparison("cpu", "bwd") == {}
@@ -314,7 +333,7 @@ def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch, capsy
     assert result["interrupted"]
     repetitions = {(row["shape"], row["pass"]): row["repetitions"] for row in result["rows"]}
     assert {key: value for key, value in repetitions.items() if key[0] == TINY} == {
-        (TINY, p): 5 for p in measure.PASSES
+        (TINY, p): measure.LEAST_ROUNDS for p in measure.PASSES
     }
     assert {key: value for key, value in repetitions.items() if key[0] == second} == {
         (second, p): 1 for p in measure.PASSES
