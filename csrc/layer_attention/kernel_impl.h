@@ -13,7 +13,8 @@ namespace {
 #include "common/stream.h"
 
 constexpr int CHUNK = 8;          // vectors whose products are summed before they join the rest
-constexpr int64_t kBlock = 1024;  // elements that stay in the first-level cache while the layers pass by
+constexpr int MOST = 8;           // layers that are summed at once
+constexpr int64_t kBlock = 4096;  // elements that stay in the first-level cache while the layers pass by
 
 FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -49,50 +50,57 @@ FA_INLINE void write(T* to, vf x) {
 
 // --- one weight for a whole run of elements (channels first) ------------------------------------------------------
 
-// acc[i] (+)= sum over N layers from l on of weights[l] * values[l][i], of whole vectors.
-template <int N, class T>
+// What N layers from l on add to the sum of those before, of whole vectors: to `acc`, or rounded to `out`.
+template <int N, bool Last, Write how, class T>
 FA_INLINE void add_layers(const Forward& p, const float* weights, int64_t l, int64_t b, int64_t offset, int64_t vectors,
-                          float* acc) {
+                          float* acc, T* out) {
   const T* value[N];
   vf weight[N];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
     value[n] = at<T>(p.values[l + n], b * p.value_strides[l + n] + offset);
     weight[n] = broadcast(weights[l + n]);
   }
   for (int64_t i = 0; i < vectors * L; i += L) {
     vf sum = l == 0 ? vf{} : load(acc + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sum += weight[n] * load_as_float(value[n] + i);
-    store(acc + i, sum);
+    if constexpr (Last)
+      write<how>(out + i, sum);
+    else
+      store(acc + i, sum);
+  }
+}
+
+template <Write how, class T>
+FA_INLINE void sum_block(const Forward& p, const float* weights, int64_t b, int64_t offset, int64_t vectors, float* acc,
+                         T* out) {
+  int64_t l = 0;
+  for (; l + MOST < p.layers; l += 4) add_layers<4, false, how>(p, weights, l, b, offset, vectors, acc, out);
+  switch (p.layers - l) {
+    case 8: return add_layers<8, true, how>(p, weights, l, b, offset, vectors, acc, out);
+    case 7: return add_layers<7, true, how>(p, weights, l, b, offset, vectors, acc, out);
+    case 6: return add_layers<6, true, how>(p, weights, l, b, offset, vectors, acc, out);
+    case 5: return add_layers<5, true, how>(p, weights, l, b, offset, vectors, acc, out);
+    case 4: return add_layers<4, true, how>(p, weights, l, b, offset, vectors, acc, out);
+    case 3: return add_layers<3, true, how>(p, weights, l, b, offset, vectors, acc, out);
+    case 2: return add_layers<2, true, how>(p, weights, l, b, offset, vectors, acc, out);
+    case 1: return add_layers<1, true, how>(p, weights, l, b, offset, vectors, acc, out);
   }
 }
 
 template <class T>
-FA_INLINE void sum_run(const Forward& p, const float* weights, int64_t b, int64_t offset, int64_t count) {
+FA_INLINE void sum_run(const Forward& p, const float* weights, int64_t b, int64_t offset, int64_t count, float* acc) {
   T* out = at<T>(p.out, b * p.out_stride + offset);
-  alignas(64) float buffer[kBlock];
-  int64_t i = 0;
-  for (; i + L <= count;) {
-    const int64_t vectors = smaller(kBlock, count - i) / L;
-    const bool streams = p.large && can_stream(out + i);
-    float* acc = buffer;
-    if constexpr (std::is_same_v<T, float>)
-      if (!streams) acc = out + i;
-    int64_t l = 0;
-    for (; l + 4 <= p.layers; l += 4) add_layers<4, T>(p, weights, l, b, offset + i, vectors, acc);
-    switch (p.layers - l) {
-      case 3: add_layers<3, T>(p, weights, l, b, offset + i, vectors, acc); break;
-      case 2: add_layers<2, T>(p, weights, l, b, offset + i, vectors, acc); break;
-      case 1: add_layers<1, T>(p, weights, l, b, offset + i, vectors, acc); break;
-    }
-    if (streams)
-      for (int64_t j = 0; j < vectors * L; j += L) write<Write::stream>(out + i + j, load(acc + j));
-    else if constexpr (!std::is_same_v<T, float>)
-      for (int64_t j = 0; j < vectors * L; j += L) write<Write::plain>(out + i + j, load(acc + j));
-    i += vectors * L;
+  const int64_t whole = count / L * L;
+  for (int64_t i = 0; i < whole; i += kBlock) {
+    const int64_t vectors = smaller(kBlock, whole - i) / L;
+    if (p.large && can_stream(out + i))
+      sum_block<Write::stream>(p, weights, b, offset + i, vectors, acc, out + i);
+    else
+      sum_block<Write::plain>(p, weights, b, offset + i, vectors, acc, out + i);
   }
-  for (; i < count; ++i) {
+  for (int64_t i = whole; i < count; ++i) {
     float sum = 0.0f;
     for (int64_t l = 0; l < p.layers; ++l)
       sum += weights[l] * static_cast<float>(*at<T>(p.values[l], b * p.value_strides[l] + offset + i));
@@ -103,11 +111,12 @@ FA_INLINE void sum_run(const Forward& p, const float* weights, int64_t b, int64_
 template <class T>
 void forward_runs(const Forward& p, int64_t begin, int64_t end) {
   const int64_t parts = parts_of_row(p), row = p.row();
+  Buffer<float> acc(p.layers > MOST ? kBlock : 0);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task % parts, bg = task / parts, b = bg / p.groups, g = bg % p.groups;
     const int64_t first = part * kPart, offset = g * row + first, count = smaller(kPart, row - first);
     const float* weights = p.weights + bg * p.layers;
-    sum_run<T>(p, weights, b, offset, count);
+    sum_run<T>(p, weights, b, offset, count, acc.data);
   }
   end_of_streams();
 }
