@@ -12,8 +12,9 @@ namespace {
 #include "common/simd_half.h"
 #include "common/stream.h"
 
-constexpr int CHUNK = 8;          // vectors whose products are summed before they join the rest
+constexpr int CHUNK = 32;         // vectors whose products are summed before they join the block's
 constexpr int MOST = 8;           // layers that are summed at once
+constexpr int POSITIONS = 4;      // taken together where each channel has weights of its own
 constexpr int64_t kBlock = 4096;  // elements that stay in the first-level cache while the layers pass by
 
 FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -149,12 +150,11 @@ FA_INLINE void backward_run(const Backward& p, const float* weights, int64_t b, 
       if constexpr (Values) to = at<T>(p.grad_values[l], b * p.grad_value_strides[l] + offset + first);
       const vf weight = broadcast(weights[l]);
       vf sum{};
-      if constexpr (Dots) sum = sums[l];
       int64_t i = 0;
       for (; i + CHUNK * L <= length; i += CHUNK * L)
         backward_chunk<CHUNK, Values, Dots, how>(grad + i, value + i, to + i, weight, sum);
       for (; i + L <= length; i += L) backward_chunk<1, Values, Dots, how>(grad + i, value + i, to + i, weight, sum);
-      if constexpr (Dots) sums[l] = sum;
+      if constexpr (Dots) sums[l] += sum;
       for (; i < length; ++i) {  // only at the end of the run
         const float g = static_cast<float>(grad[i]);
         if constexpr (Dots) partial[l] += g * static_cast<float>(value[i]);
@@ -230,8 +230,36 @@ FA_INLINE void gather_sums(const Sum& p, int64_t first, int64_t count, int64_t b
   }
 }
 
-template <class T>
-void forward_rows(const Forward& p, int64_t begin, int64_t end) {
+// The sums of P positions from `offset` on, of `count` channels.
+template <int P, Write how, class T>
+FA_INLINE void forward_positions(const Forward& p, int64_t b, int64_t offset, int64_t count, const float* weights,
+                                 int64_t block) {
+  const int64_t apart = p.channels;
+  T* out = at<T>(p.out, b * p.out_stride + offset);
+  int64_t c = 0;
+  for (; c + L <= count; c += L) {
+    vf acc[P]{};
+    for (int64_t l = 0; l < p.layers; ++l) {
+      const vf weight = load(weights + l * block + c);
+      const T* value = at<T>(p.values[l], b * p.value_strides[l] + offset + c);
+#pragma GCC unroll 4
+      for (int n = 0; n < P; ++n) acc[n] += weight * load_as_float(value + n * apart);
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < P; ++n) write<how>(out + n * apart + c, acc[n]);
+  }
+  for (; c < count; ++c)
+    for (int n = 0; n < P; ++n) {
+      float sum = 0.0f;
+      for (int64_t l = 0; l < p.layers; ++l)
+        sum += weights[l * block + c] *
+               static_cast<float>(*at<T>(p.values[l], b * p.value_strides[l] + offset + n * apart + c));
+      out[n * apart + c] = static_cast<T>(sum);
+    }
+}
+
+template <Write how, class T>
+void forward_rows_as(const Forward& p, int64_t begin, int64_t end) {
   const int64_t parts = parts_of_image(p), per_part = positions_per_part(p);
   const int64_t block = channels_at_a_time(p);
   Buffer<float> weights(p.layers * block);
@@ -240,27 +268,56 @@ void forward_rows(const Forward& p, int64_t begin, int64_t end) {
     for (int64_t c0 = 0; c0 < p.channels; c0 += block) {
       const int64_t count = smaller(block, p.channels - c0);
       spread_weights(p, b, c0, count, block, weights.data);
-      for (int64_t position = from; position < to; ++position) {
-        const int64_t offset = position * p.channels + c0;
-        T* out = at<T>(p.out, b * p.out_stride + offset);
-        int64_t c = 0;
-        for (; c + L <= count; c += L) {
-          vf acc{};
-          for (int64_t l = 0; l < p.layers; ++l)
-            acc += load(weights.data + l * block + c) *
-                   load_as_float(at<T>(p.values[l], b * p.value_strides[l] + offset + c));
-          store_rounded(out + c, acc);
-        }
-        for (; c < count; ++c) {
-          float sum = 0.0f;
-          for (int64_t l = 0; l < p.layers; ++l)
-            sum += weights.data[l * block + c] *
-                   static_cast<float>(*at<T>(p.values[l], b * p.value_strides[l] + offset + c));
-          out[c] = static_cast<T>(sum);
-        }
-      }
+      int64_t position = from;
+      for (; position + POSITIONS <= to; position += POSITIONS)
+        forward_positions<POSITIONS, how, T>(p, b, position * p.channels + c0, count, weights.data, block);
+      for (; position < to; ++position)
+        forward_positions<1, how, T>(p, b, position * p.channels + c0, count, weights.data, block);
     }
   }
+  end_of_streams();
+}
+
+template <class T>
+void forward_rows(const Forward& p, int64_t begin, int64_t end) {
+  if (p.large && p.channels % L == 0 && p.out_stride % L == 0 && can_stream(at<T>(p.out, 0)))
+    forward_rows_as<Write::stream, T>(p, begin, end);
+  else
+    forward_rows_as<Write::plain, T>(p, begin, end);
+}
+
+// P positions from `offset` on, of `count` channels of one layer: sum += grad_out * value, and grad_value = weight *
+// grad_out (or added to it).  Weights and sums do not fit the first-level cache; P positions share a look at them.
+template <int P, bool Values, bool Dots, Write how, class T>
+FA_INLINE void backward_positions(const Backward& p, int64_t l, int64_t b, int64_t offset, int64_t count,
+                                  const float* weight, float* sum) {
+  const int64_t apart = p.channels;
+  const T *grad_out = at<T>(p.grad_out, b * p.grad_out_stride + offset), *value = nullptr;
+  T* grad_value = nullptr;
+  if constexpr (Dots) value = at<T>(p.values[l], b * p.value_strides[l] + offset);
+  if constexpr (Values) grad_value = at<T>(p.grad_values[l], b * p.grad_value_strides[l] + offset);
+  int64_t c = 0;
+  for (; c + L <= count; c += L) {
+    const vf w = load(weight + c);
+    vf dot{};
+    if constexpr (Dots) dot = load(sum + c);
+#pragma GCC unroll 4
+    for (int n = 0; n < P; ++n) {
+      const vf grad = load_as_float(grad_out + n * apart + c);
+      if constexpr (Dots) dot += grad * load_as_float(value + n * apart + c);
+      if constexpr (Values) write<how>(grad_value + n * apart + c, w * grad);
+    }
+    if constexpr (Dots) store(sum + c, dot);
+  }
+  for (; c < count; ++c)
+    for (int n = 0; n < P; ++n) {
+      const float grad = static_cast<float>(grad_out[n * apart + c]);
+      if constexpr (Dots) sum[c] += grad * static_cast<float>(value[n * apart + c]);
+      if constexpr (Values) {
+        T& to = grad_value[n * apart + c];
+        to = static_cast<T>(weight[c] * grad + (how == Write::add ? static_cast<float>(to) : 0.0f));
+      }
+    }
 }
 
 template <bool Values, bool Dots, Write how, class T>
@@ -278,31 +335,18 @@ void backward_rows_as(const Backward& p, int64_t begin, int64_t end) {
       spread_weights(p, b, c0, count, block, weights.data);
       if constexpr (Dots)
         for (int64_t i = 0; i < p.layers * block; ++i) sums.data[i] = 0.0f;
-      for (int64_t position = from; position < to; ++position) {
+      for (int64_t position = from; position < to;) {
         const int64_t offset = position * p.channels + c0;
-        const T* grad_out = at<T>(p.grad_out, b * p.grad_out_stride + offset);
+        const bool several = position + POSITIONS <= to;
         for (int64_t l = 0; l < p.layers; ++l) {
-          const T* value = at<T>(p.values[l], b * p.value_strides[l] + offset);
           const float* weight = weights.data + l * block;
           float* sum = sums.data + l * block;
-          T* grad_value = nullptr;
-          if constexpr (Values) {
-            grad_value = at<T>(p.grad_values[l], b * p.grad_value_strides[l] + offset);
-          }
-          int64_t c = 0;
-          for (; c + L <= count; c += L) {
-            const vf grad = load_as_float(grad_out + c);
-            if constexpr (Dots) store(sum + c, load(sum + c) + grad * load_as_float(value + c));
-            if constexpr (Values) write<how>(grad_value + c, load(weight + c) * grad);
-          }
-          for (; c < count; ++c) {
-            const float grad = static_cast<float>(grad_out[c]);
-            if constexpr (Dots) sum[c] += grad * static_cast<float>(value[c]);
-            if constexpr (Values)
-              grad_value[c] =
-                  static_cast<T>(weight[c] * grad + (how == Write::add ? static_cast<float>(grad_value[c]) : 0.0f));
-          }
+          if (several)
+            backward_positions<POSITIONS, Values, Dots, how, T>(p, l, b, offset, count, weight, sum);
+          else
+            backward_positions<1, Values, Dots, how, T>(p, l, b, offset, count, weight, sum);
         }
+        position += several ? POSITIONS : 1;
       }
       if constexpr (Dots) gather_sums(p, c0, count, block, sums.data, partial);
     }

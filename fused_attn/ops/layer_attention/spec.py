@@ -116,6 +116,7 @@ _GEOMETRIES: dict[str, dict[str, Any]] = {
     "volume": {**_SMALL, "spatial": (2, 3, 5)},
     "primes": {**_SMALL, "channels": 14, "spatial": (7, 11), "layers": 5},
     "a row in two parts": {**_SMALL, "groups": 1, "channels": 3, "spatial": (83, 97), "batch": 1},
+    "many layers, two blocks": {**_SMALL, "layers": 13, "groups": 1, "channels": 3, "spatial": (40, 41), "batch": 1},
     "stage 3 of a small ResNet": {**_SMALL, "channels": 64, "groups": 4, "depth": 16, "spatial": (14, 14), "layers": 6},
     "channels_last": {**_SMALL, "channels": 48, "spatial": (5, 7), "layout": _channels_last},
     "channels_last, odd channels": {**_SMALL, "channels": 38, "spatial": (5, 3), "layout": _channels_last},
