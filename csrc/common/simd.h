@@ -22,6 +22,18 @@ FA_INLINE vi load(const int32_t* p) { return *reinterpret_cast<const vi_unaligne
 FA_INLINE vu load(const uint32_t* p) { return *reinterpret_cast<const vu_unaligned*>(p); }
 FA_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
 FA_INLINE vf broadcast(float x) { return x - vf{}; }
+// Makes the compiler load x once and keep it, rather than fold the load into each instruction that uses it: loads, not
+// multiplications, would bound the microkernels.
+FA_INLINE vf held(vf x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+// Keeps an array out of the registers, which then are left to the innermost loop.
+FA_INLINE void leave_in_memory(float* x) { asm volatile("" : : "r"(x) : "memory"); }
 FA_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 FA_INLINE vf maximum(vf a, vf b) { return select(a > b, a, b); }
 
@@ -93,6 +105,36 @@ FA_INLINE vf sum_lanes_of_each(vf* x) {
   return x[0];
 }
 
+// Lane i of the result is lane index[i] of x; 0 <= index < L.
+FA_INLINE vf permute_lanes(vf x, vi index) {
+#if defined(__clang__)
+  vf result;
+  for (int i = 0; i < L; ++i) result[i] = x[index[i]];
+  return result;
+#else
+  return __builtin_shuffle(x, index);
+#endif
+}
+
+template <int H>
+FA_INLINE void transpose_blocks(vf* x) {
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    if (i & H) continue;
+    const vf low = interleave_blocks<H, false>(x[i], x[i + H]);
+    x[i + H] = interleave_blocks<H, true>(x[i], x[i + H]);
+    x[i] = low;
+  }
+}
+
+// Lane j of x[i] and lane i of x[j] change places, i and j < L.
+FA_INLINE void transpose(vf* x) {
+  if constexpr (L >= 16) transpose_blocks<8>(x);
+  if constexpr (L >= 8) transpose_blocks<4>(x);
+  transpose_blocks<2>(x);
+  transpose_blocks<1>(x);
+}
+
 template <int Width>
 struct RotatedLanes {
   static constexpr int of(int j) { return (j + Width) % L; }
@@ -140,7 +182,7 @@ FA_INLINE void outer_block(const float* a, int64_t a_row, int64_t a_depth, int64
     for (int64_t k = begin; k < end; ++k) {
       vf column[N];
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) column[n] = load(b + k * b_row + n * L);
+      for (int n = 0; n < N; ++n) column[n] = held(load(b + k * b_row + n * L));
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const vf scalar = broadcast(a[m * a_row + k * a_depth]);
@@ -153,18 +195,24 @@ FA_INLINE void outer_block(const float* a, int64_t a_row, int64_t a_depth, int64
     accumulate(0, depth);
   } else {
     const int64_t parts = (depth + kLongestChain - 1) / kLongestChain;
-    vf whole[M][N] = {};
+    alignas(64) float whole[M * N * L];
     for (int64_t part = 0; part < parts; ++part) {
       accumulate(depth * part / parts, depth * (part + 1) / parts);
+      if (part + 1 == parts) break;
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) whole[m][n] += acc[m][n], acc[m][n] = vf{};
+        for (int n = 0; n < N; ++n) {
+          float* to = whole + (m * N + n) * L;
+          store(to, part == 0 ? acc[m][n] : load(to) + acc[m][n]);
+          acc[m][n] = vf{};
+        }
+      leave_in_memory(whole);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) acc[m][n] = whole[m][n];
+      for (int n = 0; n < N; ++n) acc[m][n] += load(whole + (m * N + n) * L);
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
@@ -193,6 +241,7 @@ FA_INLINE void outer_product(int64_t rows, int vectors, const float* a, int64_t 
                                              [&](int m, int, vf x) FA_INLINE_CALL { finish(row + m, n, x); });
     };
     int64_t row = 0;
+    for (; row + 2 * MR <= rows; row += 2 * MR) run_one(row, std::integral_constant<int, 2 * MR>{});
     for (; row + MR <= rows; row += MR) run_one(row, std::integral_constant<int, MR>{});
     for (; row < rows; ++row) run_one(row, std::integral_constant<int, 1>{});
   }

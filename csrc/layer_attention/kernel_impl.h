@@ -12,10 +12,11 @@ namespace {
 #include "common/simd_half.h"
 #include "common/stream.h"
 
-constexpr int CHUNK = 32;         // vectors whose products are summed before they join the block's
-constexpr int MOST = 8;           // layers that are summed at once
-constexpr int POSITIONS = 4;      // taken together where each channel has weights of its own
-constexpr int64_t kBlock = 4096;  // elements that stay in the first-level cache while the layers pass by
+constexpr int CHUNK = 32;             // vectors whose products are summed before they join the block's
+constexpr int MOST = 8;               // layers that are summed at once
+constexpr int POSITIONS = 4;          // taken together where each channel has weights of its own
+constexpr int64_t kBlock = 4096;      // elements that stay in the first-level cache while the layers pass by
+constexpr int64_t kTogether = 65536;  // the same of the second-level cache, in the backward pass
 
 FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -135,57 +136,64 @@ FA_INLINE void backward_chunk(const T* grad_out, const T* value, T* grad_value, 
   if constexpr (Dots) sum += dot;
 }
 
+// One layer's share of one task.
 template <bool Values, bool Dots, Write how, class T>
-FA_INLINE void backward_run(const Backward& p, const float* weights, int64_t b, int64_t offset, int64_t count, vf* sums,
-                            float* partial) {
-  const T* grad_out = at<T>(p.grad_out, b * p.grad_out_stride + offset);
-  if constexpr (Dots)
-    for (int64_t l = 0; l < p.layers; ++l) sums[l] = vf{}, partial[l] = 0.0f;
-  for (int64_t first = 0; first < count; first += kBlock) {
-    const int64_t length = smaller(kBlock, count - first);
-    for (int64_t l = 0; l < p.layers; ++l) {
-      const T *grad = grad_out + first, *value = nullptr;
-      T* to = nullptr;
-      if constexpr (Dots) value = at<T>(p.values[l], b * p.value_strides[l] + offset + first);
-      if constexpr (Values) to = at<T>(p.grad_values[l], b * p.grad_value_strides[l] + offset + first);
-      const vf weight = broadcast(weights[l]);
-      vf sum{};
-      int64_t i = 0;
-      for (; i + CHUNK * L <= length; i += CHUNK * L)
-        backward_chunk<CHUNK, Values, Dots, how>(grad + i, value + i, to + i, weight, sum);
-      for (; i + L <= length; i += L) backward_chunk<1, Values, Dots, how>(grad + i, value + i, to + i, weight, sum);
-      if constexpr (Dots) sums[l] += sum;
-      for (; i < length; ++i) {  // only at the end of the run
-        const float g = static_cast<float>(grad[i]);
-        if constexpr (Dots) partial[l] += g * static_cast<float>(value[i]);
-        if constexpr (Values)
-          to[i] = static_cast<T>(how == Write::add ? weights[l] * g + static_cast<float>(to[i]) : weights[l] * g);
-      }
-    }
+FA_INLINE void backward_run(const T* grad, const T* value, T* to, float weight, int64_t count, float* partial) {
+  const vf weights = broadcast(weight);
+  vf sum{};
+  int64_t i = 0;
+  for (int64_t stop = 0; i + L <= count;) {  // sums of chunks, of blocks, of the run: none is long
+    stop = smaller(stop + kBlock, count);
+    vf block{};
+    for (; i + CHUNK * L <= stop; i += CHUNK * L)
+      backward_chunk<CHUNK, Values, Dots, how>(grad + i, value + i, to + i, weights, block);
+    for (; i + L <= stop; i += L) backward_chunk<1, Values, Dots, how>(grad + i, value + i, to + i, weights, block);
+    sum += block;
   }
-  if constexpr (Dots)
-    for (int64_t l = 0; l < p.layers; ++l) partial[l] += sum_lanes(sums[l]);
+  float rest = 0.0f;
+  for (; i < count; ++i) {
+    const float g = static_cast<float>(grad[i]);
+    if constexpr (Dots) rest += g * static_cast<float>(value[i]);
+    if constexpr (Values)
+      to[i] = static_cast<T>(how == Write::add ? weight * g + static_cast<float>(to[i]) : weight * g);
+  }
+  if constexpr (Dots) *partial = sum_lanes(sum) + rest;
+}
+
+// Layer after layer over the tasks [begin, end) of image b, which lie one after the other in memory.
+template <bool Values, bool Dots, Write how, class T>
+FA_INLINE void backward_tasks(const Backward& p, int64_t b, int64_t begin, int64_t end) {
+  const int64_t parts = parts_of_row(p), row = p.row();
+  for (int64_t l = 0; l < p.layers; ++l)
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task % parts, bg = task / parts;
+      const int64_t first = part * kPart, offset = bg % p.groups * row + first;
+      const T* value = nullptr;
+      T* to = nullptr;
+      if constexpr (Dots) value = at<T>(p.values[l], b * p.value_strides[l] + offset);
+      if constexpr (Values) to = at<T>(p.grad_values[l], b * p.grad_value_strides[l] + offset);
+      backward_run<Values, Dots, how>(at<T>(p.grad_out, b * p.grad_out_stride + offset), value, to,
+                                      p.weights[bg * p.layers + l], smaller(kPart, row - first),
+                                      p.partials + task * p.layers + l);
+    }
 }
 
 template <bool Values, bool Dots, class T>
 void backward_runs(const Backward& p, int64_t begin, int64_t end) {
-  const int64_t parts = parts_of_row(p), row = p.row();
-  Buffer<vf> sums(p.layers);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t part = task % parts, bg = task / parts, b = bg / p.groups, g = bg % p.groups;
-    const int64_t first = part * kPart, offset = g * row + first, count = smaller(kPart, row - first);
-    const float* weights = p.weights + bg * p.layers;
-    float* partial = p.partials + task * p.layers;
-    bool streams = p.large && !p.accumulate;
+  const int64_t tasks = p.groups * parts_of_row(p), together = kTogether / smaller(p.row() > 0 ? p.row() : 1, kPart);
+  for (int64_t task = begin, stop; task < end; task = stop) {
+    const int64_t b = task / tasks;
+    stop = smaller(smaller(task + (together > 0 ? together : 1), end), (b + 1) * tasks);
+    bool streams = p.large && !p.accumulate && p.row() % L == 0;
     if constexpr (Values)
       for (int64_t l = 0; l < p.layers; ++l)
-        streams &= can_stream(at<T>(p.grad_values[l], b * p.grad_value_strides[l] + offset));
+        streams &= can_stream(at<T>(p.grad_values[l], b * p.grad_value_strides[l]));
     if (p.accumulate)
-      backward_run<Values, Dots, Write::add, T>(p, weights, b, offset, count, sums.data, partial);
+      backward_tasks<Values, Dots, Write::add, T>(p, b, task, stop);
     else if (streams)
-      backward_run<Values, Dots, Write::stream, T>(p, weights, b, offset, count, sums.data, partial);
+      backward_tasks<Values, Dots, Write::stream, T>(p, b, task, stop);
     else
-      backward_run<Values, Dots, Write::plain, T>(p, weights, b, offset, count, sums.data, partial);
+      backward_tasks<Values, Dots, Write::plain, T>(p, b, task, stop);
   }
   end_of_streams();
 }

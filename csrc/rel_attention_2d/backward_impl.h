@@ -1,42 +1,44 @@
 // Backward pass; part of kernel_impl.h.  Weights are recomputed from the saved softmax statistics.
 
 struct BackwardScratch {
-  int64_t tile, score_stride, col_stride, group0 = 0, groups = 0;
-  Buffer<float> key, value, grad_key, grad_value;  // panels of the task's keys
-  Buffer<float> query, grad_out;                   // (QB, depth), scaled
-  Buffer<float> score, grad_score;                 // (QB, tile)
-  Buffer<float> grad_query, grad_relative;         // (QB, dk)
-  Buffer<float> grad_column, grad_row;             // (QB, lanes of a group), (QB, key rows)
-  Buffer<float> grad_product, grad_table;          // (QB, table positions); panels of the tables
+  int64_t tile, score_stride, col_stride, query_stride, grad_out_stride, group0 = 0, groups = 0;
+  KeyMatrix key, value, grad_key, grad_value;  // the task's keys
+  KeyMatrix grad_table;
+  Buffer<float> query, grad_out, out;       // (QB, depth), scaled; (dv)
+  Buffer<float> score, grad_score;          // (QB, tile)
+  Buffer<float> grad_query, grad_relative;  // (QB, query_stride)
+  Buffer<float> grad_column, grad_row;      // (QB, lanes of a group), (QB, key rows)
+  Buffer<float> grad_product;               // (QB, table positions)
   float delta[QB], negative_max[QB], normalize[QB];
 
-  BackwardScratch(const Problem& p, const KeyLayout& keys, const BiasTerms& bias, int64_t splits) {
+  BackwardScratch(const Problem& p, const KeyLayout& keys, const BiasTerms& bias, int64_t splits)
+      : query_stride(row_stride(p.dk)), grad_out_stride(row_stride(p.dv)) {
     const int64_t most_groups = (keys.groups + splits - 1) / splits, vectors = most_groups * keys.vectors;
     const int64_t panels = panels_of(vectors);
     tile = smaller(panels * NR, kBackwardTile);
     score_stride = tile * L + L;  // an odd number of vectors: rows then spread over all cache sets
     col_stride = keys.vectors * L;
-    key.allocate(panels * p.dk * PANEL);
-    value.allocate(panels * p.dv * PANEL);
-    grad_key.allocate(panels * p.dk * PANEL);
-    grad_value.allocate(panels * p.dv * PANEL);
-    query.allocate(QB * p.dk);
-    grad_out.allocate(QB * p.dv);
+    key.allocate(p.dk, vectors, true, is_wide(p.dk));
+    value.allocate(p.dv, vectors, true, false);
+    grad_key.allocate(p.dk, vectors, !is_wide(p.dk), is_wide(p.dk));
+    grad_value.allocate(p.dv, vectors, !is_wide(p.dv), is_wide(p.dv));
+    query.allocate(QB * query_stride);
+    query.fill(0.0f);
+    grad_out.allocate(QB * grad_out_stride);
+    grad_out.fill(0.0f);
+    out.allocate(p.dv);
     score.allocate(QB * score_stride);
     grad_score.allocate(QB * score_stride);
-    grad_query.allocate(QB * p.dk);
+    grad_query.allocate(QB * query_stride);
     grad_column.allocate(QB * col_stride);
     grad_row.allocate(QB * bias.bias_rows);
     if (bias.from_tables()) {
-      grad_relative.allocate(QB * p.dk);
+      grad_relative.allocate(QB * query_stride);
       grad_product.allocate(QB * bias.product_stride);
-      grad_table.allocate(panels_of(bias.table_vectors) * p.dk * PANEL);
+      grad_table.allocate(p.dk, bias.table_vectors, !is_wide(p.dk), is_wide(p.dk));
     }
   }
 };
-
-// Block sums are formed first and then added, so that a long sum is rounded once per block and not once per term.
-FA_INLINE void add_to(float* to, vf x) { store(to, load(to) + x); }
 
 // Sums many vectors over their lanes, L at a time, adding each sum to its own target.
 struct LaneSums {
@@ -81,65 +83,97 @@ FA_INLINE void weights_and_delta(const Backward& p, BackwardScratch& s, int64_t 
   s.delta[i] = sum_lanes(sum);
 }
 
-// From logits (weights when Whole) and the gradient of the weights of one query on one tile, both in place: the dropped
-// weights and the gradient of the logits, which is also summed per column and per row.
+// From a vector of logits (weights when Whole) and of the gradient of the weights, both in place: the dropped weights
+// and the gradient of the logits, which is returned.
+template <bool Dropout, bool Whole>
+FA_INLINE vf grad_of_logits(const Backward& p, BackwardScratch& s, int64_t i, float* score, float* grad,
+                            const DropoutKeys& keys, const uint32_t* columns) {
+  const vf score_or_weight = load(score);
+  const vf weight = Whole ? score_or_weight : normalized_weight(s, i, score_or_weight);
+  vf grad_weight = load(grad);
+  if constexpr (Dropout) {
+    const vi keep = keys.keep(load(columns), p.drop_below);
+    store(score, select(keep, weight, vf{}));
+    grad_weight = select(keep, grad_weight, vf{});
+  } else if constexpr (!Whole) {
+    store(score, weight);
+  }
+  const vf grad_logit = weight * (grad_weight - s.delta[i]);
+  store(grad, grad_logit);
+  return grad_logit;
+}
+
+// The same for one query on one tile, with the sums per column and per row.
 template <bool OneRow, bool Dropout, bool Whole>
 FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, BiasTerms& bias, int64_t i, int64_t v0,
                                      int64_t count, const uint32_t* columns, uint64_t row) {
   float* score = s.score + i * s.score_stride;
   float* grad = s.grad_score + i * s.score_stride;
+  float* to_column = s.grad_column + i * s.col_stride;
   const DropoutKeys keys(p.seed, row);
   LaneSums rows;
   const int64_t per_group = bias.keys.vectors, group_rows = bias.keys.rows;
   int64_t group = s.group0 + v0 / per_group, offset = v0 % per_group;
-  vf group_sum{};
-  for (int64_t v = 0; v < count; ++v) {
-    const vf score_or_weight = load(score + v * L);
-    const vf weight = Whole ? score_or_weight : normalized_weight(s, i, score_or_weight);
-    vf grad_weight = load(grad + v * L);
-    if constexpr (Dropout) {
-      const vi keep = keys.keep(load(columns + v * L), p.drop_below);
-      store(score + v * L, select(keep, weight, vf{}));
-      grad_weight = select(keep, grad_weight, vf{});
-    } else if constexpr (!Whole) {
-      store(score + v * L, weight);
-    }
-    const vf grad_logit = weight * (grad_weight - s.delta[i]);
-    store(grad + v * L, grad_logit);
+  float* to_row = s.grad_row + i * bias.bias_rows + group * group_rows;
 
-    float* to_column = s.grad_column + i * s.col_stride + offset * L;
-    float* to_row = s.grad_row + i * bias.bias_rows + group * group_rows;
+  // Rows of N vectors, none of which the tile cuts: the sums of the columns stay in registers.
+  auto whole_rows = [&]<int N>() FA_INLINE_CALL {
+    vf column[N]{};
+    for (int64_t v = 0; v < count; v += N) {
+      vf sum{};
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        const int64_t at = (v + n) * L;
+        const vf x = grad_of_logits<Dropout, Whole>(p, s, i, score + at, grad + at, keys, columns + at);
+        column[n] += x, sum += x;
+      }
+      rows.add(sum, to_row++);
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) add_to(to_column + n * L, column[n]);
+    rows.flush();
+  };
+  if constexpr (OneRow)
+    if (offset == 0 && count % per_group == 0) switch (per_group) {
+        case 1: return whole_rows.template operator()<1>();
+        case 2: return whole_rows.template operator()<2>();
+        case 4: return whole_rows.template operator()<4>();
+      }
+
+  vf open{};  // sum over the vectors so far of the row that the next one continues
+  for (int64_t v = 0; v < count; ++v) {
+    const vf grad_logit = grad_of_logits<Dropout, Whole>(p, s, i, score + v * L, grad + v * L, keys, columns + v * L);
     if constexpr (OneRow) {
-      store(to_column, load(to_column) + grad_logit);
-      group_sum += grad_logit;
+      add_to(to_column + offset * L, grad_logit);
+      open += grad_logit;
       if (offset == per_group - 1 || v == count - 1) {
-        rows.add(group_sum, to_row);
-        group_sum = vf{};
+        rows.add(open, to_row);
+        open = vf{};
       }
     } else {  // rows past the image stay out, as an infinite delta would make NaN of their zero weights
       vi real{};
-      for (int64_t r = 0; r < smaller(group_rows, p.hk - group * group_rows); ++r) {
+      const int64_t last = bias.row_span[2 * offset + 1];
+      const bool goes_on = v + 1 < count && offset + 1 < per_group && bias.row_span[2 * offset + 2] == last;
+      for (int64_t r = bias.row_span[2 * offset]; r <= smaller(last, p.hk - 1 - group * group_rows); ++r) {
         const vi part = (vi)grad_logit & load(bias.row_mask + r * s.col_stride + offset * L);
-        rows.add((vf)part, to_row + r);
         real |= part;
+        open += (vf)part;
+        if (r == last && goes_on) continue;
+        rows.add(open, to_row + r);
+        open = vf{};
       }
-      store(to_column, load(to_column) + (vf)real);
+      add_to(to_column + offset * L, (vf)real);
     }
-    if (++offset == per_group) offset = 0, ++group;
+    if (++offset == per_group) offset = 0, ++group, to_row += group_rows;
   }
   rows.flush();
 }
 
 // Gradients of the tables and of the query through them: products over all table positions, zeros included.
 void table_products(const Backward& p, BackwardScratch& s, BiasTerms& bias, int64_t rows) {
-  for (int64_t v = 0; v < bias.table_vectors; v += NR) {
-    float* to = s.grad_table + v / NR * p.dk * PANEL;
-    outer_product(p.dk, smaller(NR, bias.table_vectors - v), bias.query.data, 1, p.dk, rows, s.grad_product + v * L,
-                  bias.product_stride,
-                  [&](int64_t m, int n, vf x) FA_INLINE_CALL { add_to(to + m * PANEL + n * L, x); });
-  }
-  dot_product(rows, p.dk, bias.table_vectors, s.grad_product.data, bias.product_stride, bias.table.data,
-              s.grad_relative.data, p.dk);
+  const int64_t vectors = bias.table_vectors;
+  s.grad_table.accumulate(rows, 0, vectors, vectors * L, s.grad_product.data, bias.product_stride, bias.query.data);
+  bias.table.weigh(rows, 0, vectors, vectors * L, s.grad_product.data, bias.product_stride, s.grad_relative.data);
 }
 
 // The same over each query's own positions only: where a query or a table holds NaN or infinities, its product with a
@@ -149,11 +183,11 @@ void table_products_in_windows(const Backward& p, BackwardScratch& s, BiasTerms&
     auto window = [&](int64_t first, int64_t length) {
       for (int64_t position = first; position < first + length; ++position) {
         const float grad = s.grad_product[i * bias.product_stride + position];
-        const float* table = panel_slot(bias.table.data, position, p.dk);
-        float* grad_table = panel_slot(s.grad_table.data, position, p.dk);
+        const float* table = bias.table.at(position);
+        float* grad_table = s.grad_table.at(position);
         for (int64_t d = 0; d < p.dk; ++d) {
-          grad_table[d * PANEL] += grad * bias.query[i * p.dk + d];
-          s.grad_relative[i * p.dk + d] += grad * table[d * PANEL];
+          grad_table[d * s.grad_table.step()] += grad * bias.query[i * s.query_stride + d];
+          s.grad_relative[i * s.query_stride + d] += grad * table[d * bias.table.step()];
         }
       }
     };
@@ -169,9 +203,11 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
   const int64_t rows = round_up(count, 4);
   const uint64_t row0 = pair * p.queries() + q0;
 
+  const int64_t vectors = s.groups * keys.vectors;
+  const bool whole = p.key_splits == 1 && vectors <= kBackwardTile;
   for (int64_t i = 0; i < QB; ++i) {
-    float* query = s.query + i * p.dk;
-    float* grad_out = s.grad_out + i * p.dv;
+    float* query = s.query + i * s.query_stride;
+    float* grad_out = s.grad_out + i * s.grad_out_stride;
     s.delta[i] = 0.0f;
     s.normalize[i] = 0.0f;
     s.negative_max[i] = -kInfinity;  // weights of exactly 0: for padding and for queries with every key masked
@@ -182,10 +218,9 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
     auto at = [&](const TensorView& view) { return head_offset(view, b, h) + y * view.stride[2] + x * view.stride[3]; };
     gather(p.query, at(p.query), p.query.stride[4], p.dk, p.scale, query);
     gather(p.grad_out, at(p.grad_out), p.grad_out.stride[4], p.dv, 1.0f, grad_out);
-    for (int64_t d = 0; d < p.dv; ++d) {
-      float out = 0.0f;
-      gather(p.out, at(p.out) + d * p.out.stride[4], 0, 1, 1.0f, &out);
-      s.delta[i] += out * grad_out[d];
+    if (!whole) {
+      gather(p.out, at(p.out), p.out.stride[4], p.dv, 1.0f, s.out.data);
+      for (int64_t d = 0; d < p.dv; ++d) s.delta[i] += s.out[d] * grad_out[d];
     }
     const float max = p.statistics[2 * (row0 + i)], total = p.statistics[2 * (row0 + i) + 1];
     if (total != 0.0f) {
@@ -199,17 +234,16 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
   s.grad_column.fill(0.0f);
   s.grad_row.fill(0.0f);
 
-  const int64_t vectors = s.groups * keys.vectors;
-  const bool whole = p.key_splits == 1 && vectors <= kBackwardTile;
   for (int64_t v0 = 0; v0 < vectors; v0 += kBackwardTile) {
     const int64_t tile = smaller(kBackwardTile, vectors - v0);
-    score_tile<OneRow>(rows, v0, tile, s.query.data, p.dk, s.key.data, bias, s.group0,
+    score_tile<OneRow>(rows, v0, tile, s.query.data, s.key, bias, s.group0,
                        [&](int64_t m, int64_t v, vf x)
                            FA_INLINE_CALL { store(s.score + m * s.score_stride + v * L, x); });
     for (int64_t v = 0; v < tile; v += NR)  // gradient of the weights
-      outer_product(
-          rows, smaller(NR, tile - v), s.grad_out.data, p.dv, 1, p.dv, s.value + (v0 + v) / NR * p.dv * PANEL, PANEL,
-          [&](int64_t m, int n, vf x) FA_INLINE_CALL { store(s.grad_score + m * s.score_stride + (v + n) * L, x); });
+      outer_product(rows, smaller(NR, tile - v), s.grad_out.data, s.grad_out_stride, 1, p.dv,
+                    s.value.panels + (v0 + v) / NR * p.dv * PANEL, PANEL, [&](int64_t m, int n, vf x) FA_INLINE_CALL {
+                      store(s.grad_score + m * s.score_stride + (v + n) * L, x);
+                    });
     for (int64_t i = 0; i < rows; ++i) {
       if (whole) {
         weights_and_delta<Dropout>(p, s, i, tile, columns, row0 + i);
@@ -219,18 +253,10 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
       }
     }
 
-    auto accumulate = [&](int64_t depth, const float* a, const Buffer<float>& b_tile,
-                          Buffer<float>& panels) FA_INLINE_CALL {
-      for (int64_t v = 0; v < tile; v += NR) {
-        float* to = panels + (v0 + v) / NR * depth * PANEL;
-        outer_product(depth, smaller(NR, tile - v), a, 1, depth, rows, b_tile.data + v * L, s.score_stride,
-                      [&](int64_t m, int n, vf x) FA_INLINE_CALL { add_to(to + m * PANEL + n * L, x); });
-      }
-    };
-    accumulate(p.dv, s.grad_out.data, s.score, s.grad_value);
-    accumulate(p.dk, s.query.data, s.grad_score, s.grad_key);
-    dot_product(rows, p.dk, tile, s.grad_score.data, s.score_stride, s.key + v0 / NR * p.dk * PANEL, s.grad_query.data,
-                p.dk);
+    const int64_t lanes = smaller(tile * L, keys.lanes(s.groups) - v0 * L);
+    s.grad_value.accumulate(rows, v0, tile, lanes, s.score.data, s.score_stride, s.grad_out.data);
+    s.grad_key.accumulate(rows, v0, tile, lanes, s.grad_score.data, s.score_stride, s.query.data);
+    s.key.weigh(rows, v0, tile, lanes, s.grad_score.data, s.score_stride, s.grad_query.data);
   }
 
   for (int64_t i = 0; i < count; ++i)  // fold the rows of a group onto its first
@@ -238,7 +264,7 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
       for (int64_t x = 0; x < p.wk; ++x)
         s.grad_column[i * s.col_stride + x] += s.grad_column[i * s.col_stride + r * p.wk + x];
 
-  for (int64_t i = 0; i < rows * p.dk; ++i) s.grad_query[i] *= p.scale;
+  for (int64_t i = 0; i < rows * s.query_stride; ++i) s.grad_query[i] *= p.scale;
   if (bias.from_tables()) {
     s.grad_product.fill(0.0f);
     s.grad_relative.fill(0.0f);
@@ -251,16 +277,16 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
       table_products(p, s, bias, rows);
     else
       table_products_in_windows(p, s, bias, q0, count);
-    for (int64_t i = 0; i < rows * p.dk; ++i) s.grad_query[i] += p.rel_scale * s.grad_relative[i];
+    for (int64_t i = 0; i < rows * s.query_stride; ++i) s.grad_query[i] += p.rel_scale * s.grad_relative[i];
   }
 
   for (int64_t i = 0; i < count; ++i) {
     const int64_t q = q0 + i, y = q / p.wq, x = q % p.wq;
     auto at = [&](const TensorView& view) { return head_offset(view, b, h) + y * view.stride[2] + x * view.stride[3]; };
     if (p.key_splits == 1)
-      scatter(p.grad_query, at(p.grad_query), p.grad_query.stride[4], p.dk, 1.0f, s.grad_query + i * p.dk);
+      scatter(p.grad_query, at(p.grad_query), p.grad_query.stride[4], p.dk, 1.0f, s.grad_query + i * s.query_stride);
     else
-      BiasTerms::copy(s.grad_query + i * p.dk, p.dk, p.query_partials + (task * p.queries() + q) * p.dk);
+      BiasTerms::copy(s.grad_query + i * s.query_stride, p.dk, p.query_partials + (task * p.queries() + q) * p.dk);
     if (p.tables) continue;
     if (p.col) scatter(p.grad_col, at(p.grad_col), p.grad_col.stride[4], p.wk, 1.0f, s.grad_column + i * s.col_stride);
     if (p.row) scatter(p.grad_row, at(p.grad_row), p.grad_row.stride[4], p.hk, 1.0f, s.grad_row + i * bias.bias_rows);
@@ -269,7 +295,7 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
 
 void backward(const Backward& p, int64_t begin, int64_t end) {
   const KeyLayout keys(p);
-  BiasTerms bias(p, keys);
+  BiasTerms bias(p, keys, true);
   BackwardScratch s(p, keys, bias, p.key_splits);
   Buffer<uint32_t> columns;
   if (p.drop_below > 0) hash_columns(p, keys, columns);
@@ -281,26 +307,26 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
     const int64_t group0 = split_begin(keys.groups, p.key_splits, split);
     const int64_t group1 = split_begin(keys.groups, p.key_splits, split + 1);
     s.group0 = group0, s.groups = group1 - group0;
-    pack_keys(p.key, head_offset(p.key, b, h), p, keys, group0, group1, p.dk, true, s.key.data);
-    pack_keys(p.value, head_offset(p.value, b, h), p, keys, group0, group1, p.dv, false, s.value.data);
-    s.grad_key.fill(0.0f);
-    s.grad_value.fill(0.0f);
+    pack_keys(p.key, head_offset(p.key, b, h), p, keys, group0, group1, true, s.key);
+    pack_keys(p.value, head_offset(p.value, b, h), p, keys, group0, group1, false, s.value);
+    s.grad_key.clear();
+    s.grad_value.clear();
     if (bias.from_tables()) {
       if (h != packed_table) bias.pack_tables(packed_table = h);
-      s.grad_table.fill(0.0f);
+      s.grad_table.clear();
     }
     for (int64_t q0 = 0; q0 < p.queries(); q0 += QB)
       block(p, keys, s, bias, columns.data + group0 * keys.vectors * L, task, q0, smaller(QB, p.queries() - q0));
 
     // The packed query carries the scale.
-    unpack_keys(p.grad_key, head_offset(p.grad_key, b, h), p, keys, group0, group1, p.dk, 1.0f, s.grad_key.data);
-    unpack_keys(p.grad_value, head_offset(p.grad_value, b, h), p, keys, group0, group1, p.dv, 1.0f, s.grad_value.data);
+    unpack_keys(p.grad_key, head_offset(p.grad_key, b, h), p, keys, group0, group1, s.grad_key);
+    unpack_keys(p.grad_value, head_offset(p.grad_value, b, h), p, keys, group0, group1, s.grad_value);
     if (!bias.from_tables()) continue;
     auto unpack = [&](int64_t length, int64_t first, float* to) {
       for (int64_t i = 0; i < length; ++i) {
-        const float* from = panel_slot(s.grad_table.data, first + i, p.dk);
+        const float* from = s.grad_table.at(first + i);
         float* row = to + (p.key_minus_query ? i : length - 1 - i) * p.dk;
-        for (int64_t d = 0; d < p.dk; ++d) row[d] = from[d * PANEL];
+        for (int64_t d = 0; d < p.dk; ++d) row[d] = from[d * s.grad_table.step()];
       }
     };
     float* partial = p.table_partials + task * (p.row_length() + p.col_length()) * p.dk;

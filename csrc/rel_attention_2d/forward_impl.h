@@ -1,18 +1,20 @@
 // Forward pass; part of kernel_impl.h.
 
 struct ForwardScratch {
-  int64_t score_stride;
-  Buffer<float> key, value, query, score, sum;
+  int64_t score_stride, query_stride, sum_stride, lanes;
+  KeyMatrix key, value;
+  Buffer<float> query, score, sum;  // (QB, query_stride), (QB, score_stride), (QB, sum_stride)
   float max[QB], total[QB];
 
-  ForwardScratch(const Problem& p, const KeyLayout& keys) {
+  ForwardScratch(const Problem& p, const KeyLayout& keys)
+      : query_stride(row_stride(p.dk)), sum_stride(row_stride(p.dv)), lanes(keys.lanes(keys.groups)) {
     const int64_t vectors = keys.total_vectors(), tile = smaller(panels_of(vectors) * NR, kForwardTile);
     score_stride = tile * L + L;  // an odd number of vectors: rows then spread over all cache sets
-    key.allocate(panels_of(vectors) * p.dk * PANEL);
-    value.allocate(panels_of(vectors) * p.dv * PANEL);
-    query.allocate(QB * p.dk);
+    key.allocate(p.dk, vectors, true, false);
+    value.allocate(p.dv, vectors, !is_wide(p.dv), is_wide(p.dv));
+    query.allocate(QB * query_stride);
     score.allocate(QB * score_stride);
-    sum.allocate(QB * p.dv);
+    sum.allocate(QB * sum_stride);
   }
 };
 
@@ -37,7 +39,7 @@ FA_INLINE void softmax_tile(const Forward& p, ForwardScratch& s, int64_t i, cons
       store(score + v * L, weight);
   }
   s.total[i] = s.total[i] * decay + sum_lanes(total);
-  float* sum = s.sum + i * p.dv;
+  float* sum = s.sum + i * s.sum_stride;
   for (int64_t d = 0; d < p.dv; ++d) sum[d] *= decay;
 }
 
@@ -49,9 +51,9 @@ void forward_block(const Forward& p, const KeyLayout& keys, ForwardScratch& s, B
     const int64_t q = q0 + i;
     if (i < count)
       gather(p.query, head_offset(p.query, b, h) + q / p.wq * p.query.stride[2] + q % p.wq * p.query.stride[3],
-             p.query.stride[4], p.dk, p.scale, s.query + i * p.dk);
+             p.query.stride[4], p.dk, p.scale, s.query + i * s.query_stride);
     else
-      for (int64_t d = 0; d < p.dk; ++d) s.query[i * p.dk + d] = 0.0f;
+      for (int64_t d = 0; d < p.dk; ++d) s.query[i * s.query_stride + d] = 0.0f;
     s.max[i] = -kInfinity;
     s.total[i] = 0.0f;
   }
@@ -64,22 +66,21 @@ void forward_block(const Forward& p, const KeyLayout& keys, ForwardScratch& s, B
     const int64_t tile = smaller(kForwardTile, vectors - v0);
     vf lane_max[QB];
     for (int64_t i = 0; i < rows; ++i) lane_max[i] = broadcast(-kInfinity);
-    score_tile<OneRow>(rows, v0, tile, s.query.data, p.dk, s.key.data, bias, 0,
-                       [&](int64_t m, int64_t v, vf x) FA_INLINE_CALL {
-                         store(s.score + m * s.score_stride + v * L, x);
-                         lane_max[m] = maximum(x, lane_max[m]);
-                       });
+    score_tile<OneRow>(rows, v0, tile, s.query.data, s.key, bias, 0, [&](int64_t m, int64_t v, vf x) FA_INLINE_CALL {
+      store(s.score + m * s.score_stride + v * L, x);
+      lane_max[m] = maximum(x, lane_max[m]);
+    });
     float tile_max[QB];
     for (int64_t i = 0; i < rows; ++i) tile_max[i] = max_lanes(lane_max[i]);
     for (int64_t i = 0; i < rows; ++i) softmax_tile<Dropout>(p, s, i, tile_max, tile, columns + v0 * L, row0 + i);
-    dot_product(rows, p.dv, tile, s.score.data, s.score_stride, s.value + v0 / NR * p.dv * PANEL, s.sum.data, p.dv);
+    s.value.weigh(rows, v0, tile, smaller(tile * L, s.lanes - v0 * L), s.score.data, s.score_stride, s.sum.data);
   }
 
   for (int64_t i = 0; i < count; ++i) {
     const int64_t q = q0 + i;
     const bool masked = s.max[i] == -kInfinity && s.total[i] == 0.0f;
     scatter(p.out, head_offset(p.out, b, h) + q / p.wq * p.out.stride[2] + q % p.wq * p.out.stride[3], p.out.stride[4],
-            p.dv, masked ? 0.0f : p.keep_scale / s.total[i], s.sum + i * p.dv);
+            p.dv, masked ? 0.0f : p.keep_scale / s.total[i], s.sum + i * s.sum_stride);
     p.statistics[2 * (row0 + i)] = s.max[i];
     p.statistics[2 * (row0 + i) + 1] = masked ? 0.0f : s.total[i];
   }
@@ -88,7 +89,7 @@ void forward_block(const Forward& p, const KeyLayout& keys, ForwardScratch& s, B
 void forward(const Forward& p, int64_t begin, int64_t end) {
   const KeyLayout keys(p);
   ForwardScratch scratch(p, keys);
-  BiasTerms bias(p, keys);
+  BiasTerms bias(p, keys, false);
   Buffer<uint32_t> columns;
   if (p.drop_below > 0) hash_columns(p, keys, columns);
   const auto block = keys.rows == 1 ? (p.drop_below > 0 ? forward_block<true, true> : forward_block<true, false>)
@@ -97,8 +98,8 @@ void forward(const Forward& p, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t pair = task / p.query_splits, b = pair / p.heads, h = pair % p.heads;
     if (pair != packed_head) {
-      pack_keys(p.key, head_offset(p.key, b, h), p, keys, 0, keys.groups, p.dk, true, scratch.key.data);
-      pack_keys(p.value, head_offset(p.value, b, h), p, keys, 0, keys.groups, p.dv, false, scratch.value.data);
+      pack_keys(p.key, head_offset(p.key, b, h), p, keys, 0, keys.groups, true, scratch.key);
+      pack_keys(p.value, head_offset(p.value, b, h), p, keys, 0, keys.groups, false, scratch.value);
       if (h != packed_table) bias.pack_tables(packed_table = h);
       packed_head = pair;
     }

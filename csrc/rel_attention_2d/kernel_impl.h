@@ -13,6 +13,7 @@ constexpr int QB = 32;  // queries to a block
 // Key vectors to a tile: up to 32x32 keys in one, so that forward never rescales and backward sees whole rows.
 constexpr int kForwardTile = 1024 / L;
 constexpr int kBackwardTile = 1024 / L;
+constexpr int64_t kKeyChunk = 64;  // keys whose rows stay in the first-level cache while the queries pass by
 
 FA_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -44,55 +45,133 @@ struct KeyLayout {
   int64_t wk, rows, groups, vectors;
 
   explicit KeyLayout(const Problem& p) : wk(p.wk) {
-    // Several rows to a group waste fewer lanes on narrow images; every row costs one blend per vector.
+    // Several rows to a group waste fewer lanes on narrow images; each vector then holds parts of a few rows.
     double best = kInfinity;
     for (int64_t candidate = 1; candidate <= 16 && candidate <= (p.hk > 1 ? p.hk : 1); ++candidate) {
       const int64_t groups_ = (p.hk + candidate - 1) / candidate, vectors_ = (candidate * wk + L - 1) / L;
-      const double cost = double(groups_ * vectors_) * (2 * p.dk + 2 * p.dv + 20 + (candidate > 1 ? candidate : 0));
+      const double cost = double(groups_ * vectors_) *
+                          (2 * p.dk + 2 * p.dv + 20 + (candidate > 1 ? 4 + 2 * (L / (wk > 0 ? wk : 1)) : 0));
       if (cost < best) best = cost, rows = candidate, groups = groups_, vectors = vectors_;
     }
   }
   int64_t total_vectors() const { return groups * vectors; }
+  // Lanes of `of` groups up to the last that holds a key.
+  int64_t lanes(int64_t of) const { return (of - 1) * vectors * L + rows * wk; }
 };
 
 FA_INLINE int64_t panels_of(int64_t vectors) { return (vectors + NR - 1) / NR; }
 
-// Packs columns into panels: to[(panel, depth, lane)].
-FA_INLINE float* panel_slot(float* panels, int64_t position, int64_t depth) {
-  return panels + position / PANEL * depth * PANEL + position % PANEL;
-}
+// A matrix of one row of `depth` numbers to each key (or table position) is held as panels, to[(panel, depth, lane)],
+// where products run along the keys.  Where they sum over keys, or yield one number per key and depth, a wide depth
+// lies along the lanes instead, in rows of whole vectors: no sum over lanes then, and results in the layout of the
+// tensors. Narrow depths (2 to 8 value channels) would leave lanes idle.
+FA_INLINE bool is_wide(int64_t depth) { return 4 * round_up(depth, L) <= 5 * depth; }
+FA_INLINE int64_t row_stride(int64_t depth) { return is_wide(depth) ? round_up(depth, L) : depth; }
 
 // A strided (batch, heads, y, x, depth) tensor at one (batch, head).
 FA_INLINE int64_t head_offset(const TensorView& view, int64_t b, int64_t h) {
   return b * view.stride[0] + h * view.stride[1];
 }
 
-// Keys [group0, group1) of one head as panels.  Lanes without a key repeat the last key when `repeat` (their logits
-// are then as finite as a real key's) and are zero otherwise.
-void pack_keys(const TensorView& view, int64_t base, const Problem& p, const KeyLayout& keys, int64_t group0,
-               int64_t group1, int64_t depth, bool repeat, float* panels) {
-  for (int64_t g = group0; g < group1; ++g) {
-    for (int64_t lane = 0; lane < keys.vectors * L; ++lane) {
-      int64_t r = lane / p.wk, x = lane % p.wk;
-      const bool real = r < keys.rows && g * keys.rows + r < p.hk;
-      if (r >= keys.rows) r = keys.rows - 1, x = p.wk - 1;
-      const int64_t y = smaller(g * keys.rows + r, p.hk - 1);
-      float* to = panel_slot(panels, (g - group0) * keys.vectors * L + lane, depth);
-      gather(view, base + y * view.stride[2] + x * view.stride[3], view.stride[4], depth, real || repeat ? 1.0f : 0.0f,
-             to, PANEL);
+// Block sums are formed first and then added, so that a long sum is rounded once per block and not once per term.
+FA_INLINE void add_to(float* to, vf x) { store(to, load(to) + x); }
+
+struct KeyMatrix {
+  int64_t depth = 0, stride = 0;  // stride of a row, in whole vectors
+  bool keeps_panels = false, keeps_rows = false;
+  Buffer<float> panels, rows;  // without rows to keep, room for L of them
+
+  void allocate(int64_t depth_, int64_t vectors, bool panels_, bool rows_) {
+    depth = depth_, stride = round_up(depth_, L), keeps_panels = panels_, keeps_rows = rows_;
+    if (keeps_panels) panels.allocate(panels_of(vectors) * depth * PANEL);
+    rows.allocate((keeps_rows ? vectors : 1) * L * stride);
+    clear();
+  }
+  void clear() {
+    if (keeps_panels) panels.fill(0.0f);
+    if (keeps_rows) rows.fill(0.0f);
+  }
+  int64_t panel_offset(int64_t lane) const { return lane / PANEL * depth * PANEL + lane % PANEL; }
+
+  // One lane's numbers, `step` apart.
+  float* at(int64_t lane) { return keeps_rows ? rows + lane * stride : panels + panel_offset(lane); }
+  int64_t step() const { return keeps_rows ? 1 : PANEL; }
+
+  // read(lane, to) writes one lane's numbers.
+  template <class Read>
+  void pack(int64_t vectors, const Read& read) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      float* block = keeps_rows ? rows + v * L * stride : rows.data;
+      for (int64_t i = 0; i < L; ++i) read(v * L + i, block + i * stride);
+      if (!keeps_panels) continue;
+      float* to = panels + panel_offset(v * L);
+      for (int64_t d0 = 0; d0 < depth; d0 += L) {
+        vf x[L];
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) x[i] = load(block + i * stride + d0);
+        transpose(x);
+        for (int64_t d = d0; d < smaller(d0 + L, depth); ++d) store(to + d * PANEL, x[d - d0]);
+      }
     }
   }
+
+  // to[m] += sum over `vectors` key vectors from v0 on, of which the first `lanes` lanes count, of
+  // weights[m][lane] * lane's numbers.  `to` has the stride of row_stride(depth).
+  FA_INLINE void weigh(int64_t count, int64_t v0, int64_t vectors, int64_t lanes, const float* weights,
+                       int64_t weight_stride, float* to) {
+    if (!keeps_rows)
+      return dot_product(count, depth, vectors, weights, weight_stride, panels + v0 / NR * depth * PANEL, to,
+                         row_stride(depth));
+    const float* from = rows + v0 * L * stride;
+    for (int64_t lane = 0; lane < lanes; lane += kKeyChunk)
+      for (int64_t d = 0; d < stride; d += PANEL)
+        outer_product(count, smaller(NR, (stride - d) / L), weights + lane, weight_stride, 1,
+                      smaller(kKeyChunk, lanes - lane), from + lane * stride + d, stride,
+                      [&](int64_t m, int n, vf x) FA_INLINE_CALL { add_to(to + m * stride + d + n * L, x); });
+  }
+
+  // Each lane's numbers += sum over m of weights[m][lane] * from[m], with lanes as above.
+  FA_INLINE void accumulate(int64_t count, int64_t v0, int64_t vectors, int64_t lanes, const float* weights,
+                            int64_t weight_stride, const float* from) {
+    if (!keeps_rows) {
+      for (int64_t v = 0; v < vectors; v += NR) {
+        float* to = panels + (v0 + v) / NR * depth * PANEL;
+        outer_product(depth, smaller(NR, vectors - v), from, 1, row_stride(depth), count, weights + v * L,
+                      weight_stride, [&](int64_t m, int n, vf x) FA_INLINE_CALL { add_to(to + m * PANEL + n * L, x); });
+      }
+      return;
+    }
+    float* to = rows + v0 * L * stride;
+    for (int64_t d = 0; d < stride; d += PANEL)
+      outer_product(lanes, smaller(NR, (stride - d) / L), weights, 1, weight_stride, count, from + d, stride,
+                    [&](int64_t m, int n, vf x) FA_INLINE_CALL { add_to(to + m * stride + d + n * L, x); });
+  }
+};
+
+// Packs keys [group0, group1) of one head.  Lanes without a key repeat the last key when `repeat` (their logits are
+// then as finite as a real key's) and are zero otherwise.
+void pack_keys(const TensorView& view, int64_t base, const Problem& p, const KeyLayout& keys, int64_t group0,
+               int64_t group1, bool repeat, KeyMatrix& to) {
+  to.pack((group1 - group0) * keys.vectors, [&](int64_t i, float* row) {
+    const int64_t g = group0 + i / (keys.vectors * L), lane = i % (keys.vectors * L);
+    int64_t r = lane / p.wk, x = lane % p.wk;
+    const bool real = r < keys.rows && g * keys.rows + r < p.hk;
+    if (r >= keys.rows) r = keys.rows - 1, x = p.wk - 1;
+    const int64_t y = smaller(g * keys.rows + r, p.hk - 1);
+    gather(view, base + y * view.stride[2] + x * view.stride[3], view.stride[4], to.depth, real || repeat ? 1.0f : 0.0f,
+           row);
+  });
 }
 
 // The inverse of pack_keys for gradients: real lanes only.
 void unpack_keys(const TensorView& view, int64_t base, const Problem& p, const KeyLayout& keys, int64_t group0,
-                 int64_t group1, int64_t depth, float factor, float* panels) {
+                 int64_t group1, KeyMatrix& from) {
   for (int64_t g = group0; g < group1; ++g)
     for (int64_t lane = 0; lane < keys.rows * p.wk; ++lane) {
       const int64_t y = g * keys.rows + lane / p.wk, x = lane % p.wk;
       if (y >= p.hk) break;
-      const float* from = panel_slot(panels, (g - group0) * keys.vectors * L + lane, depth);
-      scatter(view, base + y * view.stride[2] + x * view.stride[3], view.stride[4], depth, factor, from, PANEL);
+      scatter(view, base + y * view.stride[2] + x * view.stride[3], view.stride[4], from.depth, 1.0f,
+              from.at((g - group0) * keys.vectors * L + lane), from.step());
     }
 }
 
@@ -108,27 +187,42 @@ struct BiasTerms {
   Buffer<float> column;      // (QB, keys.vectors * L): column logit per lane of a group, -inf on padding
   Buffer<float> row;         // (QB, bias_rows): row logit per key row, -inf past the image
   Buffer<int32_t> row_mask;  // (keys.rows, keys.vectors * L): all ones where the lane lies in that row
-  Buffer<float> table;       // panels (table_vectors, dk): row table, then column table
-  Buffer<float> query;       // (QB, dk): query * rel_scale
+  Buffer<int32_t> row_of;    // (keys.vectors * L): the lane's row, counted from the first row of its vector
+  Buffer<int32_t> row_span;  // (keys.vectors, 2): first and last row of each vector
+  KeyMatrix table;           // row table, then column table
+  Buffer<float> query;       // (QB, query_stride): query * rel_scale
   Buffer<float> product;     // (QB, table_vectors * L): query times every table row
-  int64_t column_stride, product_stride;
+  int64_t column_stride, query_stride, product_stride;
   bool finite_tables = true;
 
-  BiasTerms(const Problem& problem, const KeyLayout& layout)
-      : p(problem), keys(layout), bias_rows(layout.groups * layout.rows), column_stride(layout.vectors * L) {
+  BiasTerms(const Problem& problem, const KeyLayout& layout, bool backward)
+      : p(problem),
+        keys(layout),
+        bias_rows(layout.groups * layout.rows),
+        column_stride(layout.vectors * L),
+        query_stride(row_stride(problem.dk)) {
     column.allocate(QB * column_stride);
     row.allocate(QB * bias_rows);
     row_mask.allocate(keys.rows * column_stride);
     for (int64_t r = 0; r < keys.rows; ++r)
       for (int64_t lane = 0; lane < column_stride; ++lane)
         row_mask[r * column_stride + lane] = lane / p.wk == r ? -1 : 0;
+    row_of.allocate(column_stride);
+    row_span.allocate(2 * keys.vectors);
+    for (int64_t lane = 0; lane < column_stride; ++lane) {
+      const int64_t v = lane / L, r = smaller(lane / p.wk, keys.rows - 1);
+      if (lane % L == 0) row_span[2 * v] = r;
+      row_span[2 * v + 1] = r;
+      row_of[lane] = r - row_span[2 * v];
+    }
     if (p.tables) {
       row_vectors = (p.row_length() + L - 1) / L;
       col_vectors = (p.col_length() + L - 1) / L;
       table_vectors = row_vectors + col_vectors;
       product_stride = panels_of(table_vectors) * PANEL + L;
-      table.allocate(panels_of(table_vectors) * p.dk * PANEL);
-      query.allocate(QB * p.dk);
+      table.allocate(p.dk, table_vectors, true, backward && is_wide(p.dk));
+      query.allocate(QB * query_stride);
+      query.fill(0.0f);
       product.allocate(QB * product_stride);
     }
   }
@@ -139,7 +233,7 @@ struct BiasTerms {
   int64_t row_start(int64_t q) const { return p.hq - 1 - q / p.wq; }
   int64_t col_start(int64_t q) const { return row_vectors * L + p.wq - 1 - q % p.wq; }
 
-  bool finite_queries() const { return all_finite(query.data, QB * p.dk); }
+  bool finite_queries() const { return all_finite(query.data, QB * query_stride); }
 
   static bool all_finite(const float* x, int64_t count) {  // count: a multiple of L
     vf sum{};                                              // of zeros, or NaN
@@ -149,17 +243,16 @@ struct BiasTerms {
 
   void pack_tables(int64_t head) {
     if (!from_tables()) return;
-    table.fill(0.0f);
-    auto pack = [&](const TensorView& view, int64_t length, int64_t first) {
-      for (int64_t i = 0; i < length; ++i) {
-        const int64_t position = p.key_minus_query ? i : length - 1 - i;
-        gather(view, head * view.stride[0] + position * view.stride[1], view.stride[2], p.dk, 1.0f,
-               panel_slot(table.data, first + i, p.dk), PANEL);
-      }
-    };
-    pack(p.row, p.row_length(), 0);
-    pack(p.col, p.col_length(), row_vectors * L);
-    finite_tables = all_finite(table.data, table.size);
+    table.pack(table_vectors, [&](int64_t i, float* to) {
+      const bool in_col = i >= row_vectors * L;
+      const TensorView& view = in_col ? p.col : p.row;
+      const int64_t length = in_col ? p.col_length() : p.row_length();
+      if (in_col) i -= row_vectors * L;
+      const int64_t position = smaller(p.key_minus_query ? i : length - 1 - i, length - 1);
+      gather(view, head * view.stride[0] + (position < 0 ? 0 : position) * view.stride[1], view.stride[2], p.dk,
+             i < length ? 1.0f : 0.0f, to);
+    });
+    finite_tables = all_finite(table.panels.data, table.panels.size);
   }
 
   // Fills column and row for queries [q0, q0 + count) of head (b, h).
@@ -168,13 +261,13 @@ struct BiasTerms {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t q = q0 + i;
         gather(p.query, head_offset(p.query, b, h) + q / p.wq * p.query.stride[2] + q % p.wq * p.query.stride[3],
-               p.query.stride[4], p.dk, p.rel_scale, query + i * p.dk);
+               p.query.stride[4], p.dk, p.rel_scale, query + i * query_stride);
       }
       for (int64_t i = count; i < QB; ++i)
-        for (int64_t d = 0; d < p.dk; ++d) query[i * p.dk + d] = 0.0f;
+        for (int64_t d = 0; d < p.dk; ++d) query[i * query_stride + d] = 0.0f;
       for (int64_t panel = 0; panel < panels_of(table_vectors); ++panel)
-        outer_product(round_up(count, MR), smaller(NR, table_vectors - panel * NR), query.data, p.dk, 1, p.dk,
-                      table + panel * p.dk * PANEL, PANEL, [&](int64_t m, int n, vf x) FA_INLINE_CALL {
+        outer_product(round_up(count, MR), smaller(NR, table_vectors - panel * NR), query.data, query_stride, 1, p.dk,
+                      table.panels + panel * p.dk * PANEL, PANEL, [&](int64_t m, int n, vf x) FA_INLINE_CALL {
                         store(product + m * product_stride + panel * PANEL + n * L, x);
                       });
     }
@@ -213,10 +306,7 @@ struct BiasTerms {
     const float* logits = row + i * bias_rows + group * keys.rows;
     const vf col = load(column + i * column_stride + offset * L);
     if constexpr (OneRow) return col + logits[0];
-    vi bits{};
-    for (int64_t r = 0; r < keys.rows; ++r)
-      bits |= load(row_mask + r * column_stride + offset * L) & (vi)broadcast(logits[r]);
-    return col + (vf)bits;
+    return col + permute_lanes(load(logits + row_span[2 * offset]), load(row_of + offset * L));
   }
 };
 
@@ -252,9 +342,9 @@ void hash_columns(const Problem& p, const KeyLayout& keys, Buffer<uint32_t>& to)
 
 // Logits of `rows` queries against key vectors [v0, v0 + count) handed to finish(query, vector, logits).
 template <bool OneRow, class Finish>
-FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const float* query, int64_t dk, const float* panels,
-                          BiasTerms& bias, int64_t group0, const Finish& finish) {
-  const int64_t per_group = bias.keys.vectors;
+FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const float* query, KeyMatrix& key, BiasTerms& bias,
+                          int64_t group0, const Finish& finish) {
+  const int64_t per_group = bias.keys.vectors, dk = key.depth;
   for (int64_t v = 0; v < count; v += NR) {
     int64_t group[NR], offset[NR];
     for (int n = 0; n < NR; ++n) {
@@ -262,7 +352,7 @@ FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const float* 
       offset[n] = (v0 + v + n) % per_group;
     }
     outer_product(
-        rows, smaller(NR, count - v), query, dk, 1, dk, panels + (v0 + v) / NR * dk * PANEL, PANEL,
+        rows, smaller(NR, count - v), query, bias.query_stride, 1, dk, key.panels + (v0 + v) / NR * dk * PANEL, PANEL,
         // Added last: starting the sum from a large bias would round every term of it at the bias's magnitude.
         [&](int64_t m, int n, vf x)
             FA_INLINE_CALL { finish(m, v + n, x + bias.template at<OneRow>(m, group[n], offset[n])); });
