@@ -15,7 +15,7 @@ Ratios = dict[tuple[str, ...], float]
 
 
 def ratios(folder: Path) -> Ratios:
-    """(file, shape, implementation, pass) -> the best peer's median over the fused op's."""
+    """(file, shape, implementation, pass) -> the ratio to the best peer."""
     found: Ratios = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())

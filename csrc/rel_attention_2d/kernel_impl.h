@@ -76,6 +76,10 @@ FA_INLINE int64_t head_offset(const TensorView& view, int64_t b, int64_t h) {
 // Block sums are formed first and then added, so that a long sum is rounded once per block and not once per term.
 FA_INLINE void add_to(float* to, vf x) { store(to, load(to) + x); }
 
+FA_INLINE void set_zero(float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = 0.0f;
+}
+
 struct KeyMatrix {
   int64_t depth = 0, stride = 0;  // stride of a row, in whole vectors
   bool keeps_panels = false, keeps_rows = false;
@@ -156,10 +160,10 @@ void pack_keys(const TensorView& view, int64_t base, const Problem& p, const Key
     const int64_t g = group0 + i / (keys.vectors * L), lane = i % (keys.vectors * L);
     int64_t r = lane / p.wk, x = lane % p.wk;
     const bool real = r < keys.rows && g * keys.rows + r < p.hk;
+    if (!real && !repeat) return set_zero(row, to.depth);
     if (r >= keys.rows) r = keys.rows - 1, x = p.wk - 1;
     const int64_t y = smaller(g * keys.rows + r, p.hk - 1);
-    gather(view, base + y * view.stride[2] + x * view.stride[3], view.stride[4], to.depth, real || repeat ? 1.0f : 0.0f,
-           row);
+    gather(view, base + y * view.stride[2] + x * view.stride[3], view.stride[4], to.depth, 1.0f, row);
   });
 }
 
@@ -248,9 +252,9 @@ struct BiasTerms {
       const TensorView& view = in_col ? p.col : p.row;
       const int64_t length = in_col ? p.col_length() : p.row_length();
       if (in_col) i -= row_vectors * L;
-      const int64_t position = smaller(p.key_minus_query ? i : length - 1 - i, length - 1);
-      gather(view, head * view.stride[0] + (position < 0 ? 0 : position) * view.stride[1], view.stride[2], p.dk,
-             i < length ? 1.0f : 0.0f, to);
+      if (i >= length) return set_zero(to, p.dk);
+      const int64_t position = p.key_minus_query ? i : length - 1 - i;
+      gather(view, head * view.stride[0] + position * view.stride[1], view.stride[2], p.dk, 1.0f, to);
     });
     finite_tables = all_finite(table.panels.data, table.panels.size);
   }
