@@ -151,6 +151,9 @@ _GEOMETRIES = {
     "column 40x1": _geometry((40, 1), d_k=7, d_v=1),
     "many rows": _geometry((40, 24), heads=1, d_k=8),
     "deep 64": _geometry((6, 10), d_k=64, d_v=64),
+    "deep 40": _geometry((5, 6), d_k=40, d_v=40, heads=1),
+    "deep windows": _geometry((14, 14), d_k=64, d_v=64, heads=1),
+    "deep, several tiles": _geometry((34, 36), d_k=16, d_v=16, heads=1),
     "deep 80": _geometry((5, 5), d_k=80, d_v=80, heads=1),
     "deep 128": _geometry((4, 4), d_k=128, d_v=16, heads=1),
     "deep values": _geometry((3, 7), d_k=16, d_v=65),
@@ -241,10 +244,10 @@ def _spread_bias(inputs: dict[str, Any]) -> None:
         inputs[name] = inputs[name].transpose(2, 4).repeat_interleave(2, 3)[:, :, :, ::2].transpose(2, 4)
 
 
-def _plant(name: str, value: float) -> Callable[[dict[str, Any]], None]:
+def _plant(name: str, value: float, position: int = 0) -> Callable[[dict[str, Any]], None]:
     def edit(inputs: dict[str, Any]) -> None:
         # One image of two: the other one's results must stay finite and right.
-        inputs[name][0, 0, 0, 0, 0] = value
+        inputs[name][0, 0, position, position, 0] = value
 
     return edit
 
@@ -272,6 +275,7 @@ BIAS_SAMPLES = (
     _bias_sample("nan in query", **_SMALL, edit=_plant("query", float("nan"))),
     _bias_sample("nan in key", **_SMALL, edit=_plant("key", float("nan"))),
     _bias_sample("inf in value", **_SMALL, edit=_plant("value", float("inf"))),
+    _bias_sample("inf in the last value", **_SMALL, edit=_plant("value", float("inf"), -1)),
     _bias_sample("inf in bias_h", **_SMALL, edit=_plant("bias_h", float("inf"))),
     _bias_sample("dropout", small=True, **_SMALL, options={"dropout_p": 0.3}),
 )
@@ -287,8 +291,8 @@ def _fuzz_geometry(draw: random.Random) -> dict[str, Any]:
     return _geometry(
         query_grid,
         key_grid,
-        d_k=draw.choice((1, 2, 3, 8, 16, 20, 24, 33, 64)),
-        d_v=draw.choice((1, 2, 3, 4, 5, 8, 20, 33)),
+        d_k=draw.choice((1, 2, 3, 8, 16, 20, 24, 33, 40, 64)),
+        d_v=draw.choice((1, 2, 3, 4, 5, 8, 20, 33, 40, 64)),
         batch=draw.randint(1, 2),
         heads=draw.randint(1, 3),
         layout=draw.choice(layouts),
