@@ -81,20 +81,20 @@ def _register(name: str, backward, setup_context, forward_mode) -> None:
     class Call:
         """One call on its way through ``Reverse.apply``, which takes and returns tensors only, not lists of them."""
 
-        def __init__(self, keyset, args: tuple, lengths) -> None:
-            self.keyset, self.args, self.lengths = keyset, args, lengths
+        def __init__(self, keyset, args: tuple) -> None:
+            self.keyset, self.args = keyset, args
 
         def run(self):
             with torch._C._AutoDispatchBelowAutograd():
                 return operator.redispatch(self.keyset & torch._C._after_autograd_keyset, *self.args)
 
     def kernel(keyset, *args):
-        lengths, flat = _flatten(args)
-        if any(_unpack(value)[1] is not None for value in flat if isinstance(value, Tensor)):
+        if any(map(_has_tangent, args)):
             return forward_mode(operator, args)
-        call = Call(keyset, args, lengths)
+        call = Call(keyset, args)
         if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
             return call.run()
+        call.lengths, flat = _flatten(args)
         with _AllowedInTorchFunc():
             flat_outputs = Reverse.apply(call, *flat)
         outputs = _unflatten(call.structure, flat_outputs)
@@ -131,6 +131,12 @@ def _unpack(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
     """Primal and tangent; no tangent outside forward mode.  Python's count of levels is not asked: in a compiled
     graph it stands still."""
     return torch._VF._unpack_dual(tensor, level=_LEVEL)
+
+
+def _has_tangent(arg: object) -> bool:
+    if isinstance(arg, Tensor):
+        return _unpack(arg)[1] is not None
+    return isinstance(arg, (list, tuple)) and any(map(_has_tangent, arg))
 
 
 def _map(function: Callable[[Tensor], Tensor], args: Sequence) -> list:
