@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..ops import measure
 from ..ops.contract import OpSpec, Shape
+from ..options import check, make_folder
 from ..train.environment import describe
 from . import BenchError, report
 from .ceilings import measure_ceilings
@@ -51,6 +52,9 @@ class BenchConfig:
     memory: bool = True
     """measure peak memory too, on the CPU in a process of its own for each"""
 
+    def __post_init__(self) -> None:
+        check("bench", type(self), vars(self), BenchError)
+
 
 def run(config: BenchConfig) -> int:
     """Measure, show and write; returns the exit status: 0, 1 (a fused implementation is wrong) or 130 (interrupted).
@@ -65,7 +69,7 @@ def run(config: BenchConfig) -> int:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
+        make_folder(config.out, BenchError)
 
     failures: list[str] = []
     total = sum(Measurement.STEPS * len(provider_names(spec, options.providers)) for spec, own in cases for _ in own)
@@ -157,10 +161,6 @@ def _options(config: BenchConfig) -> Options:
         raise BenchError(f"pass must be some of {','.join(measure.PASSES)}, got {config.passes!r}")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise BenchError("device cuda: PyTorch finds no GPU on this machine")
-    if config.threads is not None and config.threads < 1:
-        raise BenchError(f"threads must be at least 1, got {config.threads}")
-    if not config.seconds >= 0:
-        raise BenchError(f"seconds must be at least 0, got {config.seconds}")
     passes = tuple(each for each in measure.PASSES if each in passes)
     dtype = DTYPES[config.dtype]
     return Options(
