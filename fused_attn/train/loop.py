@@ -368,7 +368,8 @@ class Run:
         if accelerator.num_processes > 1:  # batch statistics are each process's own; kept are those of the first
             for buffer in network.buffers():
                 broadcast(buffer)
-        loss, accuracy = MeanMetric(), MulticlassAccuracy(self.dataset.num_classes, average="micro")
+        loss = MeanMetric(nan_strategy="disable")  # the mean of the others would hide a nan
+        accuracy = MulticlassAccuracy(self.dataset.num_classes, average="micro")
         loss, accuracy = loss.to(accelerator.device), accuracy.to(accelerator.device)
         mine = images[accelerator.process_index :: accelerator.num_processes]
         with torch.no_grad(), accelerator.autocast():
