@@ -106,7 +106,8 @@ def trace(network: nn.Module, image: Tensor, head: int = 0) -> tuple[list[Panels
     blocks = [module for module in network.modules() if isinstance(module, ElementwiseAttentionBlock)]
     if not blocks:
         raise ValueError("there must be element-wise attention layers in it, as in attention_wise_b, found none")
-    if not 0 <= head < (heads := min(block.attention.heads for block in blocks)):
+    heads = min(block.attention.heads for block in blocks)
+    if not 0 <= head < heads:
         raise ValueError(f"head must be from 0 to {heads - 1}, got {head}")
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 

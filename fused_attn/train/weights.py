@@ -99,7 +99,7 @@ def initialise(
     """
     file = file_of(source, option)
     weights, own = read(file, option), network.state_dict()
-    fresh = [name for name, tensor in weights.items() if name in own and tensor.shape != own[name].shape]
+    fresh = [name for name, each in own.items() if name in weights and weights[name].shape != each.shape]
     if fresh:
         with torch.device("meta"):
             wider = build_wider().state_dict()

@@ -33,10 +33,8 @@ def poison(monkeypatch, *steps, value=math.nan, gradient=False):
     def loss(run, outputs, labels):
         logits, found = original(run, outputs, labels)
         if run.step + 1 in steps:
-            if gradient:
-                found = found + (logits * 0.0).sum().sqrt()  # 0 with a derivative of inf * 0
-            else:
-                found = found * value
+            # The root of 0 is 0, with a derivative of 0 * inf.
+            found = found + (logits * 0.0).sum().sqrt() if gradient else found * value
         return logits, found
 
     monkeypatch.setattr(loop.Run, "_loss", loss)
@@ -223,9 +221,7 @@ def test_weights_that_are_not_finite_are_not_saved(small, tmp_path, monkeypatch)
 
     monkeypatch.setattr(loop.Run, "_step", step)
     monkeypatch.setattr(loop.Run, "_update", lambda run, loss: True)
-    with pytest.raises(
-        NonFiniteError, match=r"step 6: .* of the model must be finite, got inf or nan; nothing was saved"
-    ):
+    with pytest.raises(NonFiniteError, match=r"step 6: .* of the model must be finite, got inf or nan; nothing"):
         train(small(tmp_path / "run", **STEPS))
     assert [path.name for path in checkpoint.find(tmp_path / "run/checkpoints")] == ["step-00000003"]
 
