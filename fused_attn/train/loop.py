@@ -434,7 +434,7 @@ class Run:
         if self.accelerator.is_main_process:
             self.log.rewind(self.step)
             print(f"resuming {self.config.out} at step {self.step} of {self.last_step}", flush=True)
-        self._extend(state.get("length", {}))
+        self._extend()
 
     def _take_up(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """The state in a checkpoint.
@@ -458,16 +458,18 @@ class Run:
         if self.step < 0 or not math.isfinite(self.seconds):
             raise ValueError(f"step and seconds must be numbers from 0, got {self.step} and {self.seconds}")
         # Checkpoints of earlier versions have none of these.
-        self.skipped, self.extended = state.get("skipped", 0), list(state.get("extended", []))
+        self.skipped, self.extended = int(state.get("skipped", 0)), list(state.get("extended", []))
+        length = dict(state.get("length", {}))
+        self.length = {name: length.get(name, getattr(self.before, name)) for name in MAY_GROW}
         self.initialised = state.get("initialised")
         if state["totals"].shape != self.totals.shape:
             raise ValueError(f"totals must be {len(self.totals)} numbers, got {tuple(state['totals'].shape)}")
         if self.accelerator.is_main_process:
             self.totals.copy_(state["totals"])
 
-    def _extend(self, length: dict[str, int | None]) -> None:
+    def _extend(self) -> None:
         """Record that the run is longer than it was when its checkpoint was written, and say what that changes."""
-        config, was = self.config, {name: length.get(name, getattr(self.before, name)) for name in MAY_GROW}
+        config, was = self.config, self.length
         now = {name: getattr(config, name) for name in MAY_GROW}
         if was == now:
             return
