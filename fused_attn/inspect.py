@@ -56,7 +56,9 @@ def run(
     elif "/" in source:
         raise TrainError(f"source must be the folder of a run or the name of a model, got {source!r}: no such folder")
     else:
-        config = TrainConfig(source, dataset or "digits", out=Path(), data_dir=data_dir, normalize=False)
+        config = TrainConfig(
+            source, "digits" if dataset is None else dataset, out=Path(), data_dir=data_dir, normalize=False
+        )
         path = out or Path(f"{source}.png")
     if not path.parent.is_dir() or path.is_dir():
         raise TrainError(f"out must be a file in a folder that exists, got {path}")

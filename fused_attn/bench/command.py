@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from ..train.environment import describe
 from . import BenchError, report
 from .ceilings import measure_ceilings
 from .runner import DTYPES, Measurement, Options, provider_names
+
+#: More fit no memory; the number of bytes of a tensor with as many elements fits an int64.
+MOST_ELEMENTS = 2**48
 
 
 @dataclass(frozen=True)
@@ -171,12 +175,18 @@ def _options(config: BenchConfig) -> Options:
 def _cases(spec: OpSpec, config: BenchConfig) -> list[tuple[str, Shape]]:
     if config.shape:
         try:
-            return [("shape", spec.shape(text)) for text in config.shape]
+            shapes = [spec.shape(text) for text in config.shape]
         except ValueError as error:
             raise BenchError(str(error)) from None
         except KeyError:
             own = ", ".join(repr(shape.name) for shape in (*spec.shapes, *spec.gpu_shapes, *spec.growth))
             raise BenchError(f"shape must be KEY=NUMBER,... or, of {spec.name}, one of {own}") from None
+        for shape in shapes:
+            if math.prod(shape.sizes.values()) > MOST_ELEMENTS:
+                raise BenchError(
+                    f"shape must have sizes whose product is at most {MOST_ELEMENTS:,}, got {shape.name!r}"
+                )
+        return [("shape", shape) for shape in shapes]
     shapes = spec.gpu_shapes if config.device == "cuda" and spec.gpu_shapes else spec.shapes
     growth = spec.growth if config.growth and config.out is not None else ()
     return [*(("shape", shape) for shape in shapes), *(("growth", shape) for shape in growth)]

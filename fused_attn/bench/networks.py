@@ -272,12 +272,12 @@ def _complete(config: NetworksConfig) -> NetworksConfig:
     on_gpu = config.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise BenchError("device cuda: PyTorch finds no GPU on this machine")
-    for name in config.coverage:
+    for name in config.coverage or [""]:
         if name not in COVERAGES:
             raise BenchError(f"coverage must be some of {', '.join(map(repr, COVERAGES))}, got {name!r}")
     config = replace(
         config,
-        model=config.model or ("aa_wrn_28_10" if on_gpu else "aa_wrn_16_2"),
+        model=("aa_wrn_28_10" if on_gpu else "aa_wrn_16_2") if config.model is None else config.model,
         batch_size=(128 if on_gpu else 8) if config.batch_size is None else config.batch_size,
     )
     if not config.model.startswith("aa_wrn_"):

@@ -264,6 +264,8 @@ class Run:
         comes before scaling.
         """
         accelerator, scaler = self.accelerator, self.accelerator.scaler
+        if scaler is not None and not scaler.is_enabled():  # fp16 on the CPU
+            scaler = None
         norm = torch.ones_like(loss) if scaler is not None else self._clip()
         # Reading the flag waits for the backward pass, once a step.  The next batch's copy from pageable memory would
         # wait for it anyway; what is no longer hidden behind it is the launch of the optimizer's kernels.
@@ -546,8 +548,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     # Accelerate keeps one state per process, and refuses another precision for a second run in the same process.
     AcceleratorState._reset_state(reset_partial_state=False)
     GradientState._reset_state()
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise TrainError("mixed_precision must be no or bf16 without a GPU, got 'fp16'")
     return Accelerator(
         # Without a GPU it sees torchrun's processes only when told to use the CPU.
         cpu=not torch.cuda.is_available(),

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fused_attn import cli
-from fused_attn.train import TrainError, checkpoint, loop, train
+from fused_attn.train import checkpoint, loop, train
 from fused_attn.train.errors import NonFiniteError
 
 STEPS = {"max_steps": 7, "epochs": 2, "checkpoint_every": 3, "ema": 0.5, "crop_padding": 0}
@@ -281,10 +281,3 @@ def test_processes_agree_on_what_is_skipped(command, tmp_path):
     assert strict((tmp_path / "skip/metrics.json").read_text())["skipped_steps"] == 2
     assert [event["step"] for event in events(tmp_path / "skip", "skipped")] == [2, 3]
     assert all(each.isfinite().all() for each in load_file(tmp_path / "skip/model.safetensors").values())
-
-
-def test_fp16_without_a_gpu_is_said_in_one_line(small, tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(TrainError, match="mixed_precision must be no or bf16 without a GPU, got 'fp16'"):
-        train(small(tmp_path / "run", mixed_precision="fp16"))
