@@ -184,7 +184,7 @@ def _cases(spec: OpSpec, config: BenchConfig) -> list[tuple[str, Shape]]:
         for shape in shapes:
             if math.prod(shape.sizes.values()) > MOST_ELEMENTS:
                 raise BenchError(
-                    f"shape must have sizes whose product is at most {MOST_ELEMENTS:,}, got {shape.name!r}"
+                    f"shape must have sizes with a product of at most {MOST_ELEMENTS:,}, got {shape.name!r}"
                 )
         return [("shape", shape) for shape in shapes]
     shapes = spec.gpu_shapes if config.device == "cuda" and spec.gpu_shapes else spec.shapes

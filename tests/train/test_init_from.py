@@ -141,7 +141,7 @@ def test_what_cannot_be_begun_with_is_said_in_one_line(source, tmp_path, capsys,
     spoiled(source, tmp_path)
     options = ["--dataset", "digits", "--image-size", "8", "--train-images", "64", "--batch-size", "32"]
     options += ["--max-steps", "1", "--init-from", str(tmp_path / name), "--out", str(tmp_path / "run")]
-    assert cli.main(["train", *options]) == 2
+    assert cli.main(["train", "--model", "wrn_10_1", *options]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert re.search(f"^fused-attn: error: init_from.*{message}", error), error
