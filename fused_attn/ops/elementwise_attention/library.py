@@ -179,8 +179,9 @@ def _register(op: str, impl: str, device_types, schemas, kernels, allocate, allo
 
 
 def _softmax_backward(operator, ctx, grad_out):
-    grads = operator(grad_out, *ctx.saved_tensors)
-    return grads if ctx.saved_tensors[1] is not None else (grads[0], None, None)
+    saved = ctx.saved_tensors  # read once: under torch.utils.checkpoint a second reading is an error
+    grads = operator(grad_out, *saved)
+    return grads if saved[1] is not None else (grads[0], None, None)
 
 
 def _attention_backward(operator, ctx, grad_out):
