@@ -21,12 +21,12 @@ _SOFTMAX_BACKWARD = (
 )
 # mean and var None: normalise with the statistics of the batch.  Both come back as they were used, float32.
 _ATTENTION = (
-    "(Tensor x, Tensor weight_row, Tensor weight_col, Tensor? mean, Tensor? var, float eps) "
+    "(Tensor x, Tensor weight_row, Tensor weight_col, Tensor? mean, Tensor? var, Scalar eps) "
     f"-> (Tensor out, {_STATISTICS}, Tensor mean_used, Tensor var_used)"
 )
 _ATTENTION_BACKWARD = (
     f"(Tensor grad_out, Tensor x, Tensor weight_row, Tensor weight_col, {_STATISTICS}, Tensor mean, Tensor var, "
-    "bool training, float eps) -> (Tensor grad_x, Tensor grad_weight_row, Tensor grad_weight_col)"
+    "bool training, Scalar eps) -> (Tensor grad_x, Tensor grad_weight_row, Tensor grad_weight_col)"
 )
 
 
