@@ -200,7 +200,7 @@ def test_number_of_a_dynamic_size_is_exported(call, make, name):
         pytest.skip("the seed of an exported graph is not drawn as in the eager call")
     function = _of_its_size(call, make, name)
     # A size that a tensor of twice n - 1 rows shows is derived from it; export infers which.
-    dynamic = tuple({i: Dim.AUTO for i in range(tensor.dim())} for tensor in make(SIZES[0]).values())
+    dynamic = tuple(dict.fromkeys(range(tensor.dim()), Dim.AUTO) for tensor in make(SIZES[0]).values())
     for strict in (False, True):
         program = torch.export.export(
             _Call(function), tuple(make(SIZES[0]).values()), dynamic_shapes={"tensors": dynamic}, strict=strict
