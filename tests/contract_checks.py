@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch._dynamo.testing
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -242,6 +243,26 @@ def check_autocast(spec: OpSpec, impl: str, inputs: Mapping[str, Any], dtype: to
     for name, tensor in actual.items():
         assert name == "out" or tensor.dtype == torch.float32, f"{name} has dtype {tensor.dtype}"
         assert torch.equal(tensor.to(dtype), expected[name]), f"{name} differs from the call on cast inputs"
+
+
+def check_checkpoint(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
+    """``torch.utils.checkpoint`` around the op, in both of its forms, gives the bits of the call without it."""
+    grad_out = draw_grad_out(spec, inputs)
+    expected = evaluate(bound(spec, impl), inputs, grad_out)
+    for reentrant in (False, True):
+        variables = leaves(inputs)
+
+        def function(*tensors, names=tuple(variables)):
+            return spec.function(**with_tensors(inputs, dict(zip(names, tensors, strict=True))), impl=impl)
+
+        torch.manual_seed(0)
+        out = torch.utils.checkpoint.checkpoint(function, *variables.values(), use_reentrant=reentrant)
+        out.backward(grad_out)
+        assert torch.equal(_bits(out.detach()), _bits(expected["out"])), f"out differs, use_reentrant={reentrant}"
+        for name, leaf in variables.items():
+            grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            same = torch.equal(_bits(grad), _bits(expected[f"grad_{name}"]))
+            assert same, f"grad_{name} differs, use_reentrant={reentrant}"
 
 
 # --- PyTorch's machinery ----------------------------------------------------------------------------------------

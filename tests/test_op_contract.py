@@ -247,6 +247,12 @@ def test_autocast(spec, impl, dtype):
         checks.check_autocast(spec, impl, sample.inputs(FAST, device_of(impl)), dtype)
 
 
+@implementations(reference=True)
+def test_checkpoint(spec, impl):
+    for sample in filter(is_small, spec.samples):
+        checks.check_checkpoint(spec, impl, sample.inputs(FAST, device_of(impl)))
+
+
 # --- PyTorch's machinery ----------------------------------------------------------------------------------------
 
 

@@ -144,3 +144,60 @@ def test_bello_and_timm_arguments(scale_pos_embed):
 def test_bad_inputs(query, rel_h, match):
     with pytest.raises(ValueError, match=match):
         sam_relative_logits(torch.randn(query), torch.randn(rel_h), torch.randn(5, 5), (4, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "match"),
+    [
+        (
+            "rel_h",
+            torch.Tensor.half,
+            ValueError,
+            "rel_h must have the dtype of query, torch.float32, got torch.float16",
+        ),
+        (
+            "rel_w",
+            torch.Tensor.double,
+            ValueError,
+            "rel_w must have the dtype of query, torch.float32, got torch.float",
+        ),
+        (
+            "query",
+            torch.Tensor.half,
+            ValueError,
+            "rel_h must have the dtype of query, torch.float16, got torch.float32",
+        ),
+        ("rel_h", torch.Tensor.long, TypeError, "rel_h must have a floating-point dtype, got torch.int64"),
+        ("query", torch.Tensor.long, TypeError, "query must have a floating-point dtype, got torch.int64"),
+        ("rel_w", lambda table: None, TypeError, "rel_w must be a tensor, got NoneType"),
+        ("rel_w", lambda table: table.to("meta"), ValueError, "rel_w must be on the device of query, cpu, got meta"),
+        ("key_size", lambda size: 4, ValueError, r"key_size must be two positive sizes \(Hk, Wk\), got 4"),
+        ("key_size", lambda size: (4.0, 3.0), ValueError, r"key_size must be two positive sizes .* got \(4.0, 3.0\)"),
+        ("key_size", lambda size: (0, 3), ValueError, r"key_size must be two positive sizes .* got \(0, 3\)"),
+        (
+            "query",
+            lambda query: query[:, :, :0],
+            ValueError,
+            r"query must have at least one position, got shape \(1, 2, 0",
+        ),
+    ],
+)
+def test_inputs_that_do_not_fit(name, change, error, match):
+    inputs = {"query": torch.randn(1, 2, 4, 3, 5), "rel_h": torch.randn(7, 5), "rel_w": torch.randn(5, 5)}
+    inputs["key_size"] = (4, 3)
+    inputs[name] = change(inputs[name])
+    with pytest.raises(error, match=match):
+        sam_relative_logits(**inputs)
+
+
+def test_sam_logits_under_autocast_take_tables_of_another_dtype():
+    """As in SAM: the parameters are in float32, the query comes from a convolution in lower precision."""
+    query, rel_h, rel_w = torch.randn(1, 2, 4, 3, 5).bfloat16(), torch.randn(7, 5), torch.randn(5, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = sam_relative_logits(query, rel_h, rel_w, (4, 3))
+        with pytest.raises(ValueError, match=r"rel_h must have the dtype of query, .*bfloat16, got .*float64"):
+            sam_relative_logits(query, rel_h.double(), rel_w, (4, 3))
+    for logits, expected in zip(
+        actual, sam_relative_logits(query, rel_h.bfloat16(), rel_w.bfloat16(), (4, 3)), strict=True
+    ):
+        assert torch.equal(logits, expected)

@@ -1,5 +1,6 @@
 """Element-wise attention and dual softmax: batch statistics as BatchNorm2d keeps them, modules, and the definition."""
 
+import io
 import itertools
 
 import pytest
@@ -52,6 +53,44 @@ def test_running_statistics_are_those_of_batch_norm(impl, momentum):
     out = module(x)
     torch.testing.assert_close(out, norm(product) * x.repeat(1, 3, 1, 1), rtol=1e-4, atol=1e-5)
     assert torch.equal(module.running_mean, before)
+
+
+class _Functional(nn.Module):
+    """A call of the function in training mode, its running statistics buffers or arguments."""
+
+    def __init__(self, impl, buffers):
+        super().__init__()
+        self.impl, self.buffers_kept = impl, buffers
+        if buffers:
+            self.register_buffer("mean", torch.zeros(6))
+            self.register_buffer("var", torch.ones(6))
+
+    def forward(self, x, weight_row, weight_col, mean=None, var=None):
+        if self.buffers_kept:
+            mean, var = self.mean, self.var
+        return elementwise_attention(x, weight_row, weight_col, mean, var, training=True, impl=self.impl)
+
+
+@implementations
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("statistics", ["buffers", "arguments", "none"])
+def test_a_saved_program_in_training_mode(impl, statistics, strict):
+    """export, save, load: outputs and running statistics of two batches, of a size that is dynamic."""
+    x, *weights = draw((3, 2, 4, 5), (3, 2, 4, 5), (3, 2, 4, 5))
+    buffers = statistics == "buffers"
+    given, expected_given = ((torch.zeros(6), torch.ones(6)) if statistics == "arguments" else () for _ in range(2))
+    arguments = (x, *weights, *given)
+    dynamic = ({0: torch.export.Dim("batch", min=2, max=64)}, *(None,) * (len(arguments) - 1))
+    program = torch.export.export(_Functional(impl, buffers), arguments, dynamic_shapes=dynamic, strict=strict)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded, eager = torch.export.load(file).module(), _Functional(impl, buffers)
+    for batch in draw((4, 2, 4, 5), (7, 2, 4, 5)):
+        actual, expected = loaded(batch, *weights, *given), eager(batch, *weights, *expected_given)
+        torch.testing.assert_close(actual, expected)
+        kept = zip((*loaded.buffers(), *given), (*eager.buffers(), *expected_given), strict=True)
+        assert all(torch.equal(a, b) and bool((a != 0).all()) for a, b in kept)
 
 
 @implementations

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .. import dispatch
+from .. import checks, dispatch
 from . import library, reference
 
 
@@ -48,30 +48,23 @@ def attention_residual(
 
     Source: Kimi Team 2026, "Attention Residuals" (arXiv:2603.15031).
     """
-    _check(values, query, norm_weight, eps)
+    eps = _check(values, query, norm_weight, eps)
     *values, query, norm_weight = dispatch.autocast(*values, query, norm_weight)
     _check_dtypes(values, query, norm_weight)
     impl = dispatch.choose("attention_residual", impl, library.IMPLEMENTATIONS, values, query)
     if impl == "reference":
-        return reference.attention_residual(values, query, norm_weight, float(eps))
-    return library.attention(impl, values, query, norm_weight, float(eps))
+        return reference.attention_residual(values, query, norm_weight, eps)
+    return library.attention(impl, values, query, norm_weight, eps)
 
 
-def _check_tensor(name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
-
-
-def _check(values: object, query: object, norm_weight: object, eps: object) -> None:
+def _check(values: object, query: object, norm_weight: object, eps: object) -> float:
     if not isinstance(values, (list, tuple)):
         hint = "; unbind() makes one of a stacked tensor" if isinstance(values, Tensor) else ""
         raise TypeError(f"values must be a list or tuple of tensors, got {type(values).__name__}{hint}")
     if not values:
         raise ValueError("values must hold at least one tensor, got none")
     for i, value in enumerate(values):
-        _check_tensor(f"values[{i}]", value)
+        checks.tensor(f"values[{i}]", value)
         if i == 0 and (value.dim() == 0 or value.shape[-1] == 0):
             raise ValueError(f"values[0] must have shape (..., D) with D >= 1, got shape {tuple(value.shape)}")
         if value.shape != values[0].shape:
@@ -82,14 +75,13 @@ def _check(values: object, query: object, norm_weight: object, eps: object) -> N
     for name, tensor in (("query", query), ("norm_weight", norm_weight)):
         if name == "norm_weight" and tensor is None:
             continue
-        _check_tensor(name, tensor)
+        checks.tensor(name, tensor)
         if tuple(tensor.shape) != (depth,):
             raise ValueError(f"{name} must have shape (D,)=({depth},), got {tuple(tensor.shape)}")
-    # A tensor would be cut off from its gradient without a word.
-    if not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    eps = checks.number("eps", eps)
     if not eps >= 0.0:
         raise ValueError(f"eps must be at least 0, got {eps}")
+    return eps
 
 
 def _check_dtypes(values: Sequence[Tensor], query: Tensor, norm_weight: Tensor | None) -> None:

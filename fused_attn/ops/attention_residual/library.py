@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .. import autograd, dispatch
 from . import reference
 
-_SCHEMA = "(Tensor[] values, Tensor query, Tensor? norm_weight, float eps) -> (Tensor out, Tensor statistics)"
+_SCHEMA = "(Tensor[] values, Tensor query, Tensor? norm_weight, Scalar eps) -> (Tensor out, Tensor statistics)"
 _BACKWARD_SCHEMA = (
     "(Tensor grad_out, Tensor[] values, Tensor query, Tensor? norm_weight, Tensor statistics) "
     "-> (Tensor[] grad_values, Tensor grad_query, Tensor grad_norm_weight)"

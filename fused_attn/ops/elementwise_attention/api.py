@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import checks, dispatch
 from . import library, reference
 
 
@@ -102,10 +101,7 @@ def elementwise_attention(
     """
     _check_x(x)
     _check_weights(x, weight_row, weight_col)
-    for name, value in (("momentum", momentum), ("eps", eps)):
-        # A tensor would be cut off from its gradient without a word.
-        if not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    momentum, eps = checks.number("momentum", momentum), checks.number("eps", eps)
     channels = weight_row.shape[0] * x.shape[1]
     for name, value in (("running_mean", running_mean), ("running_var", running_var)):
         _check_running(name, value, x, channels, training)
@@ -123,36 +119,30 @@ def elementwise_attention(
     impl = dispatch.choose("elementwise_attention", impl, library.IMPLEMENTATIONS, x)
     mean, var = (None, None) if training else (running_mean.detach(), running_var.detach())
     if impl == "reference":
-        out, mean, var = reference.elementwise_attention(x, weight_row, weight_col, mean, var, float(eps))
+        out, mean, var = reference.elementwise_attention(x, weight_row, weight_col, mean, var, eps)
     else:
-        out, mean, var = library.elementwise_attention(impl, x, weight_row, weight_col, mean, var, float(eps))
+        out, mean, var = library.elementwise_attention(impl, x, weight_row, weight_col, mean, var, eps)
     if training and running_mean is not None and values > 0:
         _update(running_mean, mean, momentum)
         _update(running_var, var * (values / (values - 1)), momentum)
     return out
 
 
-@torch.no_grad()
 def _update(running: Tensor, batch: Tensor, momentum: float) -> None:
+    # Detached rather than under no_grad, which torch.export makes a subgraph without outputs of: it cannot save that.
+    running = running.detach()
     running.copy_((1.0 - momentum) * running.to(batch.dtype) + momentum * batch)
 
 
-def _check_tensor(name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
-
-
 def _check_x(x: object) -> None:
-    _check_tensor("x", x)
+    checks.tensor("x", x)
     if x.dim() != 4:
         raise ValueError(f"x must have 4 dimensions (B, C, H, W), got shape {tuple(x.shape)}")
 
 
 def _check_weights(x: Tensor, weight_row: object, weight_col: object) -> None:
     for name, weight in (("weight_row", weight_row), ("weight_col", weight_col)):
-        _check_tensor(name, weight)
+        checks.tensor(name, weight)
         if weight.dim() != 4 or weight.shape[1:] != x.shape[1:]:
             _, channels, height, width = x.shape
             raise ValueError(
@@ -170,7 +160,7 @@ def _check_running(name: str, value: object, x: Tensor, channels: int, training:
         if not training:
             raise ValueError(f"{name} must be a tensor when training is False, got None")
         return
-    _check_tensor(name, value)
+    checks.tensor(name, value)
     if tuple(value.shape) != (channels,):
         raise ValueError(f"{name} must have shape (heads*C,)=({channels},), got {tuple(value.shape)}")
     if value.device != x.device:

@@ -22,12 +22,12 @@ _SOFTMAX_BACKWARD = (
 )
 # mean and var None: normalise with the statistics of the batch.  Both come back as they were used, float32.
 _ATTENTION = (
-    "(Tensor x, Tensor weight_row, Tensor weight_col, Tensor? mean, Tensor? var, float eps) "
+    "(Tensor x, Tensor weight_row, Tensor weight_col, Tensor? mean, Tensor? var, Scalar eps) "
     f"-> (Tensor out, {_STATISTICS}, Tensor mean_used, Tensor var_used)"
 )
 _ATTENTION_BACKWARD = (
     f"(Tensor grad_out, Tensor x, Tensor weight_row, Tensor weight_col, {_STATISTICS}, Tensor mean, Tensor var, "
-    "bool training, float eps) -> (Tensor grad_x, Tensor grad_weight_row, Tensor grad_weight_col)"
+    "bool training, Scalar eps) -> (Tensor grad_x, Tensor grad_weight_row, Tensor grad_weight_col)"
 )
 
 
@@ -178,8 +178,9 @@ def _register(
 
 
 def _softmax_backward(operator, ctx, grad_out):
-    grads = operator(grad_out, *ctx.saved_tensors)
-    return grads if ctx.saved_tensors[1] is not None else (grads[0], None, None)
+    saved = ctx.saved_tensors  # read once: under torch.utils.checkpoint a second reading is an error
+    grads = operator(grad_out, *saved)
+    return grads if saved[1] is not None else (grads[0], None, None)
 
 
 def _attention_backward(operator, ctx, grad_out):

@@ -34,9 +34,9 @@ def elementwise_attention(x, weight_row, weight_col, mean, var, eps):
     flat, dtype = product.flatten(1, 2), statistics_dtype(x)
     training = mean is None
     if training:
-        with torch.no_grad():
-            mean = flat.mean((0, 2, 3), dtype=dtype)
-            var = (flat - mean.view(-1, 1, 1)).square().mean((0, 2, 3))
+        values = flat.detach()
+        mean = values.mean((0, 2, 3), dtype=dtype)
+        var = (values - mean.view(-1, 1, 1)).square().mean((0, 2, 3))
         normalised = F.batch_norm(flat, None, None, training=True, eps=eps)
     else:
         mean, var = mean.to(dtype), var.to(dtype)

@@ -296,7 +296,7 @@ ATTENTION_BAD = (
         r"running_mean must be a tensor when training is False, got None",
     ),
     BadInput("momentum", _bad(momentum=None), TypeError, r"momentum must be a number, got NoneType"),
-    BadInput("eps", _bad(eps=torch.ones(())), TypeError, r"eps must be a number, got Tensor"),
+    BadInput("eps", _bad(eps=torch.ones(2)), TypeError, r"eps must be a number or a tensor without dim"),
     BadInput(
         "one value per channel",
         _bad(**dict.fromkeys(_EVERY, lambda t: t[:1, :, :1, :1])),

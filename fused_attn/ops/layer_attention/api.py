@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .. import dispatch
+from .. import checks, dispatch
 from . import library, reference
 
 ACTIVATIONS = ("softmax", "sigmoid")
@@ -74,7 +74,7 @@ def weighted_layer_sum(weights: Tensor, values: Sequence[Tensor], *, impl: str =
 
     Raises, determinism: as in :func:`layer_attention`.
     """
-    _check_tensor("weights", weights)
+    checks.tensor("weights", weights)
     values = _check_list("values", values)
     weights, *values = dispatch.autocast(weights, *values)
     _check_values(weights, "weights", values)
@@ -97,14 +97,14 @@ def check(
     activation: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, float]:
     """The arguments of :func:`layer_attention` as the operators take them: query (B, G, d), lists, scale a number."""
-    _check_tensor("query", query)
+    checks.tensor("query", query)
     keys, values = _check_list("keys", keys), _check_list("values", values)
     if bias is not None:
-        _check_tensor("bias", bias)
+        checks.tensor("bias", bias)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
-    if scale is not None and not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    if scale is not None:
+        scale = checks.number("scale", scale)
     if len(keys) != len(values):
         raise ValueError(f"keys must be as many as values, {len(values)}, got {len(keys)}")
     if query.dim() not in (2, 3):
@@ -130,14 +130,7 @@ def check(
         if tuple(bias.shape) != expected:
             raise ValueError(f"bias must have shape (L, G)={expected}, got {tuple(bias.shape)}")
         _check_like("bias", bias, "query", query)
-    return query, list(keys), list(values), bias, query.shape[2] ** -0.5 if scale is None else float(scale)
-
-
-def _check_tensor(name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+    return query, list(keys), list(values), bias, query.shape[2] ** -0.5 if scale is None else scale
 
 
 def _check_list(name: str, tensors: object) -> list[Tensor]:
@@ -146,7 +139,7 @@ def _check_list(name: str, tensors: object) -> list[Tensor]:
     if not tensors:
         raise ValueError(f"{name} must hold at least one layer, got none")
     for layer, tensor in enumerate(tensors):
-        _check_tensor(f"{name}[{layer}]", tensor)
+        checks.tensor(f"{name}[{layer}]", tensor)
     return list(tensors)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import checks, dispatch
 from .api import weighted_layer_sum
 
 
@@ -33,10 +33,7 @@ def gated_shortcut(gate: Tensor, value: Tensor, weight: Tensor, shortcut: Tensor
     """
     inputs = {"gate": gate, "value": value, "weight": weight, "shortcut": shortcut}
     for name, tensor in inputs.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+        checks.tensor(name, tensor)
     if value.dim() < 2:
         raise ValueError(f"value must have shape (B, C, *spatial), got {tuple(value.shape)}")
     batch, channels = value.shape[:2]

@@ -18,10 +18,10 @@ _SCHEMAS = {
     "weighted_layer_sum": "(Tensor weights, Tensor[] values) -> Tensor",
     "weighted_layer_sum_backward": "(Tensor grad_out, Tensor weights, Tensor[] values) "
     "-> (Tensor grad_weights, Tensor[] grad_values)",
-    "layer_attention": "(Tensor query, Tensor[] keys, Tensor[] values, Tensor? bias, float scale, bool sigmoid) "
+    "layer_attention": "(Tensor query, Tensor[] keys, Tensor[] values, Tensor? bias, Scalar scale, bool sigmoid) "
     "-> (Tensor out, Tensor weights)",
     "layer_attention_backward": "(Tensor grad_out, Tensor query, Tensor[] keys, Tensor[] values, Tensor weights, "
-    "float scale, bool sigmoid) "
+    "Scalar scale, bool sigmoid) "
     "-> (Tensor grad_query, Tensor[] grad_keys, Tensor[] grad_values, Tensor grad_bias)",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import checks, dispatch
 from . import library, reference
 
 INDEX = ("key_minus_query", "query_minus_key")
@@ -61,7 +61,7 @@ def rel_attention_2d(
 
     Source: Bello et al. 2019, "Attention Augmented Convolutional Networks", eq. 3-5.
     """
-    query, key, value = _check_attention(query, key, value, dropout_p)
+    dropout_p = _check_attention(query, key, value, dropout_p)
     if index not in INDEX:
         raise ValueError(f"index must be one of {', '.join(map(repr, INDEX))}, got {index!r}")
     _check_table("rel_h", rel_h, query, key, axis=2)
@@ -69,14 +69,14 @@ def rel_attention_2d(
     query, key, value, rel_h, rel_w = dispatch.autocast(query, key, value, rel_h, rel_w)
     _check_dtypes(query, key=key, value=value, rel_h=rel_h, rel_w=rel_w)
 
-    scale = query.shape[-1] ** -0.5 if scale is None else _number("scale", scale)
-    rel_scale = scale if rel_scale is None else _number("rel_scale", rel_scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
+    rel_scale = scale if rel_scale is None else checks.number("rel_scale", rel_scale)
     impl = dispatch.choose("rel_attention_2d", impl, library.IMPLEMENTATIONS, query, key, value)
     seed = _draw_seed(query.device) if dropout_p > 0.0 else None
     if impl == "reference":
         return reference.rel_attention_2d(query, key, value, rel_h, rel_w, scale, rel_scale, index, dropout_p, seed)
     return library.attention(
-        impl, query, key, value, rel_h, rel_w, scale, rel_scale, index == "key_minus_query", float(dropout_p), seed
+        impl, query, key, value, rel_h, rel_w, scale, rel_scale, index == "key_minus_query", dropout_p, seed
     )
 
 
@@ -116,45 +116,31 @@ def decomposed_bias_attention(
 
     Source: Li et al. 2022, "MViTv2", eq. 4-5 (the decomposition).
     """
-    query, key, value = _check_attention(query, key, value, dropout_p)
+    dropout_p = _check_attention(query, key, value, dropout_p)
     _check_bias("bias_h", bias_h, query, key, axis=2)
     _check_bias("bias_w", bias_w, query, key, axis=3)
     query, key, value, bias_h, bias_w = dispatch.autocast(query, key, value, bias_h, bias_w)
     _check_dtypes(query, key=key, value=value, bias_h=bias_h, bias_w=bias_w)
 
-    scale = query.shape[-1] ** -0.5 if scale is None else _number("scale", scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
     impl = dispatch.choose("decomposed_bias_attention", impl, library.IMPLEMENTATIONS, query, key, value)
     seed = _draw_seed(query.device) if dropout_p > 0.0 else None
     if impl == "reference":
         return reference.decomposed_bias_attention(query, key, value, bias_h, bias_w, scale, dropout_p, seed)
-    return library.attention(impl, query, key, value, bias_h, bias_w, scale, 1.0, True, float(dropout_p), seed)
+    return library.attention(impl, query, key, value, bias_h, bias_w, scale, 1.0, True, dropout_p, seed)
 
 
 def _draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**63 - 1, (1,), device=device, dtype=torch.int64)
 
 
-def _number(name: str, value: object) -> float:
-    # A tensor would be cut off from its gradient without a word.
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
-
-
-def _check_tensor(name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
-
-
-def _check_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> tuple[Tensor, Tensor, Tensor]:
+def _check_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> float:
     for name, tensor, shape in (
         ("query", query, "(B, heads, Hq, Wq, d_k)"),
         ("key", key, "(B, heads, Hk, Wk, d_k)"),
         ("value", value, "(B, heads, Hk, Wk, d_v)"),
     ):
-        _check_tensor(name, tensor)
+        checks.tensor(name, tensor)
         if tensor.dim() != 5:
             raise ValueError(f"{name} must have 5 dimensions {shape}, got shape {tuple(tensor.shape)}")
     if query.shape[-1] == 0:
@@ -171,9 +157,10 @@ def _check_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float
         raise ValueError(
             f"value must have the grid of key, (Hk, Wk)={tuple(key.shape[2:4])}, got {tuple(value.shape[2:4])}"
         )
-    if not 0.0 <= _number("dropout_p", dropout_p) < 1.0:
+    dropout_p = checks.number("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    return query, key, value
+    return dropout_p
 
 
 def _check_dtypes(query: Tensor, **others: Tensor | None) -> None:
@@ -189,7 +176,7 @@ def _check_dtypes(query: Tensor, **others: Tensor | None) -> None:
 def _check_table(name: str, table: Tensor | None, query: Tensor, key: Tensor, axis: int) -> None:
     if table is None:
         return
-    _check_tensor(name, table)
+    checks.tensor(name, table)
     heads, depth = query.shape[1], query.shape[-1]
     length = max(query.shape[axis] + key.shape[axis] - 1, 0)
     if tuple(table.shape) not in ((length, depth), (heads, length, depth)):
@@ -203,7 +190,7 @@ def _check_table(name: str, table: Tensor | None, query: Tensor, key: Tensor, ax
 def _check_bias(name: str, bias: Tensor | None, query: Tensor, key: Tensor, axis: int) -> None:
     if bias is None:
         return
-    _check_tensor(name, bias)
+    checks.tensor(name, bias)
     expected = (*query.shape[:4], key.shape[axis])
     if tuple(bias.shape) != expected:
         letter = "HW"[axis - 2]

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import checks, dispatch
+
 
 def sam_relative_logits(
     query: Tensor, rel_h: Tensor, rel_w: Tensor, key_size: tuple[int, int]
@@ -44,12 +46,22 @@ def sam_relative_logits(
         and both tables.
 
     Raises:
-        ValueError: ``query`` has not 5 dimensions, or a table does not fit it.
+        TypeError: ``query`` or a table is not a floating-point tensor.
+        ValueError: ``query`` has not 5 dimensions or no position, a table does not fit its shape, dtype or device, or
+            ``key_size`` is not two positive sizes.
+
+    Under autocast the products are computed in the autocast dtype, as by ``torch.einsum``; tables may be float32.
 
     Source: Li et al. 2022, "MViTv2", section 4.1; Kirillov et al. 2023, "Segment Anything", whose code resizes.
     """
+    for name, tensor in (("query", query), ("rel_h", rel_h), ("rel_w", rel_w)):
+        checks.tensor(name, tensor)
     if query.dim() != 5:
         raise ValueError(f"query must have 5 dimensions (B, heads, Hq, Wq, d_k), got shape {tuple(query.shape)}")
+    if query.shape[2] < 1 or query.shape[3] < 1:
+        raise ValueError(f"query must have at least one position, got shape {tuple(query.shape)}")
+    if not isinstance(key_size, (list, tuple)) or len(key_size) != 2 or not all(map(_is_positive_size, key_size)):
+        raise ValueError(f"key_size must be two positive sizes (Hk, Wk), got {key_size}")
     heads, height, width, depth = query.shape[1:]
     for name, table in (("rel_h", rel_h), ("rel_w", rel_w)):
         if (
@@ -62,11 +74,22 @@ def sam_relative_logits(
                 f"{name} must have shape (L, d_k)=(L, {depth}) or (heads, L, d_k)=({heads}, L, {depth}), "
                 f"got {tuple(table.shape)}"
             )
+    # What einsum will multiply.
+    cast_query, *tables = dispatch.autocast(query, rel_h, rel_w)
+    for name, table in zip(("rel_h", "rel_w"), tables, strict=True):
+        if table.dtype != cast_query.dtype:
+            raise ValueError(f"{name} must have the dtype of query, {cast_query.dtype}, got {table.dtype}")
+        if table.device != query.device:
+            raise ValueError(f"{name} must be on the device of query, {query.device}, got {table.device}")
     rows = _rows(rel_h, height, key_size[0]).expand(heads, -1, -1, -1)
     columns = _rows(rel_w, width, key_size[1]).expand(heads, -1, -1, -1)
     bias_h = torch.einsum("bnyxd,nykd->bnyxk", query, rows)
     bias_w = torch.einsum("bnyxd,nxkd->bnyxk", query, columns)
     return bias_h, bias_w
+
+
+def _is_positive_size(size: object) -> bool:
+    return isinstance(size, (int, torch.SymInt)) and not isinstance(size, bool) and size >= 1
 
 
 def _rows(table: Tensor, queries: int, keys: int) -> Tensor:

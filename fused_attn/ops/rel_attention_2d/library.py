@@ -21,12 +21,12 @@ from . import reference
 _NAMES = "rel_attention_2d and decomposed_bias_attention"
 
 _SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col, float scale, float rel_scale, "
-    "bool key_minus_query, float dropout_p, Tensor? seed) -> (Tensor out, Tensor lse)"
+    "(Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col, Scalar scale, Scalar rel_scale, "
+    "bool key_minus_query, Scalar dropout_p, Tensor? seed) -> (Tensor out, Tensor lse)"
 )
 _BACKWARD_SCHEMA = (
     "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col, Tensor out, Tensor lse, "
-    "float scale, float rel_scale, bool key_minus_query, float dropout_p, Tensor? seed) "
+    "Scalar scale, Scalar rel_scale, bool key_minus_query, Scalar dropout_p, Tensor? seed) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_row, Tensor grad_col)"
 )
 

@@ -373,7 +373,9 @@ def _common_bad(make: Callable[..., dict[str, Any]]) -> tuple[BadInput, ...]:
         BadInput("dropout nan", bad(dropout_p=float("nan")), ValueError, r"dropout_p must be in \[0, 1\), got nan"),
         BadInput("dropout text", bad(dropout_p="0.1"), TypeError, r"dropout_p must be a number, got str"),
         BadInput("scale text", bad(scale="1"), TypeError, r"scale must be a number, got str"),
-        BadInput("scale tensor", bad(scale=torch.ones(())), TypeError, r"scale must be a number, got Tensor"),
+        BadInput(
+            "scale tensor", bad(scale=torch.ones((), requires_grad=True)), TypeError, r"scale .* that requires grad"
+        ),
         BadInput("query none", bad(query=None), TypeError, r"query must be a tensor, got NoneType"),
         BadInput(
             "value transposed",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import dispatch
+from .. import checks, dispatch
 from . import library, reference
 
 ACTIVATIONS = (None, "relu")
@@ -81,10 +81,7 @@ def squeeze_excite(
 
 
 def _check_tensor(name: str, tensor: object, layout: str) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+    checks.tensor(name, tensor)
     dimensions = layout.count(",") + (not layout.endswith(",)"))
     if tensor.dim() != dimensions:
         raise ValueError(f"{name} must have shape {layout}, got {tuple(tensor.shape)}")

@@ -1,0 +1,63 @@
+"""Checks of arguments that all ops share."""
+
+from __future__ import annotations
+
+import numbers
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def number(name: str, value: object) -> float:
+    """A number that a user gave, as a float.
+
+    Under ``torch.compile``, ``torch.export`` and ``make_fx`` a number that was computed from a dynamic size stays
+    symbolic.  The operators take it as a ``Scalar``: for a ``float``, PyTorch would put in the number of today's size.
+
+    Args:
+        name: of the argument, for the error text.
+        value: an int, a float, a number of NumPy, a symbolic number, or a tensor without dimensions that needs no
+            gradient.  Such a tensor is read, which waits for a GPU, and which a compiled graph cannot do.
+
+    Raises:
+        TypeError: it is something else, a bool, or a tensor that has a gradient or a tangent to lose.
+    """
+    if isinstance(value, Tensor):
+        _check_number_tensor(name, value)
+    elif isinstance(value, (bool, torch.SymBool)) or not isinstance(value, _NUMBERS):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return torch.sym_float(value)
+
+
+_NUMBERS = (numbers.Real, torch.SymInt, torch.SymFloat)
+
+
+def _check_number_tensor(name: str, value: Tensor) -> None:
+    if value.requires_grad:
+        raise TypeError(
+            f"{name} must be a number, got a tensor that requires grad, which its gradient would not reach; "
+            "detach() it, or multiply an argument with it that has a gradient"
+        )
+    if value.dim() > 0:
+        raise TypeError(
+            f"{name} must be a number or a tensor without dimensions, got one of shape {tuple(value.shape)}"
+        )
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{name} must be a number, got a tensor of dtype {value.dtype}")
+    if value.is_meta:
+        raise TypeError(f"{name} must be a number, got a tensor on the meta device")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise TypeError(f"{name} must be a number, got a tensor with a forward-mode tangent, which would be lost")
+
+
+def tensor(name: str, value: object) -> None:
+    """Require a floating-point tensor.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
