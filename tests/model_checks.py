@@ -19,7 +19,7 @@ def count(model):
 def randomise_norms(model):
     """Give BN and LayerNorm weights, biases and statistics at which no term of the network vanishes."""
     for module in model.modules():
-        if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.LayerNorm)):
+        if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.LayerNorm)) and module.weight is not None:
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             torch.nn.init.normal_(module.bias, std=0.2)
         if isinstance(module, torch.nn.BatchNorm2d):

@@ -97,13 +97,14 @@ class LayerAttention(nn.Module):
         grid = tuple(layers[-1].shape[2:])
         values, keys = [], []
         for x, projection, key in zip(layers, self.projections, self.keys, strict=True):
-            seen = F.adaptive_avg_pool2d(x, self.key_grid) if grid else x
-            keys.append(key(self._widen(seen, projection).flatten(1)).unsqueeze(1))  # one group
-            values.append(self._widen(F.adaptive_avg_pool2d(x, grid) if grid else x, projection))
+            value = self._widen(F.adaptive_avg_pool2d(x, grid) if grid else x, projection)
+            seen = self._widen(F.adaptive_avg_pool2d(x, self.key_grid), projection) if grid else value
+            keys.append(key(seen.flatten(1)).unsqueeze(1))  # one group
+            values.append(value)
         return layer_attention(keys[-1], keys, values, impl=self.impl)
 
     def _widen(self, x: Tensor, projection: nn.Module) -> Tensor:
-        if isinstance(projection, nn.Linear):
+        if not isinstance(projection, nn.Identity):  # a linear layer, or what was put in its place
             return projection(x.movedim(1, -1)).movedim(-1, 1)
         missing = self.channels[-1] - x.shape[1]
         return F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x
