@@ -2,8 +2,8 @@
 
 Build with ``pip install --no-build-isolation .`` in an environment that has torch: an isolated build would fetch
 another one.  Where no C++ compiler is there, or with FUSED_ATTN_NO_EXTENSION=1, the Python part is built alone, as a
-pure wheel; ``fused-attn info`` and the first call that wants a kernel then say so.  FUSED_ATTN_REQUIRE_EXTENSION=1 makes
-a missing compiler an error; a compiler that fails always is one.
+pure wheel; ``fused-attn info`` and the first call that wants a kernel then say so.  FUSED_ATTN_REQUIRE_EXTENSION=1
+makes that an error; a compiler that fails always is one.
 """
 
 import os

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
+#: States what it takes: why it was left out, be it for want of a compiler or on request, nothing here can know.
+NOT_BUILT = "it was not built: that takes a C++ compiler at installation, and FUSED_ATTN_NO_EXTENSION not set to 1"
 #: What to do about a missing extension.
 REMEDY = """To build it where a C++20 compiler is:
   pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir SOURCE
-SOURCE is the folder, archive or address that the package came from. Without --no-cache-dir, pip may take a wheel without
-kernels that it built earlier."""
+SOURCE is the folder, archive or address that the package came from. Without --no-cache-dir, pip may take a wheel
+without kernels that it built earlier."""
 
 #: Instruction sets the kernels are compiled for, lowest first.
 CPU_CAPABILITIES = ("generic", "avx2", "avx512")
@@ -20,7 +22,7 @@ CPU_CAPABILITIES = ("generic", "avx2", "avx512")
 def _load() -> str | None:
     libraries = sorted(Path(__file__).parent.glob("_C*.so"))
     if not libraries:
-        return "it was not built: that takes a C++ compiler at installation, and FUSED_ATTN_NO_EXTENSION not set to 1"
+        return NOT_BUILT
     try:
         torch.ops.load_library(str(libraries[0]))
     except OSError as error:
