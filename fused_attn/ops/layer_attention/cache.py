@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from .. import dispatch
@@ -27,28 +31,47 @@ class LayerCache:
             cache.append(key, value)
             x = x + cache.attend(query)
 
-    For ``torch.utils.checkpoint``, make it inside the checkpointed function.  Under ``torch.compile`` it makes the
-    separate calls.  No second derivative.
+    ``keys`` and ``values`` are the tensors that were appended: gradients with respect to them, retained ones and hooks
+    are those of the separate calls.  No second derivative.  Under ``torch.compile`` and in function transforms it makes
+    the separate calls.
+
+    With ``torch.utils.checkpoint``, whose functions run a second time in the backward pass, do one of:
+
+    - make the cache inside the checkpointed function;
+    - append and attend outside it (values have to be kept for the later layers anyway);
+    - share the cache, and tell the checkpoint how long it was:
+      ``checkpoint(block, x, cache, use_reentrant=False, context_fn=cache.checkpoint_contexts)``.
+
+    A function that changes or reads a shared cache a second time without that is a ``RuntimeError``.
     """
 
     def __init__(self) -> None:
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self._buffers: list[_Buffer] = []
-        self._versions: list[int] = []
+        self._layers: list[_Layer] = []
+        #: the backward pass that the cache was made in, or put back in; -1: none
+        self._pass = _running_pass()
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self._layers)
+
+    @property
+    def keys(self) -> tuple[Tensor, ...]:
+        """The keys that were appended."""
+        return tuple(layer.key for layer in self._layers)
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        """The values that were appended."""
+        return tuple(layer.value for layer in self._layers)
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """Add a layer: key (B, G, d), value (B, C, *spatial)."""
-        buffer = _Buffer()
-        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled() and not is_compiling():
-            value = _Collect.apply(buffer, value)
-        self.keys.append(key)
-        self.values.append(value)
-        self._buffers.append(buffer)
-        self._versions.append(0 if is_compiling() else _version(value))
+        self._check_pass("append")
+        layer = _Layer(key, value, _version(value))
+        needs_gradient = isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
+        if needs_gradient and not _makes_separate_calls():
+            layer.buffer = _Buffer()
+            layer.collected = _Collect.apply(layer.buffer, value)
+        self._layers.append(layer)
 
     def attend(
         self,
@@ -60,57 +83,110 @@ class LayerCache:
         impl: str = "auto",
     ) -> Tensor:
         """:func:`layer_attention` over all layers appended so far; arguments, result and errors are its."""
-        if is_compiling():
+        self._check_pass("attend")
+        for number, layer in enumerate(self._layers):
+            if _version(layer.value) != layer.version:
+                raise RuntimeError(f"values[{number}] was changed in place after it was appended to the LayerCache")
+        if _makes_separate_calls():
             return layer_attention(
                 query, self.keys, self.values, scale=scale, bias=bias, activation=activation, impl=impl
             )
-        for layer, (value, version) in enumerate(zip(self.values, self._versions, strict=True)):
-            if _version(value) != version:
-                raise RuntimeError(f"values[{layer}] was changed in place after it was appended to the LayerCache")
         query, keys, values, bias, scale = check(query, self.keys, self.values, scale, bias, activation)
         impl = dispatch.choose("layer_attention", impl, library.IMPLEMENTATIONS, values)
         sigmoid = activation == "sigmoid"
         if impl == "reference":
             return reference.layer_attention(query, keys, values, bias, scale, sigmoid)
-        # Under autocast the values were cast: their gradients take the usual way.
+        # Under autocast the values were cast: their gradients take the usual way, as those of values without a buffer.
         buffers = [
-            buffer if value is kept else None
-            for buffer, value, kept in zip(self._buffers, values, self.values, strict=True)
+            layer.buffer if value is layer.value else None for layer, value in zip(self._layers, values, strict=True)
+        ]
+        values = [
+            value if buffer is None else layer.collected
+            for layer, value, buffer in zip(self._layers, values, buffers, strict=True)
         ]
         return _Attend.apply(impl, scale, sigmoid, buffers, bias, query, *keys, *values)
 
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """``context_fn`` of ``torch.utils.checkpoint`` for a function that appends to this cache or attends over it.
+
+        When the function runs again, in the backward pass, the cache is as long as it was at its first start.
+        """
+        return nullcontext(), _PutBack(self, len(self))
+
+    def _check_pass(self, method: str) -> None:
+        running = _running_pass()
+        if running not in (-1, self._pass):
+            raise RuntimeError(
+                f"LayerCache: {method} on a cache of {len(self)} layers ran again in the backward pass, as in "
+                "torch.utils.checkpoint: make the cache inside the checkpointed function, append and attend outside "
+                "it, or pass use_reentrant=False, context_fn=cache.checkpoint_contexts"
+            )
+
+
+class _PutBack:
+    """A context in which a cache has its first layers only."""
+
+    def __init__(self, cache: LayerCache, length: int) -> None:
+        self.cache, self.length = cache, length
+
+    def __enter__(self) -> None:
+        cache = self.cache
+        self.kept = cache._layers, cache._pass
+        cache._layers, cache._pass = cache._layers[: self.length], _running_pass()
+
+    def __exit__(self, *_) -> None:
+        self.cache._layers, self.cache._pass = self.kept
+
+
+def _makes_separate_calls() -> bool:
+    """Whether what goes through the buffers would not be seen: in a compiler, a function transform, forward mode."""
+    return is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _running_pass() -> int:
+    """The number of the backward pass that is running in this thread; -1: none."""
+    return -1 if is_compiling() else torch._C._current_graph_task_id()
+
 
 def _version(value: object) -> int:
-    """How often a tensor was written to; 0 where that is not counted (inference mode)."""
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+    """How often a tensor was written to; 0 where that is not counted (in a compiler, in inference mode)."""
+    return value._version if isinstance(value, Tensor) and not is_compiling() and not value.is_inference() else 0
 
 
 class _Buffer:
     """The gradient of one value so far in the backward pass that is running.
 
-    A pass that stopped early, or did not need this value, leaves a sum behind: it is dropped with the first addition of
-    the next one.
+    Passes are told apart, because a hook may run one inside another.
     """
 
     def __init__(self) -> None:
-        self.sum: Tensor | None = None
-        self.task = -1
+        self.sums: dict[int, Tensor] = {}
 
     def get(self) -> Tensor | None:
-        return self.sum if self.task == torch._C._current_graph_task_id() else None
+        return self.sums.get(_running_pass())
 
     def set(self, total: Tensor) -> None:
-        self.sum, self.task = total, torch._C._current_graph_task_id()
+        self.sums[_running_pass()] = total
 
     def take(self) -> Tensor | None:
-        total, self.sum = self.get(), None
-        return total
+        return self.sums.pop(_running_pass(), None)
+
+
+@dataclass
+class _Layer:
+    key: Tensor
+    value: Tensor
+    version: int
+    #: where its gradient is added up, and the value as the attentions get it; None: its gradient takes the usual way
+    buffer: _Buffer | None = None
+    collected: Tensor | None = None
 
 
 class _Collect(torch.autograd.Function):
-    """The value unchanged; its gradient is what the attentions have put into the buffer, and what came otherwise.
+    """The value unchanged; its gradient is what the attentions have put into the buffer, and what they returned.
 
-    Autograd runs the backward pass of this function after those of all attentions over its result.
+    Autograd runs the backward pass of this function after those of all attentions over its result.  That only they see:
+    a user has the value above this node, where the gradient is whole.
     """
 
     @staticmethod
