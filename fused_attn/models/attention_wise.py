@@ -101,9 +101,9 @@ class VGGControl(nn.Module):
             raise ValueError(f"image_size must be at least 4, got {image_size}")
         stages, channels = [], in_chans
         for width in (100, 200):
-            stages += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
-            stages += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True)]
-            stages += [nn.Conv2d(width, width, 2, stride=2, bias=False), nn.ReLU(inplace=True)]
+            stages += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            stages += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+            stages += [nn.Conv2d(width, width, 2, stride=2, bias=False), nn.ReLU()]
             channels = width
         self.features = nn.Sequential(*stages)
         self.fc = nn.Linear(channels * (self.size[0] // 4) * (self.size[1] // 4), num_classes)

@@ -40,8 +40,8 @@ class Bottleneck(nn.Module):
     def residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The block's output, and the shortcut that is part of it."""
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
         return F.relu(self.bn3(self.conv3(x)) + shortcut, inplace=True), shortcut
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class MRLABaseBottleneck(Bottleneck):
 
     def forward(self, x: Tensor, cache: LayerCache) -> Tensor:
         x, _ = self.residual(x)
-        return x + self.drop_path(F.relu(self.bn_mrla(self.mrla(x, cache)), inplace=True))
+        return x + self.drop_path(F.relu(self.bn_mrla(self.mrla(x, cache))))
 
 
 class MRLALightBottleneck(Bottleneck):
@@ -112,7 +112,7 @@ def make_stem(kind: str, in_chans: int) -> tuple[nn.Module, int, nn.Module]:
         layers: list[nn.Module] = []
         for index, (before, after) in enumerate(pairwise(widths)):
             if index:
-                layers += [nn.BatchNorm2d(before), nn.ReLU(inplace=True)]
+                layers += [nn.BatchNorm2d(before), nn.ReLU()]
             layers.append(conv3x3(before, after, stride=1 if index else 2))
         return nn.Sequential(*layers), 2, pool
     if kind == "cifar":
@@ -204,7 +204,7 @@ class BottleneckResNet(nn.Module):
                 nn.init.zeros_(module.bn3.weight)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        x = F.relu(self.bn(self.stem(x)), inplace=True)
+        x = F.relu(self.bn(self.stem(x)))
         maps = [x]
         x = self.pool(x)
         for stage in self.stages:

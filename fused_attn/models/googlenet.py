@@ -25,7 +25,7 @@ def _conv(in_channels: int, channels: int, kernel: int) -> list[nn.Module]:
     return [
         nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2, bias=False),
         nn.BatchNorm2d(channels),
-        nn.ReLU(inplace=True),
+        nn.ReLU(),
     ]
 
 

@@ -35,7 +35,7 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        residual = F.relu(self.bn1(self.conv1(x)))
         residual = self.bn2(self.conv2(residual))
         return F.relu(residual + (x if self.shortcut is None else self.shortcut(x)), inplace=True)
 
@@ -128,7 +128,7 @@ class ResNet34(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(F.relu(self.bn(self.stem(x)), inplace=True))
+        x = self.pool(F.relu(self.bn(self.stem(x))))
         for stage in self.stages:
             x = stage(x)
         return self.fc(x.mean(dim=(2, 3)))

@@ -39,9 +39,9 @@ class WideBlock(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = F.relu(self.bn1(x), inplace=True)
+        activated = F.relu(self.bn1(x))
         residual = self.conv1(activated)
-        residual = self.conv2(self.dropout(F.relu(self.bn2(residual), inplace=True)))
+        residual = self.conv2(self.dropout(F.relu(self.bn2(residual))))
         return residual + (x if self.shortcut is None else self.shortcut(activated))
 
 
@@ -138,7 +138,7 @@ class WideResNet(nn.Module):
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x)
-        x = F.relu(self.bn(x), inplace=True)
+        x = F.relu(self.bn(x))
         return self.fc(x.mean(dim=(2, 3)))
 
 

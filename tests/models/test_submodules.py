@@ -1,0 +1,139 @@
+"""Every submodule of every model is called: hooks run, what they return counts, offloading and sharding work."""
+
+import re
+from collections import defaultdict
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+from fused_attn import create_model, list_models
+from fused_attn.models import registry
+
+DEIT = {"dim": 32, "heads": 2, "depth": 3, "patch_size": 4}
+#: label -> (model, options): every class of the registry, and every way through it that differs in what is called.
+MODELS = {
+    "wrn": ("wrn_10_1", {}),
+    "aa_wrn": ("aa_wrn_10_1", {}),
+    "resnet34": ("resnet34", {}),
+    "aa_resnet34": ("aa_resnet34", {"stem": "cifar"}),
+    "resnet20": ("resnet20", {}),
+    "sa_resnet20": ("sa_resnet20", {}),
+    "sa_resnet20 of convolutions": ("sa_resnet20", {"layers": "convolutions", "values": "project"}),
+    "sa_resnet20 of maps": ("sa_resnet20", {"key_grid": 2}),
+    "sa_resnet20 features": ("sa_resnet20", {"features_only": True}),
+    "resnet50": ("resnet50", {"zero_init": False}),
+    "mrla_base": ("mrla_base_resnet50", {"stem": "cifar", "zero_init": False}),
+    "mrla_light": ("mrla_light_resnet50", {"stem": "cifar", "zero_init": False}),
+    "deit": ("deit_tiny", DEIT),
+    "mrla_base_deit": ("mrla_base_deit_tiny", DEIT),
+    "mrla_light_deit": ("mrla_light_deit_tiny", DEIT),
+    "se": ("se_resnet34", {"width": 8}),
+    "se of bottlenecks": ("se_resnet50", {"width": 8}),
+    "se_a": ("se_a_resnet34", {"width": 8}),
+    "se_r": ("se_r_resnet34", {"width": 8}),
+    "se_m": ("se_m_resnet34", {"width": 8, "aux_model": "resnet20"}),
+    "attention_wise": ("attention_wise_a", {}),
+    "vgg_control": ("vgg_control", {}),
+    "googlenet": ("googlenet", {}),
+}
+models = pytest.mark.parametrize("label", MODELS)
+
+
+def build(label):
+    torch.manual_seed(0)
+    name, options = MODELS[label]
+    return create_model(name, num_classes=5, image_size=16, **options)
+
+
+def images():
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def scalar(out):
+    """A number that depends on every output of a model."""
+    if isinstance(out, torch.Tensor):
+        return out.square().sum()
+    return sum(scalar(part) for part in out)
+
+
+def watched(model):
+    """Every module that is called: those with state in them, but for lists, and for the whole where it returns one."""
+    return {
+        path: part
+        for path, part in model.named_modules()
+        if [*part.buffers(), *part.parameters()]
+        and not isinstance(part, (nn.ModuleList, nn.ModuleDict))
+        and (path or getattr(model, "fc", model) is not None)
+    }
+
+
+def test_every_class_of_the_registry_is_here():
+    there = {family.build for family in registry._FAMILIES}
+    here = {registry._find(name).build for name, _ in MODELS.values()}
+    assert there == here
+    for pattern in ("aa_*", "sa_*", "mrla_base_*", "mrla_light_*", "se_a_*", "se_r_*", "se_m_*"):
+        assert {*list_models(pattern)} & {name for name, _ in MODELS.values()}, pattern
+
+
+@models
+def test_every_hook_runs(label):
+    """Forward and backward, before and after, as often as each other."""
+    model, seen = build(label), []
+    for path, part in watched(model).items():
+        part.register_forward_pre_hook(lambda m, args, p=path: seen.append(("forward pre", p)))
+        part.register_forward_hook(lambda m, args, out, p=path: seen.append(("forward", p)))
+        part.register_full_backward_pre_hook(lambda m, grad, p=path: seen.append(("backward pre", p)))
+        part.register_full_backward_hook(lambda m, gi, go, p=path: seen.append(("backward", p)))
+    scalar(model(images())).backward()
+    kinds = ("forward pre", "forward", "backward pre", "backward")
+    ran = {kind: sorted(path for k, path in seen if k == kind) for kind in kinds}
+    assert set(ran["forward"]) == set(watched(model))
+    for kind in kinds:
+        assert ran[kind] == ran["forward"], kind
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@models
+def test_what_a_hook_returns_counts(label):
+    """One layer of every kind, a kind being the same path but for the numbers in it."""
+    model = build(label).double()
+    update_bn([images().double()], model)  # or values grow from block to block, until softmaxes are at their ends
+    model.eval()
+    kinds = defaultdict(list)
+    for path, part in watched(model).items():
+        if not any(True for _ in part.children()):
+            kinds[re.sub(r"\d+", "#", path)].append(path)
+
+    def changed(path):
+        handle = model.get_submodule(path).register_forward_hook(lambda m, args, out: out * 0.01 + 0.1)
+        out = scalar(model(images().double()))
+        handle.remove()
+        return out != before
+
+    with torch.no_grad():
+        before = scalar(model(images().double()))
+        for kind, paths in kinds.items():
+            if kind.startswith("auxiliary") and label not in ("se_r", "se_m"):
+                continue  # for the loss of the training only
+            # The first of several layers has no others to attend to; what the last does to patches no one sees; a
+            # softmax or sigmoid may be at its end.
+            assert any(changed(path) for path in (paths[-1], paths[len(paths) // 2])), kind
+        assert scalar(model(images().double())) == before
+
+
+@models
+def test_what_a_hook_keeps_is_what_the_module_returned(label):
+    """No later layer writes into it."""
+    model, kept = build(label), []
+
+    def keep(module, args, out):
+        if isinstance(out, torch.Tensor):
+            kept.append((type(module).__name__, out, out.detach().clone()))
+
+    for part in watched(model).values():
+        part.register_forward_hook(keep)
+    model(images())
+    assert kept
+    assert not [name for name, out, copied in kept if not torch.equal(out, copied)]
