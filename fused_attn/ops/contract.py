@@ -10,7 +10,7 @@ import inspect
 import math
 import random
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +112,10 @@ class OpSpec:
     peers: tuple[Peer, ...] = ()
     #: dtypes every implementation must pass the contract in
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    #: the float32 inputs of a call as the op computes on them under autocast to a dtype, on the CPU
+    autocast: Callable[[Mapping[str, Any], torch.dtype], Mapping[str, Any]] = lambda inputs, dtype: convert(
+        inputs, dtype
+    )
     #: further notes printed by ``fused-attn info``
     notes: Mapping[str, str] = field(default_factory=dict)
 
@@ -195,9 +199,16 @@ def with_tensors(inputs: Mapping[str, Any], changed: Mapping[str, Tensor]) -> di
     }
 
 
-def convert(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The same call with its floating-point tensors in ``dtype``."""
-    return with_tensors(inputs, {name: tensor.to(dtype) for name, tensor in differentiable(inputs).items()})
+def convert(inputs: Mapping[str, Any], dtype: torch.dtype, keep: Collection[str] = ()) -> dict[str, Any]:
+    """The same call with its floating-point tensors in ``dtype``; but for those of names to ``keep``."""
+    return with_tensors(
+        inputs, {name: tensor.to(dtype) for name, tensor in differentiable(inputs).items() if name not in keep}
+    )
+
+
+def unchanged(inputs: Mapping[str, Any], dtype: torch.dtype) -> Mapping[str, Any]:
+    """``OpSpec.autocast`` of an op that computes in the dtype of its inputs."""
+    return inputs
 
 
 def leaves(inputs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -7,9 +7,11 @@ explicit ``impl`` and ``fused-attn info``.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -91,19 +93,73 @@ def choose(op: str, impl: str, candidates: Mapping[str, CanRun], *inputs) -> str
     return impl
 
 
-def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Cast floating tensors to the autocast dtype where autocast is on for their device.
-
-    This is the rule ``torch.nn.functional.scaled_dot_product_attention`` follows: inputs in the lower
-    precision, statistics and accumulation in float32 inside the kernel.  float64 tensors are left alone.
-    """
-    device_type = tensors[0].device.type
+def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast computes in on the device of ``tensor``; None where it is off."""
+    device_type = tensor.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def _is_cast(tensor: torch.Tensor | None) -> bool:
+    """Whether autocast changes the dtype of such a tensor: float64 and integers are left alone."""
+    return tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+
+
+def _cast(tensors: Sequence[torch.Tensor | None], dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+    return tuple(tensor.to(dtype) if _is_cast(tensor) else tensor for tensor in tensors)
+
+
+def _widest(tensors: Sequence[torch.Tensor | None]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors if _is_cast(tensor)})
+
+
+# What autocast does to an op is what it does to the op's formula in plain PyTorch: each op takes one of three rules.
+
+
+def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Autocast of matrix products: cast floating tensors to the autocast dtype where it is on for their device.
+
+    For attention, and sums that ``einsum`` forms.  This is the rule that
+    ``torch.nn.functional.scaled_dot_product_attention`` follows: inputs in the lower precision, statistics and
+    accumulation in float32 inside the kernel.  float64 tensors are left alone.
+    """
+    dtype = _autocast_dtype(tensors[0])
+    return tensors if dtype is None else _cast(tensors, dtype)
+
+
+def autocast_softmax(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Autocast of a softmax whose logits are the inputs, or their products.
+
+    Logits have the range and the precision of their dtype: 50.0 and 50.1 are one number in bfloat16, and a mask of -1e9
+    is -inf in float16.  On GPUs softmax is on autocast's float32 list.  On the CPU it is not: it computes in the dtype
+    that it gets, which is the widest of the inputs.
+    """
+    if _autocast_dtype(tensors[0]) is None or not any(map(_is_cast, tensors)):
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        tensor.to(dtype)
-        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        else tensor
-        for tensor in tensors
-    )
+    return _cast(tensors, _widest(tensors) if tensors[0].device.type == "cpu" else torch.float32)
+
+
+def autocast_maps(
+    maps: Sequence[torch.Tensor | None], *parameters: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """Autocast of sums and products element by element: the maps keep their dtype, the widest of them for all.
+
+    Args:
+        maps: the first one is a tensor.
+        parameters: whatever is small; cast to the dtype of the maps.
+
+    Returns:
+        the maps, then the parameters.
+    """
+    tensors = (*maps, *parameters)
+    if _autocast_dtype(tensors[0]) is None or not any(map(_is_cast, maps)):
+        return tensors
+    return _cast(tensors, _widest(maps))
+
+
+def without_autocast(tensor: torch.Tensor) -> AbstractContextManager:
+    """For the implementations: their inputs have been cast, and their own products and sums keep to that."""
+    if _autocast_dtype(tensor) is None:
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)

@@ -44,7 +44,8 @@ def attention_residual(
 
     Gradients reach every value, the query and norm_weight; they are computed without atomics and are bitwise the same
     at every run and number of threads.  Saved for backward beside the inputs: two float32 numbers per value and token.
-    Under autocast the inputs are cast to the autocast dtype, which copies values that are not in it already.
+    Under autocast the inputs are cast to the autocast dtype, which copies values that are not in it already: the rule
+    of matrix products.  A logit is a sum of D products, in float32, which no rounding of a single input decides.
 
     Source: Kimi Team 2026, "Attention Residuals" (arXiv:2603.15031).
     """
@@ -52,9 +53,10 @@ def attention_residual(
     *values, query, norm_weight = dispatch.autocast(*values, query, norm_weight)
     _check_dtypes(values, query, norm_weight)
     impl = dispatch.choose("attention_residual", impl, library.IMPLEMENTATIONS, values, query)
-    if impl == "reference":
-        return reference.attention_residual(values, query, norm_weight, eps)
-    return library.attention(impl, values, query, norm_weight, eps)
+    with dispatch.without_autocast(query):
+        if impl == "reference":
+            return reference.attention_residual(values, query, norm_weight, eps)
+        return library.attention(impl, values, query, norm_weight, eps)
 
 
 def _check(values: object, query: object, norm_weight: object, eps: object) -> float:

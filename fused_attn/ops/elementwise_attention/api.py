@@ -33,7 +33,10 @@ def row_col_softmax(
 
     Softmax statistics are float32.  Gradients reach x and both weights; they are computed without atomics and are
     bitwise the same at every run and number of threads.  Saved for backward: the inputs and two float32 numbers per
-    row and column of each plane; the output is not.  Under autocast the inputs are cast to the autocast dtype.
+    row and column of each plane; the output is not.
+
+    Under autocast it computes as ``x.softmax(3) * x.softmax(2)`` does: in float32 on GPUs, on the CPU in the widest
+    dtype of the inputs.  Lower precision would not hold the logits: a mask of -1e9, or the difference of 50.0 and 50.1.
 
     Source: Araujo Bacochina and de Souza 2023, "Element-Wise Attention Layers", eq. 4-7; without weights Sun et al.
     2021, "LoFTR", eq. 2 (dual softmax).
@@ -44,13 +47,14 @@ def row_col_softmax(
         raise ValueError(f"{missing} must be given together with {given}, got None")
     if weight_row is not None:
         _check_weights(x, weight_row, weight_col)
-    x, weight_row, weight_col = dispatch.autocast(x, weight_row, weight_col)
+    x, weight_row, weight_col = dispatch.autocast_softmax(x, weight_row, weight_col)
     _check_dtypes(x, weight_row=weight_row, weight_col=weight_col)
 
     impl = dispatch.choose("row_col_softmax", impl, library.IMPLEMENTATIONS, x)
-    if impl == "reference":
-        return reference.row_col_softmax(x, weight_row, weight_col)
-    return library.row_col_softmax(impl, x, weight_row, weight_col)
+    with dispatch.without_autocast(x):
+        if impl == "reference":
+            return reference.row_col_softmax(x, weight_row, weight_col)
+        return library.row_col_softmax(impl, x, weight_row, weight_col)
 
 
 def elementwise_attention(
@@ -95,7 +99,9 @@ def elementwise_attention(
     Gradients reach x and both weights, in training through the batch statistics; they are computed without atomics and
     are bitwise the same at every run and number of threads.  Saved for backward: the inputs, two float32 numbers per
     row and column of each plane, and the statistics; the output is not.  ``running_var`` takes the unbiased variance,
-    as in ``BatchNorm2d``; an empty batch leaves both as they are.  Under autocast x and the weights are cast.
+    as in ``BatchNorm2d``; an empty batch leaves both as they are.  Autocast is as in
+    :func:`row_col_softmax`.  The output is not saved, so that float32 costs little memory between forward and backward:
+    of the size of x, 1/heads of the output, where x came in lower precision.
 
     Source: Araujo Bacochina and de Souza 2023, "Element-Wise Attention Layers", section 2.2.
     """
@@ -113,15 +119,16 @@ def elementwise_attention(
         raise ValueError(
             f"Expected more than 1 value per channel when training: x must have B*H*W > 1, got shape {tuple(x.shape)}"
         )
-    x, weight_row, weight_col = dispatch.autocast(x, weight_row, weight_col)
+    x, weight_row, weight_col = dispatch.autocast_softmax(x, weight_row, weight_col)
     _check_dtypes(x, weight_row=weight_row, weight_col=weight_col)
 
     impl = dispatch.choose("elementwise_attention", impl, library.IMPLEMENTATIONS, x)
     mean, var = (None, None) if training else (running_mean.detach(), running_var.detach())
-    if impl == "reference":
-        out, mean, var = reference.elementwise_attention(x, weight_row, weight_col, mean, var, eps)
-    else:
-        out, mean, var = library.elementwise_attention(impl, x, weight_row, weight_col, mean, var, eps)
+    with dispatch.without_autocast(x):
+        if impl == "reference":
+            out, mean, var = reference.elementwise_attention(x, weight_row, weight_col, mean, var, eps)
+        else:
+            out, mean, var = library.elementwise_attention(impl, x, weight_row, weight_col, mean, var, eps)
     if training and running_mean is not None and values > 0:
         _update(running_mean, mean, momentum)
         _update(running_var, var * (values / (values - 1)), momentum)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import BadInput, OpSpec, Sample, Shape
+from ..contract import BadInput, OpSpec, Sample, Shape, unchanged
 from . import library
 from .api import elementwise_attention, row_col_softmax
 from .peers import ATTENTION_PEERS, SOFTMAX_PEERS
@@ -389,6 +389,7 @@ SPECS = (
         name="row_col_softmax",
         function=row_col_softmax,
         implementations=_implementations(),
+        autocast=unchanged,
         samples=SOFTMAX_SAMPLES,
         bad_inputs=SOFTMAX_BAD,
         fuzz=partial(_fuzz, (None, 1, 2, 5), ({},)),
@@ -401,6 +402,7 @@ SPECS = (
         name="elementwise_attention",
         function=attention_with_own_statistics,
         implementations=_implementations(),
+        autocast=unchanged,
         samples=ATTENTION_SAMPLES,
         bad_inputs=ATTENTION_BAD,
         fuzz=partial(_fuzz, (1, 2, 5), ({}, {"training": False})),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .. import checks, dispatch
@@ -34,7 +35,7 @@ def layer_attention(
             they are: nothing is stacked, concatenated or copied, unless their memory order is neither that of a
             contiguous tensor nor channels_last, or not that of ``values[0]``.
         scale: factor of the products; ``d**-0.5`` when None.
-        bias: (L, G), added to the scores.  None: none.
+        bias: (L, G), added to the scores; dtype of ``query``, or float32.  None: none.
         activation: ``"softmax"`` over the layers, or ``"sigmoid"`` of each.
         impl: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``.
 
@@ -46,7 +47,8 @@ def layer_attention(
         ValueError: shapes, dtypes or devices do not fit, there is no layer, or an option is unknown.
         RuntimeError: the chosen ``impl`` cannot run on these inputs.
 
-    All inputs share one dtype (float32, float16, bfloat16; the reference computes any); weights and sums are float32.
+    The inputs share one dtype (float32, float16, bfloat16; the reference computes any); weights and sums are float32.
+    Under autocast all but the bias are cast to its dtype, as the products of the published formulation are.
     Deterministic, with the same bits at any number of threads.  Saved for backward: the inputs and the weights.  Every
     call gives each value a gradient of its own; over the layers of a stage, :class:`LayerCache` gives them one.
 
@@ -56,9 +58,10 @@ def layer_attention(
     query, keys, values, bias, scale = check(query, keys, values, scale, bias, activation)
     impl = dispatch.choose("layer_attention", impl, library.IMPLEMENTATIONS, values)
     sigmoid = activation == "sigmoid"
-    if impl == "reference":
-        return reference.layer_attention(query, keys, values, bias, scale, sigmoid)
-    return library.layer_attention(impl, query, keys, values, bias, scale, sigmoid)
+    with dispatch.without_autocast(query):
+        if impl == "reference":
+            return reference.layer_attention(query, keys, values, bias, scale, sigmoid)
+        return library.layer_attention(impl, query, keys, values, bias, scale, sigmoid)
 
 
 def weighted_layer_sum(weights: Tensor, values: Sequence[Tensor], *, impl: str = "auto") -> Tensor:
@@ -72,7 +75,8 @@ def weighted_layer_sum(weights: Tensor, values: Sequence[Tensor], *, impl: str =
     Returns:
         (B, C, *spatial), dtype of the inputs, memory order of ``values[0]``.
 
-    Raises, determinism: as in :func:`layer_attention`.
+    Raises, determinism: as in :func:`layer_attention`.  Under autocast the inputs are cast to its dtype, as ``einsum``
+    does.
     """
     checks.tensor("weights", weights)
     values = _check_list("values", values)
@@ -83,9 +87,10 @@ def weighted_layer_sum(weights: Tensor, values: Sequence[Tensor], *, impl: str =
         raise ValueError(f"weights must have shape (B, G, L)=({batch}, G, {len(values)}), got {tuple(weights.shape)}")
     _check_groups("weights", weights.shape[1], channels)
     impl = dispatch.choose("weighted_layer_sum", impl, library.IMPLEMENTATIONS, values)
-    if impl == "reference":
-        return reference.weighted_layer_sum(weights, values)
-    return library.weighted_layer_sum(impl, weights, values)
+    with dispatch.without_autocast(weights):
+        if impl == "reference":
+            return reference.weighted_layer_sum(weights, values)
+        return library.weighted_layer_sum(impl, weights, values)
 
 
 def check(
@@ -109,7 +114,7 @@ def check(
         raise ValueError(f"keys must be as many as values, {len(values)}, got {len(keys)}")
     if query.dim() not in (2, 3):
         raise ValueError(f"query must have shape (B, G, d) or (G, d), got {tuple(query.shape)}")
-    query, bias, *rest = dispatch.autocast(query, bias, *keys, *values)
+    query, *rest = dispatch.autocast(query, *keys, *values)
     keys, values = rest[: len(keys)], rest[len(keys) :]
     _check_values(query, "query", values)
     batch, channels = values[0].shape[:2]
@@ -129,7 +134,11 @@ def check(
         expected = (len(keys), query.shape[1])
         if tuple(bias.shape) != expected:
             raise ValueError(f"bias must have shape (L, G)={expected}, got {tuple(bias.shape)}")
-        _check_like("bias", bias, "query", query)
+        # Scores are float32 in any case, and autocast does not cast what is added to them.
+        if bias.dtype != torch.float32:
+            _check_like("bias", bias, "query", query)
+        elif bias.device != query.device:
+            raise ValueError(f"bias must be on the device of query, {query.device}, got {bias.device}")
     return query, list(keys), list(values), bias, query.shape[2] ** -0.5 if scale is None else scale
 
 

@@ -95,7 +95,8 @@ class LayerCache:
         impl = dispatch.choose("layer_attention", impl, library.IMPLEMENTATIONS, values)
         sigmoid = activation == "sigmoid"
         if impl == "reference":
-            return reference.layer_attention(query, keys, values, bias, scale, sigmoid)
+            with dispatch.without_autocast(query):
+                return reference.layer_attention(query, keys, values, bias, scale, sigmoid)
         # Under autocast the values were cast: their gradients take the usual way, as those of values without a buffer.
         buffers = [
             layer.buffer if value is layer.value else None for layer, value in zip(self._layers, values, strict=True)
@@ -104,7 +105,8 @@ class LayerCache:
             value if buffer is None else layer.collected
             for layer, value, buffer in zip(self._layers, values, buffers, strict=True)
         ]
-        return _Attend.apply(impl, scale, sigmoid, buffers, bias, query, *keys, *values)
+        with dispatch.without_autocast(query):
+            return _Attend.apply(impl, scale, sigmoid, buffers, bias, query, *keys, *values)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """``context_fn`` of ``torch.utils.checkpoint`` for a function that appends to this cache or attends over it.

@@ -26,7 +26,7 @@ def gated_shortcut(gate: Tensor, value: Tensor, weight: Tensor, shortcut: Tensor
         TypeError: an argument is not a tensor, or not of a floating-point dtype.
         ValueError: shapes, dtypes or devices do not fit, or ``impl`` is unknown.
 
-    Gradients reach all four.  Under autocast the inputs are cast to the autocast dtype.
+    Gradients reach all four.  Under autocast the inputs are cast to its dtype, as in :func:`weighted_layer_sum`.
 
     Source: Fang et al. 2023, "Cross-Layer Retrospective Retrieving via Layer Attention", MRLA-light: with
     gate = sigmoid(scale * query.key) of the current layer, one step of the recurrence over layers.

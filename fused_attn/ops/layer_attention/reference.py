@@ -35,4 +35,6 @@ def layer_attention(
     scale: float,
     sigmoid: bool,
 ) -> Tensor:
-    return weighted_layer_sum(layer_weights(query, keys, bias, scale, sigmoid), values)
+    # A float32 bias makes float32 weights.
+    weights = layer_weights(query, keys, bias, scale, sigmoid).to(values[0].dtype)
+    return weighted_layer_sum(weights, values)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import BadInput, OpSpec, Sample, Shape
+from ..contract import BadInput, OpSpec, Sample, Shape, convert
 from . import library
 from .api import layer_attention, weighted_layer_sum
 from .peers import ATTENTION_PEERS, SUM_PEERS
@@ -436,6 +436,7 @@ SPECS = (
         name="layer_attention",
         function=layer_attention,
         implementations=_implementations(),
+        autocast=partial(convert, keep=("bias",)),
         samples=ATTENTION_SAMPLES,
         bad_inputs=ATTENTION_BAD,
         fuzz=fuzz_attention,

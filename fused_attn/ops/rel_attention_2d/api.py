@@ -36,7 +36,8 @@ def rel_attention_2d(
         rel_h: (Hq+Hk-1, d_k), or (heads, Hq+Hk-1, d_k) for one table per head; dtype of ``query``.
             None: no term along the height.
         rel_w: (Wq+Wk-1, d_k) or (heads, Wq+Wk-1, d_k), likewise along the width.
-        scale: factor of the content term; ``d_k**-0.5`` when None.
+        scale: factor of the content term; ``d_k**-0.5`` when None.  A number: NumPy's, a symbolic one (computed from
+            a dynamic size), or a tensor without dimensions that needs no gradient, which is read on the host.
         rel_scale: factor of the relative term; ``scale`` when None (AA-Conv, BoTNet).  SAM, ViTDet, MViTv2: 1.0.
         index: row of a table that belongs to (query position q, key position k) along an axis with Lq and Lk
             positions.  ``"key_minus_query"``: k - q + Lq - 1 (AA-Conv, BoTNet, timm).  ``"query_minus_key"``:
@@ -57,7 +58,8 @@ def rel_attention_2d(
     Gradients reach query, key, value, rel_h and rel_w; they are computed without atomics and are bitwise the
     same at every run and number of threads.  Nothing of size N x N is allocated (N = H*W): ``cpu`` holds O(N) and
     ``triton`` O(N*(H+W)) while it runs; both save O(N) for backward.  A query whose logits are all -inf, or
-    that has no key, yields zeros.  Under autocast the inputs are cast to the autocast dtype.
+    that has no key, yields zeros.  Under autocast the inputs are cast to the autocast dtype, with the rule and the
+    consequences of ``scaled_dot_product_attention``: in float16 a bias of -1e9 is -inf.
 
     Source: Bello et al. 2019, "Attention Augmented Convolutional Networks", eq. 3-5.
     """
@@ -73,11 +75,11 @@ def rel_attention_2d(
     rel_scale = scale if rel_scale is None else checks.number("rel_scale", rel_scale)
     impl = dispatch.choose("rel_attention_2d", impl, library.IMPLEMENTATIONS, query, key, value)
     seed = _draw_seed(query.device) if dropout_p > 0.0 else None
-    if impl == "reference":
-        return reference.rel_attention_2d(query, key, value, rel_h, rel_w, scale, rel_scale, index, dropout_p, seed)
-    return library.attention(
-        impl, query, key, value, rel_h, rel_w, scale, rel_scale, index == "key_minus_query", dropout_p, seed
-    )
+    terms = query, key, value, rel_h, rel_w, scale, rel_scale
+    with dispatch.without_autocast(query):
+        if impl == "reference":
+            return reference.rel_attention_2d(*terms, index, dropout_p, seed)
+        return library.attention(impl, *terms, index == "key_minus_query", dropout_p, seed)
 
 
 def decomposed_bias_attention(
@@ -125,9 +127,10 @@ def decomposed_bias_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
     impl = dispatch.choose("decomposed_bias_attention", impl, library.IMPLEMENTATIONS, query, key, value)
     seed = _draw_seed(query.device) if dropout_p > 0.0 else None
-    if impl == "reference":
-        return reference.decomposed_bias_attention(query, key, value, bias_h, bias_w, scale, dropout_p, seed)
-    return library.attention(impl, query, key, value, bias_h, bias_w, scale, 1.0, True, dropout_p, seed)
+    with dispatch.without_autocast(query):
+        if impl == "reference":
+            return reference.decomposed_bias_attention(query, key, value, bias_h, bias_w, scale, dropout_p, seed)
+        return library.attention(impl, query, key, value, bias_h, bias_w, scale, 1.0, True, dropout_p, seed)
 
 
 def _draw_seed(device: torch.device) -> Tensor:

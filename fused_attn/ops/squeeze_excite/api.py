@@ -53,8 +53,8 @@ def squeeze_excite(
 
     Gradients reach every tensor; they are computed without atomics, and ``cpu`` gives the same bits at every run and
     number of threads.  x is read twice and out written once; what is saved for backward beside the inputs is z, s and
-    the hidden units in float32, and, with an activation, out, whose sign says where it was active.  Under autocast the
-    inputs are cast to the autocast dtype.
+    the hidden units in float32, and, with an activation, out, whose sign says where it was active.  Under autocast
+    the maps keep their dtype, the wider one of x and the residual, as in ``x * s + residual``; the rest is cast to it.
 
     Source: Hu et al. 2017, "Squeeze-and-Excitation Networks", eq. 2-4; Ye, "Introduce the Result Into Self-Attention",
     eq. 4-6.
@@ -62,8 +62,8 @@ def squeeze_excite(
     _check_inputs(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
-    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual = dispatch.autocast(
-        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual
+    x, residual, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share = dispatch.autocast_maps(
+        (x, residual), fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share
     )
     _check_dtypes(
         x,
@@ -77,7 +77,8 @@ def squeeze_excite(
     )
     impl = dispatch.choose("squeeze_excite", impl, library.IMPLEMENTATIONS, x)
     arguments = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual, activation == "relu")
-    return reference.squeeze_excite(*arguments) if impl == "reference" else library.excite(impl, *arguments)
+    with dispatch.without_autocast(x):
+        return reference.squeeze_excite(*arguments) if impl == "reference" else library.excite(impl, *arguments)
 
 
 def _check_tensor(name: str, tensor: object, layout: str) -> None:

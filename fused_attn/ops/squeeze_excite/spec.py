@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..contract import BadInput, OpSpec, Sample, Shape
+from ..contract import BadInput, OpSpec, Sample, Shape, unchanged
 from . import library, reference
 from .api import squeeze_excite
 from .peers import PEERS
@@ -379,6 +379,7 @@ SPECS = (
         name="squeeze_excite",
         function=squeeze_excite,
         implementations=_implementations(),
+        autocast=unchanged,
         samples=SAMPLES,
         bad_inputs=BAD_INPUTS,
         fuzz=fuzz,
