@@ -6,6 +6,8 @@ from collections import defaultdict
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import update_bn
 
 from fused_attn import create_model, list_models
@@ -137,3 +139,77 @@ def test_what_a_hook_keeps_is_what_the_module_returned(label):
     model(images())
     assert kept
     assert not [name for name, out, copied in kept if not torch.equal(out, copied)]
+
+
+OFFLOADED = ["aa_wrn", "sa_resnet20", "mrla_light_deit", "mrla_base_deit", "se_r", "attention_wise", "googlenet"]
+
+
+@pytest.mark.parametrize("label", OFFLOADED)
+def test_cpu_offload(label):
+    accelerate = pytest.importorskip("accelerate")
+    model = build(label).eval()
+    with torch.no_grad():
+        expected = model(images())
+        offloaded = accelerate.cpu_offload(model, execution_device="cpu")
+        assert all(parameter.is_meta for parameter in offloaded.parameters())
+        torch.testing.assert_close(offloaded(images()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("label", ["sa_resnet20", "deit", "se", "se_r"])
+def test_dynamic_quantisation(label):
+    model = build(label).eval()
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+    assert not any(type(part) is nn.Linear for part in quantised.modules())
+    with torch.no_grad():
+        out, expected = quantised(images()), model(images())
+    assert not torch.equal(out, expected)
+    torch.testing.assert_close(out, expected, rtol=0.2, atol=0.1 * float(expected.abs().max()))
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    dist = pytest.importorskip("torch.distributed")
+    if not dist.is_available():
+        pytest.skip("torch.distributed is not available")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+SHARDED = {
+    "every Linear": lambda part: type(part) is nn.Linear,
+    "every block": lambda part: re.search("Block|Bottleneck$", type(part).__name__),
+    "every stage": lambda part: isinstance(part, nn.Sequential) and len(part) > 1,
+}
+
+
+@pytest.mark.parametrize(
+    "label", ["aa_wrn", "sa_resnet20", "sa_resnet20 of convolutions", "se", "se_r", "mrla_base_deit"]
+)
+@pytest.mark.parametrize("what", SHARDED)
+def test_fully_shard(label, what, one_process):
+    """Two steps, as without sharding."""
+    losses = []
+    for sharded in (False, True):
+        model = build(label)
+        if sharded:
+            parts = [part for part in model.modules() if SHARDED[what](part)]
+            if not parts:
+                pytest.skip("has none")
+            for part in parts:
+                fully_shard(part, mesh=one_process)
+            fully_shard(model, mesh=one_process)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        torch.manual_seed(1)  # of the dropout
+        losses.append([])
+        for _ in range(2):
+            loss = scalar(model(images()))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.detach())
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-4)
+    assert losses[0][0] != losses[0][1]
