@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..modules import LayerCache, MRLABase, MRLALight
 from .drop_path import DropPath
 from .features import choose_levels
+from .model import Model
 from .registry import register_model
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -120,7 +121,7 @@ def make_stem(kind: str, in_chans: int) -> tuple[nn.Module, int, nn.Module]:
     raise ValueError(f"stem must be one of 'imagenet', 'deep', 'cifar', got {kind!r}")
 
 
-class BottleneckResNet(nn.Module):
+class BottleneckResNet(Model):
     """ResNet of bottleneck blocks, optionally with multi-head recurrent layer attention after every block.
 
     Args:
@@ -197,10 +198,14 @@ class BottleneckResNet(nn.Module):
         if features_only:
             self.stages = self.stages[: self.out_indices[-1]]
         self.fc = None if features_only else nn.Linear(channels, num_classes)
+        self.zero_init = zero_init
+        self.initialise()
+
+    def initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif zero_init and isinstance(module, Bottleneck):
+            elif self.zero_init and isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..modules import LayerAttention
 from .features import choose_levels
+from .model import Model
 from .registry import register_model
 
 CHANNELS = (16, 32, 64)
@@ -57,7 +58,7 @@ class LayersStage(nn.Sequential):
         return x, *layers  # no list in it, which backward hooks do not look into
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(Model):
     """ResNet of 6n + 2 layers for small images: three stages of n blocks with 16, 32 and 64 channels.
 
     Args:
@@ -103,6 +104,9 @@ class CifarResNet(nn.Module):
                 channels = stage_channels
             self.stages.append(self.stage_type(*blocks))
         self.fc = None if features_only else nn.Linear(channels, num_classes)
+        self.initialise()
+
+    def initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..modules import AttentionAugmentedConv2d
 from .coverage import AttentionCoverage, grid, strided
+from .model import Model
 from .registry import register_model
 
 MakeConv = Callable[..., nn.Module]
@@ -40,7 +41,7 @@ class BasicBlock(nn.Module):
         return F.relu(residual + (x if self.shortcut is None else self.shortcut(x)), inplace=True)
 
 
-class ResNet34(nn.Module):
+class ResNet34(Model):
     """ResNet-34, optionally with attention-augmented convolutions.
 
     Args:
@@ -123,6 +124,9 @@ class ResNet34(nn.Module):
                 channels = stage_channels
             self.stages.append(nn.Sequential(*blocks))
         self.fc = nn.Linear(channels, num_classes)
+        self.initialise()
+
+    def initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

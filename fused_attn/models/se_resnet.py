@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import SqueezeExcite, can_share_result, result_shares
+from .model import Model
 from .registry import create_model, register_model
 
 #: depth -> blocks of each stage, expansion
@@ -86,7 +87,7 @@ class AuxiliaryClassifier(nn.Module):
         return self.fc2(self.dropout(F.relu(self.fc1(x.flatten(1)))))
 
 
-class SEResNet(nn.Module):
+class SEResNet(Model):
     """SE-ResNet; with auxiliary classifiers SE-A-ResNet; with their results fed back SE-R-ResNet.
 
     ``se_m_resnet*`` is SE-R with an auxiliary model in place of the classifiers.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..modules import AttentionAugmentedConv2d
 from .coverage import AttentionCoverage, grid, strided
+from .model import Model
 from .registry import register_model
 
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
@@ -45,7 +46,7 @@ class WideBlock(nn.Module):
         return residual + (x if self.shortcut is None else self.shortcut(activated))
 
 
-class WideResNet(nn.Module):
+class WideResNet(Model):
     """Wide ResNet, optionally with attention-augmented convolutions.
 
     Three stages of (depth - 4) / 6 blocks with 16, 32 and 64 times ``width`` channels, at full, half and quarter
@@ -129,6 +130,9 @@ class WideResNet(nn.Module):
             self.stages.append(nn.Sequential(*blocks))
         self.bn = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, num_classes)
+        self.initialise()
+
+    def initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -5,50 +5,16 @@ from collections import defaultdict
 
 import pytest
 import torch
+from model_checks import MODELS, build, images
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import update_bn
 
-from fused_attn import create_model, list_models
+from fused_attn import list_models
 from fused_attn.models import registry
 
-DEIT = {"dim": 32, "heads": 2, "depth": 3, "patch_size": 4}
-#: label -> (model, options): every class of the registry, and every way through it that differs in what is called.
-MODELS = {
-    "wrn": ("wrn_10_1", {}),
-    "aa_wrn": ("aa_wrn_10_1", {}),
-    "resnet34": ("resnet34", {}),
-    "aa_resnet34": ("aa_resnet34", {"stem": "cifar"}),
-    "resnet20": ("resnet20", {}),
-    "sa_resnet20": ("sa_resnet20", {}),
-    "sa_resnet20 of convolutions": ("sa_resnet20", {"layers": "convolutions", "values": "project"}),
-    "sa_resnet20 of maps": ("sa_resnet20", {"key_grid": 2}),
-    "sa_resnet20 features": ("sa_resnet20", {"features_only": True}),
-    "resnet50": ("resnet50", {"zero_init": False}),
-    "mrla_base": ("mrla_base_resnet50", {"stem": "cifar", "zero_init": False}),
-    "mrla_light": ("mrla_light_resnet50", {"stem": "cifar", "zero_init": False}),
-    "deit": ("deit_tiny", DEIT),
-    "mrla_base_deit": ("mrla_base_deit_tiny", DEIT),
-    "mrla_light_deit": ("mrla_light_deit_tiny", DEIT),
-    "se": ("se_resnet34", {"width": 8}),
-    "se of bottlenecks": ("se_resnet50", {"width": 8}),
-    "se_a": ("se_a_resnet34", {"width": 8}),
-    "se_r": ("se_r_resnet34", {"width": 8}),
-    "se_m": ("se_m_resnet34", {"width": 8, "aux_model": "resnet20"}),
-    "attention_wise": ("attention_wise_a", {}),
-    "vgg_control": ("vgg_control", {}),
-    "googlenet": ("googlenet", {}),
-}
 models = pytest.mark.parametrize("label", MODELS)
-
-
-def build(label):
-    torch.manual_seed(0)
-    name, options = MODELS[label]
-    return create_model(name, num_classes=5, image_size=16, **options)
-
-
-def images():
-    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def scalar(out):
@@ -137,3 +103,77 @@ def test_what_a_hook_keeps_is_what_the_module_returned(label):
     model(images())
     assert kept
     assert not [name for name, out, copied in kept if not torch.equal(out, copied)]
+
+
+OFFLOADED = ["aa_wrn", "sa_resnet20", "mrla_light_deit", "mrla_base_deit", "se_r", "attention_wise", "googlenet"]
+
+
+@pytest.mark.parametrize("label", OFFLOADED)
+def test_cpu_offload(label):
+    accelerate = pytest.importorskip("accelerate")
+    model = build(label).eval()
+    with torch.no_grad():
+        expected = model(images())
+        offloaded = accelerate.cpu_offload(model, execution_device="cpu")
+        assert all(parameter.is_meta for parameter in offloaded.parameters())
+        torch.testing.assert_close(offloaded(images()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("label", ["sa_resnet20", "deit", "se", "se_r"])
+def test_dynamic_quantisation(label):
+    model = build(label).eval()
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+    assert not any(type(part) is nn.Linear for part in quantised.modules())
+    with torch.no_grad():
+        out, expected = quantised(images()), model(images())
+    assert not torch.equal(out, expected)
+    torch.testing.assert_close(out, expected, rtol=0.2, atol=0.1 * float(expected.abs().max()))
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    dist = pytest.importorskip("torch.distributed")
+    if not dist.is_available():
+        pytest.skip("torch.distributed is not available")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+SHARDED = {
+    "every Linear": lambda part: type(part) is nn.Linear,
+    "every block": lambda part: re.search("Block|Bottleneck$", type(part).__name__),
+    "every stage": lambda part: isinstance(part, nn.Sequential) and len(part) > 1,
+}
+
+
+@pytest.mark.parametrize(
+    "label", ["aa_wrn", "sa_resnet20", "sa_resnet20 of convolutions", "se", "se_r", "mrla_base_deit"]
+)
+@pytest.mark.parametrize("what", SHARDED)
+def test_fully_shard(label, what, one_process):
+    """Two steps, as without sharding."""
+    losses = []
+    for sharded in (False, True):
+        model = build(label)
+        if sharded:
+            parts = [part for part in model.modules() if SHARDED[what](part)]
+            if not parts:
+                pytest.skip("has none")
+            for part in parts:
+                fully_shard(part, mesh=one_process)
+            fully_shard(model, mesh=one_process)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        torch.manual_seed(1)  # of the dropout
+        losses.append([])
+        for _ in range(2):
+            loss = scalar(model(images()))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.detach())
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-4)
+    assert losses[0][0] != losses[0][1]

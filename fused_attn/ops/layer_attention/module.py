@@ -241,7 +241,12 @@ class MRLALight(_MRLA):
     ) -> None:
         super().__init__(channels, dim_per_head, impl, device, dtype)
         self.gelu = gelu
-        self.shortcut_weight = nn.Parameter(torch.randn(channels, device=device, dtype=dtype))
+        self.shortcut_weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw a fresh weight of the shortcut; the layers have this method themselves."""
+        nn.init.normal_(self.shortcut_weight)
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """Gate the layer x, and add the weighted shortcut."""
