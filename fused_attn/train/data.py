@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import folder
+from . import image_folder
 from .errors import TrainError
 from .files import ImageColumn, ImageFiles, Skipped, Split, decode_all
 
@@ -122,7 +122,7 @@ def load(
         name: one of ``SOURCES``, or ``owner/name`` on the hub.
         data_dir: folder in the hub's Parquet layout, or, for ``imagefolder``, one with the folders train and val (or
             valid, validation, test), each of which has a folder of image files for every class, as
-            :func:`.folder.read` reads it; None loads from the hub.
+            :func:`.image_folder.read` reads it; None loads from the hub.
         image_size: resize to this height and width; None keeps the set's own (digits: 32).  Photographs of all sizes
             are resized and cropped: 224 when None, for ``imagefolder``.
         label_column: of the labels in a data set of the hub: classes, integers or strings.  Where it is None, they are
@@ -145,7 +145,7 @@ def load(
         image_size = image_size or 32
     else:
         with _one_line_errors(where, data_dir):
-            splits = folder.read(data_dir) if name == "imagefolder" else _from_hub(where, data_dir, label_column)
+            splits = image_folder.read(data_dir) if name == "imagefolder" else _from_hub(where, data_dir, label_column)
             train, test, names = splits
             if len(names) < 2:
                 raise TrainError(f"dataset: expected at least two classes, got {', '.join(names)}")
