@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import image_folder
+from .config import TrainConfig
 from .errors import TrainError
 from .files import ImageColumn, ImageFiles, Skipped, Split, decode_all
 
@@ -92,6 +94,8 @@ SOURCES = {
 FILE_SIZE, FILE_MARGIN = 224, 8 / 7
 #: Training images from which mean and standard deviation are taken where decoding all would take long.
 SAMPLE = 512
+#: What the name of a Parquet file begins with -> its split.
+_SPLIT_NAMES = {"train": "train", "test": "test", **dict.fromkeys(("val", "valid", "validation"), "validation")}
 
 
 def source(name: str, image_size: int | None = None) -> Source:
@@ -147,8 +151,6 @@ def load(
         with _one_line_errors(where, data_dir):
             splits = image_folder.read(data_dir) if name == "imagefolder" else _from_hub(where, data_dir, label_column)
             train, test, names = splits
-            if len(names) < 2:
-                raise TrainError(f"dataset: expected at least two classes, got {', '.join(names)}")
             if where.files:
                 return _in_files(train, test, len(names), image_size or FILE_SIZE, skipped)
             train, test = _decoded(train, test, skipped)
@@ -158,6 +160,24 @@ def load(
     pixels = train.images.float() / 255.0
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)).clamp_min(1e-3)
     return Dataset(train, test, classes, mean, std, skipped=skipped or {})
+
+
+def of_run(config: TrainConfig) -> Dataset:
+    """The data set of a run.
+
+    Raises:
+        TrainError: it has one class only, or see :func:`load`.
+    """
+    loaded = load(
+        config.dataset,
+        config.data_dir,
+        config.image_size,
+        label_column=config.label_column,
+        skip_unreadable=config.skip_unreadable,
+    )
+    if loaded.num_classes < 2:
+        raise TrainError(f"dataset {config.dataset} must have at least 2 classes, got {loaded.num_classes}")
+    return loaded
 
 
 def hold_out(train: Images | ImageFiles, count: int) -> tuple[Images | ImageFiles, Images | ImageFiles]:
@@ -296,11 +316,17 @@ def _check_parquet(data_dir: Path) -> None:
         raise TrainError(f"data_dir must be a folder with the data set's Parquet files, got {what}: {data_dir}")
     if glob.has_magic(str(data_dir)):  # datasets takes the path for a pattern
         raise TrainError(f"data_dir must be a path without * ? [ for Parquet files, got {data_dir}")
+    # datasets takes a file for that of every split whose name is a word of its path, its folders' names included.
     split_of: dict[str, str] = {}
     for split, files in datasets.load_dataset_builder(str(data_dir)).config.data_files.items():
         for file in files:
-            if split_of.setdefault(file, str(split)) != str(split):
-                raise TrainError(f"data_dir {data_dir}: by its name, {file} is in {split_of[file]} and in {split}")
+            own = _SPLIT_NAMES.get(re.match(r"[a-z]*", Path(file).name.lower())[0], split)
+            for other in (split_of.setdefault(file, split), own if split in _SPLIT_NAMES.values() else split):
+                if other != split:
+                    raise TrainError(
+                        f"data_dir {data_dir}: {file} must be in one split by its name and its folders', "
+                        f"got {other} and {split}; rename it or them"
+                    )
 
 
 def _label_column(split, source: Source, wanted: str | None) -> str:

@@ -174,7 +174,6 @@ def test_labels_that_are_not_classes(tmp_path, dtype, train, test, expected):
         ),
         (["target"], "int64", [0, 1], [1], r"expected one column of class labels.*got the columns img, target"),
         (["label"], "int64", [0, 1], [1, 7, 5], r"test has the labels 5, 7 in the column label, .* the 2 classes"),
-        (["label"], "int64", [4, 4], [4], r"at least two classes, got 4"),
         (
             ["label"],
             "int64",
@@ -214,12 +213,42 @@ def test_a_label_column_is_chosen_by_name(tmp_path):
         data.load("digits", label_column="fine")
 
 
-def test_a_parquet_file_is_in_one_split(tmp_path):
-    """By the rules of datasets, both are in train, by the name of their folder."""
-    for split in ("train", "test"):
-        write(tmp_path / f"set/train_more/{split}-0.parquet", pixels(2, 0), [0, 1])
-    with pytest.raises(TrainError, match=r"set: .*(in train and in test|expected the splits train and test)"):
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        (
+            ["train-test-more/train-0", "train-test-more/test-0"],
+            "test-0.parquet must be in one split .* got test and train",
+        ),
+        (
+            ["my_train/train-0", "my_train/test-0", "validation/0"],
+            "test-0.parquet must be in one split .* got test and train",
+        ),
+        (["train_0", "test_train"], "test_train.parquet must be in one split .* got test and train"),
+    ],
+)
+def test_a_parquet_file_is_in_one_split(tmp_path, names, match):
+    for number, name in enumerate(names):
+        write(tmp_path / f"set/{name}.parquet", pixels(2, number), [0, 1])
+    with pytest.raises(TrainError, match=match):
         data.load("cifar10", tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-00000-of-00001", "test-00000-of-00001"],
+        ["data/train-00000-of-00001", "data/test-00000-of-00001"],
+        ["default/train/0000", "default/validation/0000"],
+        ["train", "validation"],
+    ],
+)
+def test_layouts_of_the_hub(tmp_path, names):
+    for number, name in enumerate(names):
+        write(tmp_path / f"set/{name}.parquet", pixels(2, number), [0, 1])
+    loaded = data.load("cifar10", tmp_path / "set")
+    for number, images in enumerate((loaded.train, loaded.test)):
+        np.testing.assert_array_equal(images.images.numpy(), pixels(2, number).transpose(0, 3, 1, 2))
 
 
 def test_patterns_in_the_path_of_parquet_files_are_refused(tmp_path):

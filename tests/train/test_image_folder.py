@@ -217,7 +217,6 @@ def test_ambiguous_and_damaged_folders(tree, change, match):
             r"splits train and test, got train, val \(without labels",
         ),
         (["train/cat/0.png", "train/dog/0.png", "val/images/0.png"], r"got train, val \(without labels"),
-        (["train/cat/0.png", "val/cat/0.png"], r"at least two classes, got cat"),
     ],
 )
 def test_nestings_that_are_not_split_and_class(tmp_path, files, match):
