@@ -65,7 +65,7 @@ def run(
 
     from .train.loop import build_network
 
-    loaded = data.load(config.dataset, config.data_dir, config.image_size)
+    loaded = data.of_run(config)
     torch.manual_seed(config.seed)
     network = build_network(config, loaded).eval()
     if folder.is_dir():

@@ -118,7 +118,7 @@ def _of_run(folder: Path, config: ScalesConfig) -> dict[str, Tensor]:
     # The run may have been on another machine.
     trained = saved_config(folder, "runs must be folders of finished runs, got " + str(folder), impl="auto", **changes)
     file = weights.file_of(folder, "runs", finished=True)
-    dataset = data.load(trained.dataset, trained.data_dir, trained.image_size)
+    dataset = data.of_run(trained)
     if config.images > len(dataset.test):
         raise TrainError(f"images must be at most the {len(dataset.test)} of the test set, got {config.images}")
     network = build_network(trained, dataset)

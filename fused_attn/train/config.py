@@ -20,7 +20,7 @@ from .json_files import read_object
 #: Settings that may change between the start of a run and its resumption: they do not change what was computed so far.
 MAY_CHANGE = (
     "out", "resume", "data_dir", "data_note", "log_every", "checkpoint_every", "eval_batch_size", "threads",
-    "on_nonfinite",
+    "on_nonfinite", "skip_unreadable",
 )  # fmt: skip
 #: Settings of a run's length, which may grow.
 MAY_GROW = ("epochs", "max_steps")
@@ -63,7 +63,13 @@ class TrainConfig:
     validation: int = 0
     """Training images held out, the same ones for every seed; the test set is then read once, at the end."""
     train_images: int | None = None
-    """Use only the first so many training images."""
+    """Use only so many training images, as equal a number of every class as there are: the first of each, the second of
+    each, and so on.  The same ones for every seed; fewer are among more."""
+    label_column: str | None = None
+    """Column of the labels in a data set of the hub; ``label``, or the only column of classes, when not given."""
+    skip_unreadable: bool = False
+    """Pass over images that cannot be decoded, instead of stopping: another of the same step stands in for a training
+    image, and the test set has one fewer.  The log names each, and the metrics count them."""
 
     model_options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
     """Further arguments of the model, e.g. attention_blocks=first relative=False."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import broadcast, gather_object, set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import MeanMetric
@@ -73,16 +73,12 @@ class Run:
         if self.accelerator.is_main_process:
             self.lock = folder.lock(config.out)
 
-        self.dataset = data.load(config.dataset, config.data_dir, config.image_size)
-        if self.dataset.num_classes < 2:
-            raise TrainError(f"dataset {config.dataset} must have at least 2 classes, got {self.dataset.num_classes}")
+        self.dataset = data.of_run(config)
         self.images, self.validation = self.dataset.train, None
         if config.validation:
             self.images, self.validation = data.hold_out(self.images, config.validation)
         if config.train_images is not None:
-            if config.train_images > len(self.images):
-                raise TrainError(f"train_images must be at most {len(self.images)}, got {config.train_images}")
-            self.images = self.images[: config.train_images]
+            self.images = data.take(self.images, config.train_images)
         self.steps_per_epoch = len(self.images) // config.batch_size
         if self.steps_per_epoch == 0:
             raise TrainError(
@@ -117,6 +113,7 @@ class Run:
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)  # loss, correct, images
         self.seconds = 0.0
         self.skipped = 0
+        self.unreadable: dict[str, str] = {}
         self.extended: list[dict[str, Any]] = []
         self.log = RunLog(config.out)
         self.interrupted = False
@@ -149,12 +146,11 @@ class Run:
                 f"aux_weights must hold one weight for each of the {classifiers} auxiliary classifiers of "
                 f"{self.config.model}, got {len(weights)}"
             )
+        black = data.Images(torch.zeros(1, *self.dataset.test.shape, dtype=torch.uint8), torch.zeros(1).long())
         try:
             with torch.no_grad(), self.accelerator.autocast():
-                logits = self.network.eval()(self._to_device(self.dataset.test[:1], self.eval_transform)[0])
+                logits = self.network.eval()(self._to_device(black, self.eval_transform)[0])
         except (RuntimeError, ValueError, TypeError) as error:
-            if isinstance(error, TrainError):  # the image could not be read
-                raise
             raise TrainError(f"model {self.config.model}: {reason(error)}") from error
         if not isinstance(logits, Tensor) or logits.shape != (1, self.dataset.num_classes):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
@@ -203,7 +199,7 @@ class Run:
         """This process's share of each batch of an epoch, in memory."""
         batches = data.epoch_batches(self.images, self.config.batch_size, self.config.seed, epoch, first)
         try:
-            yield from load_ahead(map(self._parts, batches), data.in_memory)
+            yield from load_ahead(map(self._parts, batches), data.in_memory_filled)
         except TrainError:  # an image that cannot be read: the steps before it are kept
             if self.accelerator.num_processes == 1:  # others would have to join in
                 self._save()
@@ -350,6 +346,7 @@ class Run:
                 results |= self.evaluate(self.validation, "validation")
             if self.validation is None or last:
                 results |= self.evaluate(self.dataset.test, "test")
+            self._note_unreadable()
             odd = [name for name, value in results.items() if not math.isfinite(value)]
             results |= dict.fromkeys(odd)
             if self.accelerator.is_main_process:
@@ -394,7 +391,19 @@ class Run:
 
     # --- state --------------------------------------------------------------------------------------------------
 
+    def _note_unreadable(self) -> None:
+        """Log which images were passed over since the last time, on any of the processes."""
+        if not self.config.skip_unreadable:
+            return
+        for name, why in sorted(gather_object(list(self.dataset.skipped.copy().items()))):
+            if name not in self.unreadable:
+                self.unreadable[name] = why
+                if self.accelerator.is_main_process:
+                    self.log.write("unreadable", step=self.step, image=name, reason=why)
+                    self.bar.write(f"the image {name} is passed over: {why}")
+
     def _save(self) -> None:
+        self._note_unreadable()
         totals = self.accelerator.reduce(self.totals, "sum").cpu()
         if self.accelerator.is_main_process:
             tensors = {"model": self.network.state_dict()}
@@ -435,6 +444,7 @@ class Run:
             raise TrainError(f"--resume: the run in {self.config.out} is complete at step {self.step}")
         if self.accelerator.is_main_process:
             self.log.rewind(self.step)
+            self.unreadable = {event["image"]: event["reason"] for event in self.log.events("unreadable")}
             print(f"resuming {self.config.out} at step {self.step} of {self.last_step}", flush=True)
         self._extend()
 
@@ -505,6 +515,7 @@ class Run:
             "data": self.config.data_note or self.config.dataset,
             "processes": self.accelerator.num_processes,
             "skipped_steps": self.skipped,
+            "unreadable_images": len(self.unreadable),
             "init_from": self.initialised,
             "extended": self.extended,
             "environment": describe(),
