@@ -62,7 +62,7 @@ class SEBlock(nn.Module):
         """``result_share``: (B, hidden), the result's part of the first squeeze-excite layer, where there is one; or
         ``result`` itself, (B, result_features)."""
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        return self.se(self.residual(x), result, result_share=result_share, residual=shortcut, activation="relu")
+        return self.se(self.residual(x), result=result, result_share=result_share, residual=shortcut, activation="relu")
 
 
 class AuxiliaryClassifier(nn.Module):
