@@ -66,7 +66,7 @@ def test_run_is_the_training_loop_written_by_hand(small, tmp_path, linear_model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=5e-4)
     losses = []
     for epoch in range(2):
-        for batch in data.epoch_batches(digits.train[:200], 32, 0, epoch):
+        for batch in data.epoch_batches(data.take(digits.train, 200), 32, 0, epoch):
             optimizer.param_groups[0]["lr"] = learning_rate(config, len(losses), 6)
             logits = model(normalize(batch.images.float() / 255.0))
             targets = F.one_hot(batch.labels, 10) * 0.9 + 0.01
@@ -114,7 +114,7 @@ def test_auxiliary_losses_are_added_with_their_weights(small, tmp_path, monkeypa
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=5e-4)
     losses = []
     for epoch in range(2):
-        for batch in data.epoch_batches(digits.train[:200], 32, 0, epoch):
+        for batch in data.epoch_batches(data.take(digits.train, 200), 32, 0, epoch):
             optimizer.param_groups[0]["lr"] = learning_rate(config, len(losses), 6)
             logits, (aux1, aux2) = model(normalize(batch.images.float() / 255.0))
             main, one, two = (F.cross_entropy(out, batch.labels, label_smoothing=0.1) for out in (logits, aux1, aux2))
