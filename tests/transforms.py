@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import mask_checks
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
@@ -246,16 +248,23 @@ TRANSFORMS: Mapping[str, Transform] = {
 }
 
 
+#: Rows of the grid that are no transforms: masks among the logits of the ops that take some.
+MASKED = {f"mask of {mask}": mask for mask in mask_checks.MASKS}
+ROWS = (*TRANSFORMS, *MASKED)
+NO_MASK = "no mask"
+
 #: Those that compile take seconds: one draw is enough.
 SLOW = ("jvp in torch.compile", "dual numbers in torch.compile")
 
 
 def outcome(spec: OpSpec, impl: str, sample: Sample, name: str) -> str:
-    """``"works"``, or ``"error: "`` and the first line of the text.
+    """``"works"``, or ``"error: "`` and the first line of the text, or ``NO_MASK``.
 
     Raises:
         AssertionError: a tensor misses the contract's bar, or is missing.
     """
+    if name in MASKED:
+        return _outcome_of_mask(spec, impl, MASKED[name])
     draws = range(1 if name in SLOW else 3)
 
     def run(implementation: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -274,6 +283,19 @@ def outcome(spec: OpSpec, impl: str, sample: Sample, name: str) -> str:
             raise AssertionError(f"an error without a text: {error!r}") from error
         return f"error: {_neutral(text.splitlines()[0])}"
     found = mismatches(actual, run("reference", torch.float32), run("reference", torch.float64))
+    assert not found, "; ".join(found)
+    return "works"
+
+
+def _outcome_of_mask(spec: OpSpec, impl: str, mask: str) -> str:
+    cases = [
+        case
+        for case in (*mask_checks.bias_cases(("small",)), *mask_checks.OTHER_CASES)
+        if case.op == spec.name and (mask, mask) in case.masks
+    ]
+    if not cases:
+        return NO_MASK
+    found = [f"{case.id}: {text}" for case in cases for text in replace(case, masks=((mask, mask),)).mismatches(impl)]
     assert not found, "; ".join(found)
     return "works"
 
@@ -307,6 +329,10 @@ Each cell was run on a small call of the op in float32: **works** means that eve
 the op contract against the reference in float64 under the same transform; a number stands for the error that is raised,
 listed below. No cell is silent. `tests/test_transforms.py` runs them all; `python tests/transforms.py` writes the page.
 
+Masks lie among the logits (biases, weights, the input itself), on rows, single keys and whole queries, in float32,
+bfloat16 and, where float16 has the number, float16: as PyTorch's softmax has it in the same dtype. `no mask`: the op
+has no logits that a caller sets.
+
 In forward mode the output comes from the kernel and the tangent from the reference's formulas: right to the bar, at the
 reference's cost (attention holds its N x N map there).
 """
@@ -315,7 +341,7 @@ reference's cost (attention holds its N x N map there).
 def grid(impls: Sequence[str]) -> dict[str, dict[str, dict[str, str]]]:
     """implementation -> transform -> op -> outcome."""
     return {
-        impl: {name: {spec.name: outcome(spec, impl, sample_of(spec), name) for spec in SPECS} for name in TRANSFORMS}
+        impl: {name: {spec.name: outcome(spec, impl, sample_of(spec), name) for spec in SPECS} for name in ROWS}
         for impl in impls
     }
 
@@ -325,7 +351,7 @@ def page(cells: Mapping[str, Mapping[str, Mapping[str, str]]]) -> str:
     errors: list[str] = []
 
     def cell(result: str) -> str:
-        if result == "works":
+        if not result.startswith("error: "):
             return result
         if result not in errors:
             errors.append(result)
@@ -355,7 +381,7 @@ def published(text: str) -> dict[str, dict[str, dict[str, str]]]:
             rows = cells.setdefault(heading[1], {})
         elif cells and line.startswith("| ") and not line.startswith(("| |", "| ---")):
             name, *row = (part.strip() for part in line.strip("|").split("|"))
-            row = [text if text == "works" else f"error: {errors[text.strip('[]')]}" for text in row]
+            row = [f"error: {errors[text.strip('[]')]}" if text.startswith("[") else text for text in row]
             rows[name] = dict(zip((spec.name for spec in SPECS), row, strict=True))
     return cells
 
