@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/fused-attn demo
 
 test: $(VENV)/installed
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # Renders committed results; `fused-attn bench --out benchmarks/results` measures.
 bench: $(VENV)/installed

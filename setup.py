@@ -1,20 +1,24 @@
 """Builds the C++ kernels against the LibTorch stable ABI, so that one wheel serves torch 2.11 and everything after it.
 
 Build with ``pip install --no-build-isolation .`` in an environment that has torch: an isolated build would fetch
-another one.  Without a C++ compiler the Python part is installed alone; ``fused-attn info`` then says so.
-Setting FUSED_ATTN_REQUIRE_EXTENSION=1 makes a failed compilation an error instead.
+another one.  Where no C++ compiler is there, or with FUSED_ATTN_NO_EXTENSION=1, the Python part is built alone, as a
+pure wheel; ``fused-attn info`` and the first call that wants a kernel then say so.  FUSED_ATTN_REQUIRE_EXTENSION=1
+makes that an error; a compiler that fails always is one.
 """
 
 import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.errors import CompileError
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-REQUIRE_EXTENSION = os.environ.get("FUSED_ATTN_REQUIRE_EXTENSION") == "1"
 TORCH_2_11 = "0x020b000000000000"
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 
 FLAGS = [
     "-O3",
@@ -29,30 +33,63 @@ FLAGS = [
 ]
 
 
-class OptionalBuildExtension(BuildExtension):
-    """Compiles where a compiler is there; otherwise says so and goes on."""
+def asked(variable: str) -> bool:
+    return os.environ.get(variable) == "1"
+
+
+def use_compiler() -> str | None:
+    """Have one C++ compiler compile and link; without one, say why the kernels are left out."""
+    if asked("FUSED_ATTN_NO_EXTENSION"):
+        return "FUSED_ATTN_NO_EXTENSION=1 is set"
+    named = os.environ.get("CXX")
+    candidates = [named] if named else ["c++", "g++", "clang++"]
+    for command in candidates:
+        if shutil.which(shlex.split(command)[0]):
+            os.environ["CXX"] = command
+            if sys.platform == "linux":
+                # setuptools links with the compiler that Python was built with, which need not be there.
+                os.environ.setdefault("LDCXXSHARED", f"{command} -shared")
+            return None
+    return f"there is no C++ compiler: {', '.join(candidates)} not found"
+
+
+class BuildKernels(BuildExtension):
+    """A failed build says how to install without the kernels."""
 
     def run(self) -> None:
         try:
             super().run()
         except Exception as error:
-            if REQUIRE_EXTENSION:
-                raise
-            print(f"fused-attn: the C++ kernels were not built ({error}); installing without them", file=sys.stderr)
-            self.extensions = []
+            raise CompileError(
+                f"fused-attn: the C++ kernels could not be built with {os.environ['CXX']} ({error}). Its messages are "
+                "above. To install without the kernels, so that the plain PyTorch reference runs on the CPU, set "
+                "FUSED_ATTN_NO_EXTENSION=1."
+            ) from error
+
+
+def kernels() -> list[CppExtension]:
+    """The extension; none where it cannot or shall not be built, which makes the wheel a pure one."""
+    left_out = use_compiler()
+    if left_out is None:
+        return [
+            CppExtension(
+                "fused_attn._C",
+                SOURCES,
+                depends=HEADERS,
+                include_dirs=[str(Path("csrc").resolve())],
+                extra_compile_args={"cxx": FLAGS},
+                extra_link_args=["-s"],
+                py_limited_api=True,
+            )
+        ]
+    if asked("FUSED_ATTN_REQUIRE_EXTENSION"):
+        sys.exit(f"fused-attn: FUSED_ATTN_REQUIRE_EXTENSION=1 is set, but {left_out}")
+    print(f"fused-attn: the C++ kernels are left out: {left_out}", file=sys.stderr)
+    return []
 
 
 setup(
-    ext_modules=[
-        CppExtension(
-            "fused_attn._C",
-            SOURCES,
-            include_dirs=[str(Path("csrc").resolve())],
-            extra_compile_args={"cxx": FLAGS},
-            extra_link_args=["-s"],
-            py_limited_api=True,
-        )
-    ],
-    cmdclass={"build_ext": OptionalBuildExtension.with_options(no_python_abi_suffix=True)},
+    ext_modules=kernels(),
+    cmdclass={"build_ext": BuildKernels.with_options(no_python_abi_suffix=True)},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -276,7 +276,7 @@ def save(report: dict[str, Any]) -> None:
     """Write both files."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "compile_report.md").write_text(markdown(report))
-    (RESULTS / "compile_report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / "compile_report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 def merged(report: dict[str, Any], rows: list[dict[str, Any]], replaced: set[str]) -> dict[str, Any]:

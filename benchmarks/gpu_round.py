@@ -279,7 +279,7 @@ def summarise(plan: Round, every: list[Step]) -> dict[str, object]:
     path = plan.out / "machine.json"
     machine = json.loads(path.read_text()) if path.exists() else {}
     summary = {"dry_run": plan.dry, "counts": counts, "environment": machine, "steps": results}
-    _write(plan.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    _write(plan.out / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     gpu = (machine.get("gpu") or {}).get("name", "no GPU")
     lines = [
         "# Round on a GPU" + (" (dry run: no GPU, Triton's interpreter)" if plan.dry else ""),
@@ -322,7 +322,7 @@ def go(plan: Round, every: list[Step], chosen: list[Step], budget: float, retry:
             print(f"{step.name}: cut short by the budget after {limit:.0f} s", flush=True)
             left.append(step.name)
             continue
-        _write(path, json.dumps(result, indent=1) + "\n")
+        _write(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
         print(f"{step.name}: {result['outcome']} {result['reason'] or ''} {result.get('seconds', '')}", flush=True)
         summarise(plan, every)
     summary = summarise(plan, every)
@@ -341,7 +341,7 @@ def find_ops() -> dict[str, str]:
     """``Round.ops``, asked of a process of its own: this one imports neither PyTorch nor the package."""
     code = (
         "import json; from fused_attn.ops import SPECS; "
-        "print(json.dumps({s.name: s.growth[0].name for s in SPECS if 'triton' in s.implementations}))"
+        "print(json.dumps({s.name: s.growth[0].name for s in SPECS if 'triton' in s.implementations}, allow_nan=False))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
     asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE)

@@ -109,8 +109,8 @@ def environment(out: Path) -> None:
         "installed": (out / "install.txt").read_text().strip() if (out / "install.txt").exists() else None,
     }
     found["missing"] = [name for name, version in found["dependencies"].items() if version is None]
-    (out / "machine.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    (out / "machine.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    print(json.dumps(found, indent=1, allow_nan=False))
     code = "from fused_attn.info import report; print(report())"
     print(subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True).stdout)
 

@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--case", nargs=2, metavar=("MODEL", "FORM"), help="measure one network and print it")
     arguments = parser.parse_args(argv)
     if arguments.case:
-        print(json.dumps(measure_case(*arguments.case, arguments.batch, arguments.size)))
+        print(json.dumps(measure_case(*arguments.case, arguments.batch, arguments.size), allow_nan=False))
         return 0
     report = {"environment": describe(), "batch": arguments.batch, "size": arguments.size, "rows": []}
     for name, forms in CASES.items():
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
             report["rows"].append({"model": name, "form": form, **json.loads(output.splitlines()[-1])})
             print(report["rows"][-1], file=sys.stderr, flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "layer_memory.json").write_text(json.dumps(report, indent=1) + "\n")
+    (arguments.out / "layer_memory.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     (arguments.out / "layer_memory.md").write_text(markdown(report))
     print(markdown(report))
     return 0

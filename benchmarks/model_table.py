@@ -135,7 +135,7 @@ def write(name: str, rows: list[dict], lines: list[str]) -> None:
     table = "\n".join(lines) + "\n"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(table)
-    (RESULTS / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
     print(table)
 
 

@@ -41,7 +41,7 @@ def title(folder: Path) -> str:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    return {event["step"]: event["loss"] for event in RunLog(folder).events("step")}
+    return {event["step"]: event["loss"] for event in RunLog(folder).events("step") if event["loss"] is not None}
 
 
 def head(folder: Path) -> str:
@@ -54,10 +54,9 @@ def head(folder: Path) -> str:
 
 
 def numbers(event: dict[str, Any]) -> str:
-    return (
-        f"{event['train_loss']:.3f} | {event['train_accuracy']:.1%} | {event['test_loss']:.3f} "
-        f"| {event['test_accuracy']:.1%} |"
-    )
+    """Cells of a table; a loss that is null was not finite."""
+    formats = {"train_loss": ".3f", "train_accuracy": ".1%", "test_loss": ".3f", "test_accuracy": ".1%"}
+    return " | ".join("-" if event[name] is None else f"{event[name]:{each}}" for name, each in formats.items()) + " |"
 
 
 def epochs_table(folder: Path) -> list[str]:

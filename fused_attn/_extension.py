@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
+
+#: States what it takes: why it was left out, be it for want of a compiler or on request, nothing here can know.
+NOT_BUILT = "it was not built: that takes a C++ compiler at installation, and FUSED_ATTN_NO_EXTENSION not set to 1"
+#: What to do about a missing extension.
+REMEDY = """To build it where a C++20 compiler is:
+  pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir SOURCE
+SOURCE is the folder, archive or address that the package came from. Without --no-cache-dir, pip may take a wheel
+without kernels that it built earlier."""
 
 #: Instruction sets the kernels are compiled for, lowest first.
 CPU_CAPABILITIES = ("generic", "avx2", "avx512")
@@ -13,7 +22,7 @@ CPU_CAPABILITIES = ("generic", "avx2", "avx512")
 def _load() -> str | None:
     libraries = sorted(Path(__file__).parent.glob("_C*.so"))
     if not libraries:
-        return "it was not built; install the package where a C++17 compiler is present"
+        return NOT_BUILT
     try:
         torch.ops.load_library(str(libraries[0]))
     except OSError as error:
@@ -22,6 +31,24 @@ def _load() -> str | None:
 
 
 _REASON = _load()
+_warned = False
+
+
+def warn_of_reference() -> None:
+    """Say, once per process, that the reference runs where a C++ kernel would, and what to do about it."""
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"fused_attn runs the PyTorch reference, which is slower, on the CPU: the C++ extension is not available "
+            f"({_REASON}).\n{REMEDY}",
+            stacklevel=4,
+        )
+
+
+if _REASON is not None:
+    # torch.compile then calls it while it traces, instead of tracing into it.
+    torch.compiler.assume_constant_result(warn_of_reference)
 
 
 def available() -> bool:

@@ -7,17 +7,18 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 import tyro
 
 from .bench import BenchError
-from .train.config import TrainConfig, saved_settings
-from .train.errors import TrainError
+from .train.config import TrainConfig, resumed_config
+from .train.errors import NonFiniteError, TrainError
 from .train.recipes import RECIPES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 (the machine failed), 2 (a setting, the data or a
-    file of the run is not usable) or 130 (interrupted)."""
+    """Run one command; returns the exit status: 0, 1 (the machine failed), 2 (a setting, the data or a file of the run
+    is not usable), 3 (the training came to a loss, gradient or weight that is inf or nan) or 130 (interrupted)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] not in COMMANDS:
         wants_help = bool(arguments) and arguments[0] in ("-h", "--help")
@@ -31,25 +32,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if wants_help else 2
     try:
         return COMMANDS[arguments[0]](arguments[1:])
+    except NonFiniteError as error:
+        return _failed(error, 3)
     except (TrainError, BenchError) as error:
-        print(f"fused-attn: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a log or a picture on a full disk; checkpoints report theirs as a TrainError
-        print(f"fused-attn: error: {error}", file=sys.stderr)
-        return 1
+        return _failed(error, 2)
+    except (OSError, MemoryError) as error:  # a log or a picture on a full disk; checkpoints report theirs themselves
+        return _failed(error, 1)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _failed(error, 1)
     except KeyboardInterrupt:
         print("fused-attn: interrupted", file=sys.stderr)
         return 130
 
 
+def _failed(error: BaseException, status: int) -> int:
+    text = " ".join(str(error).split()) or "out of memory"
+    print(f"fused-attn: error: {text}", file=sys.stderr)
+    return status
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """The CPU's allocator raises no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def train(arguments: Sequence[str]) -> int:
     """Train a model on CPU or GPU; alone, or on several processes under torchrun."""
-    if "--resume" in arguments:  # the run's settings, so that --resume --out DIR is enough; the run checks the rest
-        settings = saved_settings(Path(_option(arguments, "--out") or ""))
+    out = _option(arguments, "--out")
+    if "--resume" in arguments and out is not None:  # the run's settings, so that --resume --out DIR is enough
+        settings = vars(resumed_config(Path(out))) | {"out": tyro.MISSING, "resume": False}
     else:
-        settings = _recipe_settings(arguments)
-    missing = {name: tyro.MISSING for name in ("model", "dataset", "out") if name not in settings}
-    config = tyro.cli(TrainConfig, args=arguments, default=TrainConfig(**missing, **settings), prog="fused-attn train")
+        required = ("model", "dataset", "out")
+        settings = dict.fromkeys(required, tyro.MISSING) | _recipe_settings(arguments)
+    config = tyro.cli(TrainConfig, args=arguments, default=TrainConfig(**settings), prog="fused-attn train")
+    from .train.loop import shown
     from .train.loop import train as run
 
     try:
@@ -57,8 +75,8 @@ def train(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"fused-attn: interrupted; go on with --resume --out {config.out}", file=sys.stderr)
         return 130
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.endswith(("_loss", "_accuracy")))
-    print(f"{config.out}: {metrics['steps']} steps in {metrics['seconds']:.0f} s, {shown}")
+    skipped = f" ({metrics['skipped_steps']} left out)" if metrics["skipped_steps"] else ""
+    print(f"{config.out}: {metrics['steps']} steps{skipped} in {metrics['seconds']:.0f} s, {shown(metrics)}")
     return 0
 
 

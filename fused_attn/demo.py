@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -10,10 +9,12 @@ from pathlib import Path
 import torch
 
 from .ops import measure
+from .options import check
 from .train.checkpoint import write_text
 from .train.config import TrainConfig
 from .train.environment import describe
 from .train.errors import TrainError
+from .train.json_files import dumps
 
 SHAPE = {"B": 8, "heads": 8, "H": 32, "W": 32, "d_k": 20, "d_v": 2}
 IMPLEMENTATIONS = {"cpu": "fused", "reference": "eager PyTorch"}
@@ -27,6 +28,7 @@ def run(out: Path | None = None, smoke: bool = False) -> int:
         out: folder for the run and the pictures; a new one under runs/ when not given.
         smoke: a few steps on few images, no demand on the accuracy.
     """
+    check("demo", run, {"out": out, "smoke": smoke}, TrainError)
     from .train.loop import train
 
     out = out or _next_folder(Path("runs"))
@@ -51,7 +53,7 @@ def run(out: Path | None = None, smoke: bool = False) -> int:
 
     print("\ncomparing rel_attention_2d with eager PyTorch, forward + backward ...", flush=True)
     comparison = compare(repetitions=1 if smoke else 5)
-    write_text(out / "comparison.json", json.dumps({**comparison, "environment": describe()}, indent=1) + "\n")
+    write_text(out / "comparison.json", dumps({**comparison, "environment": describe()}, indent=1) + "\n")
     plot(comparison, out / "comparison.png")
     print(table(comparison))
     print(f"curves: {out / 'curves.png'}\ncomparison: {out / 'comparison.png'}")
@@ -73,7 +75,8 @@ def compare(repetitions: int) -> dict:
     try:
         memory = {impl: measure.peak_extra_bytes(spec.name, shape, impl) for impl in IMPLEMENTATIONS}
     except RuntimeError as error:
-        raise TrainError(str(error)) from error
+        lines = str(error).split("\n")  # between the first and the last is the traceback of the process that measured
+        raise TrainError(" ".join(dict.fromkeys((lines[0], *lines[-2:])))) from error
     return {
         "shape": SHAPE,
         "seconds": {impl: statistics.median(times[impl]["both"]) for impl in IMPLEMENTATIONS},

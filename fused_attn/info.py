@@ -26,6 +26,7 @@ def report() -> str:
         lines.append(f"C++ kernels: loaded, running on {best} (of {', '.join(_extension.CPU_CAPABILITIES)})")
     else:
         lines.append(f"C++ kernels: not available: {_extension.reason()}")
+        lines += textwrap.indent(_extension.REMEDY, "  ").splitlines()
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices.append("cuda")

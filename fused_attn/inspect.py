@@ -8,13 +8,12 @@ from typing import Annotated
 
 import torch
 import tyro
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .modules import ElementwiseAttentionBlock
-from .train import augment, checkpoint, data
-from .train.config import TrainConfig, saved_settings
+from .options import check
+from .train import augment, data, weights
+from .train.config import TrainConfig, saved_config
 from .train.errors import TrainError
 
 #: How a panel is coloured: values of either sign around white, shares, or as the image itself.
@@ -43,25 +42,35 @@ def run(
         data_dir: Local folder of the data set; the run's own when not given.
         out: The picture; inspect.png in the folder of the run, or MODEL.png, when not given.
     """
+    check("inspect", run, locals(), TrainError)
     folder = Path(source)
     if folder.is_dir():
         if dataset is not None:
             raise TrainError(f"dataset belongs to a model without a run; that of {folder} has its own, got {dataset!r}")
-        config = _config_of(folder, data_dir)
+        changes = {} if data_dir is None else {"data_dir": data_dir}
+        # The run may have been on another machine.
+        config = saved_config(
+            folder, f"source must hold a run, with its config.json, got {folder}", impl="auto", **changes
+        )
         path = out or folder / "inspect.png"
     elif "/" in source:
         raise TrainError(f"source must be the folder of a run or the name of a model, got {source!r}: no such folder")
     else:
-        config = TrainConfig(source, dataset or "digits", out=Path(), data_dir=data_dir, normalize=False)
+        config = TrainConfig(
+            source, "digits" if dataset is None else dataset, out=Path(), data_dir=data_dir, normalize=False
+        )
         path = out or Path(f"{source}.png")
+    if not path.parent.is_dir() or path.is_dir():
+        raise TrainError(f"out must be a file in a folder that exists, got {path}")
 
     from .train.loop import build_network
 
-    loaded = data.load(config.dataset, config.data_dir, config.image_size)
+    loaded = data.of_run(config)
     torch.manual_seed(config.seed)
     network = build_network(config, loaded).eval()
     if folder.is_dir():
-        _load_weights(network, folder)
+        file = weights.file_of(folder, "source")
+        weights.load(network, weights.read(file, "source"), file, "source")
     if not 0 <= image < len(loaded.test):
         raise TrainError(f"image must be from 0 to {len(loaded.test) - 1}, the test set's last, got {image}")
     one = loaded.test[image : image + 1]
@@ -99,7 +108,8 @@ def trace(network: nn.Module, image: Tensor, head: int = 0) -> tuple[list[Panels
     blocks = [module for module in network.modules() if isinstance(module, ElementwiseAttentionBlock)]
     if not blocks:
         raise ValueError("there must be element-wise attention layers in it, as in attention_wise_b, found none")
-    if not 0 <= head < (heads := min(block.attention.heads for block in blocks)):
+    heads = min(block.attention.heads for block in blocks)
+    if not 0 <= head < heads:
         raise ValueError(f"head must be from 0 to {heads - 1}, got {head}")
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
@@ -171,36 +181,4 @@ def draw(layers: list[Panels], path: Path, title: str) -> None:
                 high = max(abs(low), abs(high))
                 low = -high
             axes.imshow(values.mean(0).numpy(), cmap=COLORS[kind], vmin=low, vmax=high, interpolation="nearest")
-    try:
-        figure.savefig(path, dpi=110, format="png")
-    except FileNotFoundError as error:
-        raise TrainError(f"out must be a file in a folder that exists, got {path}") from error
-
-
-def _config_of(folder: Path, data_dir: Path | None) -> TrainConfig:
-    settings = saved_settings(folder)
-    if not {"model", "dataset"} <= settings.keys():
-        raise TrainError(f"source: {folder} must hold a run, with its config.json; there is none that can be read")
-    if data_dir is not None:
-        settings["data_dir"] = data_dir
-    settings["impl"] = "auto"  # the run may have been on another machine
-    return TrainConfig(**settings, out=folder)
-
-
-def _load_weights(network: nn.Module, folder: Path) -> None:
-    """The weights that the run evaluated at its end, or, before it ended, those of its last checkpoint."""
-    final, saved = folder / "model.safetensors", checkpoint.find(folder / "checkpoints")
-    if not final.exists() and not saved:
-        raise TrainError(f"source: {folder} must hold model.safetensors or a checkpoint, found neither")
-    try:
-        if final.exists():
-            weights = load_file(final)
-        else:
-            stems, _ = checkpoint.load(saved[-1])
-            average = stems.get("ema", {})
-            weights = {name[7:]: value for name, value in average.items() if name.startswith("module.")}
-            weights = weights or stems["model"]
-        network.load_state_dict(weights)
-    except (SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise TrainError(f"source: the weights in {folder} could not be loaded ({reason})") from error
+    figure.savefig(path, dpi=110, format="png")

@@ -5,7 +5,7 @@ from .ops.elementwise_attention.module import DualSoftmax, ElementwiseAttention,
 from .ops.layer_attention.cache import LayerCache
 from .ops.layer_attention.module import LayerAttention, MRLABase, MRLALight
 from .ops.rel_attention_2d.module import AttentionAugmentedConv2d, RelPosAttention2d
-from .ops.squeeze_excite.module import SqueezeExcite, result_shares
+from .ops.squeeze_excite.module import SqueezeExcite, can_share_result, result_shares
 
 __all__ = [
     "AttentionAugmentedConv2d",
@@ -20,5 +20,6 @@ __all__ = [
     "MRLALight",
     "RelPosAttention2d",
     "SqueezeExcite",
+    "can_share_result",
     "result_shares",
 ]

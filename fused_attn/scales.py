@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,11 @@ import tyro
 from torch import Tensor, nn
 
 from .modules import SqueezeExcite
+from .options import check, make_folder
 from .train.checkpoint import write_text
 from .train.environment import describe
 from .train.errors import TrainError
+from .train.json_files import dumps
 
 _BATCH = 32
 
@@ -41,11 +42,9 @@ class ScalesConfig:
     """Folder of the data, where it is not that of the runs any more."""
 
     def __post_init__(self) -> None:
-        for name, value in (("images", self.images), ("stage", self.stage)):
-            if value < 1:
-                raise TrainError(f"{name} must be at least 1, got {value}")
+        check("scales", type(self), vars(self), TrainError)
         if not self.runs:
-            raise TrainError("runs must name at least one folder")
+            raise TrainError("runs must name at least one folder, got none")
 
 
 def deviations(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -88,17 +87,21 @@ def deviations(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 def run(config: ScalesConfig) -> int:
     """Measure all runs, and write table, plot and numbers."""
+    names = [folder.name for folder in config.runs]
+    if len(set(names)) < len(names):
+        raise TrainError(f"runs must have different names, got {', '.join(names)}")
+    make_folder(config.out, TrainError)
     measured = {folder.name: _of_run(folder, config) for folder in config.runs}
-    if len(measured) < len(config.runs):
-        raise TrainError(f"runs must have different names, got {', '.join(folder.name for folder in config.runs)}")
-    config.out.mkdir(parents=True, exist_ok=True)
+    layers = {layer for each in measured.values() for layer in each}
+    if not any(layer.startswith(_prefix(config.stage)) for layer in layers):
+        raise TrainError(f"stage must be one with squeeze-excite layers in these networks, got {config.stage}")
     rows = [
         {"run": name, "layer": layer, "mean": values.mean().item(), "deviations": values.tolist()}
         for name, layers in measured.items()
         for layer, values in layers.items()
     ]
     result = {"images": config.images, "seed": config.seed, "environment": describe(), "rows": rows}
-    write_text(config.out / "scales.json", json.dumps(result, indent=1) + "\n")
+    write_text(config.out / "scales.json", dumps(result, indent=1) + "\n")
     table = markdown(rows)
     write_text(config.out / "scales.md", table)
     plot(measured, config.stage, config.out / "scales.png")
@@ -107,26 +110,19 @@ def run(config: ScalesConfig) -> int:
 
 
 def _of_run(folder: Path, config: ScalesConfig) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    from .train import augment, data
-    from .train.config import TrainConfig
+    from .train import augment, data, weights
+    from .train.config import saved_config
     from .train.loop import build_network
 
-    try:
-        saved = json.loads((folder / "config.json").read_text())
-        weights = load_file(folder / "model.safetensors")
-    except (OSError, ValueError) as error:
-        raise TrainError(f"runs must be folders of finished runs, got {folder}: {error}") from error
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    data_dir = config.data_dir or settings["data_dir"]
-    settings |= {"out": folder, "data_dir": None if data_dir is None else Path(data_dir)}
-    trained = TrainConfig(**settings)
-    dataset = data.load(trained.dataset, trained.data_dir, trained.image_size)
+    changes = {} if config.data_dir is None else {"data_dir": config.data_dir}
+    # The run may have been on another machine.
+    trained = saved_config(folder, "runs must be folders of finished runs, got " + str(folder), impl="auto", **changes)
+    file = weights.file_of(folder, "runs", finished=True)
+    dataset = data.of_run(trained)
     if config.images > len(dataset.test):
         raise TrainError(f"images must be at most the {len(dataset.test)} of the test set, got {config.images}")
     network = build_network(trained, dataset)
-    network.load_state_dict(weights)
+    weights.load(network, weights.read(file, "runs"), file, "runs")
     order = torch.randperm(len(dataset.test), generator=torch.Generator().manual_seed(config.seed))
     chosen = dataset.test[order[: config.images]]
     _, normalize = augment.build(trained, dataset)
@@ -134,6 +130,11 @@ def _of_run(folder: Path, config: ScalesConfig) -> dict[str, Tensor]:
         return deviations(network, normalize(chosen.images.float() / 255.0))
     except ValueError as error:
         raise TrainError(f"model {trained.model}: {error}") from error
+
+
+def _prefix(stage: int) -> str:
+    """What the names of a stage's layers begin with."""
+    return f"stages.{stage - 1}."
 
 
 def markdown(rows: list[dict]) -> str:
@@ -153,7 +154,7 @@ def plot(measured: dict[str, dict[str, Tensor]], stage: int, path: Path) -> None
     images, means = figure.subplots(1, 2)
     for index, (name, layers) in enumerate(measured.items()):
         color = f"C{index}"
-        chosen = [values for layer, values in layers.items() if layer.startswith(f"stages.{stage - 1}.")]
+        chosen = [values for layer, values in layers.items() if layer.startswith(_prefix(stage))]
         for count, values in enumerate(chosen):
             images.plot(values.tolist(), color=color, lw=0.8, alpha=0.7, label=None if count else name)
         means.plot([values.mean().item() for values in layers.values()], "o-", color=color, ms=3, label=name)

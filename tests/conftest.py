@@ -1,5 +1,6 @@
-"""One thread per test unless it asks for more, the contract's checks importable, and a fixed shape fuzz."""
+"""One thread per test unless it asks for more, the contract's checks importable, a fixed shape fuzz, time limits."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,21 @@ settings.register_profile(
     "fixed", derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("fixed")
+
+#: Of a test marked ``long``, in time limits of the others.
+LONG = 6
+
+
+def pytest_collection_modifyitems(config, items):
+    """Time limits by what a test is and how busy the machine is; the longest tests first, so that none is left alone.
+
+    A process started on a machine with more runnable processes than processors waits as much longer.
+    """
+    limit = float(config.getini("timeout")) * max(1.0, os.getloadavg()[0] / os.cpu_count())
+    for item in items:
+        long = item.get_closest_marker("long") is not None
+        item.add_marker(pytest.mark.timeout(limit * (LONG if long else 1)))
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -29,6 +29,7 @@ from fused_attn.ops.contract import (
     leaves,
     mismatches,
     numeric_mismatches,
+    seed_generators,
     with_tensors,
 )
 
@@ -104,7 +105,7 @@ def check_partial_gradients(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) 
     grad_out = draw_grad_out(spec, inputs)
     everything = evaluate(bound(spec, impl), inputs, grad_out)
     for name, leaf in leaves(inputs).items():
-        torch.manual_seed(0)
+        seed_generators(0)
         out = spec.function(**with_tensors(inputs, {name: leaf}), impl=impl)
         (grad,) = torch.autograd.grad(out, [leaf], grad_out)
         assert torch.equal(_bits(grad), _bits(everything[f"grad_{name}"])), f"grad_{name} alone differs"
@@ -136,7 +137,7 @@ def check_gradcheck(spec: OpSpec, inputs: Mapping[str, Any]) -> None:
         rebuild[name] = tensor.contiguous(), finite
 
     def function(*values):
-        torch.manual_seed(0)
+        seed_generators(0)
         full = {
             name: base.masked_scatter(finite, value)
             for (name, (base, finite)), value in zip(rebuild.items(), values, strict=True)

@@ -5,6 +5,44 @@ import torch.nn.functional as F
 
 from fused_attn import create_model
 
+DEIT = {"dim": 32, "heads": 2, "depth": 3, "patch_size": 4}
+#: label -> (model, options): every class of the registry, and every way through it that differs in what is called.
+MODELS = {
+    "wrn": ("wrn_10_1", {}),
+    "aa_wrn": ("aa_wrn_10_1", {}),
+    "resnet34": ("resnet34", {}),
+    "aa_resnet34": ("aa_resnet34", {"stem": "cifar"}),
+    "resnet20": ("resnet20", {}),
+    "sa_resnet20": ("sa_resnet20", {}),
+    "sa_resnet20 of convolutions": ("sa_resnet20", {"layers": "convolutions", "values": "project"}),
+    "sa_resnet20 of maps": ("sa_resnet20", {"key_grid": 2}),
+    "sa_resnet20 features": ("sa_resnet20", {"features_only": True}),
+    "resnet50": ("resnet50", {"zero_init": False}),
+    "mrla_base": ("mrla_base_resnet50", {"stem": "cifar", "zero_init": False}),
+    "mrla_light": ("mrla_light_resnet50", {"stem": "cifar", "zero_init": False}),
+    "deit": ("deit_tiny", DEIT),
+    "mrla_base_deit": ("mrla_base_deit_tiny", DEIT),
+    "mrla_light_deit": ("mrla_light_deit_tiny", DEIT),
+    "se": ("se_resnet34", {"width": 8}),
+    "se of bottlenecks": ("se_resnet50", {"width": 8}),
+    "se_a": ("se_a_resnet34", {"width": 8}),
+    "se_r": ("se_r_resnet34", {"width": 8}),
+    "se_m": ("se_m_resnet34", {"width": 8, "aux_model": "resnet20"}),
+    "attention_wise": ("attention_wise_a", {}),
+    "vgg_control": ("vgg_control", {}),
+    "googlenet": ("googlenet", {}),
+}
+
+
+def build(label):
+    torch.manual_seed(0)
+    name, options = MODELS[label]
+    return create_model(name, num_classes=5, image_size=16, **options)
+
+
+def images():
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
 
 def on_meta(name, **options):
     """A model without memory, to count and to name its parameters."""
@@ -19,7 +57,7 @@ def count(model):
 def randomise_norms(model):
     """Give BN and LayerNorm weights, biases and statistics at which no term of the network vanishes."""
     for module in model.modules():
-        if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.LayerNorm)):
+        if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.LayerNorm)) and module.weight is not None:
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             torch.nn.init.normal_(module.bias, std=0.2)
         if isinstance(module, torch.nn.BatchNorm2d):

@@ -19,7 +19,7 @@ REPORT = json.loads((ROOT / "benchmarks" / "results" / "compile_report.json").re
 def run(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     command = [sys.executable, "benchmarks/compile_report.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,7 @@ def report():
     return module
 
 
+@pytest.mark.long
 def test_every_kernel_compiles_without_spills_as_the_report_says():
     result = run("--check", "--quick", "--arch", "sm_80", "--arch", "sm_90", "--arch", "sm_100")
     assert result.returncode == 0, result.stdout + result.stderr

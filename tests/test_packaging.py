@@ -1,34 +1,48 @@
-"""The wheel that users get: its tag, what it holds, and that it works away from the source tree."""
+"""What users get: a source archive that builds, wheels with the right tag, plain words where kernels are missing."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from fused_attn import _extension
 
 ROOT = Path(__file__).parents[1]
+BUILT = ROOT / "fused_attn" / "_C.so"
+HOOK = "import sys; from setuptools import build_meta; print(build_meta.{}(sys.argv[1]))"
 CALL = """
 import torch, fused_attn
 from fused_attn import _extension, rel_attention_2d
 x = torch.randn(1, 2, 4, 4, 8, generator=torch.Generator().manual_seed(0))
 print(fused_attn.__file__)
 print(_extension.available(), _extension.reason())
-print(torch.allclose(rel_attention_2d(x, x, x), rel_attention_2d(x, x, x, impl="reference"), atol=1e-6))
+compiled = torch.compile(lambda x: rel_attention_2d(x, x, x), fullgraph=True, backend="eager")
+for function in (compiled, lambda x: rel_attention_2d(x, x, x)):
+    print(torch.allclose(function(x), rel_attention_2d(x, x, x, impl="reference"), atol=1e-6))
 """
 
+# Where no build is there to reuse, every kernel is compiled.
+pytestmark = pytest.mark.long
 
-def run(*command, **environment):
+
+def run(*command, cwd=ROOT.parent, check=True, **environment):
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("FUSED_ATTN_")}
     return subprocess.run(
-        command, check=True, capture_output=True, text=True, cwd=ROOT.parent, env={**os.environ, **environment}
-    ).stdout
+        command, check=check, capture_output=True, text=True, cwd=cwd, env={**variables, **environment}
+    )
 
 
-def build_wheel(source: Path, to: Path, **environment) -> Path:
-    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps")
-    run(*pip, "--wheel-dir", str(to), str(source), **environment)
-    return next(to.glob("*.whl"))
+def build(source: Path, to: Path, what: str = "wheel", check=True, **environment):
+    """What pip does without isolation, but its own start: the build back-end's hook, in ``source``."""
+    to.mkdir(exist_ok=True)
+    return run(sys.executable, "-c", HOOK.format(f"build_{what}"), str(to), cwd=source, check=check, **environment)
 
 
 def copy_sources(to: Path) -> Path:
@@ -38,37 +52,218 @@ def copy_sources(to: Path) -> Path:
     if not files:
         pytest.skip("not a git checkout: the list of source files is unknown")
     for name in files:
-        if name.startswith(("csrc/", "fused_attn/")) or name in ("setup.py", "pyproject.toml", "README.md"):
+        if name.startswith(("csrc/", "fused_attn/", "tests/")) or "/" not in name:
             (to / name).parent.mkdir(parents=True, exist_ok=True)
-            (to / name).write_bytes((ROOT / name).read_bytes())
+            shutil.copy2(ROOT / name, to / name)
     return to
 
 
-def import_from(wheel: Path, site: Path) -> list[str]:
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """The source archive, made where there is no compiler: that must not leave the kernels' sources out."""
+    folder = tmp_path_factory.mktemp("sdist")
+    build(copy_sources(folder / "source"), folder, "sdist", CXX="no-compiler")
+    return next(folder.glob("*.tar.gz"))
+
+
+@pytest.fixture
+def unpacked(sdist, tmp_path) -> Path:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    return next((tmp_path / "unpacked").iterdir())
+
+
+@pytest.fixture(scope="module")
+def pure(sdist, tmp_path_factory) -> Path:
+    """The wheel that a machine without a compiler builds."""
+    folder = tmp_path_factory.mktemp("pure")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    build(next(folder.iterdir()), folder / "wheel", CXX="no-compiler")
+    return next((folder / "wheel").iterdir())
+
+
+def script(path: Path, body: str) -> str:
+    """A compiler made of shell commands; what these leave goes to the real one."""
+    path.write_text(f'#!/bin/sh\n{body}\nexec {os.environ.get("CXX") or "c++"} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def earlier_build(source: Path, to: Path) -> dict[str, str]:
+    """Environment in which ``source`` links to what ``make`` built from the same files, and compiles nothing.
+
+    Empty, so that every kernel is compiled, where there is no such build or a file is newer than it.
+    """
+    used = [path.relative_to(source) for path in (source / "csrc").rglob("*") if path.is_file()]
+    newest = max((ROOT / path).stat().st_mtime for path in (*used, "setup.py"))
+    if not BUILT.exists() or BUILT.stat().st_mtime < newest:
+        return {}
+    body = f"""
+for argument in "$@"; do
+  if [ "$before" = -o ]; then out=$argument; fi
+  before=$argument
+done
+case " $* " in
+*" -c "*) : > "$out"; exit;;
+*" -shared "*) cp "{BUILT}" "$out"; exit;;
+esac"""
+    return {"CXX": script(to / "c++", body)}
+
+
+def import_from(wheel: Path, site: Path, code: str = CALL) -> subprocess.CompletedProcess:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    return run(sys.executable, "-c", CALL, PYTHONPATH=str(site)).splitlines()
+    return run(sys.executable, "-c", code, PYTHONPATH=str(site))
 
 
-def test_wheel_serves_every_python_and_torch_from_its_lowest(tmp_path):
-    wheel = build_wheel(copy_sources(tmp_path / "source"), tmp_path, FUSED_ATTN_REQUIRE_EXTENSION="1")
+def versions(library) -> dict[str, tuple[int, ...]]:
+    """The newest symbol versions of the system's libraries that the loader must find."""
+    found = {}
+    for name, number in re.findall(r"\b(GLIBC|GLIBCXX|CXXABI)_([\d.]+)", run("objdump", "-T", str(library)).stdout):
+        found[name] = max(found.get(name, ()), tuple(map(int, number.split("."))))
+    return found
+
+
+# --- the source archive -----------------------------------------------------------------------------------------
+
+
+def test_source_archive_holds_what_the_checkout_holds(unpacked, tmp_path):
+    checkout = copy_sources(tmp_path / "checkout")
+    for folder in ("csrc", "fused_attn"):
+        assert tree(unpacked / folder) == tree(checkout / folder)
+    assert not (unpacked / "tests").exists()
+
+
+def test_kernels_of_the_source_archive_find_their_headers(unpacked):
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    sources = sorted(unpacked.glob("csrc/*/*.cpp"))
+    assert sources
+    torch_headers = str(Path(torch.__file__).parent / "include")
+    found = run(compiler, "-std=c++20", "-M", "-I", str(unpacked / "csrc"), "-isystem", torch_headers, *sources).stdout
+    assert str(unpacked / "csrc" / "common" / "simd.h") in found
+    assert str(ROOT / "csrc") not in found
+
+
+# --- wheels -----------------------------------------------------------------------------------------------------
+
+
+def test_wheel_serves_every_python_and_torch_from_its_lowest(unpacked, tmp_path):
+    environment = earlier_build(unpacked, tmp_path)
+    build(unpacked, tmp_path / "wheel", FUSED_ATTN_REQUIRE_EXTENSION="1", **environment)
+    wheel = next((tmp_path / "wheel").iterdir())
     assert wheel.name.endswith("-cp310-abi3-linux_x86_64.whl")
     with zipfile.ZipFile(wheel) as archive:
         library = archive.extract("fused_attn/_C.so", tmp_path)
     # The stable ABI is a C interface: no C++ symbol of torch or c10 may be left for the loader to find.
-    symbols = run("nm", "-D", "--undefined-only", library)
+    symbols = run("nm", "-D", "--undefined-only", library).stdout
     assert "aoti_torch" in symbols
     assert not [line for line in symbols.splitlines() if "_ZN2at" in line or "_ZN3c10" in line or "_ZN5torch" in line]
     assert not [line for line in symbols.splitlines() if " Py" in line or " _Py" in line]
 
-    location, available, agrees = import_from(wheel, tmp_path / "site")
+    result = import_from(wheel, tmp_path / "site")
+    location, available, *agrees = result.stdout.splitlines()
     assert location.startswith(str(tmp_path / "site"))
     assert available == "True None"
-    assert agrees == "True"
+    assert agrees == ["True", "True"]
+    assert "UserWarning" not in result.stderr
 
 
-def test_installs_without_a_compiler_and_says_so(tmp_path):
-    wheel = build_wheel(copy_sources(tmp_path / "source"), tmp_path, CXX=str(tmp_path / "no-compiler"))
-    _, available, agrees = import_from(wheel, tmp_path / "site")
+@pytest.mark.skipif(not BUILT.exists(), reason="the kernels are not built")
+def test_library_loads_on_every_system_that_torch_loads_on():
+    floor = {}
+    for library in ("libtorch_cpu.so", "libtorch_python.so", "libc10.so"):
+        for name, number in versions(Path(torch.__file__).parent / "lib" / library).items():
+            floor[name] = max(floor.get(name, ()), number)
+    assert floor.keys() == {"GLIBC", "GLIBCXX", "CXXABI"}
+    for name, number in versions(BUILT).items():
+        assert number <= floor[name], f"{name}_{'.'.join(map(str, number))} is newer than what torch needs"
+
+
+def test_wheel_without_a_compiler_is_pure_and_says_so_once(pure, tmp_path):
+    assert pure.name.endswith("-py3-none-any.whl")
+    result = import_from(pure, tmp_path / "site")
+    _, available, *agrees = result.stdout.splitlines()
     assert available.startswith("False it was not built")
-    assert agrees == "True"
+    assert agrees == ["True", "True"]
+    assert result.stderr.count("UserWarning") == 1
+    assert "fused_attn runs the PyTorch reference" in result.stderr
+    assert "pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir" in result.stderr
+
+
+def test_warning_comes_with_the_first_call_that_wants_a_kernel(pure, tmp_path):
+    calls = """
+import torch
+from fused_attn import row_col_softmax
+row_col_softmax(torch.ones(1, 1, 2, 2), impl="reference")
+row_col_softmax(torch.ones(1, 1, 2, 2, dtype=torch.float64))
+row_col_softmax(torch.ones(1, 1, 2, 2, device="meta"))
+print("before", flush=True)
+row_col_softmax(torch.ones(1, 1, 2, 2))
+"""
+    code = f"import sys; sys.stderr = sys.stdout\n{calls}"
+    before, after = import_from(pure, tmp_path / "site", code).stdout.split("before\n")
+    assert before == ""
+    assert "fused_attn runs the PyTorch reference" in after
+
+
+def test_info_says_how_to_get_the_kernels_and_blames_no_compiler(pure, tmp_path):
+    text = import_from(pure, tmp_path / "site", "from fused_attn.info import report; print(report())").stdout
+    (line,) = (line for line in text.splitlines() if line.startswith("C++ kernels:"))
+    assert line == f"C++ kernels: not available: {_extension.NOT_BUILT}"
+    assert text.count("pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir SOURCE") == 1
+    assert "rel_attention_2d: auto runs 'reference'" in text
+
+
+# --- builds that fail -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken_compiler(tmp_path) -> str:
+    """Is there and says its version, but compiles nothing."""
+    return script(tmp_path / "broken-c++", 'case " $* " in *" -c "*) echo "internal compiler error" >&2; exit 1;; esac')
+
+
+def test_failed_compilation_is_an_error_that_says_how_to_install_without(unpacked, tmp_path, broken_compiler):
+    result = build(unpacked, tmp_path / "wheel", check=False, CXX=broken_compiler)
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: fused-attn: the C++ kernels could not be built with {broken_compiler}")
+    assert "set FUSED_ATTN_NO_EXTENSION=1" in last
+    assert "internal compiler error" in result.stdout + result.stderr
+    assert not list((tmp_path / "wheel").iterdir())
+
+    build(unpacked, tmp_path / "wheel", CXX=broken_compiler, FUSED_ATTN_NO_EXTENSION="1")
+    assert next((tmp_path / "wheel").iterdir()).name.endswith("-py3-none-any.whl")
+
+
+@pytest.mark.parametrize(
+    ("environment", "why"),
+    [
+        ({"CXX": "no-compiler"}, "there is no C++ compiler: no-compiler not found"),
+        ({"FUSED_ATTN_NO_EXTENSION": "1"}, "FUSED_ATTN_NO_EXTENSION=1 is set"),
+    ],
+)
+def test_required_kernels_that_cannot_be_built_are_an_error(unpacked, environment, why):
+    command = (sys.executable, "setup.py", "--name")
+    result = run(*command, cwd=unpacked, check=False, FUSED_ATTN_REQUIRE_EXTENSION="1", **environment)
+    assert result.returncode == 1
+    assert result.stderr.strip() == f"fused-attn: FUSED_ATTN_REQUIRE_EXTENSION=1 is set, but {why}"
+
+
+def test_reinstalling_as_told_does_not_take_the_wheel_that_pip_kept(sdist, tmp_path, broken_compiler):
+    """pip keeps a wheel built from an archive.  A broken compiler shows whether anything was built anew."""
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path))
+    environment = {"PIP_CACHE_DIR": str(tmp_path / "cache"), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    run(*pip, str(sdist), CXX="no-compiler", **environment)
+    (kept,) = (tmp_path / "cache").rglob("*.whl")
+    assert kept.name.endswith("-py3-none-any.whl")
+    anew = run(*pip, "--no-cache-dir", str(sdist), check=False, CXX=broken_compiler, **environment)
+    assert anew.returncode != 0
+    assert "FUSED_ATTN_NO_EXTENSION=1" in anew.stderr

@@ -112,6 +112,20 @@ void score_vector(const Problem& p, float* to) {
   for (int64_t d = 0; d < p.dim; ++d) to[d] *= weight[d];
 }
 
+// Divides the score vector by the power of two below its largest number, which is returned.  That changes no digit, but
+// keeps its product with a value finite wherever the logit is: only the root mean square, applied later, makes the
+// value small.
+float take_unit(float* score, int64_t dim) {
+  float largest = 0.0f;
+  for (int64_t d = 0; d < dim; ++d) largest = __builtin_fabsf(score[d]) > largest ? __builtin_fabsf(score[d]) : largest;
+  if (largest == 0.0f || largest == kInfinity) return 1.0f;
+  int exponent;
+  __builtin_frexpf(largest, &exponent);
+  const float unit = __builtin_ldexpf(1.0f, exponent - 1);
+  for (int64_t d = 0; d < dim; ++d) score[d] /= unit;
+  return unit;
+}
+
 // Weights of one token from its logits, at statistics[2 * l].
 FA_INLINE void softmax(const float* statistics, int64_t count, float* weights) {
   float largest = -kInfinity, sum = 0.0f;
@@ -126,6 +140,7 @@ template <class T>
 void forward(const Forward& p, int64_t begin, int64_t end) {
   Scratch<float> score(p.dim), weights(p.count);
   score_vector(p, score.data);
+  const float unit = take_unit(score.data, p.dim);
   Scratch<const T*> rows(p.count);
   const int64_t last = end * kTaskTokens < p.tokens() ? end * kTaskTokens : p.tokens();
   for (int64_t token = begin * kTaskTokens; token < last; ++token) {
@@ -147,7 +162,7 @@ void forward(const Forward& p, int64_t begin, int64_t end) {
       });
       sums.flush();
       const float rms = 1.0f / __builtin_sqrtf(sums.total(0) / float(p.dim) + p.eps);
-      statistics[2 * l] = sums.total(1) * rms;
+      statistics[2 * l] = sums.total(1) * rms * unit;
       statistics[2 * l + 1] = rms;
     }
     softmax(statistics, p.count, weights.data);

@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "common/cpu_capability.h"
+#include "common/glibc_floor.h"
 #include "common/tensor_view.h"
 
 namespace fused_attn {

@@ -17,33 +17,20 @@ constexpr int64_t kMostImages = 32;
 FA_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// exp2_polynomial in e^r on [-ln 2 / 2, ln 2 / 2].
-FA_INLINE vf exp_polynomial(vf r) {
-  vf p = broadcast(0.001384350354783237f);
-  p = p * r + 0.008374154567718506f;
-  p = p * r + 0.04166800528764725f;
-  p = p * r + 0.16666430234909058f;
-  p = p * r + 0.4999999403953552f;
-  p = p * r + 1.0f;
-  return p * r + 1.0f;
-}
-
-// e^x for x <= 88: 0 for -inf, NaN stays NaN.  The multiple of ln 2 is taken from x itself, in two parts, so that no
-// rounding grows with x.
+// e^x for x <= 88: 0 for -inf, NaN stays NaN.  What the multiple of ln 2 leaves is taken from x itself, in one
+// rounding, so that none grows with x.
 FA_INLINE vf exp_of(vf x) {
 #if FUSED_ATTN_LANES == 16
   // The larger of a number and NaN is the second operand.  scalef rounds e^-104 to 0.
   x = (vf)_mm512_maskz_max_ps(0xffff, (__m512)broadcast(-104.0f), (__m512)x);
   const vf n = (vf)_mm512_maskz_roundscale_ps(0xffff, (__m512)(x * kLog2e), 0);
+  // Not x * kLog2e - n: GCC fuses no product that has another use.
+  const vf r = (vf)_mm512_fmsub_ps((__m512)x, (__m512)broadcast(kLog2e), (__m512)n);
+  return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)exp2_polynomial(r), (__m512)n);
 #else
   const vf shifted = x * kLog2e + 12582912.0f;  // 1.5 * 2^23: rounds to an integer held in the low mantissa bits
-  const vf n = shifted - 12582912.0f;
-#endif
-  const vf r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
-#if FUSED_ATTN_LANES == 16
-  return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)exp_polynomial(r), (__m512)n);
-#else
-  const vi result = (vi)exp_polynomial(r) + ((vi)shifted << 23);
+  const vf r = x * kLog2e - (shifted - 12582912.0f);
+  const vi result = (vi)exp2_polynomial(r) + ((vi)shifted << 23);
   const vi underflow = x < -87.0f;
   return (vf)(result & ~underflow);
 #endif
@@ -217,7 +204,9 @@ struct Visitor {
   void images_done(const Block&) {}
 };
 
-// One row of a block; local copies, which stores to gradients cannot alias.
+// One row of a block; local copies, which stores to gradients cannot alias.  Logits are rounded before a maximum of
+// such is subtracted: of an exact product it would leave up to half an ulp, more than the exponents of float32 from
+// 2^31 on.
 template <bool Weighted>
 struct Row {
   const float *x, *weight_row, *weight_col;
@@ -226,11 +215,11 @@ struct Row {
       : x(image[y]), weight_row(Weighted ? o.weight_row[y] : x), weight_col(Weighted ? o.weight_col[y] : x) {}
   FA_INLINE vf value(int64_t v) const { return load(x + v * L); }
   FA_INLINE vf row_logit(int64_t v) const {
-    if constexpr (Weighted) return value(v) * load(weight_row + v * L);
+    if constexpr (Weighted) return rounded(value(v) * load(weight_row + v * L));
     return value(v);
   }
   FA_INLINE vf col_logit(int64_t v) const {
-    if constexpr (Weighted) return value(v) * load(weight_col + v * L);
+    if constexpr (Weighted) return rounded(value(v) * load(weight_col + v * L));
     return value(v);
   }
 };
@@ -265,7 +254,7 @@ struct Softmaxes : Row<Weighted> {
     const vf exponent = row_exponent(v) + col_exponent(v);
     vf exponential;
     if constexpr (Weighted)
-      exponential = exp2_nonpositive(exponent * kLog2e);
+      exponential = exp_nonpositive(exponent);
     else
       exponential = exp_of(exponent);
     return exponential * (row_inverse * load(col_inverse + v * L));

@@ -9,7 +9,7 @@ struct BackwardScratch {
   Buffer<float> grad_query, grad_relative;  // (QB, query_stride)
   Buffer<float> grad_column, grad_row;      // (QB, lanes of a group), (QB, key rows)
   Buffer<float> grad_product;               // (QB, table positions)
-  float delta[QB], negative_max[QB], normalize[QB];
+  float delta[QB], max[QB], normalize[QB];
 
   BackwardScratch(const Problem& p, const KeyLayout& keys, const BiasTerms& bias, int64_t splits)
       : query_stride(row_stride(p.dk)), grad_out_stride(row_stride(p.dv)) {
@@ -60,7 +60,7 @@ struct LaneSums {
 };
 
 FA_INLINE vf normalized_weight(const BackwardScratch& s, int64_t i, vf score) {
-  return exp2_nonpositive(score * kLog2e + s.negative_max[i]) * s.normalize[i];
+  return exp_nonpositive(score - s.max[i]) * s.normalize[i];
 }
 
 // Weights in place of logits for one query whose keys all lie in this tile, and delta = sum over keys of weight times
@@ -210,7 +210,7 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
     float* grad_out = s.grad_out + i * s.grad_out_stride;
     s.delta[i] = 0.0f;
     s.normalize[i] = 0.0f;
-    s.negative_max[i] = -kInfinity;  // weights of exactly 0: for padding and for queries with every key masked
+    s.max[i] = kInfinity;  // weights of exactly 0: for padding and for queries with every key masked
     for (int64_t d = 0; d < p.dk; ++d) query[d] = 0.0f;
     for (int64_t d = 0; d < p.dv; ++d) grad_out[d] = 0.0f;
     if (i >= count) continue;
@@ -224,7 +224,7 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
     }
     const float max = p.statistics[2 * (row0 + i)], total = p.statistics[2 * (row0 + i) + 1];
     if (total != 0.0f) {
-      s.negative_max[i] = -max * kLog2e;
+      s.max[i] = max;
       s.normalize[i] = 1.0f / total;
     }
     for (int64_t d = 0; d < p.dv; ++d) grad_out[d] *= p.keep_scale;

@@ -26,12 +26,11 @@ FA_INLINE void softmax_tile(const Forward& p, ForwardScratch& s, int64_t i, cons
   const float max = tile_max[i] > s.max[i] ? tile_max[i] : s.max[i];
   const float shift = max == -kInfinity ? 0.0f : max;  // every key so far masked: weights of exactly 0
   const float decay = __builtin_exp2f((s.max[i] - shift) * kLog2e);
-  const float negative_max = -shift * kLog2e;
   s.max[i] = max;
   vf total{};
   const DropoutKeys keys(p.seed, row);
   for (int64_t v = 0; v < count; ++v) {
-    const vf weight = exp2_nonpositive(load(score + v * L) * kLog2e + negative_max);
+    const vf weight = exp_nonpositive(load(score + v * L) - shift);
     total += weight;
     if constexpr (Dropout)
       store(score + v * L, select(keys.keep(load(columns + v * L), p.drop_below), weight, vf{}));

@@ -10,7 +10,6 @@ namespace {
 #include "common/simd_half.h"
 #include "common/stream.h"
 
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kRows = 8;            // positions whose channels are added in registers (channels last)
 constexpr int64_t kBlockRows = 32;  // such groups to a partial sum
 
@@ -266,7 +265,7 @@ FA_INLINE void multiply(int64_t rows, const float* a, int64_t a_row, int64_t a_d
 }
 
 FA_INLINE vf sigmoid(vf x) {
-  const vf small = exp2_nonpositive(select(x < 0.0f, x, -x) * kLog2e);  // e^-|x|
+  const vf small = exp_nonpositive(select(x < 0.0f, x, -x));  // e^-|x|
   return select(x < 0.0f, small, broadcast(1.0f)) / (small + 1.0f);
 }
 

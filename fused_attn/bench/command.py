@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +16,14 @@ from tqdm import tqdm
 
 from ..ops import measure
 from ..ops.contract import OpSpec, Shape
+from ..options import check, make_folder
 from ..train.environment import describe
 from . import BenchError, report
 from .ceilings import measure_ceilings
 from .runner import DTYPES, Measurement, Options, provider_names
+
+#: More fit no memory; the number of bytes of a tensor with as many elements fits an int64.
+MOST_ELEMENTS = 2**48
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,9 @@ class BenchConfig:
     memory: bool = True
     """measure peak memory too, on the CPU in a process of its own for each"""
 
+    def __post_init__(self) -> None:
+        check("bench", type(self), vars(self), BenchError)
+
 
 def run(config: BenchConfig) -> int:
     """Measure, show and write; returns the exit status: 0, 1 (a fused implementation is wrong) or 130 (interrupted).
@@ -65,7 +73,7 @@ def run(config: BenchConfig) -> int:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
+        make_folder(config.out, BenchError)
 
     failures: list[str] = []
     total = sum(Measurement.STEPS * len(provider_names(spec, options.providers)) for spec, own in cases for _ in own)
@@ -157,10 +165,6 @@ def _options(config: BenchConfig) -> Options:
         raise BenchError(f"pass must be some of {','.join(measure.PASSES)}, got {config.passes!r}")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise BenchError("device cuda: PyTorch finds no GPU on this machine")
-    if config.threads is not None and config.threads < 1:
-        raise BenchError(f"threads must be at least 1, got {config.threads}")
-    if not config.seconds >= 0:
-        raise BenchError(f"seconds must be at least 0, got {config.seconds}")
     passes = tuple(each for each in measure.PASSES if each in passes)
     dtype = DTYPES[config.dtype]
     return Options(
@@ -171,12 +175,18 @@ def _options(config: BenchConfig) -> Options:
 def _cases(spec: OpSpec, config: BenchConfig) -> list[tuple[str, Shape]]:
     if config.shape:
         try:
-            return [("shape", spec.shape(text)) for text in config.shape]
+            shapes = [spec.shape(text) for text in config.shape]
         except ValueError as error:
             raise BenchError(str(error)) from None
         except KeyError:
             own = ", ".join(repr(shape.name) for shape in (*spec.shapes, *spec.gpu_shapes, *spec.growth))
             raise BenchError(f"shape must be KEY=NUMBER,... or, of {spec.name}, one of {own}") from None
+        for shape in shapes:
+            if math.prod(shape.sizes.values()) > MOST_ELEMENTS:
+                raise BenchError(
+                    f"shape must have sizes with a product of at most {MOST_ELEMENTS:,}, got {shape.name!r}"
+                )
+        return [("shape", shape) for shape in shapes]
     shapes = spec.gpu_shapes if config.device == "cuda" and spec.gpu_shapes else spec.shapes
     growth = spec.growth if config.growth and config.out is not None else ()
     return [*(("shape", shape) for shape in shapes), *(("growth", shape) for shape in growth)]

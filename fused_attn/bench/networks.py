@@ -22,8 +22,10 @@ from tqdm import tqdm
 from ..models import create_model
 from ..ops import measure
 from ..ops.contract import mismatches
+from ..options import check, make_folder
 from ..train.checkpoint import write_text
 from ..train.environment import describe
+from ..train.json_files import dumps
 from . import BenchError
 from .report import machine
 from .runner import DTYPES, PEER_FACTOR
@@ -63,6 +65,9 @@ class NetworksConfig:
     out: Path | None = None
     """folder for networks.json, networks.md and networks.png; with device and dtype in the name where they are not CPU
     and fp32"""
+
+    def __post_init__(self) -> None:
+        check("bench networks", type(self), vars(self), BenchError)
 
 
 class TrainingStep:
@@ -133,6 +138,8 @@ def run(config: NetworksConfig) -> int:
         BenchError: a setting cannot be measured.
     """
     config = _complete(config)
+    if config.out is not None:
+        make_folder(config.out, BenchError)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     # Without attention there is nothing to fuse.
@@ -224,7 +231,7 @@ class _Networks:
                 self.memory[case] = peak_memory(self.config, *case)
             return
         settings = asdict(self.config) | {"out": None, "threads": torch.get_num_threads()}
-        arguments = [json.dumps({"config": settings, "case": case})]
+        arguments = [dumps({"config": settings, "case": case})]
         what = f"the memory of {self.config.model} with attention in {_title(case)}"
         try:
             self.memory[case] = measure.run_child("fused_attn.bench.networks", arguments, what)["bytes"]
@@ -265,17 +272,14 @@ def _complete(config: NetworksConfig) -> NetworksConfig:
     on_gpu = config.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise BenchError("device cuda: PyTorch finds no GPU on this machine")
-    for name in config.coverage:
+    for name in config.coverage or [""]:
         if name not in COVERAGES:
             raise BenchError(f"coverage must be some of {', '.join(map(repr, COVERAGES))}, got {name!r}")
     config = replace(
         config,
-        model=config.model or ("aa_wrn_28_10" if on_gpu else "aa_wrn_16_2"),
+        model=("aa_wrn_28_10" if on_gpu else "aa_wrn_16_2") if config.model is None else config.model,
         batch_size=(128 if on_gpu else 8) if config.batch_size is None else config.batch_size,
     )
-    for name, least in (("batch_size", 2), ("threads", 1)):
-        if getattr(config, name) is not None and getattr(config, name) < least:
-            raise BenchError(f"{name} must be at least {least}, got {getattr(config, name)}")
     if not config.model.startswith("aa_wrn_"):
         raise BenchError(f"model must be an aa_wrn model, got {config.model!r}")
     try:
@@ -296,7 +300,7 @@ def _stem(report: dict[str, Any]) -> str:
 
 def write(report: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{_stem(report)}.json", json.dumps(report, indent=1) + "\n")
+    write_text(folder / f"{_stem(report)}.json", dumps(report, indent=1) + "\n")
 
 
 def render(report: dict[str, Any], folder: Path) -> None:
@@ -376,4 +380,5 @@ def plot(report: dict[str, Any], path: Path) -> None:
 if __name__ == "__main__":
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request["config"]["threads"])
-    print(json.dumps({"bytes": peak_memory(NetworksConfig(**request["config"]), *request["case"])}))
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in request["config"].items()}
+    print(dumps({"bytes": peak_memory(NetworksConfig(**settings), *request["case"])}))

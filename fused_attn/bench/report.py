@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..train.checkpoint import write_text
+from ..train.json_files import dumps
 from .runner import Row
 
 MIB = 2**20
@@ -36,7 +36,7 @@ def _pages_come_anew(report: Report) -> bool:
 def write(report: Report, folder: Path) -> None:
     """Write JSON and CSV, each complete or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{stem(report)}.json", json.dumps(report, indent=1) + "\n")
+    write_text(folder / f"{stem(report)}.json", dumps(report, indent=1) + "\n")
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

@@ -6,18 +6,21 @@ from torch import Tensor, nn
 
 from ..modules import ElementwiseAttentionBlock
 from .coverage import grid
+from .model import Model
 from .registry import register_model
 
 STD = 0.02
 
 
-def initialise(model: nn.Module) -> None:
-    """The paper's start: weights from a normal distribution of standard deviation 0.02, biases 0 (section 2.3)."""
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.normal_(module.weight, std=STD)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+class _PapersStart(Model):
+    """Weights start at a normal distribution of standard deviation 0.02, biases at 0 (section 2.3)."""
+
+    def initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.normal_(module.weight, std=STD)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
 
 def check_size(x: Tensor, size: tuple[int, int]) -> None:
@@ -25,7 +28,7 @@ def check_size(x: Tensor, size: tuple[int, int]) -> None:
         raise ValueError(f"images must have the size (H, W)={size}, got shape {tuple(x.shape)}")
 
 
-class AttentionWise(nn.Module):
+class AttentionWise(_PapersStart):
     """Layers of element-wise attention at the images' size and with their channels, then one linear layer.
 
     Args:
@@ -69,14 +72,14 @@ class AttentionWise(nn.Module):
             )
         )
         self.fc = nn.Linear(in_chans * self.size[0] * self.size[1], num_classes)
-        initialise(self)
+        self.initialise()
 
     def forward(self, x: Tensor) -> Tensor:
         check_size(x, self.size)
         return self.fc(self.layers(x).flatten(1))
 
 
-class VGGControl(nn.Module):
+class VGGControl(_PapersStart):
     """The paper's control: two stages of two 3x3 convolutions and a strided 2x2 one, then a linear layer.
 
     Args:
@@ -101,13 +104,13 @@ class VGGControl(nn.Module):
             raise ValueError(f"image_size must be at least 4, got {image_size}")
         stages, channels = [], in_chans
         for width in (100, 200):
-            stages += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
-            stages += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True)]
-            stages += [nn.Conv2d(width, width, 2, stride=2, bias=False), nn.ReLU(inplace=True)]
+            stages += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            stages += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+            stages += [nn.Conv2d(width, width, 2, stride=2, bias=False), nn.ReLU()]
             channels = width
         self.features = nn.Sequential(*stages)
         self.fc = nn.Linear(channels * (self.size[0] // 4) * (self.size[1] // 4), num_classes)
-        initialise(self)
+        self.initialise()
 
     def forward(self, x: Tensor) -> Tensor:
         check_size(x, self.size)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..modules import LayerCache, MRLABase, MRLALight
 from .drop_path import DropPath
 from .features import choose_levels
+from .model import Model
 from .registry import register_model
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -40,8 +41,8 @@ class Bottleneck(nn.Module):
     def residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The block's output, and the shortcut that is part of it."""
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
         return F.relu(self.bn3(self.conv3(x)) + shortcut, inplace=True), shortcut
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ class MRLABaseBottleneck(Bottleneck):
 
     def forward(self, x: Tensor, cache: LayerCache) -> Tensor:
         x, _ = self.residual(x)
-        return x + self.drop_path(F.relu(self.bn_mrla(self.mrla(x, cache)), inplace=True))
+        return x + self.drop_path(F.relu(self.bn_mrla(self.mrla(x, cache))))
 
 
 class MRLALightBottleneck(Bottleneck):
@@ -112,7 +113,7 @@ def make_stem(kind: str, in_chans: int) -> tuple[nn.Module, int, nn.Module]:
         layers: list[nn.Module] = []
         for index, (before, after) in enumerate(pairwise(widths)):
             if index:
-                layers += [nn.BatchNorm2d(before), nn.ReLU(inplace=True)]
+                layers += [nn.BatchNorm2d(before), nn.ReLU()]
             layers.append(conv3x3(before, after, stride=1 if index else 2))
         return nn.Sequential(*layers), 2, pool
     if kind == "cifar":
@@ -120,7 +121,7 @@ def make_stem(kind: str, in_chans: int) -> tuple[nn.Module, int, nn.Module]:
     raise ValueError(f"stem must be one of 'imagenet', 'deep', 'cifar', got {kind!r}")
 
 
-class BottleneckResNet(nn.Module):
+class BottleneckResNet(Model):
     """ResNet of bottleneck blocks, optionally with multi-head recurrent layer attention after every block.
 
     Args:
@@ -197,14 +198,18 @@ class BottleneckResNet(nn.Module):
         if features_only:
             self.stages = self.stages[: self.out_indices[-1]]
         self.fc = None if features_only else nn.Linear(channels, num_classes)
+        self.zero_init = zero_init
+        self.initialise()
+
+    def initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif zero_init and isinstance(module, Bottleneck):
+            elif self.zero_init and isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        x = F.relu(self.bn(self.stem(x)), inplace=True)
+        x = F.relu(self.bn(self.stem(x)))
         maps = [x]
         x = self.pool(x)
         for stage in self.stages:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..modules import LayerAttention
 from .features import choose_levels
+from .model import Model
 from .registry import register_model
 
 CHANNELS = (16, 32, 64)
@@ -31,17 +32,33 @@ class CifarBlock(nn.Module):
 
     def layers(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Activations after both of the block's convolutions; the second is the block's output."""
-        inner = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        inner = F.relu(self.bn1(self.conv1(x)))
         shortcut = x[:, :, :: self.stride, :: self.stride]
         if self.new_channels:
             shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, self.new_channels))
         return inner, F.relu(self.bn2(self.conv2(inner)) + shortcut, inplace=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)[1]
+    def forward(self, x: Tensor, every_convolution: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The block's output; with ``every_convolution`` what :meth:`layers` gives."""
+        layers = self.layers(x)
+        return layers if every_convolution else layers[1]
 
 
-class CifarResNet(nn.Module):
+class LayersStage(nn.Sequential):
+    """Blocks of a stage that give their layers too."""
+
+    def forward(self, x: Tensor, every_convolution: bool, pooled: bool) -> tuple[Tensor, ...]:
+        """The last output, then all layers, as maps or ``pooled``: their global averages."""
+        layers = []
+        for block in self:
+            out = block(x, every_convolution)
+            outputs = out if every_convolution else (out,)
+            layers += [output.mean(dim=(2, 3)) for output in outputs] if pooled else outputs
+            x = outputs[-1]
+        return x, *layers  # no list in it, which backward hooks do not look into
+
+
+class CifarResNet(Model):
     """ResNet of 6n + 2 layers for small images: three stages of n blocks with 16, 32 and 64 channels.
 
     Args:
@@ -60,6 +77,8 @@ class CifarResNet(nn.Module):
     Convolutions start at He's normal initialisation (fan-out).
     Source: He et al. 2016, "Deep Residual Learning for Image Recognition", section 4.2.
     """
+
+    stage_type: type[nn.Sequential] = nn.Sequential
 
     def __init__(
         self,
@@ -83,14 +102,17 @@ class CifarResNet(nn.Module):
             for block in range((depth - 2) // 6):
                 blocks.append(CifarBlock(channels, stage_channels, 2 if stage > 0 and block == 0 else 1))
                 channels = stage_channels
-            self.stages.append(nn.Sequential(*blocks))
+            self.stages.append(self.stage_type(*blocks))
         self.fc = None if features_only else nn.Linear(channels, num_classes)
+        self.initialise()
+
+    def initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        maps, x = [], F.relu(self.bn(self.stem(x)), inplace=True)
+        maps, x = [], F.relu(self.bn(self.stem(x)))
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
@@ -116,6 +138,8 @@ class SAResNet(CifarResNet):
 
     Source: Luo, "Self-Attentive Layer Aggregation", section 3.
     """
+
+    stage_type = LayersStage
 
     def __init__(
         self,
@@ -146,14 +170,12 @@ class SAResNet(CifarResNet):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         needs_maps = self.fc is None or self.attention.key_grid != (1, 1)
         maps, layers = [], []
-        x = F.relu(self.bn(self.stem(x)), inplace=True)
+        x = F.relu(self.bn(self.stem(x)))
         if self.every_convolution:
             layers.append(x if needs_maps else x.mean(dim=(2, 3)))
         for stage in self.stages:
-            for block in stage:
-                inner, x = block.layers(x)
-                outputs = (inner, x) if self.every_convolution else (x,)
-                layers += outputs if needs_maps else [output.mean(dim=(2, 3)) for output in outputs]
+            x, *outputs = stage(x, self.every_convolution, not needs_maps)
+            layers += outputs
             maps.append(x)
         if self.fc is None:
             if 2 in self.out_indices:

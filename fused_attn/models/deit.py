@@ -12,6 +12,7 @@ from ..modules import LayerCache, MRLABase, MRLALight
 from .coverage import grid
 from .drop_path import DropPath
 from .features import choose_levels
+from .model import Model
 from .registry import register_model
 
 KINDS = (None, "base", "light")
@@ -91,7 +92,7 @@ def with_class_token(tokens: Tensor, features: Tensor) -> Tensor:
     return torch.cat((tokens[:, :1], features.flatten(2).transpose(1, 2)), dim=1)
 
 
-class DeiT(nn.Module):
+class DeiT(Model):
     """Vision transformer with a class token and learned positions, optionally with layer attention after every block.
 
     Args:
@@ -178,7 +179,9 @@ class DeiT(nn.Module):
                 self.blocks.append(block(dim, heads, rate, dim_per_head=dim_per_head, impl=impl))
         self.norm = None if features_only else nn.LayerNorm(dim, eps=EPS)
         self.head = None if features_only else nn.Linear(dim, num_classes)
+        self.initialise()
 
+    def initialise(self) -> None:
         for tensor in (self.class_token, self.positions):
             nn.init.trunc_normal_(tensor, std=0.02)
         for module in self.modules():

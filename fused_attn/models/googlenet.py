@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .model import Model
 from .registry import register_model
 
 #: Table 1 of the source: 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, projection after the pooling
@@ -25,7 +26,7 @@ def _conv(in_channels: int, channels: int, kernel: int) -> list[nn.Module]:
     return [
         nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2, bias=False),
         nn.BatchNorm2d(channels),
-        nn.ReLU(inplace=True),
+        nn.ReLU(),
     ]
 
 
@@ -48,7 +49,7 @@ class Inception(nn.Module):
         return torch.cat([branch(x) for branch in self.branches], 1)
 
 
-class GoogLeNet(nn.Module):
+class GoogLeNet(Model):
     """GoogLeNet with batch normalisation and a 3x3 stem without striding or pooling, for small images.
 
     Args:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..modules import AttentionAugmentedConv2d
 from .coverage import AttentionCoverage, grid, strided
+from .model import Model
 from .registry import register_model
 
 MakeConv = Callable[..., nn.Module]
@@ -35,12 +36,12 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        residual = F.relu(self.bn1(self.conv1(x)))
         residual = self.bn2(self.conv2(residual))
         return F.relu(residual + (x if self.shortcut is None else self.shortcut(x)), inplace=True)
 
 
-class ResNet34(nn.Module):
+class ResNet34(Model):
     """ResNet-34, optionally with attention-augmented convolutions.
 
     Args:
@@ -123,12 +124,15 @@ class ResNet34(nn.Module):
                 channels = stage_channels
             self.stages.append(nn.Sequential(*blocks))
         self.fc = nn.Linear(channels, num_classes)
+        self.initialise()
+
+    def initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(F.relu(self.bn(self.stem(x)), inplace=True))
+        x = self.pool(F.relu(self.bn(self.stem(x))))
         for stage in self.stages:
             x = stage(x)
         return self.fc(x.mean(dim=(2, 3)))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules import SqueezeExcite, result_shares
+from ..modules import SqueezeExcite, can_share_result, result_shares
+from .model import Model
 from .registry import create_model, register_model
 
 #: depth -> blocks of each stage, expansion
@@ -41,17 +41,16 @@ class SEBlock(nn.Module):
     ) -> None:
         super().__init__()
         channels = expansion * width
-        relu = partial(nn.ReLU, inplace=True)
         if expansion == 1:
-            layers = [*_conv_bn(in_channels, width, 3, stride), relu(), *_conv_bn(width, channels, 3), relu()]
+            layers = [*_conv_bn(in_channels, width, 3, stride), nn.ReLU(), *_conv_bn(width, channels, 3), nn.ReLU()]
         else:
             layers = [
                 *_conv_bn(in_channels, width, 1),
-                relu(),
+                nn.ReLU(),
                 *_conv_bn(width, width, 3, stride),
-                relu(),
+                nn.ReLU(),
                 *_conv_bn(width, channels, 1),
-                relu(),
+                nn.ReLU(),
             ]
         self.residual = nn.Sequential(*layers)
         self.se = SqueezeExcite(channels, reduction, result_features, impl=impl)
@@ -59,10 +58,11 @@ class SEBlock(nn.Module):
         if stride != 1 or in_channels != channels:
             self.shortcut = nn.Sequential(*_conv_bn(in_channels, channels, 1, stride))
 
-    def forward(self, x: Tensor, result_share: Tensor | None = None) -> Tensor:
-        """``result_share``: (B, hidden), the result's part of the first squeeze-excite layer, where there is one."""
+    def forward(self, x: Tensor, result_share: Tensor | None = None, result: Tensor | None = None) -> Tensor:
+        """``result_share``: (B, hidden), the result's part of the first squeeze-excite layer, where there is one; or
+        ``result`` itself, (B, result_features)."""
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        return self.se(self.residual(x), result_share=result_share, residual=shortcut, activation="relu")
+        return self.se(self.residual(x), result=result, result_share=result_share, residual=shortcut, activation="relu")
 
 
 class AuxiliaryClassifier(nn.Module):
@@ -83,11 +83,11 @@ class AuxiliaryClassifier(nn.Module):
         self.fc2 = nn.Linear(1024, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn(self.conv(F.adaptive_avg_pool2d(x, 4))), inplace=True)
-        return self.fc2(self.dropout(F.relu(self.fc1(x.flatten(1)), inplace=True)))
+        x = F.relu(self.bn(self.conv(F.adaptive_avg_pool2d(x, 4))))
+        return self.fc2(self.dropout(F.relu(self.fc1(x.flatten(1)))))
 
 
-class SEResNet(nn.Module):
+class SEResNet(Model):
     """SE-ResNet; with auxiliary classifiers SE-A-ResNet; with their results fed back SE-R-ResNet.
 
     ``se_m_resnet*`` is SE-R with an auxiliary model in place of the classifiers.
@@ -163,7 +163,7 @@ class SEResNet(nn.Module):
         self.result_form, self.detach_result = result_form, detach_result
 
         blocks, expansion = DEPTHS[depth]
-        self.stem = nn.Sequential(*_conv_bn(in_chans, width, 3), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(*_conv_bn(in_chans, width, 3), nn.ReLU())
         self.stages = nn.ModuleList()
         self.auxiliary = nn.ModuleDict()
         if aux_model is not None:
@@ -209,10 +209,12 @@ class SEResNet(nn.Module):
         for stage, blocks in enumerate(self.stages, start=1):
             source = self._source(stage, logits) if self.feed_result else None
             shares: Sequence[Tensor | None] = [None] * len(blocks)
-            if source is not None:
-                shares = result_shares([block.se for block in blocks], self._result(logits[source]))
+            result = None if source is None else self._result(logits[source])
+            layers = [block.se for block in blocks]
+            if result is not None and can_share_result(layers):
+                shares, result = result_shares(layers, result), None
             for block, share in zip(blocks, shares, strict=True):
-                x = block(x, share)
+                x = block(x, share, result)
             if str(stage) in self.auxiliary and (self.training or self.feed_result):
                 logits[stage] = self.auxiliary[str(stage)](x)
         out = self.fc(x.mean(dim=(2, 3)))

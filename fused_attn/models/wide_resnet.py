@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..modules import AttentionAugmentedConv2d
 from .coverage import AttentionCoverage, grid, strided
+from .model import Model
 from .registry import register_model
 
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
@@ -39,13 +40,13 @@ class WideBlock(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = F.relu(self.bn1(x), inplace=True)
+        activated = F.relu(self.bn1(x))
         residual = self.conv1(activated)
-        residual = self.conv2(self.dropout(F.relu(self.bn2(residual), inplace=True)))
+        residual = self.conv2(self.dropout(F.relu(self.bn2(residual))))
         return residual + (x if self.shortcut is None else self.shortcut(activated))
 
 
-class WideResNet(nn.Module):
+class WideResNet(Model):
     """Wide ResNet, optionally with attention-augmented convolutions.
 
     Three stages of (depth - 4) / 6 blocks with 16, 32 and 64 times ``width`` channels, at full, half and quarter
@@ -129,6 +130,9 @@ class WideResNet(nn.Module):
             self.stages.append(nn.Sequential(*blocks))
         self.bn = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, num_classes)
+        self.initialise()
+
+    def initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -138,7 +142,7 @@ class WideResNet(nn.Module):
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x)
-        x = F.relu(self.bn(x), inplace=True)
+        x = F.relu(self.bn(x))
         return self.fc(x.mean(dim=(2, 3)))
 
 

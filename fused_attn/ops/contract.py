@@ -38,7 +38,7 @@ class Sample:
     def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu", draw: int = 0) -> dict[str, Any]:
         """Fresh keyword arguments; the same values for the same ``draw``, because the name is the seed."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(self.name.encode()) + draw)
+            seed_generators(zlib.crc32(self.name.encode()) + draw)
             return self.make(dtype, torch.device(device))
 
 
@@ -163,6 +163,16 @@ class OpSpec:
 # --- evaluation -------------------------------------------------------------------------------------------------
 
 
+def seed_generators(seed: int) -> None:
+    """``torch.manual_seed`` of the devices that are there.
+
+    Of those that are not, PyTorch keeps every call with a stack trace, which takes longer than most ops.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
+
+
 def tensors(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Every tensor of a call by name; those of a list are called ``values[0]``, ``values[1]``, ..."""
     found = {}
@@ -226,7 +236,7 @@ def evaluate(
     """
     devices = {tensor.device for tensor in tensors(inputs).values() if tensor.is_cuda}
     with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
-        torch.manual_seed(seed)
+        seed_generators(seed)
         if grad_out is None:
             with torch.no_grad():
                 return {"out": function(**inputs)}

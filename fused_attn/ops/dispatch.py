@@ -27,6 +27,7 @@ CanRun = Callable[..., "str | None"]
 #: Dtypes that the C++ and the Triton kernels compute.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+_NO_EXTENSION = "the C++ extension is not available"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -44,9 +45,10 @@ def cpu_reason(tensor: torch.Tensor) -> str | None:
     """Why the C++ kernels cannot run on a tensor of this device and dtype; None when they can."""
     if tensor.device.type != "cpu":
         return f"it needs CPU tensors, got {tensor.device.type}"
-    if not _extension.available():
-        return f"the C++ extension is not available ({_extension.reason()})"
-    return _dtype_reason(tensor)
+    reason = _dtype_reason(tensor)
+    if reason is None and not _extension.available():
+        reason = f"{_NO_EXTENSION} ({_extension.reason()})"
+    return reason
 
 
 def triton_reason(tensor: torch.Tensor) -> str | None:
@@ -72,11 +74,16 @@ def choose(op: str, impl: str, candidates: Mapping[str, CanRun], *inputs) -> str
         RuntimeError: ``impl`` names an implementation that cannot run here; the text says why.
     """
     if impl == "auto":
+        reasons = {}
         for name, can_run in candidates.items():
-            if can_run(*inputs) is None:
+            reason = can_run(*inputs)
+            if reason is None:
+                if name == "reference" and reasons.get("cpu", "").startswith(_NO_EXTENSION):
+                    _extension.warn_of_reference()
                 return name
-        reasons = "; ".join(f"{name}: {can_run(*inputs)}" for name, can_run in candidates.items())
-        raise RuntimeError(f"{op}: no implementation can run on these inputs ({reasons})")
+            reasons[name] = reason
+        text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise RuntimeError(f"{op}: no implementation can run on these inputs ({text})")
     if impl not in candidates:
         expected = ", ".join(repr(name) for name in ("auto", *candidates))
         raise ValueError(f"{op}: impl must be one of {expected}, got {impl!r}")

@@ -489,6 +489,6 @@ if __name__ == "__main__":
     *names, device, dtype, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     try:
-        print(json.dumps(memory_here(*names, device, getattr(torch, dtype))))
+        print(json.dumps(memory_here(*names, device, getattr(torch, dtype)), allow_nan=False))
     except NotImplementedError as reason:  # handed to the parent, which raises it there
-        print(json.dumps({"reason": str(reason)}))
+        print(json.dumps({"reason": str(reason)}, allow_nan=False))

@@ -6,14 +6,21 @@ from torch import nn
 
 from .config import TrainConfig
 from .data import Dataset, source
+from .errors import TrainError
 
 
 def build(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, nn.Module]:
-    """(training, evaluation) transforms of float images (B, C, H, W) in [0, 1]."""
+    """(training, evaluation) transforms of float images (B, C, H, W) in [0, 1].
+
+    Raises:
+        TrainError: ``crop_padding`` exceeds the images, so that crops would hold nothing of them.
+    """
     import kornia.augmentation as K
 
     custom = source(config.dataset, config.image_size)
     padding = custom.crop_padding if config.crop_padding is None else config.crop_padding
+    if config.crop_padding is not None and padding > (largest := min(dataset.image_size)):
+        raise TrainError(f"crop_padding must be at most {largest}, the size of the images, got {padding}")
     flip = custom.flip if config.flip is None else config.flip
     transforms: list[nn.Module] = []
     if dataset.crop is not None:

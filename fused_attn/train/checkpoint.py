@@ -8,8 +8,8 @@ temporary name, flushed to the disk, and renamed.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .errors import TrainError
+from .errors import TrainError, reason
+from .json_files import dumps, read_object
 
 KEEP = 2
 
@@ -47,8 +48,8 @@ def save(folder: Path, step: int, weights: Mapping[str, Mapping[str, Tensor]], s
             contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(contiguous, temporary / f"{stem}.safetensors")
         torch.save(dict(state), temporary / "state.pt")
-        checksums = {path.name: _checksum(path) for path in sorted(temporary.iterdir())}
-        (temporary / "checksums.json").write_text(json.dumps(checksums, indent=1))
+        checksums = {path.name: checksum(path) for path in sorted(temporary.iterdir())}
+        (temporary / "checksums.json").write_text(dumps(checksums, indent=1))
         for path in temporary.iterdir():
             _flush(path)
         _flush(temporary)
@@ -58,7 +59,7 @@ def save(folder: Path, step: int, weights: Mapping[str, Mapping[str, Tensor]], s
         shutil.rmtree(temporary, ignore_errors=True)
         kept = find(folder)
         raise TrainError(
-            f"checkpoint {final} could not be written ({error}); "
+            f"checkpoint {final} could not be written ({reason(error)}); "
             + (f"the last complete one is {kept[-1]}" if kept else "there is none before it")
         ) from error
     for old in find(folder)[:-KEEP]:
@@ -67,8 +68,15 @@ def save(folder: Path, step: int, weights: Mapping[str, Mapping[str, Tensor]], s
 
 
 def find(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("step-*")) if folder.is_dir() else []
+    """Complete checkpoints, oldest first; copies of them under other names are left out."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    found = [path for path in paths if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Optimizer steps done at a checkpoint."""
+    return int(path.name.removeprefix("step-"))
 
 
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -78,16 +86,31 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         TrainError: a file is missing, damaged or unreadable; the text names it and the checkpoint before it.
     """
     try:
-        checksums = json.loads((path / "checksums.json").read_text())
+        checksums = read_object(path / "checksums.json", "checksums")
+        files = {file.name for file in path.iterdir()} - {"checksums.json"}
+        if missing := {"model.safetensors", "state.pt"} - files:
+            raise ValueError(
+                f"{', '.join(sorted(missing))} must be there, found {', '.join(sorted(files)) or 'nothing'}"
+            )
+        if unlisted := files - checksums.keys():
+            raise ValueError(f"checksums.json must list {', '.join(sorted(unlisted))}")
         for name, expected in checksums.items():
-            if _checksum(path / name) != expected:
+            if checksum(path / name) != expected:
                 raise ValueError(f"{name} is damaged: its checksum is not the one it was written with")
         weights = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
-        return weights, torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+        state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+        if not isinstance(state, dict):
+            raise ValueError(f"state.pt must hold a dict, got {type(state).__name__}")
+        return weights, state
     except Exception as error:
-        before = [other for other in find(path.parent) if other < path]
-        hint = f"remove it to resume from {before[-1].name}" if before else "there is none before it"
-        raise TrainError(f"checkpoint {path} cannot be read ({error}); {hint}") from error
+        raise unusable(path, error) from error
+
+
+def unusable(path: Path, error: Exception) -> TrainError:
+    """The error of a checkpoint that cannot be read or does not fit; it names the one before it."""
+    before = [other for other in find(path.parent) if step_of(other) < step_of(path)]
+    hint = f"resume from {before[-1].name}" if before else "begin again, as there is none before it"
+    return TrainError(f"checkpoint {path} cannot be read ({reason(error)}); remove it to {hint}")
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -106,7 +129,8 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

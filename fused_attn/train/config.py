@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import json
+import math
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from .errors import TrainError
+from ..options import check
+from . import checkpoint
+from .errors import TrainError, reason
+from .json_files import read_object
 
-#: Settings that may change between the start of a run and its resumption: they do not change what is computed.
-MAY_CHANGE = ("out", "resume", "data_dir", "data_note", "log_every", "checkpoint_every", "eval_batch_size", "threads")
+#: Settings that may change between the start of a run and its resumption: they do not change what was computed so far.
+MAY_CHANGE = (
+    "out", "resume", "data_dir", "data_note", "log_every", "checkpoint_every", "eval_batch_size", "threads",
+    "on_nonfinite", "skip_unreadable",
+)  # fmt: skip
+#: Settings of a run's length, which may grow.
+MAY_GROW = ("epochs", "max_steps")
+#: Arguments of a model that are settings of the run, or facts of its data.
+NOT_MODEL_OPTIONS = {
+    "num_classes": "it is that of the data set",
+    "in_chans": "it is that of the data set",
+    "image_size": "it is an option of its own",
+    "impl": "it is an option of its own",
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +45,11 @@ class TrainConfig:
     """Folder of the run; it must not exist or be empty, unless ``--resume``."""
 
     resume: bool = False
-    """Go on from the last checkpoint in ``out``."""
+    """Go on from the last checkpoint in ``out``, or, where there is none yet, from the beginning.  ``epochs`` and
+    ``max_steps`` may grow; the cosine schedule is then, from the next step on, that of the new length."""
+    init_from: Path | None = None
+    """Weights to begin with: a .safetensors file, or the folder of a run.  A classifier for another number of classes
+    is left as freshly drawn."""
     recipe: str | None = None
     """Start from the settings of a paper; every other option overrides it."""
     data_dir: Path | None = None
@@ -43,7 +63,13 @@ class TrainConfig:
     validation: int = 0
     """Training images held out, the same ones for every seed; the test set is then read once, at the end."""
     train_images: int | None = None
-    """Use only the first so many training images."""
+    """Use only so many training images, as equal a number of every class as there are: the first of each, the second of
+    each, and so on.  The same ones for every seed; fewer are among more."""
+    label_column: str | None = None
+    """Column of the labels in a data set of the hub; ``label``, or the only column of classes, when not given."""
+    skip_unreadable: bool = False
+    """Pass over images that cannot be decoded, instead of stopping: another of the same step stands in for a training
+    image, and the test set has one fewer.  The log names each, and the metrics count them."""
 
     model_options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
     """Further arguments of the model, e.g. attention_blocks=first relative=False."""
@@ -92,6 +118,9 @@ class TrainConfig:
     """Decay of an exponential moving average of the weights, which is then what is evaluated; 0: none."""
     clip_norm: float | None = None
     """Largest norm of the gradient."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """At a loss or gradient that is inf or nan: stop with an error and exit status 3, before the weights take it up, or
+    leave that step out, count it and go on.  Gradients that fp16's loss scaling overflows are its own business."""
 
     crop_padding: int | None = None
     """Zero-pad by so many pixels and crop at random, per image; the data set's custom when not given."""
@@ -125,26 +154,17 @@ class TrainConfig:
     """Steps between checkpoints; one is also written at every end of an epoch that is evaluated."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "eval_batch_size", "log_every", "checkpoint_every"):
-            _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _check(self.eval_every >= 0, "eval_every", "at least 0", self.eval_every)
-        for name in ("max_steps", "train_images", "image_size", "threads"):
+        for name, expected in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
-            _check(value is None or value >= 1, name, "at least 1", value)
-        for name in ("lr", "attention_lr"):
-            value = getattr(self, name)
-            _check(value is None or value > 0, name, "above 0", value)
+            if Path in (expected, *typing.get_args(expected)) and isinstance(value, str):
+                object.__setattr__(self, name, Path(value))
+        check("train", type(self), vars(self), TrainError)
         # Accelerate rescales the loss after each optimizer's step: the second would divide by another scale.
         two = self.separate_attention
         _check(not two or self.mixed_precision != "fp16", "mixed_precision", "no or bf16 with two optimizers", "fp16")
-        _check(0 <= self.ema < 1, "ema", "in [0, 1)", self.ema)
-        _check(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)", self.label_smoothing)
-        _check(self.warmup_epochs >= 0, "warmup_epochs", "at least 0", self.warmup_epochs)
-        _check(self.crop_scale is None or 0 < self.crop_scale <= 1, "crop_scale", "in (0, 1]", self.crop_scale)
-        _check(self.validation >= 0, "validation", "at least 0", self.validation)
-        for weight in self.aux_weights:
-            _check(weight >= 0, "aux_weights", "at least 0 each", self.aux_weights)
         _check(not self.nesterov or self.momentum > 0, "momentum", "above 0 with nesterov", self.momentum)
+        rising = all(one < other for one, other in zip(self.milestones, self.milestones[1:], strict=False))
+        _check(rising, "milestones", "in rising order", self.milestones)
         self.parsed_model_options()
 
     @property
@@ -158,9 +178,12 @@ class TrainConfig:
         for item in self.model_options:
             name, equals, value = item.partition("=")
             _check(bool(equals) and name.isidentifier(), "model_options", "KEY=VALUE", item)
+            if name in NOT_MODEL_OPTIONS:
+                raise TrainError(f"model_options must not have {name}, {NOT_MODEL_OPTIONS[name]}; got {item!r}")
+            _check(name not in options, "model_options", "each KEY once", item)
             try:
                 options[name] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: nested too deeply
                 options[name] = value
         return options
 
@@ -170,31 +193,63 @@ class TrainConfig:
             for name, value in dataclasses.asdict(self).items()
         }
 
-    def check_resumes(self, saved: dict[str, Any]) -> None:
+    def check_resumes(self, saved: TrainConfig) -> None:
         """Refuse to continue a run whose settings were others.
 
         Raises:
-            TrainError: names the first setting that differs.
+            TrainError: names the first setting that differs, or the length that would shrink.
         """
+        before = saved.as_json()
         for name, value in self.as_json().items():
-            if name not in MAY_CHANGE and name in saved and saved[name] != value:
+            was = before[name]
+            if name in MAY_GROW:
+                if _length(value) < _length(was):
+                    raise TrainError(f"--resume: {name} of the run in {self.out} may only grow from {was}, got {value}")
+            elif name not in MAY_CHANGE and was != value:
                 raise TrainError(
-                    f"--resume: {name} of the run in {self.out} is {saved[name]!r}, got {value!r}; "
+                    f"--resume: {name} of the run in {self.out} is {was!r}, got {value!r}; "
                     "start a new run for other settings"
                 )
 
 
-def saved_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the run in ``folder`` but for ``out`` and ``resume``; none where there is no run."""
-    try:
-        saved = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    known = {field.name for field in dataclasses.fields(TrainConfig)} - {"out", "resume"}
+def saved_config(folder: Path, what: str, **changes: Any) -> TrainConfig:
+    """The settings of the run in ``folder``; settings that its config.json does not know are at their defaults.
+
+    Args:
+        folder: of a run.
+        what: begins the error's text.
+        changes: settings to replace.
+
+    Raises:
+        TrainError: config.json is missing, damaged or of another version, or a setting is out of range.
+    """
+    path = folder / "config.json"
+    saved = read_object(path, what)
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown := sorted(saved.keys() - known):
+        raise TrainError(f"{what}: {path} has settings that this version does not know: {', '.join(unknown)}")
+    if missing := sorted({"model", "dataset"} - saved.keys()):
+        raise TrainError(f"{what}: {path} must name the run's {' and '.join(missing)}")
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    if settings.get("data_dir") is not None:
-        settings["data_dir"] = Path(settings["data_dir"])
-    return {name: value for name, value in settings.items() if name in known}
+    try:
+        return TrainConfig(**{**settings, "out": folder, "resume": False, **changes})
+    except TrainError as error:
+        raise TrainError(f"{what}: {path}: {reason(error)}") from error
+
+
+def resumed_config(folder: Path) -> TrainConfig:
+    """The settings of the run in ``folder``, which is to be resumed.
+
+    Raises:
+        TrainError: there is no run, or its config.json is not usable.
+    """
+    if not (folder / "config.json").exists() and not checkpoint.find(folder / "checkpoints"):
+        raise TrainError(f"--resume: out must hold a checkpoint, found none in {folder}, nor the config.json of a run")
+    return saved_config(folder, "--resume", resume=True)
+
+
+def _length(value: int | None) -> float:
+    return math.inf if value is None else value
 
 
 def _check(holds: bool, name: str, expected: str, got: object) -> None:

@@ -1,13 +1,15 @@
 """Images: small ones in memory, loaded once as uint8, others in their files; batched and normalised on the device.
 
-Nothing is unpickled: data come as Parquet or image files through Hugging Face ``datasets``, or from scikit-learn.
+Nothing is unpickled: data come as image files, as Parquet through Hugging Face ``datasets``, or from scikit-learn.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import image_folder
+from .config import TrainConfig
 from .errors import TrainError
-from .files import ImageFiles
+from .files import ImageColumn, ImageFiles, Skipped, Split, decode_all
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Dataset:
     """A data set.  ``mean`` and ``std`` (C,) are those of the training images scaled to [0, 1].
 
     ``crop`` is the height and width that the network gets to see of larger images; None: all of the image.
+    ``skipped`` holds what could not be read so far, where that is no error.
     """
 
     train: Images | ImageFiles
@@ -51,6 +56,7 @@ class Dataset:
     mean: Tensor
     std: Tensor
     crop: int | None = None
+    skipped: Skipped = field(default_factory=dict)
 
     @property
     def in_chans(self) -> int:
@@ -88,6 +94,8 @@ SOURCES = {
 FILE_SIZE, FILE_MARGIN = 224, 8 / 7
 #: Training images from which mean and standard deviation are taken where decoding all would take long.
 SAMPLE = 512
+#: What the name of a Parquet file begins with -> its split.
+_SPLIT_NAMES = {"train": "train", "test": "test", **dict.fromkeys(("val", "valid", "validation"), "validation")}
 
 
 def source(name: str, image_size: int | None = None) -> Source:
@@ -104,34 +112,72 @@ def source(name: str, image_size: int | None = None) -> Source:
     return Source(name, files=image_size is not None)
 
 
-def load(name: str, data_dir: Path | None = None, image_size: int | None = None) -> Dataset:
+def load(
+    name: str,
+    data_dir: Path | None = None,
+    image_size: int | None = None,
+    *,
+    label_column: str | None = None,
+    skip_unreadable: bool = False,
+) -> Dataset:
     """Load a data set.
 
     Args:
         name: one of ``SOURCES``, or ``owner/name`` on the hub.
         data_dir: folder in the hub's Parquet layout, or, for ``imagefolder``, one with the folders train and val (or
-            test), each of which has a folder of image files for every class; None loads from the hub.
+            valid, validation, test), each of which has a folder of image files for every class, as
+            :func:`.image_folder.read` reads it; None loads from the hub.
         image_size: resize to this height and width; None keeps the set's own (digits: 32).  Photographs of all sizes
             are resized and cropped: 224 when None, for ``imagefolder``.
+        label_column: of the labels in a data set of the hub: classes, integers or strings.  Where it is None, they are
+            in ``label``, or in the only column of classes.
+        skip_unreadable: pass over images that cannot be decoded; ``skipped`` of what is returned then holds them.
+
+    Every image is decoded by :func:`.decode.decode`.  Sets in memory have one channel where all their images are
+    grey by their mode, and three where one is not; files always have three.
 
     Raises:
         TrainError: the name is unknown, or the data are missing or damaged.
     """
-    where = source(name, image_size)
-    if where.files:
-        return _from_files(where, data_dir, image_size or FILE_SIZE)
+    where, skipped = source(name, image_size), {} if skip_unreadable else None
+    if label_column is not None and where.hub_name is None:
+        raise TrainError(f"label_column: {name} has no columns, got {label_column!r}")
     if name in ("digits", "synthetic"):
         if data_dir is not None:
             raise TrainError(f"data_dir: {name} needs no folder, got {data_dir}")
         train, test, classes = _digits() if name == "digits" else _synthetic()
         image_size = image_size or 32
     else:
-        train, test, classes = _from_datasets(where, data_dir)
+        with _one_line_errors(where, data_dir):
+            splits = image_folder.read(data_dir) if name == "imagefolder" else _from_hub(where, data_dir, label_column)
+            train, test, names = splits
+            if where.files:
+                return _in_files(train, test, len(names), image_size or FILE_SIZE, skipped)
+            train, test = _decoded(train, test, skipped)
+            classes = len(names)
     if image_size is not None:
         train, test = _resize(train, image_size), _resize(test, image_size)
     pixels = train.images.float() / 255.0
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)).clamp_min(1e-3)
-    return Dataset(train, test, classes, mean, std)
+    return Dataset(train, test, classes, mean, std, skipped=skipped or {})
+
+
+def of_run(config: TrainConfig) -> Dataset:
+    """The data set of a run.
+
+    Raises:
+        TrainError: it has one class only, or see :func:`load`.
+    """
+    loaded = load(
+        config.dataset,
+        config.data_dir,
+        config.image_size,
+        label_column=config.label_column,
+        skip_unreadable=config.skip_unreadable,
+    )
+    if loaded.num_classes < 2:
+        raise TrainError(f"dataset {config.dataset} must have at least 2 classes, got {loaded.num_classes}")
+    return loaded
 
 
 def hold_out(train: Images | ImageFiles, count: int) -> tuple[Images | ImageFiles, Images | ImageFiles]:
@@ -140,6 +186,17 @@ def hold_out(train: Images | ImageFiles, count: int) -> tuple[Images | ImageFile
         raise TrainError(f"validation must be less than the {len(train)} training images, got {count}")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     return train[order[count:]], train[order[:count]]
+
+
+def take(train: Images | ImageFiles, count: int) -> Images | ImageFiles:
+    """``count`` images, as equal a number of every class as there are: the first of each, the second of each, and so
+    on.  The same for every run; fewer are among more."""
+    if count > len(train):
+        raise TrainError(f"train_images must be at most {len(train)}, got {count}")
+    by_class = torch.argsort(train.labels, stable=True)
+    labels = train.labels[by_class]
+    turn = torch.arange(len(labels)) - torch.searchsorted(labels, labels)
+    return train[by_class[torch.argsort(turn, stable=True)[:count]].sort().values]
 
 
 def epoch_batches(
@@ -152,8 +209,25 @@ def epoch_batches(
 
 
 def in_memory(parts: list[Images | ImageFiles]) -> list[Images]:
-    """The same images, decoded where they are still in files."""
-    return [Images(part.images, part.labels) for part in parts]
+    """The same images, decoded where they are still in files; without those that are skipped."""
+    return [Images(*part.read()) if isinstance(part, ImageFiles) else part for part in parts]
+
+
+def in_memory_filled(parts: list[Images | ImageFiles]) -> list[Images]:
+    """As :func:`in_memory`, but others of the same parts stand in for those that are skipped: a part keeps its size."""
+    read = in_memory(parts)
+    if all(len(left) == len(part) for left, part in zip(read, parts, strict=True)):
+        return read
+    images, labels = torch.cat([part.images for part in read]), torch.cat([part.labels for part in read])
+    if not len(labels):
+        raise TrainError(f"none of the {sum(map(len, parts))} images of a step could be read")
+    filled, used = [], 0
+    for left, part in zip(read, parts, strict=True):
+        missing = len(part) - len(left)
+        index = (used + torch.arange(missing)) % len(labels)
+        used += missing
+        filled.append(Images(torch.cat([left.images, images[index]]), torch.cat([left.labels, labels[index]])))
+    return filled
 
 
 def _digits() -> tuple[Images, Images, int]:
@@ -177,24 +251,19 @@ def _synthetic() -> tuple[Images, Images, int]:
     return everything[:512], everything[512:], 10
 
 
-def _from_datasets(source: Source, data_dir: Path | None) -> tuple[Images, Images, int]:
-    with _one_line_errors(source, data_dir):
-        train, test = _splits(source, data_dir)
-        classes = train.features[_label_column(train, source)].num_classes
-        return _decode(train, source), _decode(test, source), classes
+def _in_files(train: Split, test: Split, classes: int, size: int, skipped: Skipped | None) -> Dataset:
+    images, test_images = (ImageFiles(split, round(size * FILE_MARGIN), skipped=skipped) for split in (train, test))
+    sample = images[:: -(-len(images) // SAMPLE)]
+    pixels = sample.read()[0].float() / 255.0
+    if not len(pixels):
+        raise TrainError(f"none of {len(sample)} training images could be read, the first: {_first(skipped)}")
+    mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)).clamp_min(1e-3)
+    return Dataset(images, test_images, classes, mean, std, crop=size, skipped={} if skipped is None else skipped)
 
 
-def _from_files(source: Source, data_dir: Path | None, size: int) -> Dataset:
-    with _one_line_errors(source, data_dir):
-        splits = [
-            ImageFiles(split, _image_column(split), _labels(split, source), round(size * FILE_MARGIN))
-            for split in _splits(source, data_dir)
-        ]
-        train, test = splits
-        classes = train.split.features[_label_column(train.split, source)].num_classes
-        sample = train[:: -(-len(train) // SAMPLE)].images.float() / 255.0
-    mean, std = sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3)
-    return Dataset(train, test, classes, mean, std, crop=size)
+def _first(skipped: Skipped) -> str:
+    name, reason = next(iter(skipped.items()))
+    return f"{name} ({reason})"
 
 
 @contextlib.contextmanager
@@ -216,63 +285,139 @@ def _one_line_errors(source: Source, data_dir: Path | None) -> Iterator[None]:
         ) from error
 
 
-def _splits(source: Source, data_dir: Path | None) -> tuple:
-    """(train, test); a validation split serves as the test split where there is none with labels, as in ImageNet."""
+def _from_hub(source: Source, data_dir: Path | None, label_column: str | None) -> tuple[Split, Split, list[str]]:
+    """(train, test, names of the classes); a validation split serves as the test split where there is none with
+    labels, as in ImageNet."""
     import datasets
 
     datasets.disable_progress_bars()
-    if source.hub_name is not None and data_dir is None:
+    where = source.hub_name if data_dir is None else f"data_dir {data_dir}"
+    if data_dir is None:
         loaded = datasets.load_dataset(source.hub_name)
-    elif source.hub_name is None:
-        if data_dir is None or not (data_dir / "train").is_dir():
-            raise TrainError(
-                "data_dir must be a folder with the folders train and val (or test) of one folder of images per class, "
-                f"got {'nothing' if data_dir is None else data_dir}"
-            )
-        loaded = datasets.load_dataset("imagefolder", data_dir=str(data_dir), drop_labels=False)
     else:
-        if not any(data_dir.rglob("*.parquet")):
-            what = "no folder" if not data_dir.is_dir() else "a folder without Parquet files"
-            raise TrainError(f"data_dir must be a folder with the data set's Parquet files, got {what}: {data_dir}")
+        _check_parquet(data_dir)
         loaded = datasets.load_dataset(str(data_dir))
-    labelled = [name for name, split in loaded.items() if len(split) and min(split[_label_column(split, source)]) >= 0]
+    column = _label_column(next(iter(loaded.values())), source, label_column)
+    labels = {name: split[column][:] for name, split in loaded.items() if column in split.features}
+    labelled = [name for name, values in labels.items() if values and not any(map(_is_missing, values))]
     for name in ("test", "validation"):
         if "train" in labelled and name in labelled:
-            return loaded["train"], loaded[name]
+            names, train_labels, test_labels = _classes(loaded["train"], column, labels["train"], labels[name], name)
+            return _encoded(loaded, "train", train_labels), _encoded(loaded, name, test_labels), names
     found = [name if name in labelled else f"{name} (without labels)" for name in loaded]
-    where = source.hub_name if data_dir is None else f"data_dir {data_dir}"
     raise TrainError(f"{where}: expected the splits train and test, got {', '.join(found)}")
 
 
-def _label_column(split, source: Source) -> str:
+def _check_parquet(data_dir: Path) -> None:
+    import datasets
+
+    if not any(data_dir.rglob("*.parquet")):
+        what = "no folder" if not data_dir.is_dir() else "a folder without Parquet files"
+        raise TrainError(f"data_dir must be a folder with the data set's Parquet files, got {what}: {data_dir}")
+    if glob.has_magic(str(data_dir)):  # datasets takes the path for a pattern
+        raise TrainError(f"data_dir must be a path without * ? [ for Parquet files, got {data_dir}")
+    # datasets takes a file for that of every split whose name is a word of its path, its folders' names included.
+    split_of: dict[str, str] = {}
+    for split, files in datasets.load_dataset_builder(str(data_dir)).config.data_files.items():
+        for file in files:
+            own = _SPLIT_NAMES.get(re.match(r"[a-z]*", Path(file).name.lower())[0], split)
+            for other in (split_of.setdefault(file, split), own if split in _SPLIT_NAMES.values() else split):
+                if other != split:
+                    raise TrainError(
+                        f"data_dir {data_dir}: {file} must be in one split by its name and its folders', "
+                        f"got {other} and {split}; rename it or them"
+                    )
+
+
+def _label_column(split, source: Source, wanted: str | None) -> str:
+    from datasets import ClassLabel, Value
+
+    if wanted is not None:
+        if wanted not in split.features:
+            raise TrainError(f"label_column must be one of {', '.join(split.features)}, got {wanted!r}")
+        names = [wanted]
+    else:
+        classes = [name for name, feature in split.features.items() if isinstance(feature, ClassLabel)]
+        names = [source.label] if source.label in split.features else classes
+        if len(names) != 1:
+            raise TrainError(
+                "dataset: expected one column of class labels, or one called label, got "
+                + (
+                    f"{' and '.join(names)}; pass --label-column"
+                    if names
+                    else f"the columns {', '.join(split.features)}"
+                )
+            )
+    feature = split.features[names[0]]
+    kinds = ("int", "uint", "bool", "string", "large_string")
+    if not isinstance(feature, ClassLabel | Value) or not feature.dtype.startswith(kinds):
+        raise TrainError(f"dataset: the column {names[0]} must hold classes, integers or strings, got {feature}")
+    return names[0]
+
+
+def _is_missing(label: int | str | None) -> bool:
+    return label is None or (not isinstance(label, str) and label < 0)
+
+
+def _classes(split, column: str, train: list, test: list, test_name: str) -> tuple[list[str], Tensor, Tensor]:
+    """Names of the classes and both splits' labels: a column's own classes, or the values that occur in train."""
     from datasets import ClassLabel
 
-    columns = [name for name, feature in split.features.items() if isinstance(feature, ClassLabel)]
-    if not columns:
-        raise TrainError(f"dataset: expected a column of class labels, got the columns {', '.join(split.features)}")
-    return source.label if source.label in columns else columns[0]
+    feature = split.features[column]
+    known = range(feature.num_classes) if isinstance(feature, ClassLabel) else sorted(set(train))
+    index = {value: number for number, value in enumerate(known)}
+    for name, values in (("train", train), (test_name, test)):
+        if unknown := sorted(set(values) - set(index)):
+            raise TrainError(
+                f"dataset: {name} has the labels {', '.join(map(str, unknown[:5]))} in the column {column}, "
+                f"which are not among the {len(index)} classes"
+            )
+    names = feature.names if isinstance(feature, ClassLabel) else [str(value) for value in known]
+    return names, *(torch.tensor([index[value] for value in values]) for values in (train, test))
 
 
-def _labels(split, source: Source) -> Tensor:
-    return torch.tensor(split[_label_column(split, source)][:], dtype=torch.int64)
-
-
-def _image_column(split) -> str:
+def _encoded(loaded, name: str, labels: Tensor) -> Split:
     from datasets import Image
 
-    columns = [name for name, feature in split.features.items() if isinstance(feature, Image)]
+    features = loaded[name].features
+    columns = [column for column, feature in features.items() if isinstance(feature, Image)]
     if not columns:
-        raise TrainError(f"dataset: expected a column of images, got the columns {', '.join(split.features)}")
-    return columns[0]
+        raise TrainError(f"dataset: expected a column of images, got the columns {', '.join(features)}")
+    return Split(ImageColumn(loaded[name], columns[0], name), labels)
 
 
-def _decode(split, source: Source) -> Images:
-    arrays = [np.asarray(image) for image in split[_image_column(split)]]
-    if len(shapes := {array.shape for array in arrays}) > 1:
+def _decoded(train: Split, test: Split, skipped: Skipped | None) -> tuple[Images, Images]:
+    """Both splits in memory, with as many channels: grey only where no image has colours."""
+    arrays = [_arrays(split, skipped) for split in (train, test)]
+    everything = [array for split in arrays for array in split if array is not None]
+    if not all(any(array is not None for array in split) for split in arrays):
+        raise TrainError(f"dataset: no image of a split could be read, the first: {_first(skipped)}")
+    if len(shapes := {array.shape[:2] for array in everything}) > 1:
         raise TrainError(f"dataset: the images have {len(shapes)} sizes; pass --image-size to resize and crop them")
-    stacked = np.stack(arrays)
-    images = torch.from_numpy(stacked if stacked.ndim == 4 else stacked[..., None]).permute(0, 3, 1, 2).contiguous()
-    return Images(images, _labels(split, source))
+    channels = max(array.ndim for array in everything)
+    return tuple(
+        _stack(split, labels, 3 if channels == 3 else 1)
+        for split, (_, labels) in zip(arrays, (train, test), strict=True)
+    )
+
+
+def _arrays(split: Split, skipped: Skipped | None) -> list[np.ndarray | None]:
+    """(H, W) or (H, W, 3) of every image, or None where it is skipped."""
+    arrays, rows = [], 1000
+    for first in range(0, len(split.labels), rows):
+        encoded = split.files[list(range(first, min(first + rows, len(split.labels))))]
+        arrays += decode_all(encoded, np.asarray, skipped)
+    return arrays
+
+
+def _stack(arrays: list[np.ndarray | None], labels: Tensor, channels: int) -> Images:
+    kept = [index for index, array in enumerate(arrays) if array is not None]
+    height, width = arrays[kept[0]].shape[:2]
+    images = np.empty((len(kept), channels, height, width), np.uint8)
+    for row, index in enumerate(kept):
+        array = arrays[index]
+        images[row] = array if array.ndim == 2 else array.transpose(2, 0, 1)
+    return Images(torch.from_numpy(images), labels[kept])
 
 
 def _resize(images: Images, size: int) -> Images:

@@ -3,3 +3,13 @@
 
 class TrainError(RuntimeError):
     """A run that cannot start or go on: the text names the setting or the file, what was expected and what came."""
+
+
+class NonFiniteError(TrainError):
+    """A loss, gradient or weight that is not finite: the text names the step."""
+
+
+def reason(error: BaseException) -> str:
+    """The text of another library's error, for a line of ours: its first lines on one, or its type without any."""
+    text = " ".join(str(error).split())
+    return (text if len(text) <= 300 else f"{text[:300]} ...") or type(error).__name__

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
-import json
+import math
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import write_text
+from .errors import TrainError, reason
+from .json_files import dumps, loads
+
+#: kind of event -> numbers that it must have, next to ``step``; null where one is not finite.
+FIELDS = {"step": ("epoch", "loss", "lr"), "epoch": ("epoch", "seconds")}
 
 
 class RunLog:
-    """Appends events to ``log.jsonl``; each line carries ``event`` (step or epoch) and ``step``."""
+    """Appends events to ``log.jsonl``; each line carries ``event`` (step, epoch or skipped) and ``step``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -20,23 +26,35 @@ class RunLog:
 
     def write(self, event: str, **fields: Any) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps({"event": event, **fields}) + "\n")
+            file.write(dumps({"event": event, **fields}) + "\n")
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """Logged events; a last line that a crash cut short is left out."""
+        """Logged events; a last line that a crash cut short is left out.
+
+        Raises:
+            TrainError: another line is not an event; the text has its number.
+        """
+        if not self.path.exists():
+            return []
         events = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    events.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break
+        *lines, last = self.path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                if line.strip():
+                    events.append(_event(line))
+            except ValueError as error:
+                raise TrainError(
+                    f"{self.path}, line {number} must be a logged event, got {line[:60]!r} ({reason(error)}); "
+                    "remove the line"
+                ) from error
+        with contextlib.suppress(ValueError):
+            events.append(_event(last))
         return [event for event in events if kind in (None, event["event"])]
 
     def rewind(self, step: int) -> None:
         """Forget what came after ``step``: it is about to be done again."""
         kept = [event for event in self.events() if event["step"] <= step]
-        write_text(self.path, "".join(json.dumps(event) + "\n" for event in kept))
+        write_text(self.path, "".join(dumps(event) + "\n" for event in kept))
 
     def summarise(self) -> None:
         """Write ``log.csv``, a line per evaluated epoch, and ``curves.png``."""
@@ -53,23 +71,47 @@ class RunLog:
         plot(self.events(), self.folder / "curves.png")
 
 
+def _event(line: bytes) -> dict[str, Any]:
+    """One line of the log.
+
+    Raises:
+        ValueError: it is not an event.
+    """
+    event = loads(line.decode())
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        raise ValueError("it has no event")
+    names = {"step", *FIELDS.get(event["event"], ())}
+    if event["event"] in FIELDS:
+        names |= event.keys() - {"event"}
+    for name in sorted(names):
+        value = event.get(name)
+        optional = name != "step" and name in event
+        if isinstance(value, bool) or not (isinstance(value, (int, float)) or (value is None and optional)):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+    return event
+
+
 def plot(events: list[dict[str, Any]], path: Path) -> None:
     """Loss, accuracy and learning rate against the epoch."""
     from matplotlib.figure import Figure
+
+    def numbers(of: list[dict[str, Any]], name: str, factor: float = 1.0) -> list[float]:
+        return [math.nan if event.get(name) is None else factor * event[name] for event in of]
 
     steps = [event for event in events if event["event"] == "step"]
     epochs = [event for event in events if event["event"] == "epoch"]
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3)
     if steps:
-        loss.plot([e["epoch"] for e in steps], [e["loss"] for e in steps], lw=0.6, alpha=0.4, label="train, per step")
-        rate.plot([e["epoch"] for e in steps], [e["lr"] for e in steps])
+        x = numbers(steps, "epoch")
+        loss.plot(x, numbers(steps, "loss"), lw=0.6, alpha=0.4, label="train, per step")
+        rate.plot(x, numbers(steps, "lr"))
     for split in ("train", "validation", "test"):
         known = [e for e in epochs if f"{split}_loss" in e]
         if known:
-            x = [e["epoch"] for e in known]
-            loss.plot(x, [e[f"{split}_loss"] for e in known], "o-", ms=3, label=split)
-            accuracy.plot(x, [100 * e[f"{split}_accuracy"] for e in known], "o-", ms=3, label=split)
+            x = numbers(known, "epoch")
+            loss.plot(x, numbers(known, f"{split}_loss"), "o-", ms=3, label=split)
+            accuracy.plot(x, numbers(known, f"{split}_accuracy", 100), "o-", ms=3, label=split)
     for axes, title in ((loss, "loss"), (accuracy, "accuracy (%)"), (rate, "learning rate")):
         axes.set(xlabel="epoch", title=title)
         axes.grid(alpha=0.3)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
+import dataclasses
+import math
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import broadcast, gather_object, set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import MeanMetric
@@ -23,16 +24,18 @@ from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
 from .. import create_model
-from . import augment, checkpoint, data
-from .config import TrainConfig
+from . import augment, checkpoint, data, folder, weights
+from .config import MAY_GROW, TrainConfig
 from .environment import describe
-from .errors import TrainError
+from .errors import NonFiniteError, TrainError, reason
 from .files import ImageFiles, load_ahead
+from .folder import LOCK  # noqa: F401
+from .json_files import dumps, read_object
 from .log import RunLog
 from .optim import attention_factor, build_optimizers, learning_rate
 
-#: The file of a run's folder that the process writing into it holds locked.
-LOCK = ".lock"
+#: Below this scale of the loss, a gradient that is not finite in fp16 is none that the scaling could repair.
+LEAST_SCALE = 1.0
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -46,6 +49,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
         TrainError: a setting, the data, the folder or a checkpoint is not usable.
+        NonFiniteError: a loss, gradient or weight is inf or nan; the checkpoints are as they were before it.
         KeyboardInterrupt: interrupted; the state at the last completed step is saved.
     """
     return Run(config).train()
@@ -63,24 +67,24 @@ class Run:
         torch.backends.cudnn.benchmark = not config.deterministic
         self.accelerator = make_accelerator(config)
         self.checkpoints = config.out / "checkpoints"
-        self._claim_folder()
+        taken = folder.is_taken(config.out)
+        self.accelerator.wait_for_everyone()
+        self.before = folder.claim(config, taken)
+        if self.accelerator.is_main_process:
+            self.lock = folder.lock(config.out)
 
-        self.dataset = data.load(config.dataset, config.data_dir, config.image_size)
+        self.dataset = data.of_run(config)
         self.images, self.validation = self.dataset.train, None
         if config.validation:
             self.images, self.validation = data.hold_out(self.images, config.validation)
         if config.train_images is not None:
-            if config.train_images > len(self.images):
-                raise TrainError(f"train_images must be at most {len(self.images)}, got {config.train_images}")
-            self.images = self.images[: config.train_images]
+            self.images = data.take(self.images, config.train_images)
         self.steps_per_epoch = len(self.images) // config.batch_size
         if self.steps_per_epoch == 0:
             raise TrainError(
                 f"batch_size must be at most the {len(self.images)} training images, got {config.batch_size}"
             )
-        self.last_step = config.epochs * self.steps_per_epoch
-        if config.max_steps is not None:
-            self.last_step = min(self.last_step, config.max_steps)
+        self.last_step = self._last_step(config)
         parts = self.accelerator.num_processes * config.accumulate
         if config.batch_size % parts:
             raise TrainError(
@@ -94,6 +98,9 @@ class Run:
             self.network.to(memory_format=torch.channels_last)
         self.network.to(self.accelerator.device)
         self._try_out()
+        # A resumed run has its own weights; the file may be gone.
+        resumes = config.resume and bool(checkpoint.find(self.checkpoints))
+        self.initialised = None if config.init_from is None or resumes else self._initialise()
         self.average = (
             AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema > 0 else None
         )
@@ -105,12 +112,30 @@ class Run:
         self.step = 0
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)  # loss, correct, images
         self.seconds = 0.0
+        self.skipped = 0
+        self.unreadable: dict[str, str] = {}
+        self.extended: list[dict[str, Any]] = []
         self.log = RunLog(config.out)
         self.interrupted = False
-        if config.resume:
+        if resumes:
             self._resume()
+        elif config.resume and self.accelerator.is_main_process:
+            self.log.rewind(0)
+            print(f"{config.out} has no checkpoint yet: starting from the beginning", flush=True)
         if self.accelerator.is_main_process:
-            checkpoint.write_text(config.out / "config.json", json.dumps(config.as_json(), indent=1) + "\n")
+            checkpoint.write_text(config.out / "config.json", dumps(config.as_json(), indent=1) + "\n")
+
+    def _last_step(self, config: TrainConfig) -> int:
+        steps = config.epochs * self.steps_per_epoch
+        return steps if config.max_steps is None else min(steps, config.max_steps)
+
+    def _initialise(self) -> dict[str, Any]:
+        wider = dataclasses.replace(self.dataset, num_classes=self.dataset.num_classes + 1)
+        found = weights.initialise(self.network, self.config.init_from, lambda: build_network(self.config, wider))
+        if self.accelerator.is_main_process:
+            fresh = f"; freshly drawn: {', '.join(found['left_fresh'])}" if found["left_fresh"] else ""
+            print(f"weights of {found['file']}{fresh}", flush=True)
+        return found
 
     def _try_out(self) -> None:
         """Run one image, so that an ``impl`` that cannot run here is an error before anything is written."""
@@ -121,11 +146,17 @@ class Run:
                 f"aux_weights must hold one weight for each of the {classifiers} auxiliary classifiers of "
                 f"{self.config.model}, got {len(weights)}"
             )
+        black = data.Images(torch.zeros(1, *self.dataset.test.shape, dtype=torch.uint8), torch.zeros(1).long())
         try:
             with torch.no_grad(), self.accelerator.autocast():
-                self.network.eval()(self._to_device(self.dataset.test[:1], self.eval_transform)[0])
-        except (RuntimeError, ValueError) as error:
-            raise TrainError(f"model {self.config.model}: {error}") from error
+                logits = self.network.eval()(self._to_device(black, self.eval_transform)[0])
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise TrainError(f"model {self.config.model}: {reason(error)}") from error
+        if not isinstance(logits, Tensor) or logits.shape != (1, self.dataset.num_classes):
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise TrainError(
+                f"model {self.config.model} must give (B, {self.dataset.num_classes}) logits, got {got} for one image"
+            )
 
     # --- the run ------------------------------------------------------------------------------------------------
 
@@ -141,27 +172,38 @@ class Run:
         )
         # A resumed run may have no epoch left to do: then its last results are those in the log.
         kept = ("_loss", "_accuracy")
-        results: dict[str, float] = {
+        results: dict[str, float | None] = {
             name: value for event in self.log.events("epoch") for name, value in event.items() if name.endswith(kept)
         }
         with self._interrupts(), self.bar:
+            if self.step:
+                results = self._catch_up(results)
             while self.step < self.last_step:
                 epoch, first = divmod(self.step, self.steps_per_epoch)
-                batches = data.epoch_batches(self.images, config.batch_size, config.seed, epoch, first)
-                for parts in load_ahead(map(self._parts, batches), data.in_memory):
+                for parts in self._batches(epoch, first):
                     self._step(parts)
                     self.seconds = time.monotonic() - started
-                    epoch_ends = self.step % self.steps_per_epoch == 0
-                    if epoch_ends or self.step == self.last_step:
-                        results = self._end_of_epoch(epoch + 1, results)
+                    if self._evaluates_here():
+                        self._save()  # before the evaluation, which an image that cannot be read ends
+                        results = self._evaluate(results)
                     elif self.step % config.checkpoint_every == 0:
                         self._save()
-                    if self._any_interrupted():
+                    if self._on_any(self.interrupted):
                         self._save()
                         raise KeyboardInterrupt
                     if self.step == self.last_step:
                         break
         return self._finish(results)
+
+    def _batches(self, epoch: int, first: int) -> Iterator[list[data.Images]]:
+        """This process's share of each batch of an epoch, in memory."""
+        batches = data.epoch_batches(self.images, self.config.batch_size, self.config.seed, epoch, first)
+        try:
+            yield from load_ahead(map(self._parts, batches), data.in_memory_filled)
+        except TrainError:  # an image that cannot be read: the steps before it are kept
+            if self.accelerator.num_processes == 1:  # others would have to join in
+                self._save()
+            raise
 
     def _parts(self, batch: data.Images | ImageFiles) -> list[data.Images | ImageFiles]:
         """This process's share of a batch: one part for every forward and backward pass."""
@@ -180,24 +222,27 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = rates[name]
         self.model.train()
-        step_loss = torch.zeros((), device=accelerator.device)
+        # The forward pass writes batch statistics: a step that is left out must not leave its own.
+        before = [buffer.clone() for buffer in self.network.buffers()] if config.on_nonfinite == "skip" else []
+        step_loss, totals = torch.zeros((), device=accelerator.device), torch.zeros_like(self.totals)
         for part in parts:
             share = len(part)
             images, labels = self._to_device(part, self.transform)
             with accelerator.accumulate(self.model):
                 logits, loss = self._loss(self.model(images), labels)
                 accelerator.backward(loss)
-                if config.clip_norm is not None and accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-                for optimizer in self.optimizers.values():
-                    optimizer.step()
-                    optimizer.zero_grad()
             detached = loss.detach()
             step_loss += detached / config.accumulate
             correct = (logits.detach().argmax(1) == labels).sum()
-            self.totals += torch.stack([detached.double() * share, correct.double(), torch.full_like(correct, share)])
-        if self.average is not None:
-            self.average.update_parameters(self.network)
+            totals += torch.stack([detached.double() * share, correct.double(), torch.full_like(correct, share)])
+        if self._update(step_loss):
+            self.totals += totals
+            if self.average is not None:
+                self.average.update_parameters(self.network)
+        else:
+            with torch.no_grad():
+                for buffer, value in zip(self.network.buffers(), before, strict=True):
+                    buffer.copy_(value)
         self.step += 1
         if self.step % config.log_every == 0 or self.step == self.last_step:
             loss = float(accelerator.reduce(step_loss, "mean"))
@@ -206,6 +251,58 @@ class Run:
                 self.log.write("step", step=self.step, epoch=epoch, loss=loss, lr=rate)
                 self.bar.set_postfix(epoch=f"{epoch:.2f}", loss=f"{loss:.4f}", lr=f"{rate:.4f}", refresh=False)
         self.bar.update()
+
+    def _update(self, loss: Tensor) -> bool:
+        """Step the optimizers, where loss and gradients are finite; otherwise stop, or say that the step is left out.
+
+        With fp16, a gradient that is not finite is the scaler's to handle: it leaves the step out and halves its scale,
+        which helps where scaling made the overflow, hence not below ``LEAST_SCALE``.  It never helps the loss, which
+        comes before scaling.
+        """
+        accelerator, scaler = self.accelerator, self.accelerator.scaler
+        if scaler is not None and not scaler.is_enabled():  # fp16 on the CPU
+            scaler = None
+        norm = torch.ones_like(loss) if scaler is not None else self._clip()
+        # Reading the flag waits for the backward pass, once a step.  The next batch's copy from pageable memory would
+        # wait for it anyway; what is no longer hidden behind it is the launch of the optimizer's kernels.
+        usable = not self._on_any(~(loss.isfinite() & norm.isfinite()))
+        if usable:
+            if scaler is not None and self.config.clip_norm is not None:
+                self._clip()
+            for optimizer in self.optimizers.values():
+                optimizer.step()
+            if scaler is not None and accelerator.optimizer_step_was_skipped and scaler.get_scale() < LEAST_SCALE:
+                usable, norm = False, torch.full_like(norm, torch.nan)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        if not usable:
+            self._not_finite(loss, norm)
+        return usable
+
+    def _clip(self) -> Tensor:
+        """Norm of the whole gradient, which is clipped where it is to be."""
+        if self.config.clip_norm is not None:
+            return self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        return nn.utils.get_total_norm([each.grad for each in self.model.parameters() if each.grad is not None])
+
+    def _not_finite(self, loss: Tensor, norm: Tensor) -> None:
+        """Count and log a step that is left out, or stop the run."""
+        loss, norm = float(self.accelerator.reduce(loss, "mean")), float(norm)
+        what = f"the loss must be finite, got {loss}"
+        if math.isfinite(loss):
+            what = f"the norm of the gradient must be finite, got {norm}"
+        number = self.step + 1
+        if self.config.on_nonfinite == "stop":
+            kept = checkpoint.find(self.checkpoints)
+            raise NonFiniteError(
+                f"step {number}: {what}; the run stopped before its weights took it up, and "
+                + (f"its last checkpoint is {kept[-1]}" if kept else "there is no checkpoint before it")
+                + "; --on-nonfinite skip leaves such steps out"
+            )
+        self.skipped += 1
+        if self.accelerator.is_main_process:
+            self.log.write("skipped", step=number, loss=loss, gradient_norm=norm)
+            self.bar.write(f"step {number} is left out: {what}")
 
     def _loss(self, outputs: Tensor | tuple[Tensor, list[Tensor]], labels: Tensor) -> tuple[Tensor, Tensor]:
         """The logits that count, and the loss: with auxiliary classifiers the weighted sum of all losses."""
@@ -217,25 +314,49 @@ class Run:
         weighted = (weight * loss for weight, loss in zip(self.config.aux_weights, losses[1:], strict=True))
         return logits.float(), sum(weighted, losses[0])
 
-    def _end_of_epoch(self, epoch: int, results: dict[str, float]) -> dict[str, float]:
-        """Evaluate where it is due, log, and save; returns the newest results."""
-        config = self.config
+    def _evaluates_here(self) -> bool:
+        return self.step % self.steps_per_epoch == 0 or self.step == self.last_step
+
+    def _catch_up(self, results: dict[str, float | None]) -> dict[str, float | None]:
+        """Evaluate at the checkpoint that the run goes on from, where it ended between that and its line in the log."""
+        if not self._evaluates_here():
+            return results
+        logged = self.accelerator.is_main_process and any(
+            event["step"] == self.step for event in self.log.events("epoch")
+        )
+        if not self._on_any(logged):
+            return self._evaluate(results)
+        if self.step % self.steps_per_epoch == 0:
+            self.totals.zero_()
+        return results
+
+    def _evaluate(self, results: dict[str, float | None]) -> dict[str, float | None]:
+        """At the end of an epoch or of the run: evaluate where it is due, and log; returns the newest results."""
+        config, epoch = self.config, -(-self.step // self.steps_per_epoch)
         loss, correct, count = self.accelerator.reduce(self.totals, "sum").tolist()
+        if count == 0 and self.skipped:
+            raise NonFiniteError(
+                f"step {self.step}: some step since the last evaluation must have a finite loss and gradient, got none"
+            )
         last = self.step == self.last_step
         if config.eval_every and (epoch % config.eval_every == 0 or last):
-            results = {"train_loss": loss / count, "train_accuracy": correct / count}
+            of_training = (loss / count, correct / count) if count else (math.nan, math.nan)
+            results = dict(zip(("train_loss", "train_accuracy"), of_training, strict=True))
             if self.validation is not None:
                 results |= self.evaluate(self.validation, "validation")
             if self.validation is None or last:
                 results |= self.evaluate(self.dataset.test, "test")
+            self._note_unreadable()
+            odd = [name for name, value in results.items() if not math.isfinite(value)]
+            results |= dict.fromkeys(odd)
             if self.accelerator.is_main_process:
                 position = round(self.step / self.steps_per_epoch, 6)
                 self.log.write("epoch", step=self.step, epoch=position, seconds=round(self.seconds, 1), **results)
                 self.log.summarise()
-                shown = "  ".join(f"{name} {value:.4f}" for name, value in results.items())
-                self.bar.write(f"epoch {position:g}: {shown}")
+                self.bar.write(f"epoch {position:g}: {shown(results)}")
+                if odd:
+                    self.bar.write(f"epoch {position:g}: {', '.join(odd)} is inf or nan, which the files have as null")
         self.totals.zero_()
-        self._save()
         return results
 
     def evaluate(self, images: data.Images | ImageFiles, split: str) -> dict[str, float]:
@@ -246,7 +367,8 @@ class Run:
         if accelerator.num_processes > 1:  # batch statistics are each process's own; kept are those of the first
             for buffer in network.buffers():
                 broadcast(buffer)
-        loss, accuracy = MeanMetric(), MulticlassAccuracy(self.dataset.num_classes, average="micro")
+        loss = MeanMetric(nan_strategy="disable")  # the mean of the others would hide a nan
+        accuracy = MulticlassAccuracy(self.dataset.num_classes, average="micro")
         loss, accuracy = loss.to(accelerator.device), accuracy.to(accelerator.device)
         mine = images[accelerator.process_index :: accelerator.num_processes]
         with torch.no_grad(), accelerator.autocast():
@@ -269,72 +391,120 @@ class Run:
 
     # --- state --------------------------------------------------------------------------------------------------
 
-    def _claim_folder(self) -> None:
-        out = self.config.out
-        occupied = out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir()))
-        self.accelerator.wait_for_everyone()
-        if self.config.resume:
-            if not checkpoint.find(self.checkpoints):
-                raise TrainError(f"--resume: out must hold a checkpoint, found none in {self.checkpoints}")
-            try:
-                saved = json.loads((out / "config.json").read_text())
-            except (OSError, ValueError) as error:
-                raise TrainError(f"--resume: {out / 'config.json'} cannot be read ({error})") from error
-            self.config.check_resumes(saved)
-        elif occupied:
-            raise TrainError(f"out must be a new or empty folder, or --resume given to go on with its run; got {out}")
-        else:
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise TrainError(f"out: the folder {out} cannot be made ({error})") from error
-        if self.accelerator.is_main_process:
-            self._lock_folder()
-
-    def _lock_folder(self) -> None:
-        """Until this process ends, however it ends, no other can write into the run's folder."""
-        self.lock = open(self.config.out / LOCK, "w")  # noqa: SIM115
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise TrainError(f"out: another process is writing into {self.config.out} ({error})") from error
+    def _note_unreadable(self) -> None:
+        """Log which images were passed over since the last time, on any of the processes."""
+        if not self.config.skip_unreadable:
+            return
+        for name, why in sorted(gather_object(list(self.dataset.skipped.copy().items()))):
+            if name not in self.unreadable:
+                self.unreadable[name] = why
+                if self.accelerator.is_main_process:
+                    self.log.write("unreadable", step=self.step, image=name, reason=why)
+                    self.bar.write(f"the image {name} is passed over: {why}")
 
     def _save(self) -> None:
+        self._note_unreadable()
         totals = self.accelerator.reduce(self.totals, "sum").cpu()
         if self.accelerator.is_main_process:
-            weights = {"model": self.network.state_dict()}
+            tensors = {"model": self.network.state_dict()}
             if self.average is not None:
-                weights["ema"] = self.average.state_dict()
+                tensors["ema"] = self.average.state_dict()
+            for stem, each in tensors.items():
+                if bad := weights.not_finite(each.items()):
+                    raise NonFiniteError(
+                        f"step {self.step}: {bad} of the {stem} must be finite, got inf or nan; nothing was saved"
+                    )
             scaler = self.accelerator.scaler
             state = {
                 "step": self.step,
                 "seconds": self.seconds,
                 "totals": totals,
+                "skipped": self.skipped,
+                "length": {"epochs": self.config.epochs, "max_steps": self.config.max_steps},
+                "extended": self.extended,
+                "initialised": self.initialised,
                 **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
                 "scaler": scaler.state_dict() if scaler is not None else None,
             }
-            checkpoint.save(self.checkpoints, self.step, weights, state)
+            checkpoint.save(self.checkpoints, self.step, tensors, state)
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
         path = checkpoint.find(self.checkpoints)[-1]
-        weights, state = checkpoint.load(path)
-        if state["step"] >= self.last_step and (self.config.out / "metrics.json").exists():
-            raise TrainError(f"--resume: the run in {self.config.out} is complete at step {state['step']}")
-        self.network.load_state_dict(weights["model"])
+        tensors, state = checkpoint.load(path)
+        try:
+            self._take_up(tensors, state)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            raise checkpoint.unusable(path, error) from error
+        if self.step > self.last_step:
+            raise TrainError(
+                f"--resume: epochs and max_steps must allow the {self.step} steps that {path} has, got {self.last_step}"
+            )
+        if self.step == self.last_step and self._is_finished():
+            raise TrainError(f"--resume: the run in {self.config.out} is complete at step {self.step}")
+        if self.accelerator.is_main_process:
+            self.log.rewind(self.step)
+            self.unreadable = {event["image"]: event["reason"] for event in self.log.events("unreadable")}
+            print(f"resuming {self.config.out} at step {self.step} of {self.last_step}", flush=True)
+        self._extend()
+
+    def _take_up(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """The state in a checkpoint.
+
+        Raises:
+            ValueError, or what PyTorch raises: it is that of another run.
+        """
+        self.network.load_state_dict(tensors["model"])
         if self.average is not None:
-            self.average.load_state_dict(weights["ema"])
+            self.average.load_state_dict(tensors["ema"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state[name])
+            for parameter, values in optimizer.state.items():
+                if any(
+                    isinstance(each, Tensor) and each.shape not in ((), parameter.shape) for each in values.values()
+                ):
+                    raise ValueError(f"{name} is that of other parameters")
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        if self.step < 0 or not math.isfinite(self.seconds):
+            raise ValueError(f"step and seconds must be numbers from 0, got {self.step} and {self.seconds}")
+        # Checkpoints of earlier versions have none of these.
+        self.skipped, self.extended = int(state.get("skipped", 0)), list(state.get("extended", []))
+        length = dict(state.get("length", {}))
+        self.length = {name: length.get(name, getattr(self.before, name)) for name in MAY_GROW}
+        self.initialised = state.get("initialised")
+        if state["totals"].shape != self.totals.shape:
+            raise ValueError(f"totals must be {len(self.totals)} numbers, got {tuple(state['totals'].shape)}")
         if self.accelerator.is_main_process:
             self.totals.copy_(state["totals"])
-            self.log.rewind(self.step)
-            print(f"resuming {self.config.out} at step {self.step} of {self.last_step}", flush=True)
 
-    def _finish(self, results: dict[str, float]) -> dict[str, Any]:
+    def _extend(self) -> None:
+        """Record that the run is longer than it was when its checkpoint was written, and say what that changes."""
+        config, was = self.config, self.length
+        now = {name: getattr(config, name) for name in MAY_GROW}
+        if was == now:
+            return
+        self.extended.append({"step": self.step, "from": was, "to": now})
+        if self.accelerator.is_main_process:
+            changes = ", ".join(f"{name} {was[name]} -> {now[name]}" for name in MAY_GROW if was[name] != now[name])
+            before, after = (
+                learning_rate(dataclasses.replace(config, **each), self.step, self.steps_per_epoch)
+                for each in (was, now)
+            )
+            if before != after:
+                changes += f"; the {config.schedule} schedule is now that of the longer run: learning rate "
+                changes += f"{before:.4g} -> {after:.4g}"
+            print(changes, flush=True)
+
+    def _is_finished(self) -> bool:
+        """Whether metrics.json is that of the last step; that of a shorter run is still there while it is extended."""
+        try:
+            return read_metrics(self.config.out)["steps"] == self.last_step
+        except (TrainError, KeyError):
+            return False
+
+    def _finish(self, results: dict[str, float | None]) -> dict[str, Any]:
         metrics = {
             **results,
             "epochs": round(self.step / self.steps_per_epoch, 6),
@@ -344,13 +514,17 @@ class Run:
             "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
             "data": self.config.data_note or self.config.dataset,
             "processes": self.accelerator.num_processes,
+            "skipped_steps": self.skipped,
+            "unreadable_images": len(self.unreadable),
+            "init_from": self.initialised,
+            "extended": self.extended,
             "environment": describe(),
             "config": self.config.as_json(),
         }
         if self.accelerator.is_main_process:
             evaluated = self.average.module if self.average is not None else self.network
             checkpoint.write_weights(self.config.out / "model.safetensors", evaluated.state_dict())
-            checkpoint.write_text(self.config.out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+            checkpoint.write_text(self.config.out / "metrics.json", dumps(metrics, indent=1) + "\n")
         self.accelerator.wait_for_everyone()
         return metrics
 
@@ -373,10 +547,11 @@ class Run:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _any_interrupted(self) -> bool:
+    def _on_any(self, flag: bool | Tensor) -> bool:
+        """Whether the flag is set on any of the processes."""
         if self.accelerator.num_processes == 1:
-            return self.interrupted
-        flag = torch.tensor(float(self.interrupted), device=self.accelerator.device)
+            return bool(flag)
+        flag = torch.as_tensor(flag, device=self.accelerator.device).float()
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
 
@@ -407,10 +582,20 @@ def build_network(config: TrainConfig, dataset: data.Dataset) -> nn.Module:
     }
     try:
         return create_model(config.model, **options)
-    except (TypeError, ValueError) as error:
-        raise TrainError(f"model {config.model}: {error}") from error
+    except Exception as error:  # a model checks its options as far as they are of its types
+        raise TrainError(f"model {config.model}: {reason(error)}") from error
 
 
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """metrics.json of a finished run."""
-    return json.loads((folder / "metrics.json").read_text())
+def read_metrics(out: Path) -> dict[str, Any]:
+    """metrics.json of a finished run.
+
+    Raises:
+        TrainError: there is none, or it is damaged.
+    """
+    return read_object(out / "metrics.json", "metrics")
+
+
+def shown(results: dict[str, Any]) -> str:
+    """Losses and accuracies in words, those that are not finite as nan."""
+    values = {name: math.nan if value is None else value for name, value in results.items()}
+    return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.endswith(("_loss", "_accuracy")))

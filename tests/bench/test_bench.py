@@ -268,9 +268,8 @@ def test_what_cannot_run_is_listed_with_the_reason():
 def test_bad_settings_are_named(arguments, message):
     import tyro
 
-    config = tyro.cli(command.BenchConfig, args=[REL.name, *arguments])
     with pytest.raises(BenchError, match=message):
-        command.run(config)
+        command.run(tyro.cli(command.BenchConfig, args=[REL.name, *arguments]))
 
 
 def test_an_op_that_is_not_there(capsys):

@@ -64,7 +64,9 @@ def layer(block, x):
         rows = (x * attention.weight_row[head]).softmax(3)
         columns = (x * attention.weight_col[head]).softmax(2)
         own = slice(head * channels, (head + 1) * channels)
-        normed = F.batch_norm(rows * columns, attention.running_mean[own], attention.running_var[own], eps=1e-5)
+        normed = F.batch_norm(
+            rows * columns, attention.norm.running_mean[own], attention.norm.running_var[own], eps=1e-5
+        )
         heads.append(normed * x)
     return block.norm(F.conv2d(torch.cat(heads, 1), block.conv.weight, block.conv.bias, padding=1) + x).relu()
 
@@ -77,8 +79,8 @@ def test_logits_are_those_of_the_papers_equations(name, channels):
         if isinstance(module, ElementwiseAttentionBlock):
             nn.init.normal_(module.attention.weight_row)
             nn.init.normal_(module.attention.weight_col)
-            nn.init.normal_(module.attention.running_mean, std=0.1)
-            nn.init.uniform_(module.attention.running_var, 0.001, 0.01)
+            nn.init.normal_(module.attention.norm.running_mean, std=0.1)
+            nn.init.uniform_(module.attention.norm.running_var, 0.001, 0.01)
             nn.init.normal_(module.conv.weight, std=0.3)
     images = torch.randn(3, channels, 5, 6, dtype=torch.float64)
     with torch.no_grad():

@@ -45,14 +45,14 @@ def test_running_statistics_are_those_of_batch_norm(impl, momentum):
         out = module(x)
         product = row_col_softmax(x, module.weight_row, module.weight_col, impl="reference").flatten(1, 2)
         torch.testing.assert_close(out, norm(product) * x.repeat(1, 3, 1, 1), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(module.running_mean, norm.running_mean, rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(module.running_var, norm.running_var, rtol=1e-5, atol=1e-7)
-    assert int(module.num_batches_tracked) == 3
+        torch.testing.assert_close(module.norm.running_mean, norm.running_mean, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(module.norm.running_var, norm.running_var, rtol=1e-5, atol=1e-7)
+    assert int(module.norm.num_batches_tracked) == 3
     module.eval(), norm.eval()
-    before = module.running_mean.clone()
+    before = module.norm.running_mean.clone()
     out = module(x)
     torch.testing.assert_close(out, norm(product) * x.repeat(1, 3, 1, 1), rtol=1e-4, atol=1e-5)
-    assert torch.equal(module.running_mean, before)
+    assert torch.equal(module.norm.running_mean, before)
 
 
 class _Functional(nn.Module):

@@ -43,11 +43,12 @@ def small():
 
 @pytest.fixture
 def command():
-    """Starts ``python ARGUMENTS`` away from any terminal, with this source tree importable."""
+    """Starts ``python ARGUMENTS`` away from any terminal, with this source tree importable; it ends with the test."""
+    started = []
 
     def start(*arguments, **kwargs) -> subprocess.Popen:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -55,5 +56,9 @@ def command():
             env=environment,
             **kwargs,
         )
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:
+        process.kill()

@@ -135,12 +135,146 @@ def test_image_that_does_not_decode(tmp_path):
         data.load("cifar10", tmp_path / "set")
 
 
-def test_labels_that_are_not_classes(tmp_path):
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
-    for split in ("train", "test"):
-        write(tmp_path / f"set/{split}.parquet", pixels(2, 3), [0, 1], features)
-    with pytest.raises(TrainError, match=r"expected a column of class labels, got the columns img, label"):
+def labelled(path, columns, kind, train, test):
+    """A data set with the given label columns, all of one kind and with the same values."""
+    features = datasets.Features({"img": datasets.Image(), **dict.fromkeys(columns, kind)})
+    for split, labels in (("train", train), ("test", test)):
+        rows = {"img": list(pixels(len(labels), 3)), **dict.fromkeys(columns, labels)}
+        (path / split).parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(path / f"{split}.parquet")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("dtype", "train", "test", "expected"),
+    [
+        ("int64", [0, 1, 1, 3], [3, 0], ([0, 1, 1, 2], [2, 0])),
+        ("uint8", [200, 10, 30], [30], ([2, 0, 1], [1])),
+        ("int8", [2, 1], [1], ([1, 0], [0])),
+        ("bool", [True, False], [True], ([1, 0], [1])),
+        ("string", ["dog", "cat", "Dog"], ["cat"], ([2, 1, 0], [1])),
+    ],
+)
+def test_labels_that_are_not_classes(tmp_path, dtype, train, test, expected):
+    """The distinct values of train, in their order, are the classes."""
+    loaded = data.load("cifar10", labelled(tmp_path / "set", ["label"], datasets.Value(dtype), train, test))
+    assert (loaded.train.labels.tolist(), loaded.test.labels.tolist()) == expected
+    assert loaded.num_classes == len(set(train))
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype", "train", "test", "match"),
+    [
+        (
+            ["label"],
+            "float32",
+            [0.0, 1.0],
+            [1.0],
+            r"the column label must hold classes, integers or strings, got .*float",
+        ),
+        (["target"], "int64", [0, 1], [1], r"expected one column of class labels.*got the columns img, target"),
+        (["label"], "int64", [0, 1], [1, 7, 5], r"test has the labels 5, 7 in the column label, .* the 2 classes"),
+        (
+            ["label"],
+            "int64",
+            [0, 1],
+            [-1, -1],
+            r"expected the splits train and test, got train, test \(without labels\)",
+        ),
+        (
+            ["label"],
+            "int64",
+            [0, 1],
+            [None, 1],
+            r"expected the splits train and test, got train, test \(without labels\)",
+        ),
+        (
+            ["fine", "coarse"],
+            None,
+            [0, 1],
+            [1],
+            r"one column of .* got fine and coarse; pass --label-column",
+        ),
+    ],
+)
+def test_labels_that_say_no_classes(tmp_path, columns, dtype, train, test, match):
+    kind = datasets.ClassLabel(names=CLASSES) if dtype is None else datasets.Value(dtype)
+    with pytest.raises(TrainError, match=match) as caught:
+        data.load("someone/set", labelled(tmp_path / "set", columns, kind, train, test))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_label_column_is_chosen_by_name(tmp_path):
+    folder = labelled(tmp_path / "set", ["fine", "coarse"], datasets.Value("int32"), [5, 6], [6])
+    assert data.load("someone/set", folder, label_column="coarse").test.labels.tolist() == [1]
+    with pytest.raises(TrainError, match=r"label_column must be one of img, fine, coarse, got 'other'"):
+        data.load("someone/set", folder, label_column="other")
+    with pytest.raises(TrainError, match=r"label_column: digits has no columns, got 'fine'"):
+        data.load("digits", label_column="fine")
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        (
+            ["train-test-more/train-0", "train-test-more/test-0"],
+            "test-0.parquet must be in one split .* got test and train",
+        ),
+        (
+            ["my_train/train-0", "my_train/test-0", "validation/0"],
+            "test-0.parquet must be in one split .* got test and train",
+        ),
+        (["train_0", "test_train"], "test_train.parquet must be in one split .* got test and train"),
+    ],
+)
+def test_a_parquet_file_is_in_one_split(tmp_path, names, match):
+    for number, name in enumerate(names):
+        write(tmp_path / f"set/{name}.parquet", pixels(2, number), [0, 1])
+    with pytest.raises(TrainError, match=match):
         data.load("cifar10", tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-00000-of-00001", "test-00000-of-00001"],
+        ["data/train-00000-of-00001", "data/test-00000-of-00001"],
+        ["default/train/0000", "default/validation/0000"],
+        ["train", "validation"],
+    ],
+)
+def test_layouts_of_the_hub(tmp_path, names):
+    for number, name in enumerate(names):
+        write(tmp_path / f"set/{name}.parquet", pixels(2, number), [0, 1])
+    loaded = data.load("cifar10", tmp_path / "set")
+    for number, images in enumerate((loaded.train, loaded.test)):
+        np.testing.assert_array_equal(images.images.numpy(), pixels(2, number).transpose(0, 3, 1, 2))
+
+
+def test_patterns_in_the_path_of_parquet_files_are_refused(tmp_path):
+    for folder in ("set[1]", "s*t"):
+        write(tmp_path / folder / "train.parquet", pixels(2, 0), [0, 1])
+        with pytest.raises(TrainError, match=r"data_dir must be a path without \* \? \[ for Parquet files, got"):
+            data.load("cifar10", tmp_path / folder)
+
+
+@pytest.mark.parametrize("counts", [[10, 10, 10], [50, 3, 7, 1], [1], [4, 4]])
+def test_fewer_images_are_of_all_classes_alike(counts):
+    labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
+    images = data.Images(torch.arange(len(labels))[:, None], labels)
+    before = set()
+    for count in range(1, len(labels) + 1):
+        chosen = data.take(images, count)
+        assert len(chosen) == count
+        taken = torch.bincount(chosen.labels, minlength=len(counts)).tolist()
+        # No class may have two fewer than another, unless all of it is taken.
+        assert all(mine >= max(taken) - 1 or mine == all_ for mine, all_ in zip(taken, counts, strict=True))
+        numbers = chosen.images[:, 0].tolist()
+        assert numbers == sorted(numbers)
+        assert before <= set(numbers)
+        before = set(numbers)
+    with pytest.raises(TrainError, match=f"train_images must be at most {len(labels)}, got {len(labels) + 1}"):
+        data.take(images, len(labels) + 1)
 
 
 def test_hub_out_of_reach(monkeypatch):

@@ -66,7 +66,7 @@ def test_run_is_the_training_loop_written_by_hand(small, tmp_path, linear_model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=5e-4)
     losses = []
     for epoch in range(2):
-        for batch in data.epoch_batches(digits.train[:200], 32, 0, epoch):
+        for batch in data.epoch_batches(data.take(digits.train, 200), 32, 0, epoch):
             optimizer.param_groups[0]["lr"] = learning_rate(config, len(losses), 6)
             logits = model(normalize(batch.images.float() / 255.0))
             targets = F.one_hot(batch.labels, 10) * 0.9 + 0.01
@@ -114,7 +114,7 @@ def test_auxiliary_losses_are_added_with_their_weights(small, tmp_path, monkeypa
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=5e-4)
     losses = []
     for epoch in range(2):
-        for batch in data.epoch_batches(digits.train[:200], 32, 0, epoch):
+        for batch in data.epoch_batches(data.take(digits.train, 200), 32, 0, epoch):
             optimizer.param_groups[0]["lr"] = learning_rate(config, len(losses), 6)
             logits, (aux1, aux2) = model(normalize(batch.images.float() / 255.0))
             main, one, two = (F.cross_entropy(out, batch.labels, label_smoothing=0.1) for out in (logits, aux1, aux2))
@@ -255,12 +255,10 @@ def command_line(out):
 
 
 def wait_for_steps(process, folder, count):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while process.poll() is None:
         if (folder / "log.jsonl").exists() and (folder / "log.jsonl").read_text().count('"event": "step"') >= count:
             return
         time.sleep(0.002)
-    process.kill()
     pytest.fail(f"the run did not reach step {count}: {process.communicate()[1]}")
 
 
@@ -270,7 +268,7 @@ def test_stopped_from_outside_and_resumed_is_bitwise_the_same_run(small, command
     process = command(*command_line(folder))
     wait_for_steps(process, folder, 13)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     saved = [int(path.name.removeprefix("step-")) for path in checkpoint.find(folder / "checkpoints")]
     logged = [record["step"] for record in step_records(folder)]
     assert saved[-1] < 64, "it was not stopped in time"
@@ -526,7 +524,7 @@ def test_two_processes_take_the_steps_of_one(small, command, tmp_path, linear_mo
     train(small(tmp_path / "one", **PLAIN))
     (tmp_path / "script.py").write_text(SCRIPT)
     process = command(*TORCHRUN, tmp_path / "script.py", tmp_path / "two")
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate()
     assert process.returncode == 0, errors
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     torch.testing.assert_close(two, one)
@@ -544,7 +542,7 @@ def test_torchrun_of_the_command_line(small, command, tmp_path):
     flags = "--model wrn_10_1 --dataset digits --image-size 8 --train-images 256 --batch-size 16 --max-steps 20 "
     flags += "--epochs 2 --lr 0.3 --log-every 1 --threads 1"
     process = command(*TORCHRUN, "-m", "fused_attn.cli", "train", "--out", folder, *flags.split())
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate()
     assert process.returncode == 0, errors
     assert [record["step"] for record in step_records(folder)] == list(range(1, 21))
     metrics = json.loads((folder / "metrics.json").read_text())

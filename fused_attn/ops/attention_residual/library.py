@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import dispatch
+from .. import autograd, dispatch
+from . import reference
 
 _SCHEMA = "(Tensor[] values, Tensor query, Tensor? norm_weight, Scalar eps) -> (Tensor out, Tensor statistics)"
 _BACKWARD_SCHEMA = (
@@ -121,10 +122,6 @@ def _fake_backward(grad_out, values, query, norm_weight, statistics):
     return _allocate_backward(values, query, norm_weight)
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError("attention_residual: the fused kernels have no second derivative; use impl='reference' for it")
-
-
 def _flops(values, *_, **__) -> int:
     # Mean square, inner product with the query, weighted sum.
     return 6 * len(values) * math.prod(values[0])
@@ -159,8 +156,13 @@ def _register(impl: str, device_types: tuple[str, ...], forward, backward) -> No
         grad_values, grad_query, grad_norm_weight = operator(grad_out, values, query, norm_weight, statistics)
         return list(grad_values), grad_query, None if norm_weight is None else grad_norm_weight, None
 
-    torch.library.register_autograd(name, autograd_backward, setup_context=setup_context)
-    torch.library.register_autograd(f"{name}_backward", _refuse_double_backward)
+    autograd.register(
+        "attention_residual",
+        f"attention_residual_{impl}",
+        autograd_backward,
+        setup_context,
+        reference.attention_residual,
+    )
 
 
 _register("cpu", ("cpu",), _cpu, _cpu_backward)

@@ -45,8 +45,14 @@ class AttentionResidual(nn.Module):
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
         self.eps, self.impl = eps, impl
-        self.query = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
-        self.norm_weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+        self.query = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.norm_weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the query to zero and the norm's weight to one."""
+        nn.init.zeros_(self.query)
+        nn.init.ones_(self.norm_weight)
 
     def forward(self, values: Sequence[Tensor]) -> Tensor:
         """Attend over ``values``, a list or a :class:`BlockSums`."""

@@ -30,6 +30,15 @@ def _score(query_ptr, norm_weight_ptr, query_stride, norm_weight_stride, columns
 
 
 @triton.jit
+def _unit(score):
+    """The power of two below the largest number of ``score``: divided by it, no digit of a product changes, but the
+    product with a value is finite wherever the logit is."""
+    bits = tl.max(tl.max(tl.abs(score), 1), 0).to(tl.int32, bitcast=True) & 0x7F800000
+    bits = tl.where((bits == 0) | (bits == 0x7F800000), 0x3F800000, bits)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _finite_shift(maximum):
     """What to subtract from the logits: 0 where all are -inf so far, as -inf - -inf is NaN."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
@@ -63,6 +72,8 @@ def attention_residual_fwd_kernel(
     statistics_ptr += row * count * 2
 
     score = _score(query_ptr, norm_weight_ptr, query_stride, norm_weight_stride, columns, D)
+    unit = _unit(score)
+    score /= unit
     maximum = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
@@ -74,7 +85,7 @@ def attention_residual_fwd_kernel(
                 following = _load_rows(value_ptrs[layer + 1], value_strides[layer + 1], outer, inner, columns, mask)
         if layer < count:
             inverse_rms = 1.0 / tl.sqrt_rn(tl.sum(value * value, 1) / D + eps)
-            logit = tl.sum(value * score, 1) * inverse_rms
+            logit = tl.sum(value * score, 1) * inverse_rms * unit
             tl.store(statistics_ptr + 2 * layer, logit, mask=live)
             tl.store(statistics_ptr + 2 * layer + 1, inverse_rms, mask=live)
 

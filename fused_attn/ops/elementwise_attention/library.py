@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import autograd, dispatch
+from . import reference
 
 # Statistics: per plane (batch, head, channel) and per row or column, a shift (the maximum of the logits or near it) and
 # the sum of e^(logit - shift).  The pair rather than a log-sum-exp, whose rounding a whole row would share.
@@ -153,14 +154,13 @@ def _setup_attention(ctx, inputs, output) -> None:
     ctx.options = mean is None, eps
 
 
-def _refuse_double_backward(op: str):
-    def refuse(ctx, *grads):
-        raise RuntimeError(f"{op}: the fused kernels have no second derivative; use impl='reference' for it")
-
-    return refuse
+def _reference_attention(x, weight_row, weight_col, mean, var, eps) -> Tensor:
+    return reference.elementwise_attention(x, weight_row, weight_col, mean, var, eps)[0]
 
 
-def _register(op: str, impl: str, device_types, schemas, kernels, allocate, allocate_backward, setup, backward) -> None:
+def _register(
+    op: str, impl: str, device_types, schemas, kernels, allocate, allocate_backward, setup, backward, plain
+) -> None:
     name = f"fused_attn::{op}_{impl}"
     for suffix, schema, kernel, fake in (
         ("", schemas[0], kernels[0], allocate),
@@ -174,8 +174,7 @@ def _register(op: str, impl: str, device_types, schemas, kernels, allocate, allo
     def autograd_backward(ctx, grad_out, *_):
         return backward(operator, ctx, grad_out)
 
-    torch.library.register_autograd(name, autograd_backward, setup_context=setup)
-    torch.library.register_autograd(f"{name}_backward", _refuse_double_backward(op))
+    autograd.register(op, f"{op}_{impl}", autograd_backward, setup, plain)
 
 
 def _softmax_backward(operator, ctx, grad_out):
@@ -195,11 +194,11 @@ def _fake_backward(grad_out, x, weight_row, *_):
 def _register_all(impl: str, device_types: tuple[str, ...], softmax, attention) -> None:
     _register(
         "row_col_softmax", impl, device_types, (_SOFTMAX, _SOFTMAX_BACKWARD), softmax, _allocate_softmax,
-        _fake_backward, _setup_softmax, _softmax_backward,
+        _fake_backward, _setup_softmax, _softmax_backward, reference.row_col_softmax,
     )  # fmt: skip
     _register(
         "elementwise_attention", impl, device_types, (_ATTENTION, _ATTENTION_BACKWARD), attention, _allocate_attention,
-        _fake_backward, _setup_attention, _attention_backward,
+        _fake_backward, _setup_attention, _attention_backward, _reference_attention,
     )  # fmt: skip
 
 

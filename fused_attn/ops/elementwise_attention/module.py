@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..plain import is_plain
 from . import library
 from .api import elementwise_attention, row_col_softmax
 
@@ -22,12 +23,17 @@ class ElementwiseAttention(nn.Module):
         channels: channels C of the input.
         size: (H, W) of the input; every position has weights of its own.
         heads: number of heads.
-        eps, momentum: of the batch normalisation, as in ``torch.nn.BatchNorm2d``; ``momentum=None`` keeps a cumulative
-            average.
+        eps, momentum: of the batch normalisation ``norm``; ``momentum=None`` keeps a cumulative average.
         std: standard deviation of the normal distribution that the weights start from.
         impl: implementation of the op; not part of the state dict.
 
     Shapes: input (B, C, H, W), output (B, heads*C, H, W).
+
+    The batch normalisation is the submodule ``norm``, a ``torch.nn.BatchNorm2d`` without affine parameters: its mode,
+    momentum and statistics count, so that ``update_bn``, freezing by type and averaging of buffers find it.  The fused
+    op reads it.  Where that would not be the same as calling it (``convert_sync_batchnorm``, another norm in its place,
+    hooks: :mod:`fused_attn.ops.plain`) it is called on the :func:`~fused_attn.row_col_softmax`, which is then formed.
+    State dicts in which the statistics are the module's own buffers load as well.
 
     Raises:
         ValueError: an argument is out of range, or the input has the wrong shape.
@@ -56,44 +62,54 @@ class ElementwiseAttention(nn.Module):
             raise ValueError(f"size must be two positive numbers (H, W), got {size}")
         _check_impl(impl)
         self.channels, self.size, self.heads = channels, tuple(size), heads
-        self.eps, self.momentum, self.std, self.impl = eps, momentum, std, impl
+        self.std, self.impl = std, impl
         options = {"device": device, "dtype": dtype}
         self.weight_row = nn.Parameter(torch.empty(heads, channels, *size, **options))
         self.weight_col = nn.Parameter(torch.empty(heads, channels, *size, **options))
-        self.register_buffer("running_mean", torch.zeros(heads * channels, **options))
-        self.register_buffer("running_var", torch.ones(heads * channels, **options))
-        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
+        self.norm = nn.BatchNorm2d(heads * channels, eps, momentum, affine=False, **options)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw fresh weights and forget the running statistics."""
         nn.init.normal_(self.weight_row, std=self.std)
         nn.init.normal_(self.weight_col, std=self.std)
-        self.running_mean.zero_()
-        self.running_var.fill_(1.0)
-        self.num_batches_tracked.zero_()
+        if hasattr(self.norm, "reset_parameters"):  # something else may have been put in its place
+            self.norm.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within rows and columns of x, (B, C, H, W) -> (B, heads*C, H, W)."""
         if x.dim() != 4 or x.shape[1:] != (self.channels, *self.size):
             expected = ", ".join(map(str, (self.channels, *self.size)))
             raise ValueError(f"x must have shape (B, {expected}), got {tuple(x.shape)}")
-        momentum = self.momentum
-        if self.training:
-            self.num_batches_tracked.add_(1)
+        norm = self.norm
+        if not is_plain(norm, nn.BatchNorm2d) or norm.weight is not None:
+            product = row_col_softmax(x, self.weight_row, self.weight_col, impl=self.impl)
+            normalised = norm(product.flatten(1, 2)).unflatten(1, (self.heads, self.channels))
+            return (normalised * x.unsqueeze(1)).flatten(1, 2)
+        # What BatchNorm2d.forward makes of its state.
+        momentum, kept = norm.momentum, not norm.training or norm.track_running_stats
+        if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
             if momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
+                momentum = 1.0 / float(norm.num_batches_tracked)
         return elementwise_attention(
             x,
             self.weight_row,
             self.weight_col,
-            self.running_mean,
-            self.running_var,
-            training=self.training,
+            norm.running_mean if kept else None,
+            norm.running_var if kept else None,
+            training=norm.training or norm.running_mean is None,
             momentum=0.0 if momentum is None else momentum,
-            eps=self.eps,
+            eps=norm.eps,
             impl=self.impl,
         )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # Where the statistics were before they had a module of their own.
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            if prefix + name in state_dict:
+                state_dict[f"{prefix}norm.{name}"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, size={self.size}, heads={self.heads}, impl={self.impl!r}"

@@ -143,6 +143,12 @@ def _mask(inputs: dict[str, Any]) -> None:
     x[1, 0, 0, 0] = float("-inf")
 
 
+def _mask_least(inputs: dict[str, Any]) -> None:
+    """A row and a column of one image: the softmaxes over them are uniform."""
+    x = inputs["x"]
+    x[0, 0, 1] = x[0, 0, :, 2] = torch.finfo(x.dtype).min
+
+
 def _far_above(inputs: dict[str, Any]) -> None:
     """A row far above the others: no one shift serves it and them."""
     inputs["x"][..., -5, :] += 60
@@ -181,6 +187,7 @@ SOFTMAX_SAMPLES = (
     *(_sample(f"dual, {name}", small=name == "small", **plane) for name, plane in _PLANES.items()),
     _sample("dual, 200x1000", **_g((200, 1000), batch=1)),
     _sample("dual, masked", **_g((4, 5)), edit=_mask),
+    _sample("dual, masked by the least finite number", **_g((4, 5)), edit=_mask_least),
     _sample("dual, masked far in", **_g((130, 70)), edit=_mask_far_in),
     _sample("dual, far above", **_g((300, 200), batch=1), edit=_far_above),
     _sample("dual, far below", **_g((300, 200), batch=1), edit=_far_below),

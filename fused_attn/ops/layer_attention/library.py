@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import dispatch
+from .. import autograd, dispatch
+from . import reference
 
 _SCHEMAS = {
     "weighted_layer_sum": "(Tensor weights, Tensor[] values) -> Tensor",
@@ -217,10 +218,6 @@ def _fake_given_backward(grad_out, weights, values):
     return weights.new_empty(weights.shape), [_empty_in_order(value, order) for value in values]
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError("layer_attention: the fused kernels have no second derivative; use impl='reference' for it")
-
-
 def _numel(shape: Sequence[int]) -> int:
     count = 1
     for size in shape:
@@ -250,8 +247,6 @@ def _register(impl: str, device_types: tuple[str, ...], kernels) -> None:
         torch.library.impl(full, device_types, kernel)
         torch.library.register_fake(full, fake)
         operators[name] = getattr(torch.ops.fused_attn, full.partition("::")[2])
-        if backward:
-            torch.library.register_autograd(full, _refuse_double_backward)
 
     def attention_backward(ctx, grad_out, _grad_weights):
         query, *rest, weights = ctx.saved_tensors
@@ -264,12 +259,11 @@ def _register(impl: str, device_types: tuple[str, ...], kernels) -> None:
         weights, *values = ctx.saved_tensors
         return operators["weighted_layer_sum_backward"].default(grad_out, weights, values)
 
-    torch.library.register_autograd(
-        f"fused_attn::layer_attention_{impl}", attention_backward, setup_context=_attention_context
-    )
-    torch.library.register_autograd(
-        f"fused_attn::weighted_layer_sum_{impl}", given_backward, setup_context=_given_context
-    )
+    for op, backward, setup_context, plain in (
+        ("layer_attention", attention_backward, _attention_context, reference.layer_attention),
+        ("weighted_layer_sum", given_backward, _given_context, reference.weighted_layer_sum),
+    ):
+        autograd.register(op, f"{op}_{impl}", backward, setup_context, plain)
     for name, index, factor in (
         ("weighted_layer_sum", 1, 2),
         ("weighted_layer_sum_backward", 2, 3),

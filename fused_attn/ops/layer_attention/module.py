@@ -97,13 +97,14 @@ class LayerAttention(nn.Module):
         grid = tuple(layers[-1].shape[2:])
         values, keys = [], []
         for x, projection, key in zip(layers, self.projections, self.keys, strict=True):
-            seen = F.adaptive_avg_pool2d(x, self.key_grid) if grid else x
-            keys.append(key(self._widen(seen, projection).flatten(1)).unsqueeze(1))  # one group
-            values.append(self._widen(F.adaptive_avg_pool2d(x, grid) if grid else x, projection))
+            value = self._widen(F.adaptive_avg_pool2d(x, grid) if grid else x, projection)
+            seen = self._widen(F.adaptive_avg_pool2d(x, self.key_grid), projection) if grid else value
+            keys.append(key(seen.flatten(1)).unsqueeze(1))  # one group
+            values.append(value)
         return layer_attention(keys[-1], keys, values, impl=self.impl)
 
     def _widen(self, x: Tensor, projection: nn.Module) -> Tensor:
-        if isinstance(projection, nn.Linear):
+        if not isinstance(projection, nn.Identity):  # a linear layer, or what was put in its place
             return projection(x.movedim(1, -1)).movedim(-1, 1)
         missing = self.channels[-1] - x.shape[1]
         return F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x
@@ -240,7 +241,12 @@ class MRLALight(_MRLA):
     ) -> None:
         super().__init__(channels, dim_per_head, impl, device, dtype)
         self.gelu = gelu
-        self.shortcut_weight = nn.Parameter(torch.randn(channels, device=device, dtype=dtype))
+        self.shortcut_weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw a fresh weight of the shortcut; the layers have this method themselves."""
+        nn.init.normal_(self.shortcut_weight)
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """Gate the layer x, and add the weighted shortcut."""

@@ -145,6 +145,12 @@ def _mask(inputs: dict[str, Any]) -> None:
     inputs["bias"][1] = float("-inf")
 
 
+def _mask_least(inputs: dict[str, Any]) -> None:
+    """Every layer for one group, one layer for the other."""
+    least = torch.finfo(inputs["bias"].dtype).min
+    inputs["bias"][:, 0] = inputs["bias"][0] = least
+
+
 _SMALL_NAMES = ("small", "one layer", "channels_last tokens")
 
 ATTENTION_SAMPLES = (
@@ -157,6 +163,7 @@ ATTENTION_SAMPLES = (
         partial(make_attention, **_SMALL, learned=True, bias=True, options={"activation": "sigmoid", "scale": 0.3}),
     ),
     Sample("a layer masked", partial(make_attention, **_SMALL, bias=True, edit=_mask)),
+    Sample("masked by the least finite number", partial(make_attention, **_SMALL, bias=True, edit=_mask_least)),
     Sample("scale 0", partial(make_attention, **_SMALL, options={"scale": 0.0})),
     Sample("large scores", partial(make_attention, **_SMALL, options={"scale": 30.0})),
     Sample("nan in a value", partial(make_attention, **_SMALL, edit=_plant("values", 1, float("nan")))),

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import dispatch
+from .. import autograd, dispatch
 from ..layout import empty_like_heads
+from . import reference
+
+#: Of the public functions that share the operators, for error texts.
+_NAMES = "rel_attention_2d and decomposed_bias_attention"
 
 _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col, Scalar scale, Scalar rel_scale, "
@@ -121,8 +125,11 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.options = options
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError("rel_attention_2d: the fused kernels have no second derivative; use impl='reference' for it")
+def _reference(query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed) -> Tensor:
+    if any(term is not None and term.dim() == 5 for term in (row, col)):
+        return reference.decomposed_bias_attention(query, key, value, row, col, scale, dropout_p, seed)
+    index = "key_minus_query" if key_minus_query else "query_minus_key"
+    return reference.rel_attention_2d(query, key, value, row, col, scale, rel_scale, index, dropout_p, seed)
 
 
 def _score_elements(query_shape, key_shape) -> int:
@@ -169,8 +176,7 @@ def _register(impl: str, device_types: tuple[str, ...], forward, backward) -> No
         grad_col = grads[4] if col is not None else None
         return (*grads[:3], grad_row, grad_col, None, None, None, None, None)
 
-    torch.library.register_autograd(name, autograd_backward, setup_context=_setup_context)
-    torch.library.register_autograd(f"{name}_backward", _refuse_double_backward)
+    autograd.register(_NAMES, f"rel_attention_2d_{impl}", autograd_backward, _setup_context, _reference)
 
 
 _register("cpu", ("cpu",), _cpu, _cpu_backward)

@@ -70,7 +70,8 @@ class RelPosAttention2d(nn.Module):
         if impl not in implementations:
             raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")
 
-        self.key_channels, self.value_channels, self.heads = key_channels, value_channels, heads
+        self.in_channels, self.heads = in_channels, heads
+        self.key_channels, self.value_channels = key_channels, value_channels
         self.size = tuple(size)
         self.dropout_p = dropout_p
         self.impl = impl
@@ -96,8 +97,8 @@ class RelPosAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over all positions of x, (B, in_channels, H', W') -> (B, out_channels, H', W')."""
-        if x.dim() != 4 or x.shape[1] != self.qkv.in_channels:
-            raise ValueError(f"x must have shape (B, {self.qkv.in_channels}, H, W), got {tuple(x.shape)}")
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x must have shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
         height, width = x.shape[2:]
         rel_h, rel_w = self._central_rows(height, width)
         query, key, value = self.qkv(x).split((self.key_channels, self.key_channels, self.value_channels), dim=1)

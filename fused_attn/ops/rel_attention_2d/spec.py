@@ -229,6 +229,23 @@ def _mask_image(inputs: dict[str, Any]) -> None:
     inputs["bias_h"][-1] = float("-inf")
 
 
+def _mask_least(inputs: dict[str, Any]) -> None:
+    """By the least finite number: every key of some queries, through either term, and some keys of the others."""
+    least = torch.finfo(inputs["bias_h"].dtype).min
+    inputs["bias_h"][:, :, 1] = least
+    inputs["bias_w"][:, :, 2, 0] = least
+    inputs["bias_h"][:, :, 2, 1:, 0] = least
+
+
+def _mask_mixed(inputs: dict[str, Any]) -> None:
+    """Every key of some queries, by numbers that round a logit away and by the least finite number or -inf."""
+    least = torch.finfo(inputs["bias_h"].dtype).min
+    inputs["bias_h"][:, :, 1] = max(least, -1e9)
+    inputs["bias_h"][:, :, 1, :, 1:] = least
+    inputs["bias_w"][:, :, 2] = least
+    inputs["bias_w"][:, :, 2, :, 1:] = float("-inf")
+
+
 def _expand(inputs: dict[str, Any]) -> None:
     for name in ("bias_h", "bias_w"):
         inputs[name] = inputs[name][:, :1, :1, :1].expand(inputs[name].shape)
@@ -266,6 +283,9 @@ BIAS_SAMPLES = (
     _bias_sample("masked columns", **_SMALL, edit=_mask_columns),
     _bias_sample("masked by both terms", small=True, **_SMALL, edit=_mask_crossed),
     _bias_sample("masked image", **_SMALL, edit=_mask_image),
+    _bias_sample("masked by the least finite number", **_SMALL, edit=_mask_least),
+    _bias_sample("masked by the least finite number, width 8", **_GEOMETRIES["width 8"], edit=_mask_least),
+    _bias_sample("masked by several numbers", **_SMALL, edit=_mask_mixed),
     _bias_sample(
         "masked, expanded, dropped",
         **_SMALL,

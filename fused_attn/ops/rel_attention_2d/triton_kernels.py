@@ -6,7 +6,8 @@ is one base-2 exponential.
 
 A key tile is ROWS rows by BLOCK_W columns of the key grid.  While the loop walks down the rows of one column strip, the
 column logits of the query tile stay in registers and a row logit is one number per (query, row).  Padding of the key
-grid costs no instruction per score: a padded column has a column logit of -inf, a padded row a row logit of -inf.
+grid costs no instruction per score beyond those: a padded column has a column logit of -inf, a padded row a row logit
+of -inf.
 
 No atomics: the dQ pass owns query rows, the dK/dV pass owns key tiles, every element is written once.
 """
@@ -32,6 +33,21 @@ def _exp2(x, EXACT: tl.constexpr):
     if EXACT:
         x = x * 1.4426950408889634
     return tl.math.exp2(x)
+
+
+@triton.jit
+def _term(term, scale, MASKED: tl.constexpr):
+    """Row or column logits times ``scale``, which holds log2(e) in 16 bits.
+
+    That would make -inf of the least finite bfloat16, and zeros, not the mean of the values, of a query with every key
+    masked by it: it stays finite.  -inf stays -inf if MASKED; else it may become the least finite number.
+    """
+    scaled = term.to(tl.float32) * scale
+    if term.dtype == tl.bfloat16:
+        scaled = tl.maximum(scaled, -3.4028234663852886e38)
+        if MASKED:
+            scaled = tl.where(term == float("-inf"), float("-inf"), scaled)
+    return scaled
 
 
 @triton.jit
@@ -89,32 +105,15 @@ def _keep(key0, key1, column, threshold):
 
 
 @triton.jit
-def _normaliser(statistics_ptr, query, live, EXACT: tl.constexpr):
-    """(a, b) such that a softmax weight is exp2(logit - a), times b if EXACT; 0 for a masked query.
+def _normaliser(statistics_ptr, query, live):
+    """(a, b) such that a softmax weight is exp2(logit - a) * b; 0 for a masked query.
 
-    Without EXACT a is the base-2 log-sum-exp: its rounding error is lost in that of a 16-bit weight, not of a float32
-    one.
+    Two numbers, not a log-sum-exp: its rounding error would be that of a whole row of float32 weights, and the sum
+    would vanish in it beside a large maximum (a query with every key at -1e9).
     """
     maximum = tl.load(statistics_ptr + 2 * query, mask=live, other=0.0)
     total = tl.load(statistics_ptr + 2 * query + 1, mask=live, other=0.0)
-    if EXACT:
-        return maximum, tl.where(total == 0.0, 0.0, 1.0 / total)
-    return tl.where(total == 0.0, float("inf"), maximum + tl.log2(total)), total
-
-
-@triton.jit
-def _max_with_rows(s, row):
-    """max over (r, w) of s[m, r, w] + row[m, r], adding ``row`` to the maxima of the rows and not to every score.
-
-    A thread of an NVIDIA score tile holds two neighbouring columns of every eight.  Reducing those first, the threads
-    meet once per query rather than once per query and row.
-    """
-    M: tl.constexpr = s.shape[0]
-    R: tl.constexpr = s.shape[1]
-    W: tl.constexpr = s.shape[2]
-    if W >= 8:
-        s = tl.max(tl.max(tl.reshape(s, (M, R, W // 8, 4, 2)), 4), 2)
-    return tl.max(tl.max(s + row[:, :, None], 1), 1)
+    return tl.where(total == 0.0, float("inf"), maximum), tl.where(total == 0.0, 0.0, 1.0 / total)
 
 
 @triton.jit
@@ -206,7 +205,7 @@ def rel_attention_fwd_kernel(
         if col_ptr is not None:
             col_mask = live_m[:, None] & live_w[None, :]
             col = tl.load(col_ptrs + _int64(x0) * col_strides[4], mask=col_mask, other=float("-inf"))
-            col = col.to(tl.float32) * col_scale
+            col = _term(col, col_scale, True)
         elif HAS_COL:
             col = tl.where(live_w, 0.0, float("-inf"))[None, :]
         for y0 in range(0, key_height, ROWS):
@@ -230,21 +229,17 @@ def rel_attention_fwd_kernel(
             if row_ptr is not None:
                 row_mask = live_m[:, None] & live_r[None, :]
                 row = tl.load(row_ptrs + _int64(y0) * row_strides[4], mask=row_mask, other=float("-inf"))
-                row = row.to(tl.float32) * row_scale
+                s += _term(row, row_scale, True)[:, :, None]
             elif HAS_ROW:
-                row = tl.where(live_r, 0.0, float("-inf"))[None, :]
+                s += tl.where(live_r, 0.0, float("-inf"))[None, :, None]
 
-            if HAS_ROW:
-                m_new = tl.maximum(m_i, _max_with_rows(s, row))
-            else:
-                m_new = tl.maximum(m_i, tl.max(tl.reshape(s, (BLOCK_M, BLOCK_N)), 1))
+            s = tl.reshape(s, (BLOCK_M, BLOCK_N))
+            m_new = tl.maximum(m_i, tl.max(s, 1))
             # With every logit so far at -inf, subtracting the maximum would make NaN; any finite number will do.
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-            if HAS_ROW:
-                p = _exp2(s + (row - shift[:, None])[:, :, None], EXACT)
-            else:
-                p = _exp2(s - shift[:, None, None], EXACT)
-            p = tl.reshape(p, (BLOCK_M, BLOCK_N))
+            # Of whole logits: a row logit less the maximum, which costs nothing per score, is not what a logit that
+            # rounds to the row's is less the maximum, and may leave a score of any size in the exponent.
+            p = _exp2(s - shift[:, None], EXACT)
             alpha = _exp2(m_i - shift, EXACT)
             m_i = m_new
             acc *= alpha[:, None]
@@ -323,8 +318,8 @@ def rel_attention_bwd_dq_kernel(
     DELTA_ONLY: tl.constexpr,
 ):
     """grad_query, the gradients of the row and column logits, and what the dK/dV pass needs to know of each query:
-    normaliser (5, B, heads, Hq, Wq), float32, is a of ``_normaliser``, delta, b of
-    ``_normaliser`` if float32, and the bits of both dropout keys if there is dropout.
+    normaliser (5, B, heads, Hq, Wq), float32, is a of ``_normaliser``, delta, b of ``_normaliser``, and the bits of
+    both dropout keys if there is dropout.
 
     grad_row is (strips, B*heads, queries, Hk): one partial sum per column strip, float32 when there are several.
     Grid and ownership as in the forward kernel.
@@ -354,7 +349,7 @@ def rel_attention_bwd_dq_kernel(
     do_ptrs = _plane(grad_out_ptr, batch, head, grad_out_strides, 1) + _offsets(y_m, x_m, d_v, grad_out_strides, 1)
     do_block = tl.load(do_ptrs, mask=live_m[:, None] & live_v, other=0.0)
     index = plane * queries + m
-    lse, inverse_sum = _normaliser(statistics_ptr, index, live_m, EXACT)
+    maximum, inverse_sum = _normaliser(statistics_ptr, index, live_m)
     total = _int64(queries) * planes
     if DELTA_ONLY:
         delta = tl.zeros((BLOCK_M,), tl.float32)
@@ -365,9 +360,8 @@ def rel_attention_bwd_dq_kernel(
         o_block = tl.load(o_ptrs, mask=live_m[:, None] & live_v, other=0.0)
         delta = tl.sum(do_block.to(tl.float32) * o_block.to(tl.float32), 1)
         tl.store(normaliser_ptr + total + index, delta, mask=live_m)
-    tl.store(normaliser_ptr + index, lse, mask=live_m)
-    if EXACT:
-        tl.store(normaliser_ptr + 2 * total + index, inverse_sum, mask=live_m)
+    tl.store(normaliser_ptr + index, maximum, mask=live_m)
+    tl.store(normaliser_ptr + 2 * total + index, inverse_sum, mask=live_m)
     if seed_ptr is not None:
         key0, key1 = _row_keys(seed_ptr, index)
         tl.store(normaliser_ptr + 3 * total + index, key0.to(tl.float32, bitcast=True), mask=live_m)
@@ -392,7 +386,7 @@ def rel_attention_bwd_dq_kernel(
         if col_ptr is not None:
             col_mask = live_m[:, None] & live_w[None, :]
             col = tl.load(col_ptrs + _int64(x0) * col_strides[4], mask=col_mask, other=float("-inf"))
-            col = col.to(tl.float32) * col_scale
+            col = _term(col, col_scale, True)
             d_col = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
         elif HAS_COL:
             col = tl.where(live_w, 0.0, float("-inf"))[None, :]
@@ -416,14 +410,11 @@ def rel_attention_bwd_dq_kernel(
                 row_mask = live_m[:, None] & live_r[None, :]
                 if row_ptr is not None:
                     row = tl.load(row_ptrs + _int64(y0) * row_strides[4], mask=row_mask, other=float("-inf"))
-                    row = row.to(tl.float32) * row_scale
+                    row = _term(row, row_scale, True)
                 else:
                     row = tl.where(live_r, 0.0, float("-inf"))[None, :]
-                p = _exp2(s + (row - lse[:, None])[:, :, None], EXACT)
-            else:
-                p = _exp2(s - lse[:, None, None], EXACT)
-            if EXACT:
-                p *= inverse_sum[:, None, None]
+                s += row[:, :, None]
+            p = _exp2(s - maximum[:, None, None], EXACT)  # times inverse_sum: the sums over keys are multiplied by it
 
             dp = _dot(do_block, tl.trans(v_block), None, PRECISION)
             if seed_ptr is not None:
@@ -436,21 +427,22 @@ def rel_attention_bwd_dq_kernel(
                 if col_ptr is not None:
                     d_col += tl.sum(ds, 1)
                 if row_ptr is not None:
-                    d_row = tl.sum(ds, 2) * grad_row_scale
+                    d_row = tl.sum(ds, 2) * (inverse_sum * grad_row_scale)[:, None]
                     row_shift = _int64(y0) * grad_row_strides[4] + _int64(x0 // BLOCK_W) * grad_row_strides[5]
                     tl.store(grad_row_ptrs + row_shift, d_row.to(grad_row_ptr.dtype.element_ty), mask=row_mask)
                 ds = tl.reshape(ds, (BLOCK_M, BLOCK_N)).to(k_block.dtype)
                 dq = _dot(ds, k_block, dq, PRECISION)
         if (col_ptr is not None) and (not DELTA_ONLY):
-            d_col = (d_col * grad_col_scale).to(grad_col_ptr.dtype.element_ty)
+            d_col = (d_col * (inverse_sum * grad_col_scale)[:, None]).to(grad_col_ptr.dtype.element_ty)
             tl.store(grad_col_ptrs + _int64(x0) * grad_col_strides[4], d_col, mask=col_mask)
 
     if DELTA_ONLY:
-        tl.store(normaliser_ptr + total + index, delta, mask=live_m)
+        tl.store(normaliser_ptr + total + index, delta * inverse_sum, mask=live_m)
     else:
         dq_ptrs = _plane(grad_query_ptr, batch, head, grad_query_strides, 1)
         dq_ptrs += _offsets(y_m, x_m, d_k, grad_query_strides, 1)
-        tl.store(dq_ptrs, (dq * grad_scale).to(grad_query_ptr.dtype.element_ty), mask=live_m[:, None] & live_k)
+        dq *= (inverse_sum * grad_scale)[:, None]
+        tl.store(dq_ptrs, dq.to(grad_query_ptr.dtype.element_ty), mask=live_m[:, None] & live_k)
 
 
 @triton.jit
@@ -521,13 +513,6 @@ def rel_attention_bwd_dkv_kernel(
     live_n = ((y_n < key_height) & (x_n < key_width))[:, None]
     live_k, live_v = (d_k < D_K)[None, :], (d_v < D_V)[None, :]
 
-    # The column logits change with every tile here.  Scaled together with the product, they cost one FMA per score
-    # and no multiply; a scale of 0 becomes one that vanishes beside them.  The quotient's rounding would show in
-    # float32.
-    scale = tl.where(scale == 0.0, 1e-30, scale)
-    pre_scale = scale if EXACT else 1.0
-    col_scale = col_scale if EXACT else col_scale / scale
-    post_scale = 1.0 if EXACT else scale
     # Padded keys need no mask on the scores: their rows of dK and dV are never stored.
     k_ptrs = _plane(key_ptr, batch, head, key_strides, 1) + _offsets(y_n, x_n, d_k, key_strides, 1)
     k_block = tl.load(k_ptrs, mask=live_n & live_k, other=0.0)
@@ -562,25 +547,21 @@ def rel_attention_bwd_dkv_kernel(
             do_shift = _shift(y0, x0, grad_out_strides, GRAD_OUT_ALIGN)
             do_block = tl.load(grad_out_ptr + do_shift + do_offsets, mask=live_m[:, None] & live_v, other=0.0)
             index = plane * queries + y0 * query_width + x0 + (y_m * query_width + x_m)
-            lse = tl.load(normaliser_ptr + index, mask=live_m, other=float("inf"))
+            maximum = tl.load(normaliser_ptr + index, mask=live_m, other=float("inf"))
             delta = tl.load(normaliser_ptr + total + index, mask=live_m, other=0.0)
-            if EXACT:
-                inverse_sum = tl.load(normaliser_ptr + 2 * total + index, mask=live_m, other=0.0)
+            inverse_sum = tl.load(normaliser_ptr + 2 * total + index, mask=live_m, other=0.0)
 
             s = _dot(k_block, tl.trans(q_block), None, PRECISION)
-            s = tl.reshape(s, (ROWS, BLOCK_W, BLOCK_M)) * pre_scale
+            s = tl.reshape(s, (ROWS, BLOCK_W, BLOCK_M)) * scale
             if col_ptr is not None:
                 col_mask = live_w & live_m[None, :]
                 col = tl.load(col_ptr + _shift(y0, x0, col_strides, COL_ALIGN) + col_offsets, mask=col_mask, other=0.0)
-                s += (col.to(tl.float32) * col_scale)[None, :, :]
+                s += _term(col, col_scale, False)[None, :, :]
             if row_ptr is not None:
                 row_mask = live_r & live_m[None, :]
                 row = tl.load(row_ptr + _shift(y0, x0, row_strides, ROW_ALIGN) + row_offsets, mask=row_mask, other=0.0)
-                p = _exp2(s * post_scale + (row.to(tl.float32) * row_scale - lse[None, :])[:, None, :], EXACT)
-            else:
-                p = _exp2(s * post_scale - lse[None, None, :], EXACT)
-            if EXACT:
-                p *= inverse_sum[None, None, :]
+                s += _term(row, row_scale, False)[:, None, :]
+            p = _exp2(s - maximum[None, None, :], EXACT) * inverse_sum[None, None, :]
             p = tl.reshape(p, (BLOCK_N, BLOCK_M))
 
             dp = _dot(v_block, tl.trans(do_block), None, PRECISION)

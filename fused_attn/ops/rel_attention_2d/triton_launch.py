@@ -69,7 +69,9 @@ _TILES_BY_FAMILY = {
     ("sm_80", "forward", 256): Tile(64, 32, 8, 1),
     ("sm_80", "backward_dq", 64): Tile(64, 32, 4, 2),
     ("sm_80", "backward_dq", 128): Tile(64, 32, 8, 1),
-    ("sm_80", "backward_dkv", 32): Tile(64, 64, 4, 1),
+    ("sm_80", "backward_dkv", 32): Tile(64, 64, 8, 1),
+    ("sm_80", "backward_dkv", 64): Tile(32, 64, 8, 1),
+    ("sm_90", "backward_dkv", 128): Tile(16, 64, 4, 1),
     ("sm_100", "forward", 256): Tile(64, 32, 8, 1),
     ("sm_100", "backward_dkv", 32): Tile(64, 64, 4, 1),
 }
@@ -80,7 +82,7 @@ _TILES_AMD = {
 }
 # IEEE float32 products run on the vector units and keep whole rows of operands in registers: none holds a depth of 256.
 _TILES_FLOAT32 = {
-    "forward": {32: Tile(32, 64, 4, 1), 64: Tile(32, 32, 4, 1), 128: Tile(16, 16, 8, 1)},
+    "forward": {32: Tile(32, 64, 4, 1), 64: Tile(64, 32, 8, 1), 128: Tile(16, 16, 8, 1)},
     "backward_dq": {32: Tile(64, 32, 4, 1), 64: Tile(16, 32, 8, 1), 128: Tile(16, 16, 8, 1)},
     "backward_dkv": {32: Tile(32, 32, 4, 1), 64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 4, 1)},
 }
@@ -423,13 +425,13 @@ COMPILE_NOTES = """
 Instructions per score that no formulation of the loop avoids, for d_k=20, d_v=2 in bfloat16 (tensor products run
 beside them):
 
-- forward 4.5: scale and column logit (1 FMA), maximum (1), subtraction (1), exponential (1), half a conversion.  The
-  row logit joins the maximum of a row and the number subtracted, an eighth of an instruction each at 4 rows of 32;
-  the row sum is a column of ones in the padding of the values and costs none.  What remains in the loop loads the key
-  tile and builds that column.
-- dQ pass 7.5: FMA, subtraction, exponential, subtraction of delta, product, one addition each for the row and the
-  column gradient, half a conversion.
-- dK/dV pass 6.0: FMA for the column logit, FMA for scale and normaliser, exponential, subtraction of delta, product,
+- forward 5.5: scale and column logit (1 FMA), row logit (1), maximum (1), subtraction (1), exponential (1), half a
+  conversion.  Row logit less maximum could be one number per row, but not for logits of which one rounds the other
+  away, as masks do.  The row sum is a column of ones in the padding of the values and costs none.  What remains in the
+  loop loads the key tile and builds that column.
+- dQ pass 8.5: FMA, row logit, subtraction, exponential, subtraction of delta, product, one addition each for the row
+  and the column gradient, half a conversion.  The sum of the exponentials divides what the loop has added up.
+- dK/dV pass 8.0: FMA, row logit, subtraction, exponential, product with the inverse sum, subtraction of delta, product,
   two half conversions.  Column logits change with every tile here, so that reading and widening them adds about 2.
 - dropout adds the hash, about 11 integer instructions.
 """

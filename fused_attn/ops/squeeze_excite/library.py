@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import dispatch
+from .. import autograd, dispatch
+from . import reference
 
 _SCHEMA = (
     "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? result, "
@@ -150,10 +151,6 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.share, ctx.residual, ctx.relu = result_share is not None, residual is not None, relu
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError("squeeze_excite: the fused kernels have no second derivative; use impl='reference' for it")
-
-
 def _flops(x, fc1_weight, *_, **__) -> int:
     hidden, columns = fc1_weight
     return 2 * x[0] * hidden * (columns + x[1])
@@ -194,8 +191,9 @@ def _register(impl: str, device_types: tuple[str, ...], forward, backward) -> No
             None,
         )
 
-    torch.library.register_autograd(name, autograd_backward, setup_context=_setup_context)
-    torch.library.register_autograd(f"{name}_backward", _refuse_double_backward)
+    autograd.register(
+        "squeeze_excite", f"squeeze_excite_{impl}", autograd_backward, _setup_context, reference.squeeze_excite
+    )
 
 
 _register("cpu", ("cpu",), _cpu, _cpu_backward)

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layer_attention import weighted_layer_sum
+from ..plain import is_plain, why_not_plain
 from . import library, reference
-from .api import squeeze_excite
+from .api import ACTIVATIONS, squeeze_excite
 
 
 class SqueezeExcite(nn.Module):
@@ -17,6 +19,10 @@ class SqueezeExcite(nn.Module):
 
     ``fc1`` and ``fc2`` are ``nn.Linear``; state dicts in which they are 1x1 convolutions (torchvision, timm) load as
     well.  With ``result_features`` the first columns of ``fc1`` belong to the result, as in the paper's eq. 4.
+
+    The fused op reads the weights of the two layers.  Where that would not be the same as calling them (hooks, pruning,
+    parametrizations, adapters, quantised or sharded layers: :mod:`fused_attn.ops.plain`) they are called, between a
+    mean in PyTorch and :func:`~fused_attn.weighted_layer_sum`, of which ``impl`` then names the implementation.
 
     Args:
         channels: C of the feature map.
@@ -80,21 +86,50 @@ class SqueezeExcite(nn.Module):
             residual: (B, C, H, W), added to the scaled map.
             activation: None or ``"relu"``, after the addition.
         """
-        return squeeze_excite(
-            x,
-            *self._layers(x, result, result_share),
-            result=result,
-            result_share=result_share,
-            residual=residual,
-            activation=activation,
-            impl=self.impl,
-        )
+        self._check(x, result, result_share)
+        if self._plain():
+            return squeeze_excite(
+                x,
+                *self._layers(result_share),
+                result=result,
+                result_share=result_share,
+                residual=residual,
+                activation=activation,
+                impl=self.impl,
+            )
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+        if residual is not None and residual.shape != x.shape:
+            expected = f"(B, C, H, W)={tuple(x.shape)}"
+            raise ValueError(f"residual must have shape {expected}, got {tuple(residual.shape)}")
+        scales = self.scales(x, result, result_share=result_share).to(x.dtype)
+        weights, maps = [scales], [x]
+        if residual is not None:
+            weights.append(torch.ones_like(scales))
+            maps.append(residual)
+        out = weighted_layer_sum(torch.stack(weights, dim=-1), maps, impl=self.impl)
+        return out if activation is None else out.relu()
 
     def scales(self, x: Tensor, result: Tensor | None = None, *, result_share: Tensor | None = None) -> Tensor:
         """The gates alone, (B, C), in plain PyTorch: for plots of how much they differ between channels."""
-        return reference.scales(x, *self._layers(x, result, result_share), result, result_share)
+        self._check(x, result, result_share)
+        if self._plain():
+            return reference.scales(x, *self._layers(result_share), result, result_share)
+        z = x.mean((2, 3))
+        if result_share is None:
+            hidden = self.fc1(z if result is None else torch.cat((result, z), 1))
+        else:
+            hidden = F.linear(z, self.fc1.weight[:, self.result_features :], self.fc1.bias) + result_share
+        return torch.sigmoid(self.fc2(F.relu(hidden)))
 
-    def _layers(self, x: Tensor, result: Tensor | None, result_share: Tensor | None) -> tuple[Tensor | None, ...]:
+    def _plain(self) -> bool:
+        return is_plain(self.fc1, nn.Linear) and is_plain(self.fc2, nn.Linear)
+
+    def _layers(self, result_share: Tensor | None) -> tuple[Tensor | None, ...]:
+        weight = self.fc1.weight if result_share is None else self.fc1.weight[:, self.result_features :]
+        return weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+
+    def _check(self, x: Tensor, result: Tensor | None, result_share: Tensor | None) -> None:
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x must have shape (B, {self.channels}, H, W), got {tuple(x.shape)}")
         expected = self.result_features
@@ -104,8 +139,8 @@ class SqueezeExcite(nn.Module):
             raise ValueError(f"result must be given, (B, {expected}): the module has result_features={expected}")
         if result is not None and (result.dim() != 2 or result.shape[1] != expected):
             raise ValueError(f"result must have shape (B, {expected}), got {tuple(result.shape)}")
-        fc1_weight = self.fc1.weight if result_share is None else self.fc1.weight[:, expected:]
-        return fc1_weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        if result_share is not None and (reason := why_not_plain(self.fc1, nn.Linear)):
+            raise ValueError(f"result_share must be None: fc1 {reason} and must be called: give the result itself")
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         for name in ("fc1.weight", "fc2.weight"):
@@ -124,20 +159,31 @@ def result_shares(modules: Sequence[SqueezeExcite], result: Tensor) -> tuple[Ten
     """The result's part of the first layer of several modules, in one product.
 
     Args:
-        modules: all with the same ``result_features``, those of one stage for example.
+        modules: all with the same ``result_features``, those of one stage for example; as the product reads the weights
+            of their ``fc1``, all plain: :func:`can_share_result`.
         result: (B, result_features).
 
     Returns:
         one ``result_share`` (B, hidden) per module.
 
     Raises:
-        ValueError: a module expects another width.
+        ValueError: a module expects another width, or its ``fc1`` must be called.
     """
-    for module in modules:
+    for index, module in enumerate(modules):
         if result.dim() != 2 or module.result_features != result.shape[1]:
             raise ValueError(
                 f"result must have shape (B, {module.result_features}), as every module expects, "
                 f"got {tuple(result.shape)}"
             )
+        if reason := why_not_plain(module.fc1, nn.Linear):
+            raise ValueError(
+                f"modules[{index}].fc1 must be a plain nn.Linear, but it {reason} and must be called: "
+                "give it the result itself"
+            )
     columns = torch.cat([module.fc1.weight[:, : module.result_features] for module in modules])
     return F.linear(result, columns).split([module.fc1.out_features for module in modules], dim=1)
+
+
+def can_share_result(modules: Sequence[SqueezeExcite]) -> bool:
+    """Whether :func:`result_shares` can read the first layers of all the modules."""
+    return all(is_plain(module.fc1, nn.Linear) for module in modules)

@@ -1,0 +1,171 @@
+"""Derivatives of the operators in both modes, registered alike for every op.
+
+``torch.library.register_autograd`` knows reverse mode alone: where no input requires a gradient, it runs the operator
+below autograd, and the tangents of forward mode are gone without a word.  It also refuses ``torch.func.grad``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import _SingleLevelFunction
+
+#: The only level there is: PyTorch refuses to nest them, and ``torch.func.jvp`` nests by wrapping tensors.
+_LEVEL = 0
+_LIBRARY = torch.library.Library("fused_attn", "FRAGMENT")
+
+
+def register(
+    op: str,
+    name: str,
+    backward: Callable[..., tuple],
+    setup_context: Callable[[Any, tuple, Any], None],
+    reference: Callable[..., Tensor],
+) -> None:
+    """Register the derivatives of the operator ``fused_attn::name`` and of ``fused_attn::name_backward``.
+
+    Args:
+        op: the op's public name, for the error text.
+        name: of the operator, whose first output alone is differentiable; ``<base>_<impl>``.
+        backward: ``backward(ctx, grad_out)`` gives the gradients of the operator's arguments.  It runs the operator
+            ``name_backward``, which has no derivative in either mode: asking for one is an error.
+        setup_context: ``setup_context(ctx, inputs, output)``, as of ``torch.library.register_autograd``.
+        reference: the same function of the same arguments in plain PyTorch.  In forward mode it gives the tangent;
+            the output itself comes from the operator.
+    """
+
+    def refuse(*_) -> None:
+        raise RuntimeError(f"{op}: the fused kernels have no second derivative; use impl='reference' for it")
+
+    def tangent(operator, args: tuple):
+        outputs = operator(*_map(lambda tensor: _unpack(tensor)[0], args))
+        first, rest = (outputs[0], outputs[1:]) if isinstance(outputs, tuple) else (outputs, None)
+        _, tangent = _unpack(reference(*args))
+        if tangent is not None:
+            first = torch._VF._make_dual(first, tangent.to(first.dtype), level=_LEVEL)
+        return first if rest is None else (first, *rest)
+
+    _register(name, backward, setup_context, tangent)
+    _register(f"{name}_backward", refuse, lambda *_: None, refuse)
+
+
+def _register(name: str, backward, setup_context, forward_mode) -> None:
+    operator = getattr(torch.ops.fused_attn, name).default
+
+    # The kernel below runs within one level of torch.func, so its function has to know nothing of the others.
+    class Reverse(_SingleLevelFunction):
+        @staticmethod
+        def forward(ctx, call, *flat):
+            with _Recording():
+                outputs = call.run()
+            setup_context(ctx, call.args, outputs)
+            ctx.lengths = call.lengths
+            call.structure, flat_outputs = _flatten(outputs if isinstance(outputs, tuple) else (outputs,))
+            return tuple(flat_outputs)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            wanted = ctx.needs_input_grad
+            ctx.needs_input_grad = _unflatten(ctx.lengths, wanted[1:])
+            try:
+                result = backward(ctx, *grads)
+            finally:
+                ctx.needs_input_grad = wanted
+            return None, *_flatten(result)[1]
+
+    Reverse.__name__ = Reverse.__qualname__ = name
+
+    class Call:
+        """One call on its way through ``Reverse.apply``, which takes and returns tensors only, not lists of them."""
+
+        def __init__(self, keyset, args: tuple) -> None:
+            self.keyset, self.args = keyset, args
+
+        def run(self):
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator.redispatch(self.keyset & torch._C._after_autograd_keyset, *self.args)
+
+    def kernel(keyset, *args):
+        if any(map(_has_tangent, args)):
+            return forward_mode(operator, args)
+        call = Call(keyset, args)
+        if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
+            return call.run()
+        call.lengths, flat = _flatten(args)
+        with _AllowedInTorchFunc():
+            flat_outputs = Reverse.apply(call, *flat)
+        outputs = _unflatten(call.structure, flat_outputs)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+class _Recording:
+    """Within ``forward``: outer transforms of torch.func go on recording, which ``apply`` has turned off."""
+
+    def __enter__(self) -> None:
+        self.before = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+        torch._C._set_grad_enabled(True)
+        torch._C._set_fwd_grad_enabled(True)
+
+    def __exit__(self, *_) -> None:
+        torch._C._set_grad_enabled(self.before[0])
+        torch._C._set_fwd_grad_enabled(self.before[1])
+
+
+class _AllowedInTorchFunc:
+    """Lets a single-level function run under a transform of torch.func, which otherwise asks for the other kind."""
+
+    def __enter__(self) -> None:
+        self.before = torch._C._functorch.get_single_level_autograd_function_allowed()
+        torch._C._functorch.set_single_level_autograd_function_allowed(True)
+
+    def __exit__(self, *_) -> None:
+        torch._C._functorch.set_single_level_autograd_function_allowed(self.before)
+
+
+def _unpack(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Primal and tangent; no tangent outside forward mode.  Python's count of levels is not asked: in a compiled
+    graph it stands still."""
+    return torch._VF._unpack_dual(tensor, level=_LEVEL)
+
+
+def _has_tangent(arg: object) -> bool:
+    if isinstance(arg, Tensor):
+        return _unpack(arg)[1] is not None
+    return isinstance(arg, (list, tuple)) and any(map(_has_tangent, arg))
+
+
+def _map(function: Callable[[Tensor], Tensor], args: Sequence) -> list:
+    return [
+        function(arg) if isinstance(arg, Tensor) else [*map(function, arg)] if isinstance(arg, (list, tuple)) else arg
+        for arg in args
+    ]
+
+
+def _flatten(values: Sequence) -> tuple[list[int | None], list]:
+    """(length of each list among the values or None, the values with every list spread out)."""
+    lengths, flat = [], []
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            lengths.append(len(value))
+            flat.extend(value)
+        else:
+            lengths.append(None)
+            flat.append(value)
+    return lengths, flat
+
+
+def _unflatten(lengths: Sequence[int | None], flat: Sequence) -> tuple:
+    values, first = [], 0
+    for length in lengths:
+        if length is None:
+            values.append(flat[first])
+            first += 1
+        else:
+            values.append(list(flat[first : first + length]))
+            first += length
+    return tuple(values)

@@ -1,0 +1,227 @@
+"""Runs that go on: saved before they are evaluated, started again before their first checkpoint, and made longer."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fused_attn.train import TrainError, checkpoint, loop, train
+from fused_attn.train.optim import learning_rate
+
+SETTINGS = {"train_images": 128, "epochs": 3, "ema": 0.9, "rotate": 5.0, "checkpoint_every": 3}  # 4 steps an epoch
+COMPARED = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "steps")
+
+
+def epochs(folder):
+    events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in event.items() if k != "seconds"} for event in events if event["event"] == "epoch"]
+
+
+def steps_saved(folder):
+    return [checkpoint.step_of(path) for path in checkpoint.find(folder / "checkpoints")]
+
+
+def assert_same(folder, other):
+    assert (folder / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert epochs(folder) == epochs(other)
+    ours, theirs = (json.loads((out / "metrics.json").read_text()) for out in (folder, other))
+    assert [ours[name] for name in COMPARED] == [theirs[name] for name in COMPARED]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    from fused_attn.train import TrainConfig
+
+    out = tmp_path_factory.mktemp("whole") / "run"
+    fixed = {"image_size": 8, "batch_size": 32, "log_every": 1, "threads": 1}
+    train(TrainConfig("wrn_10_1", "digits", out=out, **fixed, **SETTINGS))
+    return out
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_an_evaluation_that_fails_costs_no_step(small, tmp_path, monkeypatch, whole, epoch):
+    """As an image that cannot be read makes it fail; the resumed run evaluates, and its log is whole."""
+    original = loop.Run.evaluate
+
+    def evaluate(run, images, split):
+        if run.step == 4 * epoch:
+            raise TrainError("the image x.jpg could not be read")
+        return original(run, images, split)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "evaluate", evaluate)
+        with pytest.raises(TrainError, match="could not be read"):
+            train(small(tmp_path / "run", **SETTINGS))
+    assert steps_saved(tmp_path / "run")[-1] == 4 * epoch
+    with monkeypatch.context() as patch:  # and fails again
+        patch.setattr(loop.Run, "evaluate", evaluate)
+        with pytest.raises(TrainError, match="could not be read"):
+            train(small(tmp_path / "run", **SETTINGS, resume=True))
+    train(small(tmp_path / "run", **SETTINGS, resume=True))
+    assert_same(tmp_path / "run", whole)
+
+
+def test_killed_between_the_line_in_the_log_and_the_next_step(small, tmp_path, monkeypatch, whole):
+    original = loop.RunLog.summarise
+
+    def summarise(log):
+        original(log)
+        if len(log.events("epoch")) == 2:
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.RunLog, "summarise", summarise)
+        with pytest.raises(MemoryError):
+            train(small(tmp_path / "run", **SETTINGS))
+    train(small(tmp_path / "run", **SETTINGS, resume=True))
+    assert_same(tmp_path / "run", whole)  # one line for each epoch
+
+
+def test_a_training_image_that_cannot_be_read_costs_no_step(small, tmp_path, monkeypatch, whole):
+    original, seen = loop.data.in_memory, []
+
+    def in_memory(parts):
+        if run_of_training := len(parts[0]) == 32:
+            seen.append(run_of_training)
+        if len(seen) == 6:
+            raise TrainError("the image x.jpg could not be read")
+        return original(parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.data, "in_memory", in_memory)
+        with pytest.raises(TrainError, match="could not be read"):
+            train(small(tmp_path / "run", **SETTINGS))
+    assert steps_saved(tmp_path / "run")[-1] == 5
+    train(small(tmp_path / "run", **SETTINGS, resume=True))
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.fixture
+def killed_early(small, tmp_path, monkeypatch):
+    """Folder of a run that ended before its first checkpoint, in step 3."""
+    original = loop.Run._step
+
+    def step(run, parts):
+        if run.step == 2:
+            raise MemoryError
+        original(run, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "_step", step)
+        with pytest.raises(MemoryError):
+            train(small(tmp_path / "run", **SETTINGS))
+    assert not steps_saved(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_run_without_a_checkpoint_begins_again(small, killed_early, capsys, whole):
+    train(small(killed_early, **SETTINGS, resume=True))
+    assert "has no checkpoint yet: starting from the beginning" in capsys.readouterr().out
+    assert_same(killed_early, whole)
+    events = [json.loads(line) for line in (killed_early / "log.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 13))
+
+
+def test_a_run_without_a_checkpoint_has_its_settings(small, killed_early):
+    with pytest.raises(TrainError, match=r"--resume: lr of the run in .* is 0.1, got 0.2"):
+        train(small(killed_early, **SETTINGS, resume=True, lr=0.2))
+
+
+def test_what_a_killed_process_was_writing_is_no_run(small, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.config.json.writing").write_text("{")
+    train(small(tmp_path / "run", max_steps=1))
+
+
+# --- longer -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["constant", "step"])
+@pytest.mark.parametrize("shorter", [{"epochs": 2}, {"max_steps": 6}])
+def test_a_finished_run_is_extended_to_the_longer_one(small, tmp_path, schedule, shorter):
+    settings = {**SETTINGS, "schedule": schedule, "milestones": (1, 2), "eval_every": 3}
+    train(small(tmp_path / "whole", **settings))
+    train(small(tmp_path / "run", **{**settings, **shorter}))
+    metrics = train(small(tmp_path / "run", **settings, resume=True))
+    ours, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+    assert epochs(tmp_path / "run")[-1] == epochs(tmp_path / "whole")[-1]
+    (extension,) = metrics["extended"]
+    step = 8 if "epochs" in shorter else 6
+    assert extension == {
+        "step": step,
+        "from": {"epochs": 3, "max_steps": None, **shorter},
+        "to": {"epochs": 3, "max_steps": None},
+    }
+
+
+def test_the_cosine_of_an_extended_run_is_that_of_the_new_length(small, tmp_path, capsys):
+    shorter = small(tmp_path / "run", **{**SETTINGS, "epochs": 2})
+    train(shorter)
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("metrics.json", "model.safetensors")}
+    longer = small(tmp_path / "run", **{**SETTINGS, "epochs": 4}, resume=True)
+    rates = [f"{learning_rate(config, 8, 4):.4g}" for config in (shorter, longer)]
+    run = loop.Run(longer)
+    said = capsys.readouterr().out
+    assert "epochs 2 -> 4" in said
+    assert f"the cosine schedule is now that of the longer run: learning rate {rates[0]} -> {rates[1]}" in said
+    # Until the new end the results of the old one stay.
+    assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
+    run.lock.close()
+    train(longer)
+    events = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    logged = [event["lr"] for event in events if event["event"] == "step"]
+    lengths = [shorter] * 8 + [longer] * 8
+    assert logged == [learning_rate(config, step, 4) for step, config in enumerate(lengths)]
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["steps"] == 16
+
+
+def test_killed_at_the_new_end_before_the_metrics(small, tmp_path, monkeypatch):
+    """metrics.json is that of the shorter run: the longer one is not complete yet."""
+    settings = {**SETTINGS, "schedule": "constant"}
+    train(small(tmp_path / "run", **{**settings, "epochs": 2}))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "_finish", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(small(tmp_path / "run", **settings, resume=True))
+    assert train(small(tmp_path / "run", **settings, resume=True))["steps"] == 12
+    with pytest.raises(TrainError, match="is complete at step 12"):
+        train(small(tmp_path / "run", **settings, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 2}, "--resume: epochs of the run in .* may only grow from 3, got 2"),
+        ({"max_steps": 5}, "--resume: max_steps of the run in .* may only grow from None, got 5"),
+        ({"init_from": "other.safetensors"}, "--resume: init_from of the run in .* is None, got 'other.safetensors'"),
+    ],
+)
+def test_a_run_does_not_get_shorter(small, whole, changes, message):
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    with pytest.raises(TrainError, match=message):
+        train(small(whole, **{**SETTINGS, **changes}, resume=True))
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+
+
+def test_settings_that_an_older_config_does_not_know_have_their_defaults(small, tmp_path, whole):
+    run = tmp_path / "run"
+    run.mkdir()
+    saved = json.loads((whole / "config.json").read_text())
+    del saved["label_smoothing"]
+    (run / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(TrainError, match=r"label_smoothing .* is 0.0, got 0.1"):
+        train(small(run, **SETTINGS, resume=True, label_smoothing=0.1))
+
+
+def test_an_evaluation_without_training_statistics_is_null(small, tmp_path, monkeypatch):
+    """The checkpoint of an older version had none; a line that was removed from its log is written again."""
+    run = loop.Run(small(tmp_path / "run", **SETTINGS))
+    run.bar = loop.tqdm(disable=True)
+    run.step = 4
+    results = run._evaluate({})
+    run.lock.close()
+    assert results["train_loss"] is None
+    assert math.isfinite(results["test_loss"])
