@@ -18,8 +18,8 @@ def number(name: str, value: object) -> float:
     Args:
         name: of the argument, for the error text.
         value: an int, a float, a number of NumPy, a symbolic number, or a tensor without dimensions that needs no
-            gradient.  Such a tensor is read, which waits for a GPU.  ``torch.compile`` takes NumPy's numbers for tensors,
-            and breaks the graph at both: give it ``float(value)``.
+            gradient.  Such a tensor is read, which waits for a GPU.  ``torch.compile`` takes numbers of NumPy
+            for tensors, and breaks the graph at both: give it ``float(value)``.
 
     Raises:
         TypeError: it is something else, a bool, or a tensor that has a gradient or a tangent to lose.
