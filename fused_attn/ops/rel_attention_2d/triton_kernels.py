@@ -36,17 +36,15 @@ def _exp2(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _term(term, scale, MASKED: tl.constexpr):
+def _term(term, scale):
     """Row or column logits times ``scale``, which holds log2(e) in 16 bits.
 
     That would make -inf of the least finite bfloat16, and zeros, not the mean of the values, of a query with every key
-    masked by it: it stays finite.  -inf stays -inf if MASKED; else it may become the least finite number.
+    masked by it: it stays finite.  The last product only tells it from -inf.
     """
     scaled = term.to(tl.float32) * scale
     if term.dtype == tl.bfloat16:
-        scaled = tl.maximum(scaled, -3.4028234663852886e38)
-        if MASKED:
-            scaled = tl.where(term == float("-inf"), float("-inf"), scaled)
+        scaled = tl.maximum(scaled, -3.4028234663852886e38) + term.to(tl.float32) * 1e-30
     return scaled
 
 
@@ -205,7 +203,7 @@ def rel_attention_fwd_kernel(
         if col_ptr is not None:
             col_mask = live_m[:, None] & live_w[None, :]
             col = tl.load(col_ptrs + _int64(x0) * col_strides[4], mask=col_mask, other=float("-inf"))
-            col = _term(col, col_scale, True)
+            col = _term(col, col_scale)
         elif HAS_COL:
             col = tl.where(live_w, 0.0, float("-inf"))[None, :]
         for y0 in range(0, key_height, ROWS):
@@ -229,7 +227,7 @@ def rel_attention_fwd_kernel(
             if row_ptr is not None:
                 row_mask = live_m[:, None] & live_r[None, :]
                 row = tl.load(row_ptrs + _int64(y0) * row_strides[4], mask=row_mask, other=float("-inf"))
-                s += _term(row, row_scale, True)[:, :, None]
+                s += _term(row, row_scale)[:, :, None]
             elif HAS_ROW:
                 s += tl.where(live_r, 0.0, float("-inf"))[None, :, None]
 
@@ -386,7 +384,7 @@ def rel_attention_bwd_dq_kernel(
         if col_ptr is not None:
             col_mask = live_m[:, None] & live_w[None, :]
             col = tl.load(col_ptrs + _int64(x0) * col_strides[4], mask=col_mask, other=float("-inf"))
-            col = _term(col, col_scale, True)
+            col = _term(col, col_scale)
             d_col = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
         elif HAS_COL:
             col = tl.where(live_w, 0.0, float("-inf"))[None, :]
@@ -410,7 +408,7 @@ def rel_attention_bwd_dq_kernel(
                 row_mask = live_m[:, None] & live_r[None, :]
                 if row_ptr is not None:
                     row = tl.load(row_ptrs + _int64(y0) * row_strides[4], mask=row_mask, other=float("-inf"))
-                    row = _term(row, row_scale, True)
+                    row = _term(row, row_scale)
                 else:
                     row = tl.where(live_r, 0.0, float("-inf"))[None, :]
                 s += row[:, :, None]
@@ -556,11 +554,11 @@ def rel_attention_bwd_dkv_kernel(
             if col_ptr is not None:
                 col_mask = live_w & live_m[None, :]
                 col = tl.load(col_ptr + _shift(y0, x0, col_strides, COL_ALIGN) + col_offsets, mask=col_mask, other=0.0)
-                s += _term(col, col_scale, False)[None, :, :]
+                s += _term(col, col_scale)[None, :, :]
             if row_ptr is not None:
                 row_mask = live_r & live_m[None, :]
                 row = tl.load(row_ptr + _shift(y0, x0, row_strides, ROW_ALIGN) + row_offsets, mask=row_mask, other=0.0)
-                s += _term(row, row_scale, False)[:, None, :]
+                s += _term(row, row_scale)[:, None, :]
             p = _exp2(s - maximum[None, None, :], EXACT) * inverse_sum[None, None, :]
             p = tl.reshape(p, (BLOCK_N, BLOCK_M))
 
