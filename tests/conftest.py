@@ -1,8 +1,12 @@
 """One thread per test unless it asks for more, the contract's checks importable, a fixed shape fuzz, time limits."""
 
+import gc
 import os
 import sys
 from pathlib import Path
+
+# Threads that wait for one another sleep: several test processes share the processors.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
@@ -15,6 +19,10 @@ settings.register_profile(
     "fixed", derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("fixed")
+
+# What PyTorch and the tests' parameters allocate stays: looking through it for garbage all the time takes an eighth of
+# the interpreted kernels' time.
+gc.set_threshold(100_000, 20, 20)
 
 #: Of a test marked ``long``, in time limits of the others.
 LONG = 6

@@ -10,7 +10,7 @@ import contract_checks as checks
 import pytest
 import torch
 
-from fused_attn.ops.contract import Shape, differentiable, mismatches, numeric_mismatches, ulp
+from fused_attn.ops.contract import Shape, _fingerprint, differentiable, mismatches, numeric_mismatches, ulp
 from fused_attn.ops.measure import find_spec
 
 SPECS = REL, BIAS = find_spec("rel_attention_2d"), find_spec("decomposed_bias_attention")
@@ -465,6 +465,54 @@ def test_graph_break():
 def test_quadratic_memory():
     with pytest.raises(AssertionError, match="MiB beyond the inputs"):
         checks.check_memory(REL, "reference", REL.growth[1])
+
+
+# --- what is remembered of the reference -------------------------------------------------------------------------
+
+
+def test_reference_is_remembered_for_the_same_calls_only():
+    sample = next(sample for sample in REL.samples if sample.name == "width 8")
+    inputs = sample.inputs(torch.float32)
+    query = inputs["query"]
+    changed = query.clone()
+    changed[0, 0, 0, 0, 0] += 1e-6
+    others = {
+        "another draw": sample.inputs(torch.float32, draw=1),
+        "one element": {**inputs, "query": changed},
+        "strides": {**inputs, "query": query.transpose(0, 1).contiguous().transpose(0, 1)},
+        "dtype": sample.inputs(torch.float64),
+        "option": {**inputs, "scale": 0.5},
+        "sequence": {**inputs, "scale": [0.5]},
+        "no table": {name: value for name, value in inputs.items() if name != "rel_h"},
+    }
+    assert query.stride() != others["strides"]["query"].stride()
+    assert _fingerprint(inputs) == _fingerprint(sample.inputs(torch.float32))
+    assert len({_fingerprint(call) for call in (inputs, *others.values())}) == 1 + len(others)
+
+
+def test_oldest_results_go_when_there_are_too_many():
+    memory, computed = checks.Memory(limit=100), []
+
+    def result(key, elements):
+        def compute():
+            computed.append(key)
+            return None, {"out": torch.zeros(elements, dtype=torch.uint8)}
+
+        return memory(key, compute)
+
+    for key, elements in (("a", 60), ("a", 60), ("b", 40), ("c", 30), ("b", 40), ("a", 60), ("large", 200), ("a", 60)):
+        assert result(key, elements)[1]["out"].numel() == elements
+        assert memory.bytes <= memory.limit
+    assert computed == ["a", "b", "c", "a", "large", "a"]
+
+
+def test_wrong_implementation_is_found_where_the_reference_is_remembered():
+    sample = small(REL)[0]
+    spec = fake(REL, only("out", lambda tensor: tensor * factor))
+    factor = 1.0
+    assert finds(checks.check_numerics, spec, samples=[sample]) == []
+    factor = 1.001
+    assert finds(checks.check_numerics, spec, samples=[sample]) == [sample.name]
 
 
 # --- the bar itself ---------------------------------------------------------------------------------------------
