@@ -331,7 +331,7 @@ listed below. No cell is silent. `tests/test_transforms.py` runs them all; `pyth
 
 Masks lie among the logits (biases, weights, the input itself), on rows, single keys and whole queries, in float32,
 bfloat16 and, where float16 has the number, float16: as PyTorch's softmax has it in the same dtype. `no mask`: the op
-has no logits that a caller sets.
+has no logits that a caller sets, or the mask is tested through `row_col_softmax` alone.
 
 In forward mode the output comes from the kernel and the tangent from the reference's formulas: right to the bar, at the
 reference's cost (attention holds its N x N map there).
