@@ -29,7 +29,6 @@ from .config import MAY_GROW, TrainConfig
 from .environment import describe
 from .errors import NonFiniteError, TrainError, reason
 from .files import ImageFiles, load_ahead
-from .folder import LOCK  # noqa: F401
 from .json_files import dumps, read_object
 from .log import RunLog
 from .optim import attention_factor, build_optimizers, learning_rate

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fused_attn import create_model
-from fused_attn.train import TrainError, augment, checkpoint, data, loop, train
+from fused_attn.train import TrainError, augment, checkpoint, data, folder, loop, train
 from fused_attn.train.optim import learning_rate
 
 
@@ -432,7 +432,8 @@ def test_a_folder_another_process_writes_into_is_refused(small, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     hold = (
-        f"import fcntl, sys; f = open({str(out / loop.LOCK)!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True)"
+        f"import fcntl, sys; f = open({str(out / folder.LOCK)!r}, 'w'); "
+        "fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", f"{hold}; sys.stdin.read()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
