@@ -6,26 +6,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from norm_processes import build, draw, step
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from fused_attn import _extension, create_model, row_col_softmax
-from fused_attn.modules import ElementwiseAttention
 
 IMPLEMENTATIONS = ["reference", "cpu"] if _extension.available() else ["reference"]
 implementations = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-
-
-def draw(*size):
-    return torch.randn(size, generator=torch.Generator().manual_seed(sum(size)))
-
-
-def build(impl="auto", **options):
-    torch.manual_seed(0)
-    return ElementwiseAttention(2, (5, 6), 3, std=1.0, impl=impl, **options)
 
 
 def expected(module, norm, x):
@@ -164,51 +153,10 @@ def test_converted_to_a_synchronised_batch_norm(impl):
     assert converted.state_dict().keys() == plain.state_dict().keys()
 
 
-class GlooBatchNorm(nn.BatchNorm2d):
-    """What SyncBatchNorm does on accelerators, for CPU tensors, which it refuses; momentum 1."""
-
-    def forward(self, x):
-        count = torch.tensor(float(x.numel() // x.shape[1]))
-        count, total = all_reduce(count), all_reduce(x.sum((0, 2, 3)))
-        mean = total / count
-        var = all_reduce((x - mean.view(-1, 1, 1)).square().sum((0, 2, 3))) / count
-        self.running_mean.copy_(mean.detach())
-        self.running_var.copy_(var.detach() * count / (count - 1))
-        return (x - mean.view(-1, 1, 1)) / (var + self.eps).sqrt().view(-1, 1, 1)
-
-
-def step(rank, folder):
-    """One of two processes: gradients and statistics of its half of the batch, written by the first."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    try:
-        x = draw(6, 2, 5, 6)
-        converted = nn.SyncBatchNorm.convert_sync_batchnorm(build())
-        try:
-            converted(x[rank::2])
-            refusal = "none"
-        except ValueError as error:
-            refusal = str(error)
-        module = build()
-        module.norm = GlooBatchNorm(6, affine=False)
-        replica = DistributedDataParallel(module)  # what hooks its gradients must outlive the forward pass
-        replica(x[rank::2]).square().sum().backward()
-        if rank == 0:
-            state = {name: value.grad for name, value in module.named_parameters()} | dict(module.named_buffers())
-            torch.save((refusal, state), f"{folder}/state")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not available")
 def test_statistics_over_two_processes_are_those_of_the_whole_batch(tmp_path):
     """Whatever stands in the place of the norm is called, with autograd through it: here one that synchronises."""
-    other = mp.get_context("spawn").Process(target=step, args=(1, str(tmp_path)))
-    other.start()
-    step(0, str(tmp_path))
-    other.join()
-    assert other.exitcode == 0
+    mp.spawn(step, args=(str(tmp_path),), nprocs=2)  # one that dies ends the other, and is an error here
     refusal, state = torch.load(tmp_path / "state", weights_only=True)
     assert "SyncBatchNorm expected input tensor to be on" in refusal  # PyTorch's own error, not unsynchronised numbers
     whole = build(momentum=1.0)
