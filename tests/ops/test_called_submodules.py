@@ -302,6 +302,24 @@ def test_the_called_form_of_squeeze_excite_is_its_fused_form(impl, residual, act
         torch.testing.assert_close(called, fused, **tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residual", [False, True])
+def test_autocast_leaves_the_maps_of_the_called_form_in_their_dtype(dtype, of_x, residual):
+    torch.manual_seed(0)
+    module = SqueezeExcite(8, 2)
+    x = (1e5 * draw(2, 8, 5, 3)).to(of_x)  # more than float16 has
+    x = x - x.mean((2, 3), keepdim=True)
+    options = {"residual": draw(2, 8, 5, 3) if residual else None}
+    with torch.autocast("cpu", dtype):
+        fused = module(x, **options)
+        module.fc2.register_forward_hook(lambda m, args, out: None)
+        called = module(x, **options)
+    assert called.dtype == fused.dtype == (torch.float32 if residual else of_x)
+    assert called.isfinite().all()
+    torch.testing.assert_close(called, fused, rtol=0.1, atol=100.0)
+
+
 def test_the_called_form_checks_what_the_operator_checks():
     module = SqueezeExcite(8, 2)
     module.fc1.register_forward_hook(lambda m, args, out: None)

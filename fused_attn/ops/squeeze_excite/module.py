@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import dispatch
 from ..layer_attention import weighted_layer_sum
 from ..plain import is_plain, why_not_plain
 from . import library, reference
@@ -102,12 +103,15 @@ class SqueezeExcite(nn.Module):
         if residual is not None and residual.shape != x.shape:
             expected = f"(B, C, H, W)={tuple(x.shape)}"
             raise ValueError(f"residual must have shape {expected}, got {tuple(residual.shape)}")
-        scales = self.scales(x, result, result_share=result_share).to(x.dtype)
+        scales = self.scales(x, result, result_share=result_share)
+        x, residual, scales = dispatch.autocast_maps((x, residual), scales)
+        scales = scales.to(x.dtype)
         weights, maps = [scales], [x]
         if residual is not None:
             weights.append(torch.ones_like(scales))
             maps.append(residual)
-        out = weighted_layer_sum(torch.stack(weights, dim=-1), maps, impl=self.impl)
+        with dispatch.without_autocast(x):
+            out = weighted_layer_sum(torch.stack(weights, dim=-1), maps, impl=self.impl)
         return out if activation is None else out.relu()
 
     def scales(self, x: Tensor, result: Tensor | None = None, *, result_share: Tensor | None = None) -> Tensor:
