@@ -232,6 +232,14 @@ def test_every_hook_runs(name):
     assert all(paths == ran["forward"] for paths in ran.values())
 
 
+def test_hooks_of_layers_that_need_no_projection_run():
+    module, seen = LayerAttention([4, 6], key_dim=3), []
+    for projection in module.projections:
+        projection.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+    module([draw(3, 4), draw(3, 6)])
+    assert seen == [4, 6]
+
+
 @modules
 def test_hooks_for_all_modules_run(name):
     module, call = build(name)

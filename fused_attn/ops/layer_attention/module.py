@@ -106,6 +106,7 @@ class LayerAttention(nn.Module):
     def _widen(self, x: Tensor, projection: nn.Module) -> Tensor:
         if not isinstance(projection, nn.Identity):  # a linear layer, or what was put in its place
             return projection(x.movedim(1, -1)).movedim(-1, 1)
+        x = projection(x)  # hooks on it run
         missing = self.channels[-1] - x.shape[1]
         return F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x
 
