@@ -156,6 +156,15 @@ def test_value_that_got_a_gradient_after_it_was_appended(late):
     assert_same(*results)
 
 
+def test_passes_without_gradients_of_the_values_leave_nothing_behind():
+    call = draw(2)
+    cache = LayerCache()
+    loss = network(cache, call, torch.tanh)
+    for _ in range(3):
+        torch.autograd.grad(loss, call[0], retain_graph=True)
+    assert not any(layer.buffer.sums for layer in cache._layers)
+
+
 def test_backward_pass_inside_another():
     """A hook that differentiates the same graph while a pass is half way through it."""
     results = []

@@ -168,7 +168,11 @@ class _Buffer:
         return self.sums.get(_running_pass())
 
     def set(self, total: Tensor) -> None:
-        self.sums[_running_pass()] = total
+        running = _running_pass()
+        if running not in self.sums:
+            # Nobody takes the sum in a pass that is not asked for a gradient of the value.
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self.sums.pop(running, None))
+        self.sums[running] = total
 
     def take(self) -> Tensor | None:
         return self.sums.pop(_running_pass(), None)
