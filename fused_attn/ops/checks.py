@@ -48,8 +48,33 @@ def _check_number_tensor(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be a number, got a tensor of dtype {value.dtype}")
     if value.is_meta:
         raise TypeError(f"{name} must be a number, got a tensor on the meta device")
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
-        raise TypeError(f"{name} must be a number, got a tensor with a forward-mode tangent, which would be lost")
+    if forward_ad._current_level >= 0:
+        if forward_ad.unpack_dual(value).tangent is not None:
+            raise _lost(name)
+        if not torch.compiler.is_compiling():
+            _without_tangent(value, name)
+
+
+def _lost(name: str) -> TypeError:
+    return TypeError(f"{name} must be a number, got a tensor with a forward-mode tangent, which would be lost")
+
+
+# An operator, as nested function transforms bring one to all their levels: a tensor shows the tangent of the innermost
+# level alone.
+_LIBRARY = torch.library.Library("fused_attn", "FRAGMENT")
+_LIBRARY.define("without_tangent(Tensor value, str name) -> Tensor")
+_without_tangent = torch.ops.fused_attn.without_tangent.default
+
+
+def _refuse_tangent(keyset, value: Tensor, name: str) -> Tensor:
+    if torch._VF._unpack_dual(value, level=0)[1] is not None:
+        raise _lost(name)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _without_tangent.redispatch(keyset & torch._C._after_autograd_keyset, value, name)
+
+
+_LIBRARY.impl("without_tangent", _refuse_tangent, "Autograd", with_keyset=True)
+_LIBRARY.impl("without_tangent", lambda value, name: value.clone(), "CompositeExplicitAutograd")
 
 
 def tensor(name: str, value: object) -> None:

@@ -147,6 +147,27 @@ def test_a_tensor_with_a_tangent_is_refused():
             transform(lambda x: x * checks.number("scale", x))(torch.tensor(0.5))
 
 
+@pytest.mark.parametrize(
+    "inner",
+    [
+        torch.func.grad,
+        lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[1],
+        lambda f: lambda x: torch.func.vmap(f)(torch.stack([x, x])).sum(),
+    ],
+)
+def test_a_tangent_of_an_outer_transform_is_refused(inner):
+    def function(scale):
+        return inner(lambda x: x * x * checks.number("scale", scale))(torch.tensor(3.0))
+
+    one = torch.tensor(1.0)
+    with pytest.raises(TypeError, match="scale must be a number, got a tensor with a forward-mode tangent"):
+        torch.func.jvp(function, (torch.tensor(0.5),), (one,))
+    # A constant among the levels, and one that was taken out of the derivative, are numbers.
+    tangent = torch.func.jvp(lambda x: x * function(torch.tensor(0.5)), (one,), (one,))[1]
+    torch.testing.assert_close(tangent, function(torch.tensor(0.5)))
+    assert torch.func.jvp(lambda scale: function(scale.detach()), (torch.tensor(0.5),), (one,))[1] == 0
+
+
 #: values of n; no other dimension has one of them, or it would be taken for dynamic together with it
 SIZES = (11, 13, 17)
 
