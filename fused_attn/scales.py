@@ -124,7 +124,9 @@ def _of_run(folder: Path, config: ScalesConfig) -> dict[str, Tensor]:
     network = build_network(trained, dataset)
     weights.load(network, weights.read(file, "runs"), file, "runs")
     order = torch.randperm(len(dataset.test), generator=torch.Generator().manual_seed(config.seed))
-    chosen = dataset.test[order[: config.images]]
+    (chosen,) = data.in_memory([dataset.test[order[: config.images]]])
+    if not len(chosen):
+        raise TrainError(f"images: none of the {config.images} that were drawn could be read")
     _, normalize = augment.build(trained, dataset)
     try:
         return deviations(network, normalize(chosen.images.float() / 255.0))

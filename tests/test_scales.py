@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from fused_attn import cli, create_model
 from fused_attn.scales import deviations
@@ -74,3 +75,19 @@ def test_what_cannot_be_is_said_in_one_line(runs, tmp_path, capsys, arguments, m
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert re.search(message, error)
+
+
+def test_images_that_the_run_passed_over(tmp_path):
+    for split, count in (("train", 3), ("val", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            for number in range(count):
+                color = (80 * number, 9, 100 if name == "cat" else 0)
+                Image.new("RGB", (9, 9), color).save(tmp_path / "set" / split / name / f"{number}.png")
+    (tmp_path / "set/val/cat/1.png").write_bytes(b"damaged")
+    data = ["--dataset", "imagefolder", "--data-dir", str(tmp_path / "set"), "--image-size", "8", "--skip-unreadable"]
+    options = ["--batch-size", "4", "--max-steps", "1", "--threads", "1", "--model-options", "width=8"]
+    run, out = tmp_path / "run", tmp_path / "scales"
+    assert cli.main(["train", "--model", "se_resnet34", *data, *options, "--out", str(run)]) == 0
+    assert cli.main(["scales", str(run), "--images", "4", "--out", str(out)]) == 0
+    assert {len(row["deviations"]) for row in json.loads((out / "scales.json").read_text())["rows"]} == {3}
