@@ -46,9 +46,16 @@ def test_saves_the_maps_and_nothing_else_of_their_size():
     assert maps == {arguments[1].data_ptr(), arguments[3].data_ptr()}
 
 
-def test_autocast():
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert gated_shortcut(*inputs(dtype=torch.float32)).dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast(dtype):
+    gate, value, weight, shortcut = (x.detach() for x in inputs(dtype=torch.float32))
+    shortcut *= 1e6  # more than float16 has
+    with torch.autocast("cpu", dtype=dtype):
+        out = gated_shortcut(gate, value.to(dtype), weight, shortcut)
+        plain = gate.repeat_interleave(2, 1)[..., None, None] * value + weight[:, None, None] * shortcut
+        torch.testing.assert_close(out, plain, rtol=1e-5, atol=1.0)
+        low = gated_shortcut(gate, value.to(dtype), weight, (shortcut * 1e-6).to(dtype))
+    assert (out.dtype, low.dtype) == (torch.float32, dtype)
 
 
 def test_empty_batch():

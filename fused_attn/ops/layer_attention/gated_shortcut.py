@@ -26,7 +26,8 @@ def gated_shortcut(gate: Tensor, value: Tensor, weight: Tensor, shortcut: Tensor
         TypeError: an argument is not a tensor, or not of a floating-point dtype.
         ValueError: shapes, dtypes or devices do not fit, or ``impl`` is unknown.
 
-    Gradients reach all four.  Under autocast the inputs are cast to its dtype, as in :func:`weighted_layer_sum`.
+    Gradients reach all four.  Under autocast the maps keep their dtype, the wider one of value and shortcut, as in the
+    products and the sum element by element; gate and weight are cast to it.
 
     Source: Fang et al. 2023, "Cross-Layer Retrospective Retrieving via Layer Attention", MRLA-light: with
     gate = sigmoid(scale * query.key) of the current layer, one step of the recurrence over layers.
@@ -45,7 +46,7 @@ def gated_shortcut(gate: Tensor, value: Tensor, weight: Tensor, shortcut: Tensor
         raise ValueError(f"weight must have shape (C,)=({channels},), got {tuple(weight.shape)}")
     if shortcut.shape != value.shape:
         raise ValueError(f"shortcut must have the shape of value, {tuple(value.shape)}, got {tuple(shortcut.shape)}")
-    gate, value, weight, shortcut = dispatch.autocast(gate, value, weight, shortcut)
+    value, shortcut, gate, weight = dispatch.autocast_maps((value, shortcut), gate, weight)
     for name, tensor in (("value", value), ("weight", weight), ("shortcut", shortcut)):
         if tensor.dtype != gate.dtype:
             raise ValueError(f"{name} must have the dtype of gate, {gate.dtype}, got {tensor.dtype}")
@@ -54,4 +55,5 @@ def gated_shortcut(gate: Tensor, value: Tensor, weight: Tensor, shortcut: Tensor
     # Two layers with a weight per channel: small weights, and one pass over the maps.
     gate = gate.repeat_interleave(channels // gate.shape[1], dim=1)
     weights = torch.stack((gate, weight.expand(batch, channels)), dim=-1)
-    return weighted_layer_sum(weights, [value, shortcut], impl=impl)
+    with dispatch.without_autocast(value):
+        return weighted_layer_sum(weights, [value, shortcut], impl=impl)
