@@ -162,7 +162,8 @@ class TrainConfig:
         # Accelerate rescales the loss after each optimizer's step: the second would divide by another scale.
         two = self.separate_attention
         _check(not two or self.mixed_precision != "fp16", "mixed_precision", "no or bf16 with two optimizers", "fp16")
-        _check(not self.nesterov or self.momentum > 0, "momentum", "above 0 with nesterov", self.momentum)
+        nesterov = self.nesterov and "sgd" in (self.optimizer, self.attention_optimizer)
+        _check(not nesterov or self.momentum > 0, "momentum", "above 0 with nesterov", self.momentum)
         rising = all(one < other for one, other in zip(self.milestones, self.milestones[1:], strict=False))
         _check(rising, "milestones", "in rising order", self.milestones)
         self.parsed_model_options()

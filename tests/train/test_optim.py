@@ -170,3 +170,11 @@ def test_recipe_of_result_attention():
     assert learning_rate(recipe, 0, 10) < learning_rate(recipe, 5, 10) < 0.1
     assert (recipe.batch_size, recipe.momentum, recipe.nesterov, recipe.weight_decay) == (128, 0.9, True, 5e-4)
     assert (recipe.crop_padding, recipe.flip, recipe.rotate, recipe.aux_weights) == (4, True, 15.0, (0.4, 0.4))
+
+
+def test_momentum_of_zero_concerns_sgd_alone(tmp_path):
+    settings = {"model": "sa_resnet20", "dataset": "synthetic", "out": tmp_path, "momentum": 0.0}
+    assert TrainConfig(**settings, optimizer="adam", attention_lr=0.1).momentum == 0
+    for optimizers in ({"optimizer": "sgd"}, {"optimizer": "adam", "attention_optimizer": "sgd"}):
+        with pytest.raises(TrainError, match=r"momentum must be above 0 with nesterov, got 0\.0"):
+            TrainConfig(**settings, **optimizers)
