@@ -63,7 +63,7 @@ def main() -> int:
     for spec in SPECS:
         if options.op and spec.name not in options.op:
             continue
-        samples = [sample for sample in spec.samples if sample.small] if small else list(spec.shapes)
+        samples = [sample for sample in spec.samples if sample.small] if small else list(spec.gpu_shapes or spec.shapes)
         for sample in samples[: options.limit]:
             for dtype in dtypes:
                 start = time.perf_counter()

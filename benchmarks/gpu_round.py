@@ -3,10 +3,12 @@
     python benchmarks/gpu_round.py [--slice NAME] [--out DIR] [--budget SECONDS] [--data DIR] [--dry-run]
 
 Needs torch 2.11 or later and Triton; what else a step needs and does not find, the step says, and is "not run".  Every
-step has a time limit, a log and a result file, and a failing one does not stop the others.  A step with a result is
-not run again, so that a round that was cut short goes on where it stopped: ``--retry`` runs what failed once more.
-``--budget`` ends after so many seconds; the step that it cuts short is run again by the next call.  ``--dry-run`` goes
-through the round where there is no GPU: Triton's interpreter, few and tiny cases.
+step has a time limit, a log and a result file, and a failing one does not stop the others.  The steps come in the
+order of their worth; those that time nothing run several at once.  A step with a result is not run again, so that a
+round that was cut short goes on where it stopped: ``--retry`` runs what failed once more.  Only the setup is repeated
+every time: the machine may be another.  ``--budget`` ends after so many seconds; the step that it cuts short is run
+again by the next call.  ``--dry-run`` goes through the round where there is no GPU: Triton's interpreter, few and tiny
+cases.
 
 Writes summary.json, summary.md, machine.json, and NAME.log and NAME.json of every step.  Exit status: 0, 1 when a
 step failed, 3 when steps are left for the next call.
@@ -15,7 +17,9 @@ step failed, 3 when steps are left for the next call.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -25,13 +29,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import gpu_setup
 
 ROOT = gpu_setup.ROOT
-SLICES = ("setup", "tests", "sanitizer", "bench", "networks", "train")
+SLICES = ("setup", "tests", "memcheck", "bench", "networks", "train", "thorough")
 #: No step is longer, so that a slice of ten minutes holds at least one.
 LONGEST = 540
 #: With less left of the budget, no longer step is started.
@@ -54,6 +59,8 @@ class Step:
     environment: Mapping[str, str] = field(default_factory=dict)
     #: why it is not run in this round
     reason: str | None = None
+    #: whether it runs beside its neighbours that do so too: it times nothing
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,8 @@ def kernels() -> tuple[str, ...]:
 
 
 def steps(plan: Round) -> list[Step]:
-    """All steps in order."""
-    makers = (_setup, _tests, _sanitizer, _bench, _networks, _train)
+    """All steps, those worth most first."""
+    makers = (_setup, _tests, _memcheck, _bench, _networks, _train, _thorough)
     return [step for maker in makers for step in maker(plan)]
 
 
@@ -92,31 +99,37 @@ def _python(*arguments: object) -> tuple[str, ...]:
     return (sys.executable, *map(str, arguments))
 
 
-def _pytest(*arguments: object) -> tuple[str, ...]:
-    return _python("-m", "pytest", "-vv", "--durations=10", *arguments)
-
-
 def _setup(plan: Round) -> Iterator[Step]:
     script = ROOT / "benchmarks" / "gpu_setup.py"
     build = ("--no-build",) if plan.dry else ()
-    yield Step("install", "setup", _python(script, "install", plan.out, *build), LONGEST)
+    yield Step("install", "setup", _python(script, "install", plan.out, *build), 240)
     yield Step("environment", "setup", _python(script, "environment", plan.out), 120, needs=("torch",))
 
 
 def _tests(plan: Round) -> Iterator[Step]:
     needs = ("pytest", "hypothesis", "pytest_timeout", "triton")
-    workers = () if plan.dry or importlib.util.find_spec("xdist") is None else ("-n", "6")
-    contract = ROOT / "tests" / "test_op_contract.py"
-    for op in plan.ops:
-        chosen = f"{op}-triton or {op}-cuda"
-        if plan.dry:  # the interpreter takes seconds for one small case
-            chosen = f"({chosen}) and test_explicit_implementation_runs_its_own_operators"
-        command = _pytest(*workers, contract, "-k", chosen)
-        yield Step(f"tests-{op}", "tests", command, LONGEST, needs)
-    reason = "there is no GPU" if plan.dry else None
-    # By file: others import what the machine may lack.
+    parallel = not plan.dry and importlib.util.find_spec("xdist") is not None
+
+    def pytest(workers: int, *arguments: object) -> tuple[str, ...]:
+        several = ("-n", min(workers, os.cpu_count() or 1), "--dist", "worksteal") if parallel else ()
+        return _python("-m", "pytest", "-p", "gpu_failures", "--tb=short", "--durations=25", *several, *arguments)
+
+    def failures(name: str) -> dict[str, str]:
+        return {
+            "FAILURES": str(plan.out / f"{name}.failures"),
+            "PYTHONPATH": os.pathsep.join((gpu_setup.search_path(plan.out), str(Path(__file__).parent))),
+        }
+
+    chosen = "triton or cuda"
+    if plan.dry:  # the interpreter takes seconds for one small case
+        chosen = f"({chosen}) and test_explicit_implementation_runs_its_own_operators"
+    contract = pytest(14, ROOT / "tests" / "test_op_contract.py", "-k", chosen)
+    yield Step("tests", "tests", contract, 420, needs, environment=failures("tests"))
+    # By file: others import what the machine may lack.  Few at once: the float64 references are large.
     files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
-    yield Step("tests-gpu", "tests", _pytest("-m", "gpu", *files), LONGEST, needs, reason=reason)
+    reason = "there is no GPU" if plan.dry else None
+    on_gpu = pytest(4, "-m", "gpu", *files)
+    yield Step("tests-gpu", "tests", on_gpu, 300, needs, environment=failures("tests-gpu"), reason=reason)
 
 
 def _cases(plan: Round, shapes: str, *arguments: object) -> tuple[str, ...]:
@@ -124,40 +137,43 @@ def _cases(plan: Round, shapes: str, *arguments: object) -> tuple[str, ...]:
     return _python(ROOT / "benchmarks" / "gpu_cases.py", shapes, "--device", plan.device, *limit, *arguments)
 
 
-def _sanitizer(plan: Round) -> Iterator[Step]:
-    yield Step("cases-small", "sanitizer", _cases(plan, "small"), 300, ("triton",))
+def _sanitized(plan: Round, tool: str, slice: str, limit: int, *arguments: object) -> Iterator[Step]:
+    # Of the other two tools' kernels, only ours; what PyTorch's write has to be seen by initcheck.
     ours = tuple(argument for name in kernels() for argument in ("--kernel-name", f"kns={name}"))
-    options = {
-        "memcheck": ("--report-api-errors", "no", *ours),
-        "racecheck": ours,
-        "initcheck": (),  # what PyTorch's kernels write has to be seen too
-    }
+    options = {"memcheck": ("--report-api-errors", "no", *ours), "racecheck": ours, "initcheck": ()}[tool]
     # Blocks that PyTorch keeps would hide accesses past their end.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for tool, chosen in options.items():
-        for op in plan.ops:
-            command = ("--tool", tool, "--error-exitcode", "9", *chosen, *_cases(plan, "small", "--op", op))
-            yield Step(f"{tool}-{op}", "sanitizer", command, 270, ("triton",), "compute-sanitizer", environment)
+    for op in plan.ops:
+        command = ("--tool", tool, "--error-exitcode", "9", *options, *_cases(plan, "small", "--op", op, *arguments))
+        name = f"{tool}-{op}"
+        yield Step(name, slice, command, limit, ("triton",), "compute-sanitizer", environment, beside=True)
+
+
+def _memcheck(plan: Round) -> Iterator[Step]:
+    yield Step("cases-small", "memcheck", _cases(plan, "small"), 180, ("triton",), beside=True)
+    yield from _sanitized(plan, "memcheck", "memcheck", 180, *(() if plan.dry else ("--limit", 4)))
 
 
 _BENCH_NEEDS = ("tyro", "tqdm", "rich", "matplotlib")
 
 
-def _bench(plan: Round) -> Iterator[Step]:
+def _ops_bench(plan: Round, dtype: str, slice: str, limit: int, *options: str) -> Iterator[Step]:
     for op, smallest in plan.ops.items():
-        for dtype in ("bf16", "fp32"):
-            name = f"bench-{op}-{dtype}"
-            command = _python("-m", "fused_attn.cli", "bench", op, "--device", plan.device, "--dtype", dtype)
-            command += ("--out", str(plan.out / name))
-            if plan.dry:
-                command += ("--shape", smallest, "--providers", "reference", "--seconds", "0.1")
-                command += ("--no-growth", "--no-memory")
-            yield Step(name, "bench", command, LONGEST, _BENCH_NEEDS)
-    for op in plan.ops:
-        only = ("--kernel-name", f"regex:^({'|'.join(kernels())})$")
-        metrics = ("--section", "SpeedOfLight", "--clock-control", "none", "--launch-count", "40", "--page", "details")
-        command = (*metrics, *only, *_cases(plan, "benchmark", "--op", op))
-        yield Step(f"ncu-{op}", "bench", command, 270, ("triton",), "ncu")
+        name = f"bench-{op}-{dtype}"
+        command = _python("-m", "fused_attn.cli", "bench", op, "--device", plan.device, "--dtype", dtype, *options)
+        command += ("--out", str(plan.out / name))
+        if plan.dry:
+            command += ("--shape", smallest, "--providers", "reference", "--seconds", "0.1", "--no-memory")
+        yield Step(name, slice, command, limit, _BENCH_NEEDS)
+
+
+def _bench(plan: Round) -> Iterator[Step]:
+    # What is compiled here, several ops at once, is found in the compilers' caches when it is timed.
+    for step in _ops_bench(plan, "bf16", "bench", 240, "--no-growth", "--no-memory", "--seconds", "0.01"):
+        out = str(plan.out / step.name)
+        command = tuple(f"{out}-compiled" if word == out else word for word in step.command)
+        yield replace(step, name=f"{step.name}-compiled", command=command, beside=True)
+    yield from _ops_bench(plan, "bf16", "bench", 240, "--no-growth", "--seconds", "3")
 
 
 def _networks(plan: Round) -> Iterator[Step]:
@@ -166,7 +182,7 @@ def _networks(plan: Round) -> Iterator[Step]:
         command += ("--model", "aa_wrn_10_1", "--batch-size", "2", "--coverage", "none", "--seconds", "0.1")
     else:
         command += ("--dtype", "bf16")
-    yield Step("networks", "networks", (*command, "--out", str(plan.out / "networks")), LONGEST, _BENCH_NEEDS)
+    yield Step("networks", "networks", (*command, "--out", str(plan.out / "networks")), 300, _BENCH_NEEDS)
 
 
 def _train(plan: Round) -> Iterator[Step]:
@@ -189,7 +205,22 @@ def _train(plan: Round) -> Iterator[Step]:
     yield Step("train", "train", command, LONGEST, needs, reason=reason)
 
 
+def _thorough(plan: Round) -> Iterator[Step]:
+    for op in plan.ops:
+        only = ("--kernel-name", f"regex:^({'|'.join(kernels())})$")
+        metrics = ("--section", "SpeedOfLight", "--clock-control", "none", "--launch-count", "40", "--page", "details")
+        command = (*metrics, *only, *_cases(plan, "benchmark", "--op", op))
+        yield Step(f"ncu-{op}", "thorough", command, 270, ("triton",), "ncu")
+    yield from _ops_bench(plan, "fp32", "thorough", LONGEST)
+    for tool in ("racecheck", "initcheck"):
+        yield from _sanitized(plan, tool, "thorough", 270)
+
+
 # --- running ----------------------------------------------------------------------------------------------------------
+
+
+#: Processes of the steps that run now; each leads a group.
+running: set[subprocess.Popen] = set()
 
 
 def unmet(step: Step, environment: Mapping[str, str]) -> str | None:
@@ -231,7 +262,9 @@ def run(step: Step, plan: Round, limit: float) -> dict[str, object]:
             process = subprocess.Popen(
                 command, cwd=plan.out, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
+            running.add(process)
             status = _finish(process, limit)
+            running.discard(process)
         outcome = "timed out" if status is None else "failed" if status else "passed"
         result |= {
             "outcome": outcome,
@@ -304,29 +337,38 @@ def summarise(plan: Round, every: list[Step]) -> dict[str, object]:
 
 def go(plan: Round, every: list[Step], chosen: list[Step], budget: float, retry: bool) -> int:
     """Run what has no result yet; the exit status."""
-    end = time.monotonic() + budget
+    start = time.monotonic()
     again = ("failed", "timed out", "not run") if retry else ()
-    left = []
+    pending = []
     for step in chosen:
         path = plan.out / f"{step.name}.json"
-        if path.exists() and json.loads(path.read_text())["outcome"] not in again:
-            continue
-        path.unlink(missing_ok=True)
-        limit = min(step.limit, end - time.monotonic())
+        if step.slice == "setup" or not path.exists() or json.loads(path.read_text())["outcome"] in again:
+            path.unlink(missing_ok=True)
+            pending.append(step)
+    left: list[str] = []
+
+    def attempt(step: Step) -> None:
+        limit = min(step.limit, start + budget - time.monotonic())
         if limit < min(step.limit, WORTHWHILE):
             left.append(step.name)
-            continue
+            return
         print(f"{step.name} ...", flush=True)
         result = run(step, plan, limit)
         if result["outcome"] == "timed out" and limit < step.limit:
             print(f"{step.name}: cut short by the budget after {limit:.0f} s", flush=True)
             left.append(step.name)
-            continue
-        _write(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+            return
+        _write(plan.out / f"{step.name}.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
         print(f"{step.name}: {result['outcome']} {result['reason'] or ''} {result.get('seconds', '')}", flush=True)
-        summarise(plan, every)
+
+    for (_, beside), group in itertools.groupby(pending, lambda step: (step.slice, step.beside)):
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2) if beside else 1) as pool:
+            for _ in pool.map(attempt, group):
+                summarise(plan, every)
     summary = summarise(plan, every)
     print((plan.out / "summary.md").read_text())
+    of_budget = f" of {budget:.0f}" if budget < float("inf") else ""
+    print(f"spent {time.monotonic() - start:.0f} s{of_budget}")
     names = {step.name for step in chosen}
     outcomes = {result["outcome"] for result in summary["steps"] if result["name"] in names}
     if outcomes & {"failed", "timed out"}:
@@ -335,6 +377,14 @@ def go(plan: Round, every: list[Step], chosen: list[Step], budget: float, retry:
         print(f"left for the next call: {', '.join(left)}")
         return 3
     return 0
+
+
+def stop(*_: object) -> None:
+    """End what runs, and this process: for a signal from outside."""
+    for process in tuple(running):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    os._exit(128 + signal.SIGTERM)
 
 
 def find_ops() -> dict[str, str]:
@@ -358,10 +408,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--retry", action="store_true", help="run again what failed or was not run")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(arguments)
-    # Ended from outside, it ends what it started.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    if options.budget < LONGEST:
-        parser.error(f"--budget must be at least {LONGEST}, the longest step, got {options.budget:g}")
+    signal.signal(signal.SIGTERM, stop)
+    if options.budget < WORTHWHILE:
+        parser.error(f"--budget must be at least {WORTHWHILE} seconds, got {options.budget:g}")
     data = options.data.resolve() if options.data else None
     plan = Round(options.out.resolve(), find_ops(), options.dry_run, data)
     every = steps(plan)

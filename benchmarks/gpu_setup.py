@@ -38,9 +38,8 @@ def search_path(out: Path) -> str:
 
 
 def install(out: Path, *, build: bool = True) -> None:
-    """The wheels of ``wheels/`` and the newest wheel of this package in ``dist/``; else a build in place; else nothing.
-
-    Without ``build`` what was built before is used.
+    """The wheels of ``wheels/`` and the newest wheel of this package in ``dist/``; else what was built in place before;
+    else, with ``build``, a build in place; else nothing.
 
     Raises:
         SystemExit: the wheel was built from other sources, does not install, or the sources do not build.
@@ -52,6 +51,7 @@ def install(out: Path, *, build: bool = True) -> None:
     if carried:
         _pip(site, *carried)
     own = sorted(ROOT.glob("dist/fused_attn-*.whl"), key=lambda path: path.stat().st_mtime)
+    built = bool(list((ROOT / "fused_attn").glob("_C*.so")))
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
     if own:
         changed = differing(own[-1])
@@ -59,6 +59,8 @@ def install(out: Path, *, build: bool = True) -> None:
             raise SystemExit(f"{own[-1].name} was built from other sources: {', '.join(changed)}")
         _pip(site, own[-1])
         how = f"installed {own[-1].name}"
+    elif built:
+        how = "used as it is, built before"
     elif compiler and build:
         environment = {**os.environ, "FUSED_ATTN_REQUIRE_EXTENSION": "1"}
         subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=environment, check=True)

@@ -102,12 +102,63 @@ def test_steps_fit_into_ten_minutes_and_cover_every_op_and_tool(tmp_path):
     assert max(s.limit for s in every) <= gpu_round.LONGEST < 600
     assert "rel_attention_2d" in plan.ops
     for op in plan.ops:
-        expected = {"tests", "memcheck", "racecheck", "initcheck", "ncu"}
+        expected = {"memcheck", "racecheck", "initcheck", "ncu"}
         assert {f"{kind}-{op}" for kind in expected} | {f"bench-{op}-bf16", f"bench-{op}-fp32"} <= set(names)
+        assert names.index(f"memcheck-{op}") < names.index(f"bench-{op}-bf16") < names.index(f"racecheck-{op}")
+    assert names.index("tests") < names.index("tests-gpu") < names.index("cases-small")
+    # What is timed has the machine to itself.
+    assert not any(
+        s.beside for s in every if s.name.startswith(("bench", "networks", "train", "ncu")) and "compiled" not in s.name
+    )
     assert "rel_attention_fwd_kernel" in gpu_round.kernels()
     assert str(ROOT / "tests" / "test_gpu.py") in next(s.command for s in every if s.name == "tests-gpu")
     without_data = gpu_round.steps(gpu_round.Round(tmp_path, {}))
     assert "no data" in next(s.reason for s in without_data if s.name == "train")
+
+
+def test_steps_beside_each_other_run_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_round.os, "cpu_count", lambda: 4)
+    plan = gpu_round.Round(tmp_path, {})
+    meet = "import pathlib as p, sys, time; m, o = (p.Path(a) for a in sys.argv[1:]); m.touch(); t = time.time()\n"
+    meet += "while not o.exists(): time.sleep(0.05); assert time.time() - t < 15"
+    paths = [str(tmp_path / name) for name in ("mark1", "mark2")]
+    every = [
+        gpu_round.Step(name, "memcheck", (sys.executable, "-c", meet, *order), 20, beside=True)
+        for name, order in (("one", paths), ("two", paths[::-1]))
+    ]
+    assert gpu_round.go(plan, every, every, float("inf"), retry=False) == 0
+
+
+def test_setup_is_done_again_in_every_call(tmp_path):
+    plan = gpu_round.Round(tmp_path, {})
+    setup = gpu_round.Step("install", "setup", (sys.executable, "-c", "print(1)"), 20)
+    assert gpu_round.go(plan, [setup], [setup], float("inf"), retry=False) == 0
+    (tmp_path / "install.log").unlink()
+    assert gpu_round.go(plan, [setup], [setup], float("inf"), retry=False) == 0
+    assert (tmp_path / "install.log").read_text() == "1\n"
+
+
+def test_failures_are_kept_of_a_run_that_is_cut_short(tmp_path):
+    test = tmp_path / "test_it.py"
+    test.write_text("import os\n\ndef test_bad():\n    assert 1 == 2\n\ndef test_end():\n    os._exit(3)\n")
+    failures = tmp_path / "failures"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks"), "FAILURES": str(failures)}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "gpu_failures",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        str(test),
+    ]
+    assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True).returncode == 3
+    assert "test_it.py::test_bad" in failures.read_text()
+    assert "assert 1 == 2" in failures.read_text()
 
 
 def test_wheel_of_other_sources_is_refused(tmp_path):
@@ -132,7 +183,7 @@ def test_missing_dependencies_are_named(monkeypatch):
 
 
 def test_dry_run(tmp_path):
-    command = [sys.executable, "benchmarks/gpu_round.py", "--dry-run", "--slice", "sanitizer", "--out", str(tmp_path)]
+    command = [sys.executable, "benchmarks/gpu_round.py", "--dry-run", "--slice", "memcheck", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # All that starts no test, training or benchmark; the tools are not there, or find no GPU.
     only = ["--step", "cases-small", "--step", "memcheck-rel_attention_2d"]

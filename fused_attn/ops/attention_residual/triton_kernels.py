@@ -11,6 +11,8 @@ partial sum per program.
 import triton
 import triton.language as tl
 
+from ..triton_math import exp_nonpositive, reciprocal
+
 
 @triton.jit
 def _load_rows(ptr, strides, outer, inner, columns, mask):
@@ -84,18 +86,18 @@ def attention_residual_fwd_kernel(
             if layer + 1 < count:
                 following = _load_rows(value_ptrs[layer + 1], value_strides[layer + 1], outer, inner, columns, mask)
         if layer < count:
-            inverse_rms = 1.0 / tl.sqrt_rn(tl.sum(value * value, 1) / D + eps)
+            inverse_rms = reciprocal(tl.sqrt_rn(tl.div_rn(tl.sum(value * value, 1), D * 1.0) + eps))
             logit = tl.sum(value * score, 1) * inverse_rms * unit
             tl.store(statistics_ptr + 2 * layer, logit, mask=live)
             tl.store(statistics_ptr + 2 * layer + 1, inverse_rms, mask=live)
 
             larger = tl.maximum(maximum, logit)
             shift = _finite_shift(larger)
-            rescale, weight = tl.exp(maximum - shift), tl.exp(logit - shift)
+            rescale, weight = exp_nonpositive(maximum - shift), exp_nonpositive(logit - shift)
             acc = acc * rescale[:, None] + weight[:, None] * value
             total = total * rescale + weight
             maximum = larger
-    out = acc / total[:, None]
+    out = acc * reciprocal(total)[:, None]
     tl.store(out_ptr + row[:, None] * D + columns[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -144,7 +146,7 @@ def attention_residual_bwd_kernel(
         present = live[:, None] & (layers < count)[None, :]
         logits = tl.load(statistics[:, None] + 2 * layers[None, :], mask=present, other=float("-inf"))
         shift = _finite_shift(tl.max(logits, 1))
-        total = tl.where(live, tl.sum(tl.exp(logits - shift[:, None]), 1), 1.0)
+        inverse_total = reciprocal(tl.where(live, tl.sum(exp_nonpositive(logits - shift[:, None]), 1), 1.0))
         delta = tl.zeros((BLOCK_T,), tl.float32)
         for layer in tl.static_range(COUNT):
             value = following.to(tl.float32)
@@ -153,17 +155,17 @@ def attention_residual_bwd_kernel(
                     following = _load_rows(value_ptrs[layer + 1], value_strides[layer + 1], outer, inner, columns, mask)
             if layer < count:
                 logit = tl.load(statistics + 2 * layer, mask=live, other=0.0)
-                delta += tl.exp(logit - shift) / total * tl.sum(grad * value, 1)
+                delta += exp_nonpositive(logit - shift) * inverse_total * tl.sum(grad * value, 1)
 
         for layer in tl.static_range(COUNT):
             if layer < count:
                 value = _load_rows(value_ptrs[layer], value_strides[layer], outer, inner, columns, mask).to(tl.float32)
                 logit = tl.load(statistics + 2 * layer, mask=live, other=0.0)
                 inverse_rms = tl.load(statistics + 2 * layer + 1, mask=live, other=0.0)
-                weight = tl.exp(logit - shift) / total
+                weight = exp_nonpositive(logit - shift) * inverse_total
                 scaled = weight * (tl.sum(grad * value, 1) - delta) * inverse_rms
                 grad_value = weight[:, None] * grad + scaled[:, None] * score
-                grad_value -= (scaled * logit * inverse_rms / D)[:, None] * value
+                grad_value -= tl.div_rn(scaled * logit * inverse_rms, D * 1.0)[:, None] * value
                 grad_score += scaled[:, None] * value
                 pointer = grad_value_ptrs[layer]
                 tl.store(pointer + offset, grad_value.to(pointer.dtype.element_ty), mask=mask)

@@ -42,9 +42,13 @@ class Launch(NamedTuple):
 
 
 def _tile(depth: int, elements_per_thread: int) -> tuple[int, int, int]:
-    """(tokens, padded depth, warps) of a tile: whole rows, at least 1,024 numbers."""
+    """(tokens, padded depth, warps) of a tile: whole rows, at least 1,024 numbers, but not square.
+
+    Triton 3.6 does not compile the forward kernel for a tile of 32 x 32 by one warp and three values or more: a layout
+    conversion that it moves up leaves the branch that defines its operand.
+    """
     block_d = max(16, triton.next_power_of_2(depth))
-    block_t = max(1, 1024 // block_d)
+    block_t = 64 if block_d == 32 else max(1, 1024 // block_d)
     warps = max(1, min(16, block_t * block_d // (32 * elements_per_thread)))
     return block_t, block_d, warps
 
@@ -171,6 +175,7 @@ _COMPILE_SHAPES = {
     "L 9, D 1024": (9, 8192, 1024, torch.bfloat16),
     "L 24, D 384": (24, 12544, 384, torch.float16),
     "L 1, D 20": (1, 8192, 20, torch.bfloat16),
+    "L 4, D 20, float32": (4, 8192, 20, torch.float32),
 }
 
 COMPILE_NOTES = """

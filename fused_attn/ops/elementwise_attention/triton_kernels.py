@@ -11,6 +11,8 @@ triton_launch.py adds them up in a fixed order.
 import triton
 import triton.language as tl
 
+from ..triton_math import reciprocal, softmax_exp
+
 
 @triton.jit
 def _int64(x):
@@ -60,17 +62,19 @@ def _statistics(row_stats_ptr, col_stats_ptr, plane, y, x, height, width):
 
 
 @triton.jit
-def _softmaxes(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width):
+def _softmaxes(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width, EXACT: tl.constexpr):
     """Row and column softmax of a tile from the statistics."""
     row_max, row_sum, col_max, col_sum = _statistics(row_stats_ptr, col_stats_ptr, plane, y, x, height, width)
-    return tl.exp(row_logit - row_max) * (1.0 / row_sum), tl.exp(col_logit - col_max) * (1.0 / col_sum)
+    row = softmax_exp(row_logit - row_max, EXACT) * reciprocal(row_sum)
+    return row, softmax_exp(col_logit - col_max, EXACT) * reciprocal(col_sum)
 
 
 @triton.jit
-def _product(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width):
+def _product(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width, EXACT: tl.constexpr):
     """Their product, with one exponential."""
     row_max, row_sum, col_max, col_sum = _statistics(row_stats_ptr, col_stats_ptr, plane, y, x, height, width)
-    return tl.exp((row_logit - row_max) + (col_logit - col_max)) * ((1.0 / row_sum) * (1.0 / col_sum))
+    both = softmax_exp((row_logit - row_max) + (col_logit - col_max), EXACT)
+    return both * (reciprocal(row_sum) * reciprocal(col_sum))
 
 
 @triton.jit
@@ -99,6 +103,7 @@ def row_col_stats_kernel(
     WHOLE: the columns are finished; ``out`` or ``moments`` (plane, 2) are written where they are not None.  Otherwise
     ``col_stats`` is (chunk, plane, 2, width) and holds maximum and sum of the tile.
     """
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     chunk, plane, image, head, channel = _position(chunks, heads, channels)
     y = chunk * ROWS + tl.arange(0, ROWS)
     row_max = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -112,17 +117,17 @@ def row_col_stats_kernel(
             x_ptr, row_ptr, col_ptr, x_strides, row_strides, col_strides, image, head, channel, y, x, inside
         )
         new_max = tl.maximum(row_max, tl.max(row_logit, 1))
-        e_row = tl.exp(row_logit - _finite(new_max)[:, None])
-        row_sum = row_sum * tl.exp(row_max - _finite(new_max)) + tl.sum(e_row, 1)
+        e_row = softmax_exp(row_logit - _finite(new_max)[:, None], EXACT)
+        row_sum = row_sum * softmax_exp(row_max - _finite(new_max), EXACT) + tl.sum(e_row, 1)
         row_max = new_max
         col_max = tl.max(col_logit, 0)
-        e_col = tl.exp(col_logit - _finite(col_max)[None, :])
+        e_col = softmax_exp(col_logit - _finite(col_max)[None, :], EXACT)
         col_sum = tl.sum(e_col, 0)
         tl.store(cols + x, col_max, mask=x < width)
         tl.store(cols + width + x, col_sum, mask=x < width)
         if WHOLE:
             # One tile to the plane.  A row or column of -inf alone has a sum of 0: 0 / 0, as in the reference.
-            product = e_row * (1.0 / row_sum)[:, None] * (e_col * (1.0 / col_sum)[None, :])
+            product = e_row * reciprocal(row_sum)[:, None] * (e_col * reciprocal(col_sum)[None, :])
             if out_ptr is not None:
                 at = plane * height * width + y.to(tl.int64)[:, None] * width + x[None, :]
                 tl.store(out_ptr + at, product.to(out_ptr.dtype.element_ty), mask=inside)
@@ -142,6 +147,7 @@ def row_col_moments_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Moments (plane, chunk, 2) of the product, for planes of several tiles."""
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     chunk, plane, image, head, channel = _position(chunks, heads, channels)
     y = chunk * ROWS + tl.arange(0, ROWS)
     first, second = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
@@ -151,7 +157,7 @@ def row_col_moments_kernel(
         _, _, _, row_logit, col_logit = _inputs(
             x_ptr, row_ptr, col_ptr, x_strides, row_strides, col_strides, image, head, channel, y, x, inside
         )
-        product = _product(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width)
+        product = _product(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width, EXACT)
         first, second = _add_moments(product, inside, shift, first, second)
     at = moments_ptr + (plane * chunks + chunk) * 2
     tl.store(at, tl.sum(first, 0))
@@ -165,6 +171,7 @@ def row_col_output_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The product of the softmaxes; normalised and times x where there is a mean."""
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     chunk, plane, image, head, channel = _position(chunks, heads, channels)
     y = chunk * ROWS + tl.arange(0, ROWS)
     for start in tl.range(0, width, COLUMNS):
@@ -173,7 +180,7 @@ def row_col_output_kernel(
         value, _, _, row_logit, col_logit = _inputs(
             x_ptr, row_ptr, col_ptr, x_strides, row_strides, col_strides, image, head, channel, y, x, inside
         )
-        out = _product(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width)
+        out = _product(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width, EXACT)
         if mean_ptr is not None:
             at = head * channels + channel
             out = (out - tl.load(mean_ptr + at)) * tl.load(scale_ptr + at) * value
@@ -194,6 +201,7 @@ def row_col_grad_moments_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Moments (plane, chunk, 2): sums of grad_out * x and of grad_out * x * (product - mean)."""
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     chunk, plane, image, head, channel = _position(chunks, heads, channels)
     y = chunk * ROWS + tl.arange(0, ROWS)
     mean = tl.load(mean_ptr + head * channels + channel)
@@ -205,7 +213,7 @@ def row_col_grad_moments_kernel(
         value, _, _, row_logit, col_logit = _inputs(
             x_ptr, row_ptr, col_ptr, x_strides, row_strides, col_strides, image, head, channel, y, x, inside
         )
-        product = _product(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width)
+        product = _product(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width, EXACT)
         d = value * _grad_out(grad_out_ptr, grad_out_strides, image, head, channel, y, x, inside)
         first += d
         second += tl.where(inside, d * (product - mean), 0.0)
@@ -233,6 +241,7 @@ def row_col_sums_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Sums of probability times its gradient: of rows (plane, height), of columns of a tile (chunk, plane, width)."""
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     chunk, plane, image, head, channel = _position(chunks, heads, channels)
     y = chunk * ROWS + tl.arange(0, ROWS)
     sums = tl.zeros((ROWS,), tl.float32)
@@ -242,7 +251,7 @@ def row_col_sums_kernel(
         value, _, _, row_logit, col_logit = _inputs(
             x_ptr, row_ptr, col_ptr, x_strides, row_strides, col_strides, image, head, channel, y, x, inside
         )
-        row, col = _softmaxes(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width)
+        row, col = _softmaxes(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width, EXACT)
         grad = _grad_out(grad_out_ptr, grad_out_strides, image, head, channel, y, x, inside)
         at = head * channels + channel
         d = _grad_product(grad, value, row * col, mean_ptr, scale_ptr, grad_mean_ptr, grad_var_ptr, at)
@@ -260,10 +269,11 @@ def _gradients(
     y, x, inside, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the row and of the column logits of a tile; values and gradient of x."""
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     value, weight_row, weight_col, row_logit, col_logit = _inputs(
         x_ptr, row_ptr, col_ptr, x_strides, row_strides, col_strides, image, head, channel, y, x, inside
     )
-    row, col = _softmaxes(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width)
+    row, col = _softmaxes(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width, EXACT)
     grad = _grad_out(grad_out_ptr, grad_out_strides, image, head, channel, y, x, inside)
     at = head * channels + channel
     product = row * col

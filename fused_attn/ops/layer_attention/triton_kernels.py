@@ -15,6 +15,8 @@ adds them in a fixed order.
 import triton
 import triton.language as tl
 
+from ..triton_math import exp_nonpositive, reciprocal
+
 # A value of its own for every one of these would compile the kernels again for every number of layers.
 _LAYER_COUNTS = ["layers", "first", "all_layers"]
 
@@ -190,11 +192,12 @@ def layer_weights_fwd_kernel(
     live = lanes < first + layers
     if LAST:
         if SIGMOID:
-            scores = 1.0 / (1.0 + tl.exp(-scores))
+            small = exp_nonpositive(-tl.abs(scores))
+            scores = tl.where(scores < 0.0, small, 1.0) * reciprocal(1.0 + small)
         else:
             scores = tl.where(live, scores, float("-inf"))
-            weights = tl.where(live, tl.exp(scores - tl.max(scores)), 0.0)
-            scores = weights / tl.sum(weights)
+            weights = tl.where(live, exp_nonpositive(scores - tl.max(scores)), 0.0)
+            scores = weights * reciprocal(tl.sum(weights))
     tl.store(weight_ptrs, scores, mask=live)
 
 

@@ -1,8 +1,8 @@
 """Triton kernels of attention with decomposed (row + column) logits: forward, dQ pass, dK/dV pass.
 
 ``logits[q, k] = scale*q.k + row_scale*row[q, yk] + col_scale*col[q, xk]``.  Tensors are (B, heads, H, W, depth) with
-any strides; addresses are 64-bit.  The three scales come multiplied by log2(e) (except in float32), so that each weight
-is one base-2 exponential.
+any strides; addresses are 64-bit.  A weight is e**(logit - maximum).  Scales that hold log2(e) would save a product per
+score, but make infinities, and NaN, of terms near the largest finite number, as masks are.
 
 A key tile is ROWS rows by BLOCK_W columns of the key grid.  While the loop walks down the rows of one column strip, the
 column logits of the query tile stay in registers and a row logit is one number per (query, row).  Padding of the key
@@ -15,6 +15,8 @@ No atomics: the dQ pass owns query rows, the dK/dV pass owns key tiles, every el
 import triton
 import triton.language as tl
 
+from ..triton_math import reciprocal, softmax_exp
+
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -25,27 +27,6 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
         # The interpreter multiplies the bit patterns of bfloat16; products of two are exact in float32.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
     return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _exp2(x, EXACT: tl.constexpr):
-    """2**x; e**x if EXACT, where rounding log2(e) into a scale would cost float32 about an ulp per unit of logit."""
-    if EXACT:
-        x = x * 1.4426950408889634
-    return tl.math.exp2(x)
-
-
-@triton.jit
-def _term(term, scale):
-    """Row or column logits times ``scale``, which holds log2(e) in 16 bits.
-
-    That would make -inf of the least finite bfloat16, and zeros, not the mean of the values, of a query with every key
-    masked by it: it stays finite.  The last product only tells it from -inf.
-    """
-    scaled = term.to(tl.float32) * scale
-    if term.dtype == tl.bfloat16:
-        scaled = tl.maximum(scaled, -3.4028234663852886e38) + term.to(tl.float32) * 1e-30
-    return scaled
 
 
 @triton.jit
@@ -104,14 +85,14 @@ def _keep(key0, key1, column, threshold):
 
 @triton.jit
 def _normaliser(statistics_ptr, query, live):
-    """(a, b) such that a softmax weight is exp2(logit - a) * b; 0 for a masked query.
+    """(a, b) such that a softmax weight is e**(logit - a) * b; 0 for a masked query.
 
     Two numbers, not a log-sum-exp: its rounding error would be that of a whole row of float32 weights, and the sum
     would vanish in it beside a large maximum (a query with every key at -1e9).
     """
     maximum = tl.load(statistics_ptr + 2 * query, mask=live, other=0.0)
     total = tl.load(statistics_ptr + 2 * query + 1, mask=live, other=0.0)
-    return tl.where(total == 0.0, float("inf"), maximum), tl.where(total == 0.0, 0.0, 1.0 / total)
+    return tl.where(total == 0.0, float("inf"), maximum), tl.where(total == 0.0, 0.0, reciprocal(total))
 
 
 @triton.jit
@@ -203,7 +184,7 @@ def rel_attention_fwd_kernel(
         if col_ptr is not None:
             col_mask = live_m[:, None] & live_w[None, :]
             col = tl.load(col_ptrs + _int64(x0) * col_strides[4], mask=col_mask, other=float("-inf"))
-            col = _term(col, col_scale)
+            col = col.to(tl.float32) * col_scale
         elif HAS_COL:
             col = tl.where(live_w, 0.0, float("-inf"))[None, :]
         for y0 in range(0, key_height, ROWS):
@@ -227,7 +208,7 @@ def rel_attention_fwd_kernel(
             if row_ptr is not None:
                 row_mask = live_m[:, None] & live_r[None, :]
                 row = tl.load(row_ptrs + _int64(y0) * row_strides[4], mask=row_mask, other=float("-inf"))
-                s += _term(row, row_scale)[:, :, None]
+                s += (row.to(tl.float32) * row_scale)[:, :, None]
             elif HAS_ROW:
                 s += tl.where(live_r, 0.0, float("-inf"))[None, :, None]
 
@@ -237,8 +218,8 @@ def rel_attention_fwd_kernel(
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
             # Of whole logits: a row logit less the maximum, which costs nothing per score, is not what a logit that
             # rounds to the row's is less the maximum, and may leave a score of any size in the exponent.
-            p = _exp2(s - shift[:, None], EXACT)
-            alpha = _exp2(m_i - shift, EXACT)
+            p = softmax_exp(s - shift[:, None], EXACT)
+            alpha = softmax_exp(m_i - shift, EXACT)
             m_i = m_new
             acc *= alpha[:, None]
             if not ONES_COLUMN:
@@ -251,7 +232,7 @@ def rel_attention_fwd_kernel(
     if ONES_COLUMN:
         l_i = tl.sum(tl.where((d_v == D_V)[None, :], acc, 0.0), 1)
     shift = tl.where(m_i == float("-inf"), 0.0, m_i)
-    out = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+    out = acc * reciprocal(tl.where(l_i == 0.0, 1.0, l_i))[:, None]
     o_ptrs = _plane(out_ptr, batch, head, out_strides, 1) + _offsets(y_m, x_m, d_v, out_strides, 1)
     tl.store(o_ptrs, out.to(out_ptr.dtype.element_ty), mask=live_m[:, None] & live_v)
     tl.store(statistics_ptr + 2 * (plane * queries + m), shift, mask=live_m)
@@ -384,7 +365,7 @@ def rel_attention_bwd_dq_kernel(
         if col_ptr is not None:
             col_mask = live_m[:, None] & live_w[None, :]
             col = tl.load(col_ptrs + _int64(x0) * col_strides[4], mask=col_mask, other=float("-inf"))
-            col = _term(col, col_scale)
+            col = col.to(tl.float32) * col_scale
             d_col = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
         elif HAS_COL:
             col = tl.where(live_w, 0.0, float("-inf"))[None, :]
@@ -408,11 +389,13 @@ def rel_attention_bwd_dq_kernel(
                 row_mask = live_m[:, None] & live_r[None, :]
                 if row_ptr is not None:
                     row = tl.load(row_ptrs + _int64(y0) * row_strides[4], mask=row_mask, other=float("-inf"))
-                    row = _term(row, row_scale)
+                    row = row.to(tl.float32) * row_scale
                 else:
                     row = tl.where(live_r, 0.0, float("-inf"))[None, :]
                 s += row[:, :, None]
-            p = _exp2(s - maximum[:, None, None], EXACT)  # times inverse_sum: the sums over keys are multiplied by it
+            p = softmax_exp(
+                s - maximum[:, None, None], EXACT
+            )  # times inverse_sum: the sums over keys are multiplied by it
 
             dp = _dot(do_block, tl.trans(v_block), None, PRECISION)
             if seed_ptr is not None:
@@ -429,7 +412,12 @@ def rel_attention_bwd_dq_kernel(
                     row_shift = _int64(y0) * grad_row_strides[4] + _int64(x0 // BLOCK_W) * grad_row_strides[5]
                     tl.store(grad_row_ptrs + row_shift, d_row.to(grad_row_ptr.dtype.element_ty), mask=row_mask)
                 ds = tl.reshape(ds, (BLOCK_M, BLOCK_N)).to(k_block.dtype)
-                dq = _dot(ds, k_block, dq, PRECISION)
+                if EXACT:
+                    # A sum of its own for every tile, as one chain of additions over all tiles rounds more than
+                    # float32 results may; the factor keeps the compiler from making one of them.
+                    dq += _dot(ds, k_block, None, PRECISION) * inverse_sum[:, None]
+                else:
+                    dq = _dot(ds, k_block, dq, PRECISION)
         if (col_ptr is not None) and (not DELTA_ONLY):
             d_col = (d_col * (inverse_sum * grad_col_scale)[:, None]).to(grad_col_ptr.dtype.element_ty)
             tl.store(grad_col_ptrs + _int64(x0) * grad_col_strides[4], d_col, mask=col_mask)
@@ -439,7 +427,7 @@ def rel_attention_bwd_dq_kernel(
     else:
         dq_ptrs = _plane(grad_query_ptr, batch, head, grad_query_strides, 1)
         dq_ptrs += _offsets(y_m, x_m, d_k, grad_query_strides, 1)
-        dq *= (inverse_sum * grad_scale)[:, None]
+        dq *= grad_scale if EXACT else (inverse_sum * grad_scale)[:, None]
         tl.store(dq_ptrs, dq.to(grad_query_ptr.dtype.element_ty), mask=live_m[:, None] & live_k)
 
 
@@ -554,12 +542,12 @@ def rel_attention_bwd_dkv_kernel(
             if col_ptr is not None:
                 col_mask = live_w & live_m[None, :]
                 col = tl.load(col_ptr + _shift(y0, x0, col_strides, COL_ALIGN) + col_offsets, mask=col_mask, other=0.0)
-                s += _term(col, col_scale)[None, :, :]
+                s += (col.to(tl.float32) * col_scale)[None, :, :]
             if row_ptr is not None:
                 row_mask = live_r & live_m[None, :]
                 row = tl.load(row_ptr + _shift(y0, x0, row_strides, ROW_ALIGN) + row_offsets, mask=row_mask, other=0.0)
-                s += _term(row, row_scale)[:, None, :]
-            p = _exp2(s - maximum[None, None, :], EXACT) * inverse_sum[None, None, :]
+                s += (row.to(tl.float32) * row_scale)[:, None, :]
+            p = softmax_exp(s - maximum[None, None, :], EXACT) * inverse_sum[None, None, :]
             p = tl.reshape(p, (BLOCK_N, BLOCK_M))
 
             dp = _dot(v_block, tl.trans(do_block), None, PRECISION)

@@ -19,8 +19,6 @@ from . import triton_kernels
 from .library import _allocate_backward, _allocate_forward
 from .relative_logits import relative_logits, relative_logits_backward
 
-_LOG2_E = math.log2(math.e)
-
 
 class Tile(NamedTuple):
     """Launch parameters of one kernel: queries per tile, keys per tile (aimed at), warps, pipeline stages."""
@@ -157,7 +155,6 @@ def _common(query, key, value, row, col, scale, row_scale, col_scale, dropout_p,
     heads, height, width, d_k = query.shape[1:]
     block_dk, block_dv = _depth_block(d_k), _depth_block(value.shape[4])
     rows, columns = key_tile(tile.block_n, *key.shape[2:4])
-    base = 1.0 if query.dtype == torch.float32 else _LOG2_E
     return {
         "query_ptr": query,
         "key_ptr": key,
@@ -175,9 +172,9 @@ def _common(query, key, value, row, col, scale, row_scale, col_scale, dropout_p,
         "query_width": width,
         "key_height": key.shape[2],
         "key_width": key.shape[3],
-        "scale": scale * base,
-        "row_scale": row_scale * base,
-        "col_scale": col_scale * base,
+        "scale": scale,
+        "row_scale": row_scale,
+        "col_scale": col_scale,
         "threshold": threshold(dropout_p),
         "keep_scale": 1.0 / (1.0 - dropout_p),
         "D_K": d_k,
@@ -425,14 +422,15 @@ COMPILE_NOTES = """
 Instructions per score that no formulation of the loop avoids, for d_k=20, d_v=2 in bfloat16 (tensor products run
 beside them):
 
-- forward 5.5: scale and column logit (1 FMA), row logit (1), maximum (1), subtraction (1), exponential (1), half a
+- forward 6.5: scale and column logit (1 FMA), row logit (1), maximum (1), subtraction (1), exponential (2), half a
   conversion.  Row logit less maximum could be one number per row, but not for logits of which one rounds the other
-  away, as masks do.  The row sum is a column of ones in the padding of the values and costs none.  What remains in the
-  loop loads the key tile and builds that column.
-- dQ pass 8.5: FMA, row logit, subtraction, exponential, subtraction of delta, product, one addition each for the row
-  and the column gradient, half a conversion.  The sum of the exponentials divides what the loop has added up.
-- dK/dV pass 8.0: FMA, row logit, subtraction, exponential, product with the inverse sum, subtraction of delta, product,
-  two half conversions.  Column logits change with every tile here, so that reading and widening them adds about 2.
+  away, as masks do; and scales that hold log2(e) would make infinities of masks.  The row sum is a column of ones in
+  the padding of the values and costs none.  What remains in the loop loads the key tile and builds that column.
+- dQ pass 9.5: FMA, row logit, subtraction, exponential (2), subtraction of delta, product, one addition each for the
+  row and the column gradient, half a conversion.  The sum of the exponentials divides what the loop has added up.
+- dK/dV pass 9.0: FMA, row logit, subtraction, exponential (2), product with the inverse sum, subtraction of delta,
+  product, two half conversions.  Column logits change with every tile here, so that reading and widening them adds
+  about 2.
 - dropout adds the hash, about 11 integer instructions.
 """
 

@@ -53,7 +53,7 @@ def squeeze_fwd_kernel(
     for start in range(0, POSITIONS, BLOCK_P):
         offsets, mask = _offsets(channel, start + tl.arange(0, BLOCK_P), CHANNELS, POSITIONS, CHANNELS_LAST)
         total += tl.load(x_ptr + offsets, mask, 0.0).to(tl.float32)
-    tl.store(z_ptr + sample * CHANNELS + channel, tl.sum(total, 1) / POSITIONS, channel < CHANNELS)
+    tl.store(z_ptr + sample * CHANNELS + channel, tl.div_rn(tl.sum(total, 1), POSITIONS * 1.0), channel < CHANNELS)
 
 
 @triton.jit
@@ -135,4 +135,4 @@ def squeeze_bwd_kernel(
     scale = tl.load(scale_ptr + sample * CHANNELS + channel, channel < CHANNELS, 0.0)
     grad_z = tl.load(grad_z_ptr + sample * CHANNELS + channel, channel < CHANNELS, 0.0)
     grad = _active(grad_out_ptr, out_ptr, base + offsets, mask)
-    tl.store(grad_x_ptr + base + offsets, grad * scale[:, None] + (grad_z / POSITIONS)[:, None], mask)
+    tl.store(grad_x_ptr + base + offsets, grad * scale[:, None] + tl.div_rn(grad_z, POSITIONS * 1.0)[:, None], mask)

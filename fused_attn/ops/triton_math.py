@@ -1,0 +1,38 @@
+"""What several ops' Triton kernels compute of one number."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def exp_nonpositive(x):
+    """e**x of a float32 x <= 0 to 3 ulp.  ``tl.exp`` rounds x * log2(e): on a GPU it loses half an ulp for every unit
+    of x besides the 2 of its instruction, and float32 gradients of a softmax show it.
+
+    x = n * log(2) + r, with n in the low bits of a number so large that its last digit is 1.  Below -88 the result is
+    0, of -inf too; NaN stays.
+    """
+    n_in_bits = tl.maximum(x, -88.0) * 1.4426950408889634 + 12583039.0  # 1.5 * 2**23 + the exponent's bias
+    n = n_in_bits - 12583039.0
+    r = x - n * 0.693359375  # 9 bits of log(2): the product is exact
+    r -= n * -2.12194440e-4
+    power = (n_in_bits.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+    return tl.math.exp2(r * 1.4426950408889634) * power
+
+
+@triton.jit
+def softmax_exp(x, EXACT: tl.constexpr):
+    """e**x of a float32 x <= 0, for what is float32 (EXACT) or rounded to 16 bits.
+
+    ``tl.exp`` takes three instructions more than a product and ``exp2``, for results that are subnormal.
+    """
+    if EXACT:
+        return exp_nonpositive(x)
+    else:
+        return tl.math.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x, rounded once: ``/`` is good to 2 ulp on a GPU."""
+    return tl.div_rn(1.0, x)
