@@ -15,12 +15,12 @@ test: $(VENV)/installed
 
 # Renders committed results; `fused-attn bench --out benchmarks/results` measures.
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/report/readme.py
 
 # A round on a GPU machine, with the interpreter and packages that are there: see benchmarks/README.md.
 OUT ?= benchmarks/gpu-round
 gpu:
-	$(PYTHON) benchmarks/gpu_round.py --out '$(OUT)' $(if $(SLICE),--slice $(SLICE)) \
+	$(PYTHON) benchmarks/gpu/gpu_round.py --out '$(OUT)' $(if $(SLICE),--slice $(SLICE)) \
 		$(if $(BUDGET),--budget $(BUDGET)) $(if $(DATA),--data '$(DATA)') $(if $(RETRY),--retry) $(if $(DRY_RUN),--dry-run)
 
 lint: $(VENV)/installed

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fused_attn.ops import SPECS
-from fused_attn.ops.contract import numeric_mismatches
+from fused_attn.testing.numerics import numeric_mismatches
 
 SPEC = {spec.name: spec for spec in SPECS}
 MASKS = ("-1e4", "-1e9", "-1e30", "finfo.min", "-inf")

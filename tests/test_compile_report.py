@@ -18,7 +18,7 @@ REPORT = json.loads((ROOT / "benchmarks" / "results" / "compile_report.json").re
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "benchmarks/compile_report.py", *arguments]
+    command = [sys.executable, "benchmarks/gpu/compile_report.py", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -26,7 +26,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 def report():
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("the interpreter replaces the kernels")
-    spec = importlib.util.spec_from_file_location("compile_report", ROOT / "benchmarks" / "compile_report.py")
+    spec = importlib.util.spec_from_file_location("compile_report", ROOT / "benchmarks" / "gpu" / "compile_report.py")
     module = importlib.util.module_from_spec(spec)
     path = list(sys.path)
     spec.loader.exec_module(module)

@@ -6,12 +6,13 @@ Every fake poses as ``impl="cpu"`` of a real spec, and is the reference with one
 import itertools
 from dataclasses import replace
 
-import contract_checks as checks
 import pytest
 import torch
 
-from fused_attn.ops.contract import Shape, _fingerprint, differentiable, mismatches, numeric_mismatches, ulp
-from fused_attn.ops.measure import find_spec
+from fused_attn.bench.measure import find_spec
+from fused_attn.ops._floor.declarations import Shape, differentiable
+from fused_attn.testing import checks
+from fused_attn.testing.numerics import _fingerprint, mismatches, numeric_mismatches, ulp
 
 SPECS = REL, BIAS = find_spec("rel_attention_2d"), find_spec("decomposed_bias_attention")
 IMPL = "cpu"
@@ -374,7 +375,7 @@ def test_partial_gradient_missing():
 
 
 def test_silent_fallback_to_the_reference():
-    own = torch.library.custom_op(
+    own = torch.op.custom_op(
         "fused_attn_test::own", lambda x: x.clone(), mutates_args=(), schema="(Tensor x) -> Tensor"
     )
     operator = torch.ops.fused_attn_test.own.default

@@ -5,7 +5,7 @@ import torch
 
 from fused_attn import decomposed_bias_attention
 from fused_attn.ops import SPECS
-from fused_attn.ops.contract import draw_grad_out, evaluate, mismatches, numeric_mismatches
+from fused_attn.testing.numerics import draw_grad_out, evaluate, mismatches, numeric_mismatches
 
 pytestmark = [
     pytest.mark.gpu,

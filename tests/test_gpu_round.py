@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / "gpu" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -142,7 +142,7 @@ def test_failures_are_kept_of_a_run_that_is_cut_short(tmp_path):
     test = tmp_path / "test_it.py"
     test.write_text("import os\n\ndef test_bad():\n    assert 1 == 2\n\ndef test_end():\n    os._exit(3)\n")
     failures = tmp_path / "failures"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks"), "FAILURES": str(failures)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks" / "gpu"), "FAILURES": str(failures)}
     environment.pop("PYTEST_XDIST_WORKER", None)
     command = [
         sys.executable,
@@ -183,7 +183,15 @@ def test_missing_dependencies_are_named(monkeypatch):
 
 
 def test_dry_run(tmp_path):
-    command = [sys.executable, "benchmarks/gpu_round.py", "--dry-run", "--slice", "memcheck", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "benchmarks/gpu/gpu_round.py",
+        "--dry-run",
+        "--slice",
+        "memcheck",
+        "--out",
+        str(tmp_path),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # All that starts no test, training or benchmark; the tools are not there, or find no GPU.
     only = ["--step", "cases-small", "--step", "memcheck-rel_attention_2d"]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fused_attn import cli, create_model
-from fused_attn.inspect import draw, trace
+from fused_attn.cli.draw_elementwise import draw, trace
 from fused_attn.train import TrainConfig, train
 
 NAMES = [
@@ -87,7 +87,7 @@ def finished(tmp_path_factory):
 def test_a_run_is_drawn_with_the_weights_that_it_ended_with_or_saved_last(finished, tmp_path, monkeypatch):
     seen = []
     original = trace
-    monkeypatch.setattr("fused_attn.inspect.trace", lambda *args: seen.append(original(*args)) or seen[-1])
+    monkeypatch.setattr("fused_attn.cli.draw_elementwise.trace", lambda *args: seen.append(original(*args)) or seen[-1])
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     config = json.loads((run / "config.json").read_text())

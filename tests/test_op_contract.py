@@ -9,7 +9,6 @@ import random
 import shutil
 from functools import partial
 
-import contract_checks as checks
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +16,8 @@ from hypothesis import strategies as st
 
 from fused_attn import _extension
 from fused_attn.ops import SPECS
-from fused_attn.ops.contract import tensors
+from fused_attn.ops._floor.declarations import tensors
+from fused_attn.testing import checks
 
 FAST = torch.float32
 #: Draws of a sample that a numerical check sees together.

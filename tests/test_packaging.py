@@ -214,7 +214,7 @@ row_col_softmax(torch.ones(1, 1, 2, 2))
 
 
 def test_info_says_how_to_get_the_kernels_and_blames_no_compiler(pure, tmp_path):
-    text = import_from(pure, tmp_path / "site", "from fused_attn.info import report; print(report())").stdout
+    text = import_from(pure, tmp_path / "site", "from fused_attn.cli.info import report; print(report())").stdout
     (line,) = (line for line in text.splitlines() if line.startswith("C++ kernels:"))
     assert line == f"C++ kernels: not available: {_extension.NOT_BUILT}"
     assert text.count("pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir SOURCE") == 1

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fused_attn import cli, create_model
-from fused_attn.scales import deviations
+from fused_attn.cli.draw_scales import deviations
 
 TRAIN = ["train", "--dataset", "digits", "--image-size", "8", "--train-images", "64", "--batch-size", "32"]
 

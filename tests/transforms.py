@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_attn.ops import SPECS
-from fused_attn.ops.contract import OpSpec, Sample, convert, differentiable, mismatches, with_tensors
+from fused_attn.ops._floor.declarations import OpSpec, Sample, convert, differentiable, with_tensors
+from fused_attn.testing.numerics import mismatches
 
 #: A function of tensors by position; its tensors; the same values for every dtype.
 Function = Callable[..., Tensor]

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from ..ops.measure import Clock
+from .measure import Clock
 
 COPY_BYTES = 2**28
 #: on a GPU; beyond its L2 cache, and enough to fill it

@@ -14,11 +14,10 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from ..ops import measure
-from ..ops.contract import OpSpec, Shape
+from ..ops._floor.declarations import OpSpec, Shape
 from ..options import check, make_folder
 from ..train.environment import describe
-from . import BenchError, report
+from . import BenchError, measure, report
 from .ceilings import measure_ceilings
 from .runner import DTYPES, Measurement, Options, provider_names
 

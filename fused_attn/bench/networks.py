@@ -20,13 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..models import create_model
-from ..ops import measure
-from ..ops.contract import mismatches
 from ..options import check, make_folder
+from ..testing.numerics import mismatches
 from ..train.checkpoint import write_text
 from ..train.environment import describe
 from ..train.json_files import dumps
-from . import BenchError
+from . import BenchError, measure
 from .report import machine
 from .runner import DTYPES, PEER_FACTOR
 

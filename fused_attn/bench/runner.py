@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import measure
-from ..ops.contract import OpSpec, Shape, convert, evaluate, mismatches
+from ..ops._floor.declarations import OpSpec, Shape, convert
+from ..testing.numerics import evaluate, mismatches
+from . import measure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Peers sum in other orders than the reference: this many times its error is still the same function.

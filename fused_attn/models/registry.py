@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..ops.dispatch import IMPLEMENTATIONS
+from ..ops._floor.dispatch import IMPLEMENTATIONS
 
 
 @dataclass(frozen=True)

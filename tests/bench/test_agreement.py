@@ -1,4 +1,4 @@
-"""``benchmarks/agreement.py`` compares the ratios of two runs."""
+"""``benchmarks/report/agreement.py`` compares the ratios of two runs."""
 
 import importlib.util
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-spec = importlib.util.spec_from_file_location("agreement", Path(__file__).parents[2] / "benchmarks/agreement.py")
+spec = importlib.util.spec_from_file_location("agreement", Path(__file__).parents[2] / "benchmarks/report/agreement.py")
 agreement = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(agreement)
 

@@ -14,7 +14,7 @@ from fused_attn import _extension, cli
 from fused_attn.bench import BenchError, command, networks, plots, report, runner
 from fused_attn.bench.ceilings import measure_ceilings
 from fused_attn.ops import SPECS, contract, measure
-from fused_attn.ops.contract import Peer
+from fused_attn.ops._floor.declarations import Peer
 
 REL = SPECS[0]
 TINY = "B=1,heads=2,H=4,W=6,d_k=4,d_v=2"
@@ -383,12 +383,12 @@ def test_networks_agree_and_are_reported(tmp_path, capsys):
 
 
 def test_a_network_with_a_wrong_op_is_noticed(monkeypatch):
-    from fused_attn.ops.rel_attention_2d import library
+    from fused_attn.ops.rel_attention_2d import op
 
     config = networks._complete(networks.NetworksConfig(model="aa_wrn_10_1", batch_size=2))
     assert networks.errors(config, "stage 3, first block") == []
-    attention = library.attention
-    monkeypatch.setattr(library, "attention", lambda *args: attention(*args) * 1.01)
+    attention = op.attention
+    monkeypatch.setattr(op, "attention", lambda *args: attention(*args) * 1.01)
     if _extension.available():
         assert networks.errors(config, "stage 3, first block")
 

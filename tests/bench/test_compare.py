@@ -12,15 +12,15 @@ from fused_attn import _extension
 ROOT = Path(__file__).parents[2]
 SLOWER = """
 import time
-from fused_attn.ops.rel_attention_2d import library
+from fused_attn.ops.rel_attention_2d import op
 
-attention = library.attention
+attention = op.attention
 
 def slower(*args):
     time.sleep(0.02)
     return attention(*args)
 
-library.attention = slower
+op.attention = slower
 """
 
 

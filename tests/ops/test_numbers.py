@@ -14,7 +14,8 @@ from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fused_attn.ops as ops
-from fused_attn.ops import LayerCache, checks
+from fused_attn.ops import LayerCache
+from fused_attn.ops._floor import checks
 
 
 def _rel(n):

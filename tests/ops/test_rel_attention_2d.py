@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from fused_attn import _extension, decomposed_bias_attention, rel_attention_2d
-from fused_attn.ops.dropout import keep_mask
-from fused_attn.ops.rel_attention_2d import library, reference
+from fused_attn.ops._floor.dropout import keep_mask
+from fused_attn.ops.rel_attention_2d import op, reference
 
 IMPLEMENTATIONS = [
     "reference",
@@ -224,8 +224,8 @@ def test_dropout_drops_single_weights_and_keeps_the_mean(impl):
 def test_auto_takes_the_kernel_where_it_can(monkeypatch):
     query, key, value = draw(*[(1, 1, 2, 3, 4)] * 3)
     ran = []
-    attention = library.attention
-    monkeypatch.setattr(library, "attention", lambda impl, *args: ran.append(impl) or attention(impl, *args))
+    attention = op.attention
+    monkeypatch.setattr(op, "attention", lambda impl, *args: ran.append(impl) or attention(impl, *args))
     rel_attention_2d(query, key, value)
     assert ran == ["cpu"]
     out = rel_attention_2d(query.double(), key.double(), value.double())

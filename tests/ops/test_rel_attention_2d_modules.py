@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_attn.modules import AttentionAugmentedConv2d, RelPosAttention2d
-from fused_attn.ops.layout import empty_like_heads
+from fused_attn.ops._floor.layout import empty_like_heads
 from fused_attn.ops.rel_attention_2d import module as module_under_test
 
 

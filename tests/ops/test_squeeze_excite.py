@@ -9,8 +9,8 @@ from torch import nn
 
 from fused_attn import _extension, squeeze_excite
 from fused_attn.modules import SqueezeExcite, result_shares
-from fused_attn.ops.contract import evaluate
-from fused_attn.ops.squeeze_excite import library, spec
+from fused_attn.ops.squeeze_excite import spec
+from fused_attn.testing.numerics import evaluate
 
 IMPLEMENTATIONS = [
     "reference",
@@ -129,11 +129,11 @@ def test_nothing_is_masked_where_out_is_nan(impl):
 
 def test_nearest_format_of_strided_maps():
     x = torch.empty(2, 3, 4, 5)
-    assert library.memory_format(x) == torch.contiguous_format
-    assert library.memory_format(x[:, :, :, ::2]) == torch.contiguous_format
+    assert op.memory_format(x) == torch.contiguous_format
+    assert op.memory_format(x[:, :, :, ::2]) == torch.contiguous_format
     last = x.contiguous(memory_format=torch.channels_last)
-    assert library.memory_format(last) == torch.channels_last
-    assert library.memory_format(last[:, 1:]) == torch.channels_last
+    assert op.memory_format(last) == torch.channels_last
+    assert op.memory_format(last[:, 1:]) == torch.channels_last
 
 
 # --- the module -----------------------------------------------------------------------------------------------------

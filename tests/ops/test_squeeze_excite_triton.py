@@ -26,7 +26,7 @@ def test_kernels_in_the_interpreter():
 def test_kernels_compile_for_sm_90_without_spills():
     pytest.importorskip("triton")
     options = ("--op", "squeeze_excite", "--arch", "sm_90", "--filter", "14x14, C 512$", "--no-write")
-    result = run("benchmarks/compile_report.py", *options, TRITON_INTERPRET="0")
+    result = run("benchmarks/gpu/compile_report.py", *options, TRITON_INTERPRET="0")
     assert result.returncode == 0, result.stdout + result.stderr
     for kernel in ("squeeze_fwd", "scale_fwd", "scale_bwd", "squeeze_bwd"):
         assert f"{kernel}_kernel" in result.stdout

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .. import checks, dispatch
-from . import library, reference
+from .._floor import checks, dispatch
+from . import op, reference
 
 
 def attention_residual(
@@ -52,11 +52,11 @@ def attention_residual(
     eps = _check(values, query, norm_weight, eps)
     *values, query, norm_weight = dispatch.autocast(*values, query, norm_weight)
     _check_dtypes(values, query, norm_weight)
-    impl = dispatch.choose("attention_residual", impl, library.IMPLEMENTATIONS, values, query)
+    impl = dispatch.choose("attention_residual", impl, op.IMPLEMENTATIONS, values, query)
     with dispatch.without_autocast(query):
         if impl == "reference":
             return reference.attention_residual(values, query, norm_weight, eps)
-        return library.attention(impl, values, query, norm_weight, eps)
+        return op.attention(impl, values, query, norm_weight, eps)
 
 
 def _check(values: object, query: object, norm_weight: object, eps: object) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import IMPLEMENTATIONS
+from .._floor.dispatch import IMPLEMENTATIONS
 from .api import attention_residual
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import BadInput, OpSpec, Sample, Shape
-from . import library
+from .._floor.declarations import BadInput, OpSpec, Sample, Shape
+from . import op
 from .api import attention_residual
 from .peers import PEERS
 
@@ -241,11 +241,11 @@ def _implementations() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
     def reason(can_run, inputs):
         return can_run(inputs["values"], inputs["query"])
 
-    return {name: partial(reason, can_run) for name, can_run in library.IMPLEMENTATIONS.items()}
+    return {name: partial(reason, can_run) for name, can_run in op.IMPLEMENTATIONS.items()}
 
 
 def _operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    """The registered operators with the arguments of one call, for ``torch.library.opcheck``."""
+    """The registered operators with the arguments of one call, for ``torch.op.opcheck``."""
     if impl == "reference":
         return ()
     values, query, norm_weight = inputs["values"], inputs["query"], inputs.get("norm_weight")

@@ -11,7 +11,7 @@ partial sum per program.
 import triton
 import triton.language as tl
 
-from ..triton_math import exp_nonpositive, reciprocal
+from .._floor.triton_math import exp_nonpositive, reciprocal
 
 
 @triton.jit

@@ -1,7 +1,7 @@
-"""Launches of the Triton kernels: tile shapes, arguments, and the two entry points of library.py.
+"""Launches of the Triton kernels: tile shapes, arguments, and the two entry points of op.py.
 
 A launch is planned as data (:class:`Launch`) from shapes and strides alone.  ``forward`` and ``backward`` run the
-plans; ``compile_cases`` gives the same plans over meta tensors to benchmarks/compile_report.py.
+plans; ``compile_cases`` gives the same plans over meta tensors to benchmarks/gpu/compile_report.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from . import triton_kernels
-from .library import _allocate_backward, _allocate_forward, rows
+from .op import _allocate_backward, _allocate_forward, rows
 
 #: Programs of the backward pass, and so partial sums of the score vector's gradient.  A fixed number: results do not
 #: depend on the device.  1,024 are several waves on any GPU, and their partial sums 1 % of what the pass reads and
@@ -142,7 +142,7 @@ def _backward_programs(values: Sequence[Tensor]) -> int:
 
 
 def forward(values, query, norm_weight, eps) -> tuple[Tensor, Tensor]:
-    """``out`` and ``statistics`` of the operator in library.py."""
+    """``out`` and ``statistics`` of the operator in op.py."""
     out, statistics = _allocate_forward(values)
     if out.numel():
         with torch.cuda.device_of(query):
@@ -151,7 +151,7 @@ def forward(values, query, norm_weight, eps) -> tuple[Tensor, Tensor]:
 
 
 def backward(grad_out, values, query, norm_weight, statistics) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The gradients of the operator in library.py."""
+    """The gradients of the operator in op.py."""
     grad_values, grad_query, grad_norm_weight = _allocate_backward(values, query, norm_weight)
     if grad_out.numel() == 0:
         return grad_values, grad_query.zero_(), grad_norm_weight.zero_()
@@ -168,7 +168,7 @@ def backward(grad_out, values, query, norm_weight, statistics) -> tuple[list[Ten
     return grad_values, grad_query, grad_norm_weight
 
 
-#: Cases of benchmarks/compile_report.py: name -> (values, tokens, D, dtype).
+#: Cases of benchmarks/gpu/compile_report.py: name -> (values, tokens, D, dtype).
 _COMPILE_SHAPES = {
     "L 9, D 7168": (9, 8192, 7168, torch.bfloat16),
     "L 9, D 7168, float32": (9, 8192, 7168, torch.float32),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import checks, dispatch
-from . import library, reference
+from .._floor import checks, dispatch
+from . import op, reference
 
 
 def row_col_softmax(
@@ -50,11 +50,11 @@ def row_col_softmax(
     x, weight_row, weight_col = dispatch.autocast_softmax(x, weight_row, weight_col)
     _check_dtypes(x, weight_row=weight_row, weight_col=weight_col)
 
-    impl = dispatch.choose("row_col_softmax", impl, library.IMPLEMENTATIONS, x)
+    impl = dispatch.choose("row_col_softmax", impl, op.IMPLEMENTATIONS, x)
     with dispatch.without_autocast(x):
         if impl == "reference":
             return reference.row_col_softmax(x, weight_row, weight_col)
-        return library.row_col_softmax(impl, x, weight_row, weight_col)
+        return op.row_col_softmax(impl, x, weight_row, weight_col)
 
 
 def elementwise_attention(
@@ -122,13 +122,13 @@ def elementwise_attention(
     x, weight_row, weight_col = dispatch.autocast_softmax(x, weight_row, weight_col)
     _check_dtypes(x, weight_row=weight_row, weight_col=weight_col)
 
-    impl = dispatch.choose("elementwise_attention", impl, library.IMPLEMENTATIONS, x)
+    impl = dispatch.choose("elementwise_attention", impl, op.IMPLEMENTATIONS, x)
     mean, var = (None, None) if training else (running_mean.detach(), running_var.detach())
     with dispatch.without_autocast(x):
         if impl == "reference":
             out, mean, var = reference.elementwise_attention(x, weight_row, weight_col, mean, var, eps)
         else:
-            out, mean, var = library.elementwise_attention(impl, x, weight_row, weight_col, mean, var, eps)
+            out, mean, var = op.elementwise_attention(impl, x, weight_row, weight_col, mean, var, eps)
     if training and running_mean is not None and values > 0:
         _update(running_mean, mean, momentum)
         _update(running_var, var * (values / (values - 1)), momentum)

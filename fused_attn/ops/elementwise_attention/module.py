@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..plain import is_plain
-from . import library
+from .._floor.plain import is_plain
+from . import op
 from .api import elementwise_attention, row_col_softmax
 
 
 def _check_impl(impl: str) -> None:
-    implementations = ("auto", *library.IMPLEMENTATIONS)
+    implementations = ("auto", *op.IMPLEMENTATIONS)
     if impl not in implementations:
         raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")
 
@@ -32,8 +32,8 @@ class ElementwiseAttention(nn.Module):
     The batch normalisation is the submodule ``norm``, a ``torch.nn.BatchNorm2d`` without affine parameters: its mode,
     momentum and statistics count, so that ``update_bn``, freezing by type and averaging of buffers find it.  The fused
     op reads it.  Where that would not be the same as calling it (``convert_sync_batchnorm``, another norm in its place,
-    hooks: :mod:`fused_attn.ops.plain`) it is called on the :func:`~fused_attn.row_col_softmax`, which is then formed.
-    State dicts in which the statistics are the module's own buffers load as well.
+    hooks: :mod:`~fused_attn.ops._floor.plain`) it is called on the :func:`~fused_attn.row_col_softmax`, which is then
+    formed.  State dicts in which the statistics are the module's own buffers load as well.
 
     Raises:
         ValueError: an argument is out of range, or the input has the wrong shape.

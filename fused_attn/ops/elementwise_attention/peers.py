@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..contract import Peer
+from .._floor.declarations import Peer
 
 
 def _softmax(inputs: Mapping[str, Any]) -> Callable[..., Tensor]:

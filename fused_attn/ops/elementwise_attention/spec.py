@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import BadInput, OpSpec, Sample, Shape, unchanged
-from . import library
+from .._floor.declarations import BadInput, OpSpec, Sample, Shape, unchanged
+from . import op
 from .api import elementwise_attention, row_col_softmax
 from .peers import ATTENTION_PEERS, SOFTMAX_PEERS
 
@@ -361,11 +361,11 @@ def _implementations() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
     def reason(can_run, inputs):
         return can_run(inputs["x"])
 
-    return {name: partial(reason, can_run) for name, can_run in library.IMPLEMENTATIONS.items()}
+    return {name: partial(reason, can_run) for name, can_run in op.IMPLEMENTATIONS.items()}
 
 
 def _operators(op: str, impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    """The registered operators with the arguments of one call, for ``torch.library.opcheck``."""
+    """The registered operators with the arguments of one call, for ``torch.op.opcheck``."""
     if impl == "reference":
         return ()
     forward = getattr(torch.ops.fused_attn, f"{op}_{impl}").default

@@ -11,7 +11,7 @@ triton_launch.py adds them up in a fixed order.
 import triton
 import triton.language as tl
 
-from ..triton_math import reciprocal, softmax_exp
+from .._floor.triton_math import reciprocal, softmax_exp
 
 
 @triton.jit

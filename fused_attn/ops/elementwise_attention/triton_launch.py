@@ -1,7 +1,7 @@
-"""Launches of the Triton kernels: tiles, arguments, and the four entry points of library.py.
+"""Launches of the Triton kernels: tiles, arguments, and the four entry points of op.py.
 
 A launch is planned as data (:class:`Launch`) from shapes and strides alone.  The entry points run the plans;
-``compile_cases`` gives the same plans over meta tensors to benchmarks/compile_report.py.
+``compile_cases`` gives the same plans over meta tensors to benchmarks/gpu/compile_report.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from . import triton_kernels as kernels
-from .library import _allocate_attention, _allocate_backward, _allocate_softmax
+from .op import _allocate_attention, _allocate_backward, _allocate_softmax
 
 #: Elements of the largest plane that one program holds, and of a tile of a larger one.
 WHOLE_PLANE = 4096
@@ -293,7 +293,7 @@ def attention_backward(grad_out, x, row, col, row_stats, col_stats, mean, var, t
 
 # --- compilation without a GPU ----------------------------------------------------------------------------------
 
-#: Cases of benchmarks/compile_report.py: name -> (batch, channels, grid, heads, dtype).
+#: Cases of benchmarks/gpu/compile_report.py: name -> (batch, channels, grid, heads, dtype).
 _COMPILE_SHAPES: dict[str, tuple] = {
     "28x28, 16 heads": (512, 1, (28, 28), 16, torch.bfloat16),
     "32x32, 3 channels": (256, 3, (32, 32), 8, torch.float16),

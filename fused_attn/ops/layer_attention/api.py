@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch
-from . import library, reference
+from .._floor import checks, dispatch
+from . import op, reference
 
 ACTIVATIONS = ("softmax", "sigmoid")
 
@@ -56,12 +56,12 @@ def layer_attention(
     "Self-Attentive Layer Aggregation", eq. 1-4 (one group).
     """
     query, keys, values, bias, scale = check(query, keys, values, scale, bias, activation)
-    impl = dispatch.choose("layer_attention", impl, library.IMPLEMENTATIONS, values)
+    impl = dispatch.choose("layer_attention", impl, op.IMPLEMENTATIONS, values)
     sigmoid = activation == "sigmoid"
     with dispatch.without_autocast(query):
         if impl == "reference":
             return reference.layer_attention(query, keys, values, bias, scale, sigmoid)
-        return library.layer_attention(impl, query, keys, values, bias, scale, sigmoid)
+        return op.layer_attention(impl, query, keys, values, bias, scale, sigmoid)
 
 
 def weighted_layer_sum(weights: Tensor, values: Sequence[Tensor], *, impl: str = "auto") -> Tensor:
@@ -86,11 +86,11 @@ def weighted_layer_sum(weights: Tensor, values: Sequence[Tensor], *, impl: str =
     if weights.dim() != 3 or weights.shape[0] != batch or weights.shape[2] != len(values):
         raise ValueError(f"weights must have shape (B, G, L)=({batch}, G, {len(values)}), got {tuple(weights.shape)}")
     _check_groups("weights", weights.shape[1], channels)
-    impl = dispatch.choose("weighted_layer_sum", impl, library.IMPLEMENTATIONS, values)
+    impl = dispatch.choose("weighted_layer_sum", impl, op.IMPLEMENTATIONS, values)
     with dispatch.without_autocast(weights):
         if impl == "reference":
             return reference.weighted_layer_sum(weights, values)
-        return library.weighted_layer_sum(impl, weights, values)
+        return op.weighted_layer_sum(impl, weights, values)
 
 
 def check(

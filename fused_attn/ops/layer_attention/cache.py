@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from .. import dispatch
-from . import library, reference
+from .._floor import dispatch
+from . import op, reference
 from .api import check, layer_attention
 
 
@@ -92,7 +92,7 @@ class LayerCache:
                 query, self.keys, self.values, scale=scale, bias=bias, activation=activation, impl=impl
             )
         query, keys, values, bias, scale = check(query, self.keys, self.values, scale, bias, activation)
-        impl = dispatch.choose("layer_attention", impl, library.IMPLEMENTATIONS, values)
+        impl = dispatch.choose("layer_attention", impl, op.IMPLEMENTATIONS, values)
         sigmoid = activation == "sigmoid"
         if impl == "reference":
             with dispatch.without_autocast(query):
@@ -237,10 +237,10 @@ class _Attend(torch.autograd.Function):
         if all(collected):
             into = [buffer.get() for buffer in buffers]
             if any(total is not None for total in into):
-                into = [library.zero_gradient(values) if total is None else total for total in into]
+                into = [op.zero_gradient(values) if total is None else total for total in into]
             else:
                 into = None
-        grad_query, grad_keys, grad_values, grad_bias = library.attention_backward(
+        grad_query, grad_keys, grad_values, grad_bias = op.attention_backward(
             impl, grad_out, query, keys, values, weights, scale, sigmoid, into
         )
         if all(collected):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch
+from .._floor import checks, dispatch
 from .api import weighted_layer_sum
 
 

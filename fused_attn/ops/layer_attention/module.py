@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dispatch import IMPLEMENTATIONS
+from .._floor.dispatch import IMPLEMENTATIONS
 from .api import layer_attention
 from .cache import LayerCache
 from .gated_shortcut import gated_shortcut

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import Peer
+from .._floor.declarations import Peer
 
 
 def _published(query, keys, values, scale=None, bias=None, activation="softmax"):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import BadInput, OpSpec, Sample, Shape, convert
-from . import library
+from .._floor.declarations import BadInput, OpSpec, Sample, Shape, convert
+from . import op
 from .api import layer_attention, weighted_layer_sum
 from .peers import ATTENTION_PEERS, SUM_PEERS
 
@@ -398,7 +398,7 @@ def _implementations() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
     def reason(can_run, inputs):
         return can_run(inputs["values"])
 
-    return {name: partial(reason, can_run) for name, can_run in library.IMPLEMENTATIONS.items()}
+    return {name: partial(reason, can_run) for name, can_run in op.IMPLEMENTATIONS.items()}
 
 
 def _detached(tensors: list[Tensor]) -> list[Tensor]:
@@ -406,7 +406,7 @@ def _detached(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _attention_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    """The registered operators with the arguments of one call, for ``torch.library.opcheck``."""
+    """The registered operators with the arguments of one call, for ``torch.op.opcheck``."""
     if impl == "reference":
         return ()
     keys, values, bias = inputs["keys"], inputs["values"], inputs.get("bias")

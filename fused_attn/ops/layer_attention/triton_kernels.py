@@ -15,7 +15,7 @@ adds them in a fixed order.
 import triton
 import triton.language as tl
 
-from ..triton_math import exp_nonpositive, reciprocal
+from .._floor.triton_math import exp_nonpositive, reciprocal
 
 # A value of its own for every one of these would compile the kernels again for every number of layers.
 _LAYER_COUNTS = ["layers", "first", "all_layers"]

@@ -1,7 +1,7 @@
-"""Launches of the Triton kernels: tile shapes, arguments, and the entry points of library.py.
+"""Launches of the Triton kernels: tile shapes, arguments, and the entry points of op.py.
 
 A launch is planned as data (:class:`Launch`) from shapes and strides alone.  The entry points run the plans;
-``compile_cases`` gives the same plans over meta tensors to benchmarks/compile_report.py.
+``compile_cases`` gives the same plans over meta tensors to benchmarks/gpu/compile_report.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from . import triton_kernels
-from .library import _empty_in_order, _in_order, _order, is_channels_last
+from .op import _empty_in_order, _in_order, _order, is_channels_last
 
 #: Most layers of one launch.  Pointers of 32 layers are 256 of the 4,096 bytes that a launch may have in arguments.
 MAX_LAYERS = 32
@@ -299,7 +299,7 @@ def plan_heads_backward(
     return launches
 
 
-# --- entry points of library.py ---------------------------------------------------------------------------------------
+# --- entry points of op.py ---------------------------------------------------------------------------------------
 
 
 def sum_forward(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
@@ -315,7 +315,7 @@ def sum_forward(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
 
 
 def attention_forward(query, keys, values, bias, scale, sigmoid) -> tuple[Tensor, Tensor]:
-    """``out`` and ``weights`` of the operator in library.py."""
+    """``out`` and ``weights`` of the operator in op.py."""
     weights = query.new_empty((*query.shape[:2], len(keys)), dtype=torch.float32)
     if weights.numel():
         with torch.cuda.device_of(query):
@@ -353,7 +353,7 @@ def sum_backward(grad_out: Tensor, weights: Tensor, values: Sequence[Tensor]) ->
 
 
 def attention_backward(grad_out, query, keys, values, weights, scale, sigmoid, into=None):
-    """The gradients of the operator in library.py; those of the values new, or added to ``into``."""
+    """The gradients of the operator in op.py; those of the values new, or added to ``into``."""
     grad_query = query.new_empty(query.shape)
     grad_keys = [key.new_empty(key.shape) for key in keys]
     grad_scores = torch.empty_like(weights)
@@ -368,7 +368,7 @@ def attention_backward(grad_out, query, keys, values, weights, scale, sigmoid, i
 
 # --- compile report ---------------------------------------------------------------------------------------------------
 
-#: Cases of benchmarks/compile_report.py: name -> (layers, channels, groups, grid, dtype, options).
+#: Cases of benchmarks/gpu/compile_report.py: name -> (layers, channels, groups, grid, dtype, options).
 _COMPILE_SHAPES: dict[str, tuple] = {
     "r50 stage 3": (6, 1024, 64, (14, 14), torch.bfloat16, {}),
     "r50 stage 3, added": (6, 1024, 64, (14, 14), torch.bfloat16, {"add": True}),

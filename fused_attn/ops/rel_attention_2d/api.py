@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch
-from . import library, reference
+from .._floor import checks, dispatch
+from . import op, reference
 
 INDEX = ("key_minus_query", "query_minus_key")
 
@@ -73,13 +73,13 @@ def rel_attention_2d(
 
     scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
     rel_scale = scale if rel_scale is None else checks.number("rel_scale", rel_scale)
-    impl = dispatch.choose("rel_attention_2d", impl, library.IMPLEMENTATIONS, query, key, value)
+    impl = dispatch.choose("rel_attention_2d", impl, op.IMPLEMENTATIONS, query, key, value)
     seed = _draw_seed(query.device) if dropout_p > 0.0 else None
     terms = query, key, value, rel_h, rel_w, scale, rel_scale
     with dispatch.without_autocast(query):
         if impl == "reference":
             return reference.rel_attention_2d(*terms, index, dropout_p, seed)
-        return library.attention(impl, *terms, index == "key_minus_query", dropout_p, seed)
+        return op.attention(impl, *terms, index == "key_minus_query", dropout_p, seed)
 
 
 def decomposed_bias_attention(
@@ -125,12 +125,12 @@ def decomposed_bias_attention(
     _check_dtypes(query, key=key, value=value, bias_h=bias_h, bias_w=bias_w)
 
     scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
-    impl = dispatch.choose("decomposed_bias_attention", impl, library.IMPLEMENTATIONS, query, key, value)
+    impl = dispatch.choose("decomposed_bias_attention", impl, op.IMPLEMENTATIONS, query, key, value)
     seed = _draw_seed(query.device) if dropout_p > 0.0 else None
     with dispatch.without_autocast(query):
         if impl == "reference":
             return reference.decomposed_bias_attention(query, key, value, bias_h, bias_w, scale, dropout_p, seed)
-        return library.attention(impl, query, key, value, bias_h, bias_w, scale, 1.0, True, dropout_p, seed)
+        return op.attention(impl, query, key, value, bias_h, bias_w, scale, 1.0, True, dropout_p, seed)
 
 
 def _draw_seed(device: torch.device) -> Tensor:

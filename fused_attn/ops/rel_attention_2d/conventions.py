@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checks, dispatch
+from .._floor import checks, dispatch
 
 
 def sam_relative_logits(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..contract import Peer
+from .._floor.declarations import Peer
 from .reference import relative_index
 
 #: Made from the inputs of a call: (query * scale, key, value, bias_h, bias_w) -> out.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..dropout import keep_mask
+from .._floor.dropout import keep_mask
 
 
 def relative_index(queries: int, keys: int, index: str, device: torch.device) -> torch.Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import BadInput, OpSpec, Sample, Shape
-from . import library
+from .._floor.declarations import BadInput, OpSpec, Sample, Shape
+from . import op
 from .api import decomposed_bias_attention, rel_attention_2d
 from .peers import BIAS_PEERS, REL_PEERS
 
@@ -540,11 +540,11 @@ def _implementations() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
     def reason(can_run, inputs):
         return can_run(inputs["query"], inputs["key"], inputs["value"])
 
-    return {name: partial(reason, can_run) for name, can_run in library.IMPLEMENTATIONS.items()}
+    return {name: partial(reason, can_run) for name, can_run in op.IMPLEMENTATIONS.items()}
 
 
 def _operators(prefix: str, impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    """The registered operators with the arguments of one call, for ``torch.library.opcheck``."""
+    """The registered operators with the arguments of one call, for ``torch.op.opcheck``."""
     if impl == "reference":
         return ()
     query, key, value = (inputs[name] for name in ("query", "key", "value"))

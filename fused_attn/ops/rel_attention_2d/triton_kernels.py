@@ -15,7 +15,7 @@ No atomics: the dQ pass owns query rows, the dK/dV pass owns key tiles, every el
 import triton
 import triton.language as tl
 
-from ..triton_math import reciprocal, softmax_exp
+from .._floor.triton_math import reciprocal, softmax_exp
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 

@@ -1,7 +1,7 @@
-"""Launches of the Triton kernels: tile shapes per architecture, arguments, and the two entry points of library.py.
+"""Launches of the Triton kernels: tile shapes per architecture, arguments, and the two entry points of op.py.
 
 A launch is planned as data (:class:`Launch`) from shapes, strides and the architecture alone.  ``forward`` and
-``backward`` run the plans; ``compile_cases`` gives the same plans over meta tensors to benchmarks/compile_report.py.
+``backward`` run the plans; ``compile_cases`` gives the same plans over meta tensors to benchmarks/gpu/compile_report.py.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..dropout import threshold
+from .._floor.dropout import threshold
 from . import triton_kernels
-from .library import _allocate_backward, _allocate_forward
+from .op import _allocate_backward, _allocate_forward
 from .relative_logits import relative_logits, relative_logits_backward
 
 
@@ -54,7 +54,7 @@ class Launch(NamedTuple):
 
 
 # Kernel -> depth bucket -> tile; the bucket is the larger padded depth of key and value.  Chosen by
-# benchmarks/compile_report.py: first no spills, then few instructions per score, then several independent thread
+# benchmarks/gpu/compile_report.py: first no spills, then few instructions per score, then several independent thread
 # blocks per multiprocessor, so that one block's exponentials cover another's products.
 _TILES_NVIDIA = {
     "forward": {32: Tile(128, 128, 8, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 1)},
@@ -279,7 +279,7 @@ def plan_backward(
     grad_out, query, key, value, row, col, out, statistics, normaliser, grads, scale, row_scale, col_scale, dropout_p,
     seed, *, arch: str,
 ) -> list[Launch]:  # fmt: skip
-    """The backward launches in order; ``grads`` as in library.py, but ``grad_row`` as in :func:`plan_backward_dq`."""
+    """The backward launches in order; ``grads`` as in op.py, but ``grad_row`` as in :func:`plan_backward_dq`."""
     grad_query, grad_key, grad_value, grad_row, grad_col = grads
     terms, factors = (grad_out, query, key, value, row, col), (scale, row_scale, col_scale, dropout_p, seed)
     launches = [
@@ -330,7 +330,7 @@ def _logits(query, term, key_length, axis, rel_scale, key_minus_query):
 
 
 def forward(query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed) -> tuple[Tensor, Tensor]:
-    """``out`` and ``statistics`` of the operator in library.py."""
+    """``out`` and ``statistics`` of the operator in op.py."""
     out, statistics = _allocate_forward(query, value)
     if key.shape[2] * key.shape[3] == 0:
         return out.zero_(), statistics.zero_()
@@ -360,7 +360,7 @@ def forward(query, key, value, row, col, scale, rel_scale, key_minus_query, drop
 def backward(
     grad_out, query, key, value, row, col, out, statistics, scale, rel_scale, key_minus_query, dropout_p, seed
 ) -> tuple[Tensor, ...]:
-    """The five gradients of the operator in library.py.  Logits of tables are computed again, not saved."""
+    """The five gradients of the operator in op.py.  Logits of tables are computed again, not saved."""
     grads = _allocate_backward(query, key, value, row, col)
     if 0 in (statistics.numel(), key.shape[2] * key.shape[3], value.shape[4]):
         for grad in grads:
@@ -400,7 +400,7 @@ def backward(
     return grads
 
 
-#: Cases of benchmarks/compile_report.py: name -> (query grid, d_k, d_v, dtype, options).
+#: Cases of benchmarks/gpu/compile_report.py: name -> (query grid, d_k, d_v, dtype, options).
 _COMPILE_SHAPES: dict[str, tuple] = {
     "aa-wrn stage 1": ((32, 32), 20, 2, torch.bfloat16, {}),
     "aa-wrn stage 2": ((16, 16), 20, 4, torch.bfloat16, {}),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import checks, dispatch
-from . import library, reference
+from .._floor import checks, dispatch
+from . import op, reference
 
 ACTIVATIONS = (None, "relu")
 
@@ -75,10 +75,10 @@ def squeeze_excite(
         result_share=result_share,
         residual=residual,
     )
-    impl = dispatch.choose("squeeze_excite", impl, library.IMPLEMENTATIONS, x)
+    impl = dispatch.choose("squeeze_excite", impl, op.IMPLEMENTATIONS, x)
     arguments = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual, activation == "relu")
     with dispatch.without_autocast(x):
-        return reference.squeeze_excite(*arguments) if impl == "reference" else library.excite(impl, *arguments)
+        return reference.squeeze_excite(*arguments) if impl == "reference" else op.excite(impl, *arguments)
 
 
 def _check_tensor(name: str, tensor: object, layout: str) -> None:

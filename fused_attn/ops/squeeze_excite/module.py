@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import dispatch
+from .._floor import dispatch
+from .._floor.plain import is_plain, why_not_plain
 from ..layer_attention import weighted_layer_sum
-from ..plain import is_plain, why_not_plain
-from . import library, reference
+from . import op, reference
 from .api import ACTIVATIONS, squeeze_excite
 
 
@@ -22,8 +22,8 @@ class SqueezeExcite(nn.Module):
     well.  With ``result_features`` the first columns of ``fc1`` belong to the result, as in the paper's eq. 4.
 
     The fused op reads the weights of the two layers.  Where that would not be the same as calling them (hooks, pruning,
-    parametrizations, adapters, quantised or sharded layers: :mod:`fused_attn.ops.plain`) they are called, between a
-    mean in PyTorch and :func:`~fused_attn.weighted_layer_sum`, of which ``impl`` then names the implementation.
+    parametrizations, adapters, quantised or sharded layers: :mod:`~fused_attn.ops._floor.plain`) they are called,
+    between a mean in PyTorch and :func:`~fused_attn.weighted_layer_sum`, of which ``impl`` then names the implementation.
 
     Args:
         channels: C of the feature map.
@@ -60,7 +60,7 @@ class SqueezeExcite(nn.Module):
             raise ValueError(f"reduction must leave a hidden channel of channels={channels}, got {reduction}")
         if result_features < 0:
             raise ValueError(f"result_features must be at least 0, got {result_features}")
-        implementations = ("auto", *library.IMPLEMENTATIONS)
+        implementations = ("auto", *op.IMPLEMENTATIONS)
         if impl not in implementations:
             raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")
         self.channels, self.reduction, self.result_features = channels, reduction, result_features

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..contract import Peer
+from .._floor.declarations import Peer
 
 
 def _finish(x: Tensor, scale: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..contract import BadInput, OpSpec, Sample, Shape, unchanged
-from . import library, reference
+from .._floor.declarations import BadInput, OpSpec, Sample, Shape, unchanged
+from . import op, reference
 from .api import squeeze_excite
 from .peers import PEERS
 
@@ -349,11 +349,11 @@ def _implementations() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
     def reason(can_run, inputs):
         return can_run(inputs["x"])
 
-    return {name: partial(reason, can_run) for name, can_run in library.IMPLEMENTATIONS.items()}
+    return {name: partial(reason, can_run) for name, can_run in op.IMPLEMENTATIONS.items()}
 
 
 def _operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    """The registered operators with the arguments of one call, for ``torch.library.opcheck``."""
+    """The registered operators with the arguments of one call, for ``torch.op.opcheck``."""
     if impl == "reference":
         return ()
     names = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "result", "result_share", "residual")

@@ -1,7 +1,7 @@
-"""Launches of the Triton kernels: tiles, arguments, the small layers between them, and the entry points of library.py.
+"""Launches of the Triton kernels: tiles, arguments, the small layers between them, and the entry points of op.py.
 
 A launch is planned as data (:class:`Launch`) from shapes and the memory format alone.  ``forward`` and ``backward`` run
-the plans; ``compile_cases`` gives the same plans over meta tensors to benchmarks/compile_report.py.
+the plans; ``compile_cases`` gives the same plans over meta tensors to benchmarks/gpu/compile_report.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from . import triton_kernels
-from .library import allocate_backward, allocate_forward, in_format, memory_format
+from .op import allocate_backward, allocate_forward, in_format, memory_format
 
 #: Elements of a tile: 16 for each thread of 4 warps, two 16-byte loads of bfloat16.
 _TILE = 2048
@@ -114,7 +114,7 @@ def _float(tensor: Tensor | None) -> Tensor | None:
 
 
 def forward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual, relu) -> tuple[Tensor, ...]:
-    """``out``, ``z``, ``hidden`` and ``scale`` of the operator in library.py."""
+    """``out``, ``z``, ``hidden`` and ``scale`` of the operator in op.py."""
     outputs = out, z, hidden, scale = allocate_forward(x, fc1_weight)
     if x.shape[0] == 0:
         return outputs
@@ -139,7 +139,7 @@ def forward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share,
 def backward(
     grad_out, x, fc1_weight, fc2_weight, result, out, z, hidden, scale, share_grad, residual_grad
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients of the operator in library.py."""
+    """The gradients of the operator in op.py."""
     grads = allocate_backward(x, fc1_weight, fc2_weight, result, share_grad, residual_grad)
     if x.shape[0] == 0:
         for grad in grads:
@@ -170,7 +170,7 @@ def backward(
     return grads
 
 
-#: Cases of benchmarks/compile_report.py: name -> (map, dtype, channels_last).
+#: Cases of benchmarks/gpu/compile_report.py: name -> (map, dtype, channels_last).
 _COMPILE_SHAPES: dict[str, tuple] = {
     "14x14, C 512": ((512, 14, 14), torch.bfloat16, False),
     "14x14, C 512, channels_last": ((512, 14, 14), torch.bfloat16, True),

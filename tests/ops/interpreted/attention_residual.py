@@ -2,12 +2,12 @@
 process of its own, because TRITON_INTERPRET is read when triton is imported.
 """
 
-import contract_checks as checks
 import numpy as np
 import pytest
 import torch
 
-from fused_attn.ops.attention_residual import library, spec, triton_launch
+from fused_attn.ops.attention_residual import spec, triton_launch
+from fused_attn.testing import checks
 
 (SPEC,) = spec.SPECS
 SAMPLES = {sample.name: sample for sample in SPEC.samples}
@@ -77,4 +77,4 @@ def test_what_the_kernels_do_not_take_is_refused():
     for values in (values_of(33, (2, 4)), values_of(1, (2, 8193)), values_of(1, (2, 4), torch.float64)):
         checks.check_refuses(SPEC, "triton", {"values": values, "query": values[0][0]})
     for values in (values_of(32, (2, 4)), values_of(1, (2, 8192))):
-        assert library.can_run_triton(values, values[0][0]) is None
+        assert op.can_run_triton(values, values[0][0]) is None

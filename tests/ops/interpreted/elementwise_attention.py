@@ -4,14 +4,15 @@ process of its own, because TRITON_INTERPRET is read when triton is imported.
 
 from functools import partial
 
-import contract_checks as checks
 import numpy as np
 import pytest
 import torch
 
-from fused_attn.ops.contract import Sample, mismatches
-from fused_attn.ops.elementwise_attention import library, reference, triton_launch
+from fused_attn.ops._floor.declarations import Sample
+from fused_attn.ops.elementwise_attention import reference, triton_launch
 from fused_attn.ops.elementwise_attention.spec import SPECS, make
+from fused_attn.testing import checks
+from fused_attn.testing.numerics import mismatches
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SPEC_OF = {spec.name: spec for spec in SPECS}
@@ -78,7 +79,7 @@ def test_half_precision(name, dtype):
 
 def test_batch_statistics_are_those_of_the_reference():
     x, row, col = (torch.randn(shape) for shape in ((5, 2, 6, 7), (3, 2, 6, 7), (3, 2, 6, 7)))
-    _, mean, var = library.elementwise_attention("triton", x, row, col, None, None, 1e-5)
+    _, mean, var = op.elementwise_attention("triton", x, row, col, None, None, 1e-5)
     _, expected_mean, expected_var = reference.elementwise_attention(
         x.double(), row.double(), col.double(), None, None, 1e-5
     )
@@ -91,7 +92,7 @@ def test_offsets_past_two_to_the_31():
     storage = torch.from_numpy(np.zeros(far + 64, dtype=np.int16)).view(BF16)
     plane = torch.randn(2, 1, 3, 4, dtype=F32).to(BF16)
     x = storage.as_strided(plane.shape, (far, 12, 4, 1)).copy_(plane)
-    got = library.row_col_softmax("triton", x, None, None)
+    got = op.row_col_softmax("triton", x, None, None)
     rounded, exact = reference.row_col_softmax(plane), reference.row_col_softmax(plane.double())
     found = mismatches(*({"out": out} for out in (got, rounded, exact)))
     assert not found, "; ".join(found)

@@ -2,13 +2,13 @@
 process of its own, because TRITON_INTERPRET is read when triton is imported.
 """
 
-import contract_checks as checks
 import numpy as np
 import pytest
 import torch
 
 from fused_attn.ops.layer_attention import LayerCache, layer_attention, triton_launch, weighted_layer_sum
 from fused_attn.ops.layer_attention.spec import SPECS, make_attention
+from fused_attn.testing import checks
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SPEC = SPECS[0]

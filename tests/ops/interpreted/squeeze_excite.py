@@ -11,10 +11,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import contract_checks as checks
-
-from fused_attn.ops.contract import Sample
+from fused_attn.ops._floor.declarations import Sample
 from fused_attn.ops.squeeze_excite import spec
+from fused_attn.testing import checks
 
 (SPEC,) = spec.SPECS
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from .. import _extension
+from ... import _extension
 
 #: Every value that ``impl=`` may take, for any op.
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "cuda")

@@ -1,6 +1,6 @@
 """A whole round on a GPU machine, with no network: install, tests, sanitizer, benchmarks, networks, training.
 
-    python benchmarks/gpu_round.py [--slice NAME] [--out DIR] [--budget SECONDS] [--data DIR] [--dry-run]
+    python benchmarks/gpu/gpu_round.py [--slice NAME] [--out DIR] [--budget SECONDS] [--data DIR] [--dry-run]
 
 Needs torch 2.11 or later and Triton; what else a step needs and does not find, the step says, and is "not run".  Every
 step has a time limit, a log and a result file, and a failing one does not stop the others.  The steps come in the
@@ -100,7 +100,7 @@ def _python(*arguments: object) -> tuple[str, ...]:
 
 
 def _setup(plan: Round) -> Iterator[Step]:
-    script = ROOT / "benchmarks" / "gpu_setup.py"
+    script = Path(__file__).with_name("gpu_setup.py")
     build = ("--no-build",) if plan.dry else ()
     yield Step("install", "setup", _python(script, "install", plan.out, *build), 240)
     yield Step("environment", "setup", _python(script, "environment", plan.out), 120, needs=("torch",))
@@ -134,7 +134,7 @@ def _tests(plan: Round) -> Iterator[Step]:
 
 def _cases(plan: Round, shapes: str, *arguments: object) -> tuple[str, ...]:
     limit = ("--limit", 1) if plan.dry else ()
-    return _python(ROOT / "benchmarks" / "gpu_cases.py", shapes, "--device", plan.device, *limit, *arguments)
+    return _python(Path(__file__).with_name("gpu_cases.py"), shapes, "--device", plan.device, *limit, *arguments)
 
 
 def _sanitized(plan: Round, tool: str, slice: str, limit: int, *arguments: object) -> Iterator[Step]:

@@ -18,20 +18,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_attn.ops import measure
-from fused_attn.ops.contract import (
+from fused_attn.ops._floor.declarations import (
     BadInput,
     OpSpec,
     Shape,
     convert,
     differentiable,
-    draw_grad_out,
-    evaluate,
     leaves,
-    mismatches,
-    numeric_mismatches,
     seed_generators,
     with_tensors,
 )
+from fused_attn.testing.numerics import draw_grad_out, evaluate, mismatches, numeric_mismatches
 
 #: What an RSS measurement is off by: code paged in, stacks of threads.
 RSS_NOISE = 4 * 2**20

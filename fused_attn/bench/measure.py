@@ -1,6 +1,6 @@
 """Time and memory of implementations and peers, for the benchmarks and the memory test.
 
-``python -m fused_attn.ops.measure OP SHAPE PROVIDER DEVICE DTYPE THREADS`` prints one memory measurement; it is what
+``python -m fused_attn.bench.measure OP SHAPE PROVIDER DEVICE DTYPE THREADS`` prints one memory measurement; it is what
 :func:`peak_memory` starts in a process of its own.
 """
 
@@ -366,7 +366,7 @@ def peak_memory(
         RuntimeError: the process failed; the text is what it printed.
     """
     arguments = [op, shape, name, device, str(dtype).removeprefix("torch."), str(threads or torch.get_num_threads())]
-    return run_child("fused_attn.ops.measure", arguments, what=f"the memory of {name} on {op}, {shape}")
+    return run_child("fused_attn.bench.measure", arguments, what=f"the memory of {name} on {op}, {shape}")
 
 
 def run_child(module: str, arguments: Sequence[str], what: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Activation memory of MRLA-ResNets beside the published formulation: results/layer_memory.{json,md}.
 
-    python benchmarks/layer_memory.py [--batch 2] [--size 224]
+    python benchmarks/report/layer_memory.py [--batch 2] [--size 224]
 
 What autograd keeps between the forward and the backward pass of one training step, and the most that the step holds,
 each network in a process of its own, in float32 on the CPU.  The published formulation concatenates keys and values of
@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 
 # Runs from a clone without installation too.
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from fused_attn import create_model
+from fused_attn.bench import measure
 from fused_attn.models import bottleneck_resnet
-from fused_attn.ops import measure
 from fused_attn.train.environment import describe
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 MIB = 2**20
 #: model -> forms of its attention: ours, and where they differ the published one
 CASES = {

@@ -10,11 +10,11 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from .modules import ElementwiseAttentionBlock
-from .options import check
-from .train import augment, data, weights
-from .train.config import TrainConfig, saved_config
-from .train.errors import TrainError
+from ..modules import ElementwiseAttentionBlock
+from ..options import check
+from ..train import augment, data, weights
+from ..train.config import TrainConfig, saved_config
+from ..train.errors import TrainError
 
 #: How a panel is coloured: values of either sign around white, shares, or as the image itself.
 COLORS = {"weights": "RdBu_r", "products": "RdBu_r", "softmax": "viridis", "values": "gray"}
@@ -63,7 +63,7 @@ def run(
     if not path.parent.is_dir() or path.is_dir():
         raise TrainError(f"out must be a file in a folder that exists, got {path}")
 
-    from .train.loop import build_network
+    from ..train.loop import build_network
 
     loaded = data.of_run(config)
     torch.manual_seed(config.seed)

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 import tyro
 
-from .bench import BenchError
-from .train.config import TrainConfig, resumed_config
-from .train.errors import NonFiniteError, TrainError
-from .train.recipes import RECIPES
+from ..bench import BenchError
+from ..train.config import TrainConfig, resumed_config
+from ..train.errors import NonFiniteError, TrainError
+from ..train.recipes import RECIPES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,8 +67,8 @@ def train(arguments: Sequence[str]) -> int:
         required = ("model", "dataset", "out")
         settings = dict.fromkeys(required, tyro.MISSING) | _recipe_settings(arguments)
     config = tyro.cli(TrainConfig, args=arguments, default=TrainConfig(**settings), prog="fused-attn train")
-    from .train.loop import shown
-    from .train.loop import train as run
+    from ..train.loop import shown
+    from ..train.loop import train as run
 
     try:
         metrics = run(config)
@@ -113,7 +113,7 @@ def _no_options() -> None:
 
 def inspect(arguments: Sequence[str]) -> int:
     """Draw what the element-wise attention layers of a run, or of a model, do to one image."""
-    from .inspect import run
+    from .draw_elementwise import run
 
     return tyro.cli(run, args=arguments, prog="fused-attn inspect")
 
@@ -131,10 +131,10 @@ def bench(arguments: Sequence[str]) -> int:
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if arguments[:1] == ["networks"]:
-            from .bench import networks
+            from ..bench import networks
 
             return networks.run(tyro.cli(networks.NetworksConfig, args=arguments[1:], prog="fused-attn bench networks"))
-        from .bench import command
+        from ..bench import command
 
         return command.run(tyro.cli(command.BenchConfig, args=arguments, prog="fused-attn bench"))
     finally:
@@ -143,7 +143,7 @@ def bench(arguments: Sequence[str]) -> int:
 
 def scales(arguments: Sequence[str]) -> int:
     """Plot how much the squeeze-excite gates of trained networks differ between channels."""
-    from .scales import ScalesConfig, run
+    from .draw_scales import ScalesConfig, run
 
     return run(tyro.cli(ScalesConfig, args=arguments, prog="fused-attn scales"))
 

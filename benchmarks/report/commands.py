@@ -1,6 +1,6 @@
 """Times the README's commands in a fresh clone, from nothing: writes results/commands.md.
 
-Run from the repository root: ``python benchmarks/commands.py``; needs a clean checkout, as it clones HEAD.
+Run from the repository root: ``python benchmarks/report/commands.py``; needs a clean checkout, as it clones HEAD.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO = "make demo (environment, build, training, comparison)"
 TEST = "make test (with the environment there)"

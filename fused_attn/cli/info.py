@@ -7,11 +7,11 @@ import textwrap
 
 import torch
 
-from . import __version__, _extension
-from .models import list_models
-from .ops import SPECS
-from .train.environment import processor, version_of
-from .train.recipes import RECIPES
+from .. import __version__, _extension
+from ..models import list_models
+from ..ops import SPECS
+from ..train.environment import processor, version_of
+from ..train.recipes import RECIPES
 
 
 def report() -> str:

@@ -11,12 +11,12 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from .modules import SqueezeExcite
-from .options import check, make_folder
-from .train.checkpoint import write_text
-from .train.environment import describe
-from .train.errors import TrainError
-from .train.json_files import dumps
+from ..modules import SqueezeExcite
+from ..options import check, make_folder
+from ..train.checkpoint import write_text
+from ..train.environment import describe
+from ..train.errors import TrainError
+from ..train.json_files import dumps
 
 _BATCH = 32
 
@@ -110,9 +110,9 @@ def run(config: ScalesConfig) -> int:
 
 
 def _of_run(folder: Path, config: ScalesConfig) -> dict[str, Tensor]:
-    from .train import augment, data, weights
-    from .train.config import saved_config
-    from .train.loop import build_network
+    from ..train import augment, data, weights
+    from ..train.config import saved_config
+    from ..train.loop import build_network
 
     changes = {} if config.data_dir is None else {"data_dir": config.data_dir}
     # The run may have been on another machine.

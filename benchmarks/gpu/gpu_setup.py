@@ -1,7 +1,7 @@
 """First two steps of a round on a GPU machine: what is installed, and what is there.  See ``gpu_round.py``.
 
-python benchmarks/gpu_setup.py install OUT [--no-build]    into OUT/site, from files carried along; no network
-python benchmarks/gpu_setup.py environment OUT             writes OUT/machine.json
+python benchmarks/gpu/gpu_setup.py install OUT [--no-build]    into OUT/site, from files carried along; no network
+python benchmarks/gpu/gpu_setup.py environment OUT             writes OUT/machine.json
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 #: Where CUDA's tools are when they are not on the path.
 CUDA_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda/bin")
 
@@ -113,7 +113,7 @@ def environment(out: Path) -> None:
     found["missing"] = [name for name, version in found["dependencies"].items() if version is None]
     (out / "machine.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     print(json.dumps(found, indent=1, allow_nan=False))
-    code = "from fused_attn.info import report; print(report())"
+    code = "from fused_attn.cli.info import report; print(report())"
     print(subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True).stdout)
 
 

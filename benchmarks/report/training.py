@@ -1,7 +1,7 @@
 """Keeps training runs that belong together: logs, curves, and a table of them, results/NAME.md.
 
 Run from the repository root (the README gives the runs' command lines):
-``python benchmarks/training.py NAME RUN [RUN ...] [--reference RUN]``.  The reference is the first run, or its first
+``python benchmarks/report/training.py NAME RUN [RUN ...] [--reference RUN]``.  The reference is the first run, or its first
 steps, repeated with ``--impl reference``.  results/NAME/paper.json, written by hand, adds what a paper reports.
 """
 
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from fused_attn.train.log import RunLog
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 KEPT = ("config.json", "log.csv", "log.jsonl", "curves.png", "metrics.json")
 
 

@@ -3,7 +3,7 @@
 Nothing is measured here, so no figure in the README can differ from its source: a block between
 ``<!-- from benchmarks/results/NAME.md -->`` and ``<!-- end -->`` is replaced by that file.
 
-Run from the repository root: ``python benchmarks/readme.py`` (``--check``: change nothing, fail if it would change the
+Run from the repository root: ``python benchmarks/report/readme.py`` (``--check``: change nothing, fail if it would change the
 README or a table).
 """
 
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 # Runs from a clone without installation too.
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from fused_attn.bench import networks, report
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- from (?P<source>benchmarks/results/\S+\.md) -->\n).*?(<!-- end -->)", re.DOTALL)
 

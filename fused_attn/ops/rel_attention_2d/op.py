@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import autograd, dispatch
-from ..layout import empty_like_heads
+from .._floor import autograd, dispatch
+from .._floor.layout import empty_like_heads
 from . import reference
 
 #: Of the public functions that share the operators, for error texts.
@@ -158,12 +158,12 @@ def _flops_backward(grad_out, query, key, value, row, col, *_, **__) -> int:
 
 def _register(impl: str, device_types: tuple[str, ...], forward, backward) -> None:
     name = f"fused_attn::rel_attention_2d_{impl}"
-    torch.library.define(name, _SCHEMA)
-    torch.library.define(f"{name}_backward", _BACKWARD_SCHEMA)
-    torch.library.impl(name, device_types, forward)
-    torch.library.impl(f"{name}_backward", device_types, backward)
-    torch.library.register_fake(name, _fake)
-    torch.library.register_fake(f"{name}_backward", _fake_backward)
+    torch.op.define(name, _SCHEMA)
+    torch.op.define(f"{name}_backward", _BACKWARD_SCHEMA)
+    torch.op.impl(name, device_types, forward)
+    torch.op.impl(f"{name}_backward", device_types, backward)
+    torch.op.register_fake(name, _fake)
+    torch.op.register_fake(f"{name}_backward", _fake_backward)
 
     operator = getattr(torch.ops.fused_attn, f"rel_attention_2d_{impl}_backward").default
     register_flop_formula(getattr(torch.ops.fused_attn, f"rel_attention_2d_{impl}"))(_flops)

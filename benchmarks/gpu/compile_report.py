@@ -1,10 +1,10 @@
 """Compile every Triton kernel in its shipped configurations, with no GPU, and tabulate what the compilers made of them.
 
-    python benchmarks/compile_report.py              every op, every target; writes results/compile_report.{md,json}
-    python benchmarks/compile_report.py --op NAME    that op only; the other ops' rows in the report stay
-    python benchmarks/compile_report.py --peers      the peers' kernels only, likewise
-    python benchmarks/compile_report.py --check      writes nothing; fails where the report says otherwise
-    python benchmarks/compile_report.py --tried      with another Triton: adds to the report whether everything compiles
+    python benchmarks/gpu/compile_report.py              every op, every target; writes results/compile_report.{md,json}
+    python benchmarks/gpu/compile_report.py --op NAME    that op only; the other ops' rows in the report stay
+    python benchmarks/gpu/compile_report.py --peers      the peers' kernels only, likewise
+    python benchmarks/gpu/compile_report.py --check      writes nothing; fails where the report says otherwise
+    python benchmarks/gpu/compile_report.py --tried      with another Triton: adds to the report whether everything compiles
 
 ``--arch``, ``--filter`` and ``--quick`` narrow any of them, ``--no-write`` prints the report instead.  For each
 kernel, case and target: registers, spills, shared memory; on NVIDIA also the instructions of the innermost loop per
@@ -30,14 +30,14 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import compile_peers
 import gpu_bounds
 import gpu_code
 import triton
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 KEY = ("op", "kernel", "case", "target")
 #: What ``--check`` compares; compilation is deterministic, so exactly.
@@ -167,7 +167,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Compile report",
         "",
-        f"Written by `python benchmarks/compile_report.py` with Triton {report['triton']}; no GPU involved.",
+        f"Written by `python benchmarks/gpu/compile_report.py` with Triton {report['triton']}; no GPU involved.",
         "",
         "- Tile: queries x (key rows x key columns); (query rows x query columns) where the loop is over queries.",
         "- Spills: local loads and stores in the code (NVIDIA), spilled registers (AMD).",

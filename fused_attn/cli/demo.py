@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from .ops import measure
-from .options import check
-from .train.checkpoint import write_text
-from .train.config import TrainConfig
-from .train.environment import describe
-from .train.errors import TrainError
-from .train.json_files import dumps
+from ..bench import measure
+from ..options import check
+from ..train.checkpoint import write_text
+from ..train.config import TrainConfig
+from ..train.environment import describe
+from ..train.errors import TrainError
+from ..train.json_files import dumps
 
 SHAPE = {"B": 8, "heads": 8, "H": 32, "W": 32, "d_k": 20, "d_v": 2}
 IMPLEMENTATIONS = {"cpu": "fused", "reference": "eager PyTorch"}
@@ -29,7 +29,7 @@ def run(out: Path | None = None, smoke: bool = False) -> int:
         smoke: a few steps on few images, no demand on the accuracy.
     """
     check("demo", run, {"out": out, "smoke": smoke}, TrainError)
-    from .train.loop import train
+    from ..train.loop import train
 
     out = out or _next_folder(Path("runs"))
     config = TrainConfig(

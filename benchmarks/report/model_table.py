@@ -20,7 +20,7 @@ import fused_attn
 
 NUM_CLASSES = 100
 IMAGE_SIZE = 32
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 #: (stages, blocks) -> what the table calls them
 COVERAGES = {
