@@ -15,6 +15,9 @@ from hypothesis import HealthCheck, settings
 # --import-mode=importlib leaves the folder of the tests off the path.
 sys.path.insert(0, str(Path(__file__).parent))
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter  # noqa: F401
+
 settings.register_profile(
     "fixed", derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
