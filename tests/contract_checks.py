@@ -11,13 +11,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import memory_server
 import torch
 import torch._dynamo.testing
 import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_attn.ops import measure
 from fused_attn.ops.contract import (
     BadInput,
     OpSpec,
@@ -327,7 +327,7 @@ def check_compiled(spec: OpSpec, impl: str, *calls: Mapping[str, Any], backend: 
 
 def check_memory(spec: OpSpec, impl: str, shape: Shape) -> None:
     """Forward and backward hold no more beyond the inputs than ``shape.memory_limit``: nothing N x N."""
-    extra = measure.peak_extra_bytes(spec.name, shape.name, impl)
+    extra = memory_server.peak_extra_bytes(spec.name, shape.name, impl)
     assert extra <= shape.memory_limit + RSS_NOISE, (
         f"{extra / 2**20:.1f} MiB beyond the inputs, the limit is {shape.memory_limit / 2**20:.1f} MiB"
     )
