@@ -47,6 +47,7 @@ def test_cpu_kernels_give_what_the_reference_gives(capability, case):
     assert not found, "\n".join(found)
 
 
+@pytest.mark.long
 def test_triton_kernels_give_what_the_reference_gives():
     pytest.importorskip("triton")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
