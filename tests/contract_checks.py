@@ -332,9 +332,14 @@ def check_compiled(spec: OpSpec, impl: str, *calls: Mapping[str, Any], backend: 
 # --- memory -----------------------------------------------------------------------------------------------------
 
 
-def check_memory(spec: OpSpec, impl: str, shape: Shape, device: str = "cpu") -> None:
-    """Forward and backward hold no more beyond the inputs than ``shape.memory_limit``: nothing N x N."""
-    extra = measure.peak_extra_bytes(spec.name, shape.name, impl, device=device)
+def check_memory(
+    spec: OpSpec, impl: str, shape: Shape, device: str = "cpu", peak: Callable[..., int] = measure.peak_extra_bytes
+) -> None:
+    """Forward and backward hold no more beyond the inputs than ``shape.memory_limit``: nothing N x N.
+
+    ``peak`` measures; see :func:`measure.peak_extra_bytes`.
+    """
+    extra = peak(spec.name, shape.name, impl, device=device)
     noise = RSS_NOISE if device == "cpu" else GPU_NOISE
     assert extra <= shape.memory_limit + noise, (
         f"{extra / 2**20:.1f} MiB beyond the inputs, the limit is {shape.memory_limit / 2**20:.1f} MiB"

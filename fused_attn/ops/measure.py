@@ -369,6 +369,17 @@ def peak_memory(
     return run_child("fused_attn.ops.measure", arguments, what=f"the memory of {name} on {op}, {shape}")
 
 
+def child_environment() -> dict[str, str]:
+    """That of a process whose memory is measured: it finds this package, and gives freed blocks back at once."""
+    root = str(Path(__file__).parents[2])
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "0",
+    }
+
+
 def run_child(module: str, arguments: Sequence[str], what: str) -> dict[str, Any]:
     """The JSON object that ``python -m module arguments`` prints last, for memory of a process of its own.
 
@@ -376,16 +387,8 @@ def run_child(module: str, arguments: Sequence[str], what: str) -> dict[str, Any
         NotImplementedError: the object has a ``"reason"``.
         RuntimeError: the process failed; the text is what it printed.
     """
-    root = str(Path(__file__).parents[2])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-        # Freed blocks go back to the system at once, and do not count twice.
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "0",
-    }
     command = [sys.executable, "-m", module, *arguments]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    process = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
     if process.returncode != 0:
         raise RuntimeError(f"{what} could not be measured (exit status {process.returncode}):\n{process.stderr}")
     result = json.loads(process.stdout.splitlines()[-1])
@@ -485,10 +488,15 @@ def memory_here(op: str, shape: str, name: str, device: str, dtype: torch.dtype)
     return peaks
 
 
-if __name__ == "__main__":
-    *names, device, dtype, threads = sys.argv[1:]
+def main(arguments: Sequence[str]) -> None:
+    """Print one memory measurement."""
+    *names, device, dtype, threads = arguments
     torch.set_num_threads(int(threads))
     try:
         print(json.dumps(memory_here(*names, device, getattr(torch, dtype)), allow_nan=False))
     except NotImplementedError as reason:  # handed to the parent, which raises it there
         print(json.dumps({"reason": str(reason)}, allow_nan=False))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
