@@ -9,8 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fused_attn.bench import measure
 from fused_attn.bench.runner import DTYPES, Measurement, Options, provider_names
-from fused_attn.ops import SPECS, contract, measure
+from fused_attn.ops import SPECS
+from fused_attn.ops._floor import declarations
 
 
 def pytest_generate_tests(metafunc):
@@ -63,8 +65,8 @@ def test_op(benchmark, checked, request, spec, shape, name, each):
         number += 1
         if each == "fwd":
             return (function, inputs), {}
-        variables = contract.leaves(inputs)
-        inputs = contract.with_tensors(inputs, variables)
+        variables = declarations.leaves(inputs)
+        inputs = declarations.with_tensors(inputs, variables)
         if each == "bwd":
             return (backward, {"out": function(**inputs), "variables": variables, "grad_out": grad_out}), {}
         return (both, {"inputs": inputs, "variables": variables, "grad_out": grad_out}), {}

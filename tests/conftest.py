@@ -15,6 +15,9 @@ from hypothesis import HealthCheck, settings
 # --import-mode=importlib leaves the folder of the tests off the path.
 sys.path.insert(0, str(Path(__file__).parent))
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter  # noqa: F401
+
 settings.register_profile(
     "fixed", derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
@@ -38,6 +41,16 @@ def pytest_collection_modifyitems(config, items):
         long = item.get_closest_marker("long") is not None
         item.add_marker(pytest.mark.timeout(limit * (LONG if long else 1)))
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection_finish():
+    """What is there before the first test stays: full collections, a third of a second each, need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fused_attn.ops import SPECS
+from fused_attn.testing.checks import remember
 from fused_attn.testing.numerics import numeric_mismatches
 
 SPEC = {spec.name: spec for spec in SPECS}
@@ -58,7 +59,8 @@ class Case:
 
         for dtype, (mask, other) in itertools.product(self.dtypes, self.masks):
             if representable(mask, dtype) and representable(other, dtype):
-                for text in numeric_mismatches(spec, function, *self.calls(dtype, mask, other, draws)):
+                calls = self.calls(dtype, mask, other, draws)
+                for text in numeric_mismatches(spec, function, *calls, remember=remember):
                     yield f"{dtype}, {mask}, {other}: {text}"
 
 

@@ -375,7 +375,7 @@ def test_partial_gradient_missing():
 
 
 def test_silent_fallback_to_the_reference():
-    own = torch.op.custom_op(
+    own = torch.library.custom_op(
         "fused_attn_test::own", lambda x: x.clone(), mutates_args=(), schema="(Tensor x) -> Tensor"
     )
     operator = torch.ops.fused_attn_test.own.default

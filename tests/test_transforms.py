@@ -35,6 +35,7 @@ def test_cell(spec, impl, name):
     assert transforms.outcome(spec, impl, sample, name) == expected
 
 
+@pytest.mark.long
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 def test_cells_of_the_triton_kernels_in_the_interpreter():
     pytest.importorskip("triton")

@@ -4,7 +4,7 @@
     python benchmarks/gpu/compile_report.py --op NAME    that op only; the other ops' rows in the report stay
     python benchmarks/gpu/compile_report.py --peers      the peers' kernels only, likewise
     python benchmarks/gpu/compile_report.py --check      writes nothing; fails where the report says otherwise
-    python benchmarks/gpu/compile_report.py --tried      with another Triton: adds to the report whether everything compiles
+    python benchmarks/gpu/compile_report.py --tried      with another Triton: adds whether everything compiles
 
 ``--arch``, ``--filter`` and ``--quick`` narrow any of them, ``--no-write`` prints the report instead.  For each
 kernel, case and target: registers, spills, shared memory; on NVIDIA also the instructions of the innermost loop per

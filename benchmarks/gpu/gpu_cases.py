@@ -1,7 +1,7 @@
 """Calls every op forward and backward, for tools that watch a process: compute-sanitizer and ncu.
 
     python benchmarks/gpu/gpu_cases.py small        the small samples of each op's spec, float32 and bfloat16
-    python benchmarks/gpu/gpu_cases.py benchmark    the benchmark shapes, bfloat16, once after a first call that compiles
+    python benchmarks/gpu/gpu_cases.py benchmark    the benchmark shapes, bfloat16, after a first call that compiles
 
 The numbers are the contract test's business; here an output or gradient that is not finite, where the reference's is,
 is an error.

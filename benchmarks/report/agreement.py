@@ -1,7 +1,8 @@
 """How far the ratios to the best peer differ between two runs of ``fused-attn bench``.
 
-Run from the repository root: ``python benchmarks/report/agreement.py FIRST SECOND [PERCENT]`` with two folders that ``--out``
-wrote; fails when a fused op's ratio in one is more than PERCENT (10) off that in the other, or nothing is in both.
+Run from the repository root: ``python benchmarks/report/agreement.py FIRST SECOND [PERCENT]`` with two folders that
+``--out`` wrote; fails when a fused op's ratio in one is more than PERCENT (10) off that in the other, or nothing is in
+both.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Nothing is measured here, so no figure in the README can differ from its source: a block between
 ``<!-- from benchmarks/results/NAME.md -->`` and ``<!-- end -->`` is replaced by that file.
 
-Run from the repository root: ``python benchmarks/report/readme.py`` (``--check``: change nothing, fail if it would change the
-README or a table).
+Run from the repository root: ``python benchmarks/report/readme.py`` (``--check``: change nothing, fail if it would
+change the README or a table).
 """
 
 from __future__ import annotations

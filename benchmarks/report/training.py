@@ -1,8 +1,8 @@
 """Keeps training runs that belong together: logs, curves, and a table of them, results/NAME.md.
 
 Run from the repository root (the README gives the runs' command lines):
-``python benchmarks/report/training.py NAME RUN [RUN ...] [--reference RUN]``.  The reference is the first run, or its first
-steps, repeated with ``--impl reference``.  results/NAME/paper.json, written by hand, adds what a paper reports.
+``python benchmarks/report/training.py NAME RUN [RUN ...] [--reference RUN]``.  The reference is the first run, or its
+first steps, repeated with ``--impl reference``.  results/NAME/paper.json, written by hand, adds what a paper reports.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import contract
+from ..ops._floor.declarations import OpSpec, leaves, tensors, with_tensors
 
 #: What is timed of one step: forward without autograd, as in inference; backward; forward and backward, as in training.
 PASSES = ("fwd", "bwd", "both")
@@ -41,13 +41,13 @@ TURN_SECONDS = 0.03
 LEAST_ROUNDS = 9
 
 
-def find_spec(op: str) -> contract.OpSpec:
+def find_spec(op: str) -> OpSpec:
     """The spec of that name.
 
     Raises:
         ValueError: there is none.
     """
-    from . import SPECS
+    from ..ops import SPECS
 
     for spec in SPECS:
         if spec.name == op:
@@ -55,7 +55,7 @@ def find_spec(op: str) -> contract.OpSpec:
     raise ValueError(f"op must be one of {', '.join(spec.name for spec in SPECS)}, got {op!r}")
 
 
-def provider(spec: contract.OpSpec, name: str, inputs: Mapping[str, Any]) -> Callable[..., Tensor]:
+def provider(spec: OpSpec, name: str, inputs: Mapping[str, Any]) -> Callable[..., Tensor]:
     """The callable of an implementation or a peer of ``spec``.
 
     Raises:
@@ -77,7 +77,7 @@ def provider(spec: contract.OpSpec, name: str, inputs: Mapping[str, Any]) -> Cal
     raise ValueError(f"provider must be one of {', '.join(map(repr, known))}, got {name!r}")
 
 
-def passes_of(spec: contract.OpSpec, name: str, device: str) -> tuple[str, ...]:
+def passes_of(spec: OpSpec, name: str, device: str) -> tuple[str, ...]:
     """Those of :data:`PASSES` that an implementation or a peer has on a device type."""
     forward_only = any(peer.name == name and device in peer.forward_only for peer in spec.peers)
     return ("fwd",) if forward_only else PASSES
@@ -129,8 +129,8 @@ def time_once(
             end = clock.mark()
         seconds["fwd"] = clock.seconds(start, end)
     if "bwd" in passes or "both" in passes:
-        variables = contract.leaves(inputs)
-        inputs = contract.with_tensors(inputs, variables)
+        variables = leaves(inputs)
+        inputs = with_tensors(inputs, variables)
         start = clock.start()
         out = function(**inputs)
         end = clock.mark()
@@ -317,9 +317,9 @@ def keep_freed_memory() -> None:
 
 def saved_bytes(function: Callable[..., Tensor], inputs: Mapping[str, Any]) -> int:
     """Bytes that autograd keeps from forward to backward, beyond the inputs: storages, each counted once."""
-    variables = contract.leaves(inputs)
-    call = contract.with_tensors(inputs, variables)
-    own = {tensor.untyped_storage().data_ptr() for tensor in contract.tensors(call).values()}
+    variables = leaves(inputs)
+    call = with_tensors(inputs, variables)
+    own = {tensor.untyped_storage().data_ptr() for tensor in tensors(call).values()}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -369,6 +369,17 @@ def peak_memory(
     return run_child("fused_attn.bench.measure", arguments, what=f"the memory of {name} on {op}, {shape}")
 
 
+def child_environment() -> dict[str, str]:
+    """That of a process whose memory is measured: it finds this package, and gives freed blocks back at once."""
+    root = str(Path(__file__).parents[2])
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "0",
+    }
+
+
 def run_child(module: str, arguments: Sequence[str], what: str) -> dict[str, Any]:
     """The JSON object that ``python -m module arguments`` prints last, for memory of a process of its own.
 
@@ -376,16 +387,8 @@ def run_child(module: str, arguments: Sequence[str], what: str) -> dict[str, Any
         NotImplementedError: the object has a ``"reason"``.
         RuntimeError: the process failed; the text is what it printed.
     """
-    root = str(Path(__file__).parents[2])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-        # Freed blocks go back to the system at once, and do not count twice.
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "0",
-    }
     command = [sys.executable, "-m", module, *arguments]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    process = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
     if process.returncode != 0:
         raise RuntimeError(f"{what} could not be measured (exit status {process.returncode}):\n{process.stderr}")
     result = json.loads(process.stdout.splitlines()[-1])
@@ -454,8 +457,8 @@ def _steps(
             function(**inputs)
 
     def forward_backward() -> None:
-        variables = contract.leaves(inputs)
-        out = function(**contract.with_tensors(inputs, variables))
+        variables = leaves(inputs)
+        out = function(**with_tensors(inputs, variables))
         grad_out = out.detach().new_ones(()).expand(out.shape)
         grads = torch.autograd.grad(out, list(variables.values()), grad_out)
         del grads
@@ -485,10 +488,15 @@ def memory_here(op: str, shape: str, name: str, device: str, dtype: torch.dtype)
     return peaks
 
 
-if __name__ == "__main__":
-    *names, device, dtype, threads = sys.argv[1:]
+def main(arguments: Sequence[str]) -> None:
+    """Print one memory measurement."""
+    *names, device, dtype, threads = arguments
     torch.set_num_threads(int(threads))
     try:
         print(json.dumps(memory_here(*names, device, getattr(torch, dtype)), allow_nan=False))
     except NotImplementedError as reason:  # handed to the parent, which raises it there
         print(json.dumps({"reason": str(reason)}, allow_nan=False))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

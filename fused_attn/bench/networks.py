@@ -26,7 +26,7 @@ from ..train.checkpoint import write_text
 from ..train.environment import describe
 from ..train.json_files import dumps
 from . import BenchError, measure
-from .report import machine
+from .rows import machine
 from .runner import DTYPES, PEER_FACTOR
 
 MIB = 2**20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from .report import MIB, PASS_TITLES, Report, Row, machine, unique
+from .rows import MIB, PASS_TITLES, Report, Row, machine, unique
 
 FUSED = "#d1495b"
 #: distinct without the fused op's red, also for colour-blind readers (after Okabe and Ito)

@@ -6,31 +6,23 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..train.checkpoint import write_text
 from ..train.json_files import dumps
-from .runner import Row
+from . import plots
+from .rows import MIB, PASS_TITLES, Report, Row, machine, pages_come_anew, unique
 
-MIB = 2**20
-PASS_TITLES = {"both": "forward + backward", "fwd": "forward", "bwd": "backward"}
 COLUMNS = (
     "op", "shape", "kind", "provider", "pass", "status", "reason", "repetitions", "p20_ms", "p50_ms", "p80_ms",
     "best_peer", "best_peer_over_this", "gbps", "of_copy", "gflops", "of_matmul", "extra_bytes", "saved_bytes",
 )  # fmt: skip
-
-Report = dict[str, Any]
 
 
 def stem(report: Report) -> str:
     """Name of the result files: the op's; with device, dtype and allocator where they are not the usual ones."""
     usual = (report["device"], report["dtype"]) == ("cpu", "fp32")
     name = report["op"] if usual else f"{report['op']}_{report['device']}_{report['dtype']}"
-    return f"{name}_default_allocator" if _pages_come_anew(report) else name
-
-
-def _pages_come_anew(report: Report) -> bool:
-    return report["device"] == "cpu" and report.get("allocator") == "default"
+    return f"{name}_default_allocator" if pages_come_anew(report) else name
 
 
 def write(report: Report, folder: Path) -> None:
@@ -46,16 +38,10 @@ def write(report: Report, folder: Path) -> None:
 
 def render(report: Report, folder: Path) -> None:
     """Write Markdown and pictures; they hold nothing that the JSON does not."""
-    from . import plots
-
     name = stem(report)
     write_text(folder / f"{name}.md", markdown(report))
     plots.bars(report, folder / f"{name}.png")
     plots.growth(report, folder / f"{name}_growth.png")
-
-
-def unique(rows: Iterable[Row], key: str) -> list[str]:
-    return list(dict.fromkeys(row[key] for row in rows))
 
 
 # --- terminal ---------------------------------------------------------------------------------------------------
@@ -133,15 +119,6 @@ def _mebibytes(value: int | None) -> str:
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------
-
-
-def machine(report: Report) -> str:
-    environment = report["environment"]
-    where = environment["gpu"] if report["device"] == "cuda" else environment["cpu"]
-    if report["device"] == "cpu":
-        where += f", {environment['threads']} of {environment['cores']} cores, {environment['cpu_capability']}"
-    where += f", torch {environment['torch']}, {environment['date']}"
-    return f"{where}, the C library's default allocator" if _pages_come_anew(report) else where
 
 
 def markdown(report: Report) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +12,13 @@ from torch import Tensor
 from ..ops._floor.declarations import OpSpec, Shape, convert
 from ..testing.numerics import evaluate, mismatches
 from . import measure
+from .rows import Row
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Peers sum in other orders than the reference: this many times its error is still the same function.
 PEER_FACTOR = 16.0
 #: Input sets that take turns.
 DRAWS = 3
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ class Measurement:
                     if trains:
                         self.saved[name] = measure.saved_bytes(function, draws[0])
                 del results
-            except NotImplementedError as error:  # so a peer says why it cannot run here, see contract.Peer
+            except NotImplementedError as error:  # so a peer says why it cannot run here, see declarations.Peer
                 self.refused[name] = ("not run", _one_line(error))
             except Exception as error:  # a peer that does not compile or fit must not end the others' measurement
                 status = "failed" if name in self.spec.implementations else "not run"

@@ -1,4 +1,7 @@
-"""The fused ops, one folder each."""
+"""The fused ops, one folder each, on one floor (``_floor``)."""
+
+import importlib
+import pkgutil
 
 from .attention_residual import attention_residual
 from .elementwise_attention import elementwise_attention, row_col_softmax
@@ -21,20 +24,9 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    # Samples, bad inputs and peers are for tests and benchmarks; importing the package does not build them.
+    # Samples and peers are for tests and benchmarks; importing the package does not build them.
     if name == "SPECS":
-        from .attention_residual import spec as attention_residual_spec
-        from .elementwise_attention import spec as elementwise_attention_spec
-        from .layer_attention import spec as layer_attention_spec
-        from .rel_attention_2d import spec as rel_attention_2d_spec
-        from .squeeze_excite import spec as squeeze_excite_spec
-
-        modules = (
-            rel_attention_2d_spec,
-            layer_attention_spec,
-            attention_residual_spec,
-            elementwise_attention_spec,
-            squeeze_excite_spec,
-        )
-        return tuple(spec for module in modules for spec in module.SPECS)
+        folders = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "_floor")
+        specs = (importlib.import_module(f"{__name__}.{folder}.spec") for folder in folders)
+        return tuple(spec for module in specs for spec in module.SPECS)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

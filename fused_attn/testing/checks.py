@@ -17,8 +17,8 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_attn.ops import measure
-from fused_attn.ops._floor.declarations import (
+from ..bench import measure
+from ..ops._floor.declarations import (
     BadInput,
     OpSpec,
     Shape,
@@ -28,7 +28,7 @@ from fused_attn.ops._floor.declarations import (
     seed_generators,
     with_tensors,
 )
-from fused_attn.testing.numerics import draw_grad_out, evaluate, mismatches, numeric_mismatches
+from .numerics import draw_grad_out, evaluate, mismatches, numeric_mismatches
 
 #: What an RSS measurement is off by: code paged in, stacks of threads.
 RSS_NOISE = 4 * 2**20
@@ -102,7 +102,7 @@ def _error(call: Callable[[], Any]) -> Exception | None:
 
 
 def check_numerics(spec: OpSpec, impl: str, *calls: Mapping[str, Any]) -> None:
-    """Output and every gradient meet the bar of ``contract.mismatches``, whatever unwritten memory holds."""
+    """Output and every gradient meet the bar of ``numerics.mismatches``, whatever unwritten memory holds."""
     with nan_in_unwritten_memory():
         _require(numeric_mismatches(spec, bound(spec, impl), *calls, remember=remember))
 
@@ -329,9 +329,14 @@ def check_compiled(spec: OpSpec, impl: str, *calls: Mapping[str, Any], backend: 
 # --- memory -----------------------------------------------------------------------------------------------------
 
 
-def check_memory(spec: OpSpec, impl: str, shape: Shape, device: str = "cpu") -> None:
-    """Forward and backward hold no more beyond the inputs than ``shape.memory_limit``: nothing N x N."""
-    extra = measure.peak_extra_bytes(spec.name, shape.name, impl, device=device)
+def check_memory(
+    spec: OpSpec, impl: str, shape: Shape, device: str = "cpu", peak: Callable[..., int] = measure.peak_extra_bytes
+) -> None:
+    """Forward and backward hold no more beyond the inputs than ``shape.memory_limit``: nothing N x N.
+
+    ``peak`` measures; see :func:`measure.peak_extra_bytes`.
+    """
+    extra = peak(spec.name, shape.name, impl, device=device)
     noise = RSS_NOISE if device == "cpu" else GPU_NOISE
     assert extra <= shape.memory_limit + noise, (
         f"{extra / 2**20:.1f} MiB beyond the inputs, the limit is {shape.memory_limit / 2**20:.1f} MiB"

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from fused_attn import _extension, cli
-from fused_attn.bench import BenchError, command, networks, plots, report, runner
+from fused_attn.bench import BenchError, command, measure, networks, plots, report, runner
 from fused_attn.bench.ceilings import measure_ceilings
-from fused_attn.ops import SPECS, contract, measure
-from fused_attn.ops._floor.declarations import Peer
+from fused_attn.ops import SPECS
+from fused_attn.ops._floor.declarations import Peer, tensors
 
-REL = SPECS[0]
+REL = measure.find_spec("rel_attention_2d")
 TINY = "B=1,heads=2,H=4,W=6,d_k=4,d_v=2"
 PEER = "eager"
 needs_cpu = pytest.mark.skipif(not _extension.available(), reason="measures the C++ kernels")
@@ -161,7 +161,7 @@ def test_the_best_peer_is_that_of_rounds():
 def test_inputs_are_random_and_differ_from_draw_to_draw():
     for spec in SPECS:
         shape = (*spec.shapes, *spec.growth)[-2]
-        first, second = (contract.tensors(shape.inputs(torch.float32, draw=draw)) for draw in (0, 1))
+        first, second = (tensors(shape.inputs(torch.float32, draw=draw)) for draw in (0, 1))
         for name, tensor in first.items():
             assert tensor.std() > 0.01
             assert not torch.equal(tensor, second[name])
@@ -274,7 +274,7 @@ def test_bad_settings_are_named(arguments, message):
 
 def test_an_op_that_is_not_there(capsys):
     assert cli.main(["bench", "attention"]) == 2
-    assert "fused-attn: error: op must be one of rel_attention_2d, " in capsys.readouterr().err
+    assert "fused-attn: error: op must be one of attention_residual, " in capsys.readouterr().err
 
 
 # --- what is shown and kept -------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from fused_attn.modules import DualSoftmax
 from fused_attn.ops import (
     attention_residual,
     decomposed_bias_attention,
-    dispatch,
     elementwise_attention,
     layer_attention,
     rel_attention_2d,
@@ -18,6 +17,7 @@ from fused_attn.ops import (
     squeeze_excite,
     weighted_layer_sum,
 )
+from fused_attn.ops._floor import dispatch
 from fused_attn.ops.layer_attention.peers import ATTENTION_PEERS, SUM_PEERS
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])

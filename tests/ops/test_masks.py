@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 ALL = [*masks.bias_cases(), *masks.OTHER_CASES, *masks.LARGE_CASES, *masks.HUGE_CASES, *masks.LARGE_HUGE_CASES]
 
 
-@pytest.fixture(params=_extension.CPU_CAPABILITIES)
+@pytest.fixture
 def capability(request):
     if not _extension.available():
         pytest.skip(_extension.reason())
@@ -32,12 +32,22 @@ def capability(request):
     _extension.set_cpu_capability(best)
 
 
-@pytest.mark.parametrize("case", ALL, ids=lambda case: case.id)
-def test_cpu_kernels_give_what_the_reference_gives(case, capability):
+# The instruction sets of one case beside one another: they share what the reference gives.
+@pytest.mark.parametrize(
+    ("capability", "case"),
+    [
+        pytest.param(capability, case, id=f"{capability}-{case.id}")
+        for case in ALL
+        for capability in _extension.CPU_CAPABILITIES
+    ],
+    indirect=["capability"],
+)
+def test_cpu_kernels_give_what_the_reference_gives(capability, case):
     found = list(case.mismatches("cpu"))
     assert not found, "\n".join(found)
 
 
+@pytest.mark.long
 def test_triton_kernels_give_what_the_reference_gives():
     pytest.importorskip("triton")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}

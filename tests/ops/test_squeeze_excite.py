@@ -9,7 +9,7 @@ from torch import nn
 
 from fused_attn import _extension, squeeze_excite
 from fused_attn.modules import SqueezeExcite, result_shares
-from fused_attn.ops.squeeze_excite import spec
+from fused_attn.ops.squeeze_excite import op, spec
 from fused_attn.testing.numerics import evaluate
 
 IMPLEMENTATIONS = [

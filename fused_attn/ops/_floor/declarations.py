@@ -1,7 +1,7 @@
-"""What an op's ``spec.py`` declares, and the numerical bar every implementation has to meet.
+"""What an op's ``spec.py`` declares: ``SPECS``, a tuple of :class:`OpSpec`.
 
-``tests/test_op_contract.py`` and the benchmarks know no op by name.  They read ``SPECS`` (in
-``fused_attn/ops/__init__.py``), so a new op is one new folder and one new line there.
+The contract test and the benchmarks know no op by name.  They read ``fused_attn.ops.SPECS``, which holds what the
+``spec.py`` of every folder declares.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def differentiable(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors(inputs).items() if tensor.is_floating_point()}
 
 
-def with_tensors(inputs: Mapping[str, Any], changed: Mapping[str, Tensor]) -> dict[str, Any]:
+def with_tensors(inputs: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
     """The same call with some of its :func:`tensors` replaced."""
     return {
         name: [changed.get(f"{name}[{i}]", item) for i, item in enumerate(value)]

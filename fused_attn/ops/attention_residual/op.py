@@ -134,12 +134,12 @@ def _flops_backward(grad_out, values, *_, **__) -> int:
 
 def _register(impl: str, device_types: tuple[str, ...], forward, backward) -> None:
     name = f"fused_attn::attention_residual_{impl}"
-    torch.op.define(name, _SCHEMA)
-    torch.op.define(f"{name}_backward", _BACKWARD_SCHEMA)
-    torch.op.impl(name, device_types, forward)
-    torch.op.impl(f"{name}_backward", device_types, backward)
-    torch.op.register_fake(name, _fake)
-    torch.op.register_fake(f"{name}_backward", _fake_backward)
+    torch.library.define(name, _SCHEMA)
+    torch.library.define(f"{name}_backward", _BACKWARD_SCHEMA)
+    torch.library.impl(name, device_types, forward)
+    torch.library.impl(f"{name}_backward", device_types, backward)
+    torch.library.register_fake(name, _fake)
+    torch.library.register_fake(f"{name}_backward", _fake_backward)
 
     operator = getattr(torch.ops.fused_attn, f"attention_residual_{impl}_backward").default
     register_flop_formula(getattr(torch.ops.fused_attn, f"attention_residual_{impl}"))(_flops)

@@ -245,7 +245,7 @@ def _implementations() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
 
 
 def _operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    """The registered operators with the arguments of one call, for ``torch.op.opcheck``."""
+    """The registered operators with the arguments of one call, for ``torch.library.opcheck``."""
     if impl == "reference":
         return ()
     values, query, norm_weight = inputs["values"], inputs["query"], inputs.get("norm_weight")

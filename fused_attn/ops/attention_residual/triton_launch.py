@@ -1,7 +1,7 @@
 """Launches of the Triton kernels: tile shapes, arguments, and the two entry points of op.py.
 
 A launch is planned as data (:class:`Launch`) from shapes and strides alone.  ``forward`` and ``backward`` run the
-plans; ``compile_cases`` gives the same plans over meta tensors to benchmarks/gpu/compile_report.py.
+plans; ``compile_cases`` gives the same plans over meta tensors to the compile report.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def backward(grad_out, values, query, norm_weight, statistics) -> tuple[list[Ten
     return grad_values, grad_query, grad_norm_weight
 
 
-#: Cases of benchmarks/gpu/compile_report.py: name -> (values, tokens, D, dtype).
+#: Cases of the compile report: name -> (values, tokens, D, dtype).
 _COMPILE_SHAPES = {
     "L 9, D 7168": (9, 8192, 7168, torch.bfloat16),
     "L 9, D 7168, float32": (9, 8192, 7168, torch.float32),

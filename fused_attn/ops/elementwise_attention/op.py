@@ -166,9 +166,9 @@ def _register(
         ("", schemas[0], kernels[0], allocate),
         ("_backward", schemas[1], kernels[1], allocate_backward),
     ):
-        torch.op.define(name + suffix, schema)
-        torch.op.impl(name + suffix, device_types, kernel)
-        torch.op.register_fake(name + suffix, fake)
+        torch.library.define(name + suffix, schema)
+        torch.library.impl(name + suffix, device_types, kernel)
+        torch.library.register_fake(name + suffix, fake)
     operator = getattr(torch.ops.fused_attn, f"{op}_{impl}_backward").default
 
     def autograd_backward(ctx, grad_out, *_):

@@ -365,7 +365,7 @@ def _implementations() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
 
 
 def _operators(op: str, impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    """The registered operators with the arguments of one call, for ``torch.op.opcheck``."""
+    """The registered operators with the arguments of one call, for ``torch.library.opcheck``."""
     if impl == "reference":
         return ()
     forward = getattr(torch.ops.fused_attn, f"{op}_{impl}").default

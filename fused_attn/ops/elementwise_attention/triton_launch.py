@@ -1,7 +1,7 @@
 """Launches of the Triton kernels: tiles, arguments, and the four entry points of op.py.
 
 A launch is planned as data (:class:`Launch`) from shapes and strides alone.  The entry points run the plans;
-``compile_cases`` gives the same plans over meta tensors to benchmarks/gpu/compile_report.py.
+``compile_cases`` gives the same plans over meta tensors to the compile report.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ def attention_backward(grad_out, x, row, col, row_stats, col_stats, mean, var, t
 
 # --- compilation without a GPU ----------------------------------------------------------------------------------
 
-#: Cases of benchmarks/gpu/compile_report.py: name -> (batch, channels, grid, heads, dtype).
+#: Cases of the compile report: name -> (batch, channels, grid, heads, dtype).
 _COMPILE_SHAPES: dict[str, tuple] = {
     "28x28, 16 heads": (512, 1, (28, 28), 16, torch.bfloat16),
     "32x32, 3 channels": (256, 3, (32, 32), 8, torch.float16),

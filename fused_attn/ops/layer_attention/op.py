@@ -243,9 +243,9 @@ def _register(impl: str, device_types: tuple[str, ...], kernels) -> None:
     for (name, schema), kernel, fake in zip(_SCHEMAS.items(), kernels, fakes, strict=True):
         base, backward, _ = name.partition("_backward")
         full = f"fused_attn::{base}_{impl}{backward}"
-        torch.op.define(full, schema)
-        torch.op.impl(full, device_types, kernel)
-        torch.op.register_fake(full, fake)
+        torch.library.define(full, schema)
+        torch.library.impl(full, device_types, kernel)
+        torch.library.register_fake(full, fake)
         operators[name] = getattr(torch.ops.fused_attn, full.partition("::")[2])
 
     def attention_backward(ctx, grad_out, _grad_weights):

@@ -406,7 +406,7 @@ def _detached(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _attention_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    """The registered operators with the arguments of one call, for ``torch.op.opcheck``."""
+    """The registered operators with the arguments of one call, for ``torch.library.opcheck``."""
     if impl == "reference":
         return ()
     keys, values, bias = inputs["keys"], inputs["values"], inputs.get("bias")

@@ -1,7 +1,7 @@
 """Launches of the Triton kernels: tile shapes, arguments, and the entry points of op.py.
 
 A launch is planned as data (:class:`Launch`) from shapes and strides alone.  The entry points run the plans;
-``compile_cases`` gives the same plans over meta tensors to benchmarks/gpu/compile_report.py.
+``compile_cases`` gives the same plans over meta tensors to the compile report.
 """
 
 from __future__ import annotations
@@ -368,7 +368,7 @@ def attention_backward(grad_out, query, keys, values, weights, scale, sigmoid, i
 
 # --- compile report ---------------------------------------------------------------------------------------------------
 
-#: Cases of benchmarks/gpu/compile_report.py: name -> (layers, channels, groups, grid, dtype, options).
+#: Cases of the compile report: name -> (layers, channels, groups, grid, dtype, options).
 _COMPILE_SHAPES: dict[str, tuple] = {
     "r50 stage 3": (6, 1024, 64, (14, 14), torch.bfloat16, {}),
     "r50 stage 3, added": (6, 1024, 64, (14, 14), torch.bfloat16, {"add": True}),

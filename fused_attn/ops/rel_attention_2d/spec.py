@@ -544,7 +544,7 @@ def _implementations() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
 
 
 def _operators(prefix: str, impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    """The registered operators with the arguments of one call, for ``torch.op.opcheck``."""
+    """The registered operators with the arguments of one call, for ``torch.library.opcheck``."""
     if impl == "reference":
         return ()
     query, key, value = (inputs[name] for name in ("query", "key", "value"))

@@ -1,7 +1,7 @@
 """Launches of the Triton kernels: tile shapes per architecture, arguments, and the two entry points of op.py.
 
 A launch is planned as data (:class:`Launch`) from shapes, strides and the architecture alone.  ``forward`` and
-``backward`` run the plans; ``compile_cases`` gives the same plans over meta tensors to benchmarks/gpu/compile_report.py.
+``backward`` run the plans; ``compile_cases`` gives the same plans over meta tensors to the compile report.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Launch(NamedTuple):
 
 
 # Kernel -> depth bucket -> tile; the bucket is the larger padded depth of key and value.  Chosen by
-# benchmarks/gpu/compile_report.py: first no spills, then few instructions per score, then several independent thread
+# the compile report: first no spills, then few instructions per score, then several independent thread
 # blocks per multiprocessor, so that one block's exponentials cover another's products.
 _TILES_NVIDIA = {
     "forward": {32: Tile(128, 128, 8, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 1)},
@@ -400,7 +400,7 @@ def backward(
     return grads
 
 
-#: Cases of benchmarks/gpu/compile_report.py: name -> (query grid, d_k, d_v, dtype, options).
+#: Cases of the compile report: name -> (query grid, d_k, d_v, dtype, options).
 _COMPILE_SHAPES: dict[str, tuple] = {
     "aa-wrn stage 1": ((32, 32), 20, 2, torch.bfloat16, {}),
     "aa-wrn stage 2": ((16, 16), 20, 4, torch.bfloat16, {}),

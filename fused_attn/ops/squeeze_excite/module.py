@@ -23,7 +23,7 @@ class SqueezeExcite(nn.Module):
 
     The fused op reads the weights of the two layers.  Where that would not be the same as calling them (hooks, pruning,
     parametrizations, adapters, quantised or sharded layers: :mod:`~fused_attn.ops._floor.plain`) they are called,
-    between a mean in PyTorch and :func:`~fused_attn.weighted_layer_sum`, of which ``impl`` then names the implementation.
+    between a mean in PyTorch and :func:`~fused_attn.weighted_layer_sum`, whose implementation ``impl`` then names.
 
     Args:
         channels: C of the feature map.

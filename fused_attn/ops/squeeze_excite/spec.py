@@ -353,7 +353,7 @@ def _implementations() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
 
 
 def _operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    """The registered operators with the arguments of one call, for ``torch.op.opcheck``."""
+    """The registered operators with the arguments of one call, for ``torch.library.opcheck``."""
     if impl == "reference":
         return ()
     names = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "result", "result_share", "residual")

@@ -1,7 +1,7 @@
 """Launches of the Triton kernels: tiles, arguments, the small layers between them, and the entry points of op.py.
 
 A launch is planned as data (:class:`Launch`) from shapes and the memory format alone.  ``forward`` and ``backward`` run
-the plans; ``compile_cases`` gives the same plans over meta tensors to benchmarks/gpu/compile_report.py.
+the plans; ``compile_cases`` gives the same plans over meta tensors to the compile report.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def backward(
     return grads
 
 
-#: Cases of benchmarks/gpu/compile_report.py: name -> (map, dtype, channels_last).
+#: Cases of the compile report: name -> (map, dtype, channels_last).
 _COMPILE_SHAPES: dict[str, tuple] = {
     "14x14, C 512": ((512, 14, 14), torch.bfloat16, False),
     "14x14, C 512, channels_last": ((512, 14, 14), torch.bfloat16, True),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fused_attn.ops.attention_residual import spec, triton_launch
+from fused_attn.ops.attention_residual import op, spec, triton_launch
 from fused_attn.testing import checks
 
 (SPEC,) = spec.SPECS

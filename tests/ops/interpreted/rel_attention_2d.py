@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fused_attn.ops.rel_attention_2d import reference, triton_launch
+from fused_attn.ops.rel_attention_2d import op, reference, triton_launch
 from fused_attn.testing.numerics import mismatches
 
 NAMES = ("out", "query", "key", "value", "row", "col")

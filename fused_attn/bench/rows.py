@@ -1,0 +1,31 @@
+"""A report and its rows, as tables and pictures read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+#: What one provider took in one case, by column.
+Row = dict[str, Any]
+#: All that one run measured: ``"rows"``, and on what.
+Report = dict[str, Any]
+
+MIB = 2**20
+PASS_TITLES = {"both": "forward + backward", "fwd": "forward", "bwd": "backward"}
+
+
+def unique(rows: Iterable[Row], key: str) -> list[str]:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def pages_come_anew(report: Report) -> bool:
+    return report["device"] == "cpu" and report.get("allocator") == "default"
+
+
+def machine(report: Report) -> str:
+    environment = report["environment"]
+    where = environment["gpu"] if report["device"] == "cuda" else environment["cpu"]
+    if report["device"] == "cpu":
+        where += f", {environment['threads']} of {environment['cores']} cores, {environment['cpu_capability']}"
+    where += f", torch {environment['torch']}, {environment['date']}"
+    return f"{where}, the C library's default allocator" if pages_come_anew(report) else where

@@ -1,0 +1,59 @@
+"""Triton's interpreter without what it does anew at every launch, call and operation.  What kernels compute stays.
+
+``conftest.py`` imports it in the interpreter's processes.
+"""
+
+import dataclasses
+import functools
+
+from triton.language import core
+from triton.runtime import interpreter
+
+patch_lang_of_a_call = interpreter._patch_lang
+get_np_dtype_of_any = interpreter._get_np_dtype
+get_np_dtype_of_scalar = functools.cache(get_np_dtype_of_any)
+
+
+@functools.cache
+def patch_lang(function):
+    """``triton.language`` as it has to be in a call of ``function``, once and to stay."""
+    scope = patch_lang_of_a_call(function)
+    if scope is not None:
+        scope.restore = lambda: None
+    return scope
+
+
+def get_np_dtype(dtype):
+    return get_np_dtype_of_any(dtype) if dtype.scalar.is_ptr() else get_np_dtype_of_scalar(dtype.scalar)
+
+
+@functools.cache
+def shapes(*sizes):
+    """The shapes of a block type and of its tensors, the number of elements, and the shape's text."""
+    shape = core.tuple(sizes)
+    return shape, core.tuple([core.constexpr(size) for size in sizes]), core.validate_block_shape(shape), str(shape)
+
+
+def init_block_type(self, element_ty, shape):
+    shape = shape.value if isinstance(shape, core.constexpr) else shape
+    if not shape:
+        raise TypeError("0d block_type is forbidden")
+    shape, _, self.numel, text = shapes(*(size.value if isinstance(size, core.constexpr) else size for size in shape))
+    self.element_ty, self.shape, self.name = element_ty, shape, f"<{text}, {element_ty}>"
+
+
+def init_tensor(self, handle, type):
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    _, self.shape, numel, _ = shapes(*(type.shape if type.is_block() else ()))
+    self.numel = core.constexpr(numel)
+
+
+interpreter._patch_lang = patch_lang
+interpreter._get_np_dtype = get_np_dtype
+core.block_type.__init__ = init_block_type
+core.tensor.__init__ = init_tensor
+# Checks for integer overflow, whose result the interpreter drops.
+assert not interpreter.interpreter_builder.options.debug
+interpreter.interpreter_builder.options = dataclasses.replace(
+    interpreter.interpreter_builder.options, sanitize_overflow=False
+)
