@@ -10,7 +10,7 @@ import pytest
 from fused_attn.train.json_files import dumps, loads
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted([*(ROOT / "fused_attn").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
+FILES = sorted([*(ROOT / "fused_attn").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 
 
 def test_numbers_that_are_not_finite_are_null():

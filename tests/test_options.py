@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fused_attn import cli, demo, options, scales
-from fused_attn import inspect as drawing
+from fused_attn import cli, options
 from fused_attn.bench import BenchError, command, networks
+from fused_attn.cli import demo
+from fused_attn.cli import draw_elementwise as drawing
+from fused_attn.cli import draw_scales as scales
 from fused_attn.train import TrainConfig, TrainError
 
 #: command -> what declares its options, those without a default, and the error of the settings

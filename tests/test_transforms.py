@@ -10,7 +10,8 @@ import torch
 import transforms
 
 from fused_attn import create_model
-from fused_attn.ops import SPECS, dispatch
+from fused_attn.ops import SPECS
+from fused_attn.ops._floor import dispatch
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = transforms.published(transforms.PAGE.read_text())

@@ -11,7 +11,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def model_table():
-    spec = importlib.util.spec_from_file_location("model_table", BENCHMARKS / "model_table.py")
+    spec = importlib.util.spec_from_file_location("model_table", BENCHMARKS / "report" / "model_table.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
