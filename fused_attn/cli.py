@@ -76,7 +76,8 @@ def train(arguments: Sequence[str]) -> int:
         print(f"fused-attn: interrupted; go on with --resume --out {config.out}", file=sys.stderr)
         return 130
     skipped = f" ({metrics['skipped_steps']} left out)" if metrics["skipped_steps"] else ""
-    print(f"{config.out}: {metrics['steps']} steps{skipped} in {metrics['seconds']:.0f} s, {shown(metrics)}")
+    done = f"{config.out}: {metrics['steps']} steps{skipped} in {metrics['seconds']:.0f} s"
+    print(", ".join(filter(None, (done, shown(metrics)))))
     return 0
 
 

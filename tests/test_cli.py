@@ -153,6 +153,12 @@ def test_a_log_that_cannot_be_written_is_an_error_of_one_line(failing, tmp_path,
     assert "No space left" in errors.splitlines()[-1]
 
 
+def test_a_summary_without_an_evaluation_ends_with_the_time(tmp_path, capsys):
+    options = ["--model", "wrn_10_1", "--eval-every", "0", "--out", str(tmp_path / "run")]
+    assert cli.main([*SMALL, *options]) == 0
+    assert re.search(r"/run: 2 steps in \d+ s$", capsys.readouterr().out.splitlines()[-1])
+
+
 def test_info_says_what_auto_runs_and_why_not_the_rest(capsys):
     from fused_attn.ops import SPECS
 
