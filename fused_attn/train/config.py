@@ -46,7 +46,8 @@ class TrainConfig:
 
     resume: bool = False
     """Go on from the last checkpoint in ``out``, or, where there is none yet, from the beginning.  ``epochs`` and
-    ``max_steps`` may grow; the cosine schedule is then, from the next step on, that of the new length."""
+    ``max_steps`` may grow, and a run without ``max_steps`` may get one; the cosine schedule is then, from the next step
+    on, that of the new length."""
     init_from: Path | None = None
     """Weights to begin with: a .safetensors file, or the folder of a run.  A classifier for another number of classes
     is left as freshly drawn."""
@@ -204,7 +205,8 @@ class TrainConfig:
         for name, value in self.as_json().items():
             was = before[name]
             if name in MAY_GROW:
-                if _length(value) < _length(was):
+                # A run without a limit may get one; whether it is beyond the steps done, the checkpoint says.
+                if was is not None and _length(value) < was:
                     raise TrainError(f"--resume: {name} of the run in {self.out} may only grow from {was}, got {value}")
             elif name not in MAY_CHANGE and was != value:
                 raise TrainError(
