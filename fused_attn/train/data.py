@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import image_folder
 from .config import TrainConfig
+from .decode import no_file, one_line
 from .errors import TrainError
 from .files import ImageColumn, ImageFiles, Skipped, Split, decode_all
 
@@ -311,7 +312,11 @@ def _from_hub(source: Source, data_dir: Path | None, label_column: str | None) -
 def _check_parquet(data_dir: Path) -> None:
     import datasets
 
-    if not any(data_dir.rglob("*.parquet")):
+    found = [path for path in data_dir.rglob("*.parquet") if not path.is_dir()]
+    for path in found:
+        if other := no_file(path):
+            raise TrainError(f"data_dir {data_dir}: {one_line(str(path))} must be a regular file, got {other}")
+    if not found:
         what = "no folder" if not data_dir.is_dir() else "a folder without Parquet files"
         raise TrainError(f"data_dir must be a folder with the data set's Parquet files, got {what}: {data_dir}")
     if glob.has_magic(str(data_dir)):  # datasets takes the path for a pattern
