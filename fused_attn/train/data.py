@@ -6,8 +6,6 @@ Nothing is unpickled: data come as image files, as Parquet through Hugging Face 
 from __future__ import annotations
 
 import contextlib
-import glob
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import image_folder
+from . import image_folder, parquet
 from .config import TrainConfig
-from .decode import no_file, one_line
 from .errors import TrainError
 from .files import ImageColumn, ImageFiles, Skipped, Split, decode_all
 
@@ -95,8 +92,6 @@ SOURCES = {
 FILE_SIZE, FILE_MARGIN = 224, 8 / 7
 #: Training images from which mean and standard deviation are taken where decoding all would take long.
 SAMPLE = 512
-#: What the name of a Parquet file begins with -> its split.
-_SPLIT_NAMES = {"train": "train", "test": "test", **dict.fromkeys(("val", "valid", "validation"), "validation")}
 
 
 def source(name: str, image_size: int | None = None) -> Source:
@@ -293,45 +288,24 @@ def _from_hub(source: Source, data_dir: Path | None, label_column: str | None) -
 
     datasets.disable_progress_bars()
     where = source.hub_name if data_dir is None else f"data_dir {data_dir}"
+    files: dict[str, list[str]] = {}
     if data_dir is None:
         loaded = datasets.load_dataset(source.hub_name)
     else:
-        _check_parquet(data_dir)
+        files = parquet.files_of_splits(data_dir)
         loaded = datasets.load_dataset(str(data_dir))
     column = _label_column(next(iter(loaded.values())), source, label_column)
     labels = {name: split[column][:] for name, split in loaded.items() if column in split.features}
     labelled = [name for name, values in labels.items() if values and not any(map(_is_missing, values))]
     for name in ("test", "validation"):
         if "train" in labelled and name in labelled:
+            if data_dir is not None:
+                own = getattr(loaded["train"].features[column], "names", None)
+                parquet.check_labels(data_dir, [*files["train"], *files[name]], column, own)
             names, train_labels, test_labels = _classes(loaded["train"], column, labels["train"], labels[name], name)
             return _encoded(loaded, "train", train_labels), _encoded(loaded, name, test_labels), names
     found = [name if name in labelled else f"{name} (without labels)" for name in loaded]
     raise TrainError(f"{where}: expected the splits train and test, got {', '.join(found)}")
-
-
-def _check_parquet(data_dir: Path) -> None:
-    import datasets
-
-    found = [path for path in data_dir.rglob("*.parquet") if not path.is_dir()]
-    for path in found:
-        if other := no_file(path):
-            raise TrainError(f"data_dir {data_dir}: {one_line(str(path))} must be a regular file, got {other}")
-    if not found:
-        what = "no folder" if not data_dir.is_dir() else "a folder without Parquet files"
-        raise TrainError(f"data_dir must be a folder with the data set's Parquet files, got {what}: {data_dir}")
-    if glob.has_magic(str(data_dir)):  # datasets takes the path for a pattern
-        raise TrainError(f"data_dir must be a path without * ? [ for Parquet files, got {data_dir}")
-    # datasets takes a file for that of every split whose name is a word of its path, its folders' names included.
-    split_of: dict[str, str] = {}
-    for split, files in datasets.load_dataset_builder(str(data_dir)).config.data_files.items():
-        for file in files:
-            own = _SPLIT_NAMES.get(re.match(r"[a-z]*", Path(file).name.lower())[0], split)
-            for other in (split_of.setdefault(file, split), own if split in _SPLIT_NAMES.values() else split):
-                if other != split:
-                    raise TrainError(
-                        f"data_dir {data_dir}: {file} must be in one split by its name and its folders', "
-                        f"got {other} and {split}; rename it or them"
-                    )
 
 
 def _label_column(split, source: Source, wanted: str | None) -> str:
