@@ -111,8 +111,8 @@ def train(arguments: Sequence[str]) -> int:
         required = ("model", "dataset", "out")
         settings = dict.fromkeys(required, tyro.MISSING) | _recipe_settings(arguments)
     config = tyro.cli(TrainConfig, args=arguments, default=TrainConfig(**settings), prog="fused-attn train")
-    from .train.loop import shown
     from .train.loop import train as run
+    from .train.results import shown
 
     try:
         metrics = run(config)

@@ -6,7 +6,7 @@ Nothing is unpickled: data come as image files, as Parquet through Hugging Face 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,7 +42,8 @@ class Images:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set.  ``mean`` and ``std`` (C,) are those of the training images scaled to [0, 1].
+    """A data set.  ``mean`` and ``std`` (C,) are those of the training images scaled to [0, 1]; ``names`` those of the
+    classes.
 
     ``crop`` is the height and width that the network gets to see of larger images; None: all of the image.
     ``skipped`` holds what could not be read so far, where that is no error.
@@ -55,6 +56,7 @@ class Dataset:
     std: Tensor
     crop: int | None = None
     skipped: Skipped = field(default_factory=dict)
+    names: Sequence[str] = ()
 
     @property
     def in_chans(self) -> int:
@@ -141,21 +143,21 @@ def load(
     if name in ("digits", "synthetic"):
         if data_dir is not None:
             raise TrainError(f"data_dir: {name} needs no folder, got {data_dir}")
-        train, test, classes = _digits() if name == "digits" else _synthetic()
+        train, test = _digits() if name == "digits" else _synthetic()
+        names = [str(number) for number in range(10)]
         image_size = image_size or 32
     else:
         with _one_line_errors(where, data_dir):
             splits = image_folder.read(data_dir) if name == "imagefolder" else _from_hub(where, data_dir, label_column)
             train, test, names = splits
             if where.files:
-                return _in_files(train, test, len(names), image_size or FILE_SIZE, skipped)
+                return _in_files(train, test, names, image_size or FILE_SIZE, skipped)
             train, test = _decoded(train, test, skipped)
-            classes = len(names)
     if image_size is not None:
         train, test = _resize(train, image_size), _resize(test, image_size)
     pixels = train.images.float() / 255.0
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)).clamp_min(1e-3)
-    return Dataset(train, test, classes, mean, std, skipped=skipped or {})
+    return Dataset(train, test, len(names), mean, std, skipped=skipped or {}, names=names)
 
 
 def of_run(config: TrainConfig) -> Dataset:
@@ -226,7 +228,7 @@ def in_memory_filled(parts: list[Images | ImageFiles]) -> list[Images]:
     return filled
 
 
-def _digits() -> tuple[Images, Images, int]:
+def _digits() -> tuple[Images, Images]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -234,27 +236,28 @@ def _digits() -> tuple[Images, Images, int]:
     labels = torch.from_numpy(digits.target.astype(np.int64))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     everything = Images(images[order], labels[order])
-    return everything[360:], everything[:360], 10
+    return everything[360:], everything[:360]
 
 
-def _synthetic() -> tuple[Images, Images, int]:
+def _synthetic() -> tuple[Images, Images]:
     """Ten random patterns under noise: learnable, and made in a moment."""
     generator = torch.Generator().manual_seed(0)
     patterns = torch.rand(10, 3, 32, 32, generator=generator)
     labels = torch.arange(768) % 10
     noisy = 0.5 * patterns[labels] + 0.5 * torch.rand(768, 3, 32, 32, generator=generator)
     everything = Images((noisy * 255).to(torch.uint8), labels)
-    return everything[:512], everything[512:], 10
+    return everything[:512], everything[512:]
 
 
-def _in_files(train: Split, test: Split, classes: int, size: int, skipped: Skipped | None) -> Dataset:
+def _in_files(train: Split, test: Split, names: Sequence[str], size: int, skipped: Skipped | None) -> Dataset:
     images, test_images = (ImageFiles(split, round(size * FILE_MARGIN), skipped=skipped) for split in (train, test))
     sample = images[:: -(-len(images) // SAMPLE)]
     pixels = sample.read()[0].float() / 255.0
     if not len(pixels):
         raise TrainError(f"none of {len(sample)} training images could be read, the first: {_first(skipped)}")
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)).clamp_min(1e-3)
-    return Dataset(images, test_images, classes, mean, std, crop=size, skipped={} if skipped is None else skipped)
+    skipped = {} if skipped is None else skipped
+    return Dataset(images, test_images, len(names), mean, std, crop=size, skipped=skipped, names=names)
 
 
 def _first(skipped: Skipped) -> str:
