@@ -124,7 +124,8 @@ class TrainConfig:
     leave that step out, count it and go on.  Gradients that fp16's loss scaling overflows are its own business."""
 
     crop_padding: int | None = None
-    """Zero-pad by so many pixels and crop at random, per image; the data set's custom when not given."""
+    """Images in memory: zero-pad by so many pixels and crop at random, per image; the data set's custom when not
+    given."""
     crop_scale: float | None = None
     """Images from files: crop at random at least this share of the area, and resize it; 0.08 when not given."""
     flip: bool | None = None

@@ -23,7 +23,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
 from .. import create_model
-from . import augment, checkpoint, data, folder, identity, weights
+from . import applies, augment, checkpoint, data, folder, identity, weights
 from .config import MAY_GROW, TrainConfig
 from .environment import describe
 from .errors import NonFiniteError, TrainError, reason
@@ -68,7 +68,11 @@ class Run:
         self.checkpoints = config.out / "checkpoints"
         taken = folder.is_taken(config.out)
         self.accelerator.wait_for_everyone()
+        if not config.resume:
+            applies.check(config)
         self.before = folder.claim(config, taken)
+        if config.resume:
+            applies.check(config, self.before)
         if self.accelerator.is_main_process:
             self.lock = folder.lock(config.out)
 
