@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import tyro
@@ -18,8 +21,23 @@ from .train.recipes import RECIPES
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 (the machine failed), 2 (a setting, the data or a file of the run
-    is not usable), 3 (the training came to a loss, gradient or weight that is inf or nan) or 130 (interrupted)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    is not usable), 3 (the training came to a loss, gradient or weight that is inf or nan), 130 (interrupted) or 141
+    (the reader of its output has closed it, as ``head`` does)."""
+    try:
+        try:
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
+        finally:  # what is still to be written; tyro ends --help with SystemExit
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError as error:
+        return 128 + signal.SIGPIPE if _drop_unread() else _failed(error, 1)
+    except OSError as error:  # a full disk
+        if sys.stdout is not None:
+            _drop_output(sys.stdout)
+        return _failed(error, 1)
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         wants_help = bool(arguments) and arguments[0] in ("-h", "--help")
         lines = [f"  {name:9}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
@@ -36,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(error, 3)
     except (TrainError, BenchError) as error:
         return _failed(error, 2)
+    except BrokenPipeError:
+        raise
     except (OSError, MemoryError) as error:  # a log or a picture on a full disk; checkpoints report theirs themselves
         return _failed(error, 1)
     except RuntimeError as error:
@@ -53,6 +73,30 @@ def _failed(error: BaseException, status: int) -> int:
     return status
 
 
+def _drop_unread() -> bool:
+    """Whether nobody reads stdout or stderr any more; what Python has still to write to them is then dropped."""
+    unread = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and _is_unread(stream)]
+    for stream in unread:
+        _drop_output(stream)
+    return bool(unread)
+
+
+def _is_unread(stream: TextIO) -> bool:
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):  # replaced by one without a file, or closed
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _drop_output(stream: TextIO) -> None:
+    """Let the interpreter's flush at its end succeed."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
 def _is_out_of_memory(error: RuntimeError) -> bool:
     """The CPU's allocator raises no type of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
@@ -67,8 +111,8 @@ def train(arguments: Sequence[str]) -> int:
         required = ("model", "dataset", "out")
         settings = dict.fromkeys(required, tyro.MISSING) | _recipe_settings(arguments)
     config = tyro.cli(TrainConfig, args=arguments, default=TrainConfig(**settings), prog="fused-attn train")
-    from .train.loop import shown
     from .train.loop import train as run
+    from .train.results import shown
 
     try:
         metrics = run(config)
@@ -76,7 +120,8 @@ def train(arguments: Sequence[str]) -> int:
         print(f"fused-attn: interrupted; go on with --resume --out {config.out}", file=sys.stderr)
         return 130
     skipped = f" ({metrics['skipped_steps']} left out)" if metrics["skipped_steps"] else ""
-    print(f"{config.out}: {metrics['steps']} steps{skipped} in {metrics['seconds']:.0f} s, {shown(metrics)}")
+    done = f"{config.out}: {metrics['steps']} steps{skipped} in {metrics['seconds']:.0f} s"
+    print(", ".join(filter(None, (done, shown(metrics)))))
     return 0
 
 
