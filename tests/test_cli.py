@@ -153,6 +153,77 @@ def test_a_log_that_cannot_be_written_is_an_error_of_one_line(failing, tmp_path,
     assert "No space left" in errors.splitlines()[-1]
 
 
+def test_a_summary_without_an_evaluation_ends_with_the_time(tmp_path, capsys):
+    options = ["--model", "wrn_10_1", "--eval-every", "0", "--out", str(tmp_path / "run")]
+    assert cli.main([*SMALL, *options]) == 0
+    assert re.search(r"/run: 2 steps in \d+ s$", capsys.readouterr().out.splitlines()[-1])
+
+
+def started(tmp_path, *arguments, **streams):
+    """Exit status of a command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "fused_attn.cli", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        text=True,
+        **streams,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info"],
+        ["--help"],
+        ["train", "--help"],
+        [*SMALL, "--model", "wrn_10_1", "--out", "run"],
+        ["bench", "squeeze_excite", "--providers", "cpu", "--seconds", "0", "--shape", "B=1,C=8,H=2,W=2,hidden=2"],
+    ],
+    ids=" ".join,
+)
+def test_a_reader_that_closes_early_ends_a_command_quietly(tmp_path, arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        process = started(tmp_path, *arguments, stdout=writing, stderr=subprocess.PIPE)
+    finally:
+        os.close(writing)
+    assert process.returncode == 141, process.stderr
+    assert "roken" not in process.stderr
+    assert "Traceback" not in process.stderr
+    assert "Exception ignored" not in process.stderr
+
+
+def test_a_reader_of_everything_that_closes_early(tmp_path):
+    """As in ``fused-attn train ... 2>&1 | head``."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        arguments = [*SMALL, "--model", "wrn_10_1", "--out", "run"]
+        assert started(tmp_path, *arguments, stdout=writing, stderr=writing).returncode == 141
+        assert started(tmp_path, "trian", stdout=writing, stderr=writing).returncode == 141
+    finally:
+        os.close(writing)
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["train", "--help"]], ids=" ".join)
+def test_output_on_a_full_disk_is_an_error_of_one_line(tmp_path, arguments):
+    with open("/dev/full", "w") as full:
+        process = started(tmp_path, *arguments, stdout=full, stderr=subprocess.PIPE)
+    assert process.returncode == 1
+    assert process.stderr == "fused-attn: error: [Errno 28] No space left on device\n"
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_an_error(failing, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr(RunLog, "write", broken)
+    status, errors = failing(*SMALL, "--model", "wrn_10_1", "--out", tmp_path / "run")
+    assert status == 1
+    assert errors.splitlines()[-1] == "fused-attn: error: [Errno 32] Broken pipe"
+
+
 def test_info_says_what_auto_runs_and_why_not_the_rest(capsys):
     from fused_attn.ops import SPECS
 

@@ -1,13 +1,14 @@
 """What a user can get wrong in any command: one line ``fused-attn: error: ...``, before the work, no traceback."""
 
 import dataclasses
+import json
 import re
 
 import pytest
 import torch
 
 from fused_attn import cli
-from fused_attn.train import data, loop
+from fused_attn.train import TrainConfig, applies, data, loop
 
 SMALL = ["train", "--dataset", "digits", "--image-size", "8", "--train-images", "64", "--batch-size", "32"]
 SMALL += ["--max-steps", "1", "--threads", "1"]
@@ -64,6 +65,82 @@ def test_settings_of_training(one_line, tmp_path, arguments, message):
     assert status == 2
     assert re.search(message, errors), errors
     assert not (tmp_path / "run/config.json").exists()
+
+
+HUB = ["--dataset", "owner/name"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--crop-scale", "0.5"], "crop_scale: it is for images that stay in their files; those of digits are cropped"),
+        ([*HUB, "--crop-padding", "2"], "crop_padding: it is for images in memory; those of owner/name stay in their"),
+        (
+            ["--dataset", "imagefolder", "--crop-padding", "0"],
+            "crop_padding: it is for images in memory; those of image",
+        ),
+        (["--dataset", "synthetic", "--skip-unreadable"], "skip_unreadable: synthetic has no image files; got True"),
+        (["--optimizer", "adam", "--momentum", "0.8"], "momentum: it is of SGD, and Adam has none; got 0.8"),
+        (
+            ["--recipe", "sa-resnet", "--optimizer", "adam", "--nesterov"],
+            "nesterov: it is of SGD, and Adam has none; got True",
+        ),
+        (["--milestones", "3", "5"], r"milestones: it is of the schedule step, not of cosine; got \(3, 5\)"),
+        (["--schedule", "constant", "--gamma", "0.5"], "gamma: it is of the schedule step, not of constant; got 0.5"),
+        (["--recipe", "wrn", "--schedule", "cosine", "--gamma", "0.5"], "gamma: it is of the schedule step, not of co"),
+        (
+            ["--eval-every", "0", "--eval-batch-size", "7"],
+            "eval_batch_size: nothing is evaluated with eval_every 0; got 7",
+        ),
+    ],
+)
+def test_options_that_have_no_say(one_line, tmp_path, arguments, message):
+    status, errors = one_line(*SMALL, *WRN, "--out", "run", *arguments)
+    assert status == 2
+    assert re.search(f"error: {message}", errors), errors
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adam"},
+        {"optimizer": "adam", "momentum": 0.0, "nesterov": False},
+        {"optimizer": "adam", "attention_optimizer": "sgd", "momentum": 0.8},
+        {"schedule": "step", "milestones": (1, 2), "gamma": 0.5},
+        {"dataset": "imagefolder", "crop_scale": 0.5, "skip_unreadable": True},
+        {"dataset": "owner/name", "image_size": None, "crop_padding": 2},
+        {"dataset": "cifar10", "crop_padding": 2, "skip_unreadable": True},
+        {"eval_every": 0},
+        # Of a recipe, not given: the model or the data, the optimizer and the schedule may be others.
+        {"recipe": "replication-wrn", "milestones": (18, 36, 48), "schedule": "cosine"},
+        {
+            "recipe": "attention-wise",
+            "dataset": "imagefolder",
+            "crop_padding": 0,
+            "eval_batch_size": 1000,
+            "eval_every": 0,
+        },
+        {"recipe": "of another version"},
+    ],
+)
+def test_options_that_have_a_say_or_are_not_given(tmp_path, changes):
+    settings = {"model": "wrn_10_1", "dataset": "digits", "out": tmp_path, "image_size": 8, **changes}
+    applies.check(TrainConfig(**settings))
+
+
+def test_a_run_with_such_an_option_is_resumed(one_line, tmp_path, capsys):
+    """Those of earlier versions may have one; a new one is refused."""
+    assert cli.main([*SMALL, *WRN, "--out", "run"]) == 0
+    path = tmp_path / "run/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "crop_scale": 0.5, "eval_batch_size": 9}))
+    capsys.readouterr()
+    resumed = ["train", "--resume", "--out", "run", "--max-steps", "2"]
+    assert one_line(*resumed, "--skip-unreadable") == (
+        2,
+        "fused-attn: error: skip_unreadable: digits has no image files; got True\n",
+    )
+    assert cli.main(resumed) == 0
 
 
 def test_a_data_set_of_one_class(one_line, tmp_path, monkeypatch):

@@ -87,10 +87,11 @@ def run(config: BenchConfig) -> int:
         except KeyboardInterrupt as stop:
             interrupted = True
             reports += stop.args  # that of the op in progress
+    if config.out is not None:  # before the tables, whose reader may close early
+        for each in reports:
+            report.render(each, config.out)
     for each in reports:
         report.print_table(each)
-        if config.out is not None:
-            report.render(each, config.out)
     for failure in failures:
         print(f"fused-attn: {failure}", file=sys.stderr)
     if interrupted:

@@ -157,10 +157,10 @@ def run(config: NetworksConfig) -> int:
             print("fused-attn: interrupted; what was measured is kept", file=sys.stderr)
             status = 130
     report = measured.report(interrupted=status != 0)
-    print(markdown(report), end="")
     if config.out is not None:
         write(report, config.out)
         render(report, config.out)
+    print(markdown(report), end="")
     return status or int(any(row["status"] == "wrong" for row in report["rows"]))
 
 

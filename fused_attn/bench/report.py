@@ -52,9 +52,13 @@ def print_table(report: Report) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    class Output(Console):
+        def on_broken_pipe(self) -> None:  # rich's own ends the process
+            raise
+
+    console = Output()
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Output(width=160)
     ceilings = report["ceilings"]
     console.print(f"\n[bold]{report['op']}[/bold], {report['dtype']}, {report['device']}; {machine(report)}")
     if ceilings:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import tyro
@@ -18,8 +21,23 @@ from ..train.recipes import RECIPES
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 (the machine failed), 2 (a setting, the data or a file of the run
-    is not usable), 3 (the training came to a loss, gradient or weight that is inf or nan) or 130 (interrupted)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    is not usable), 3 (the training came to a loss, gradient or weight that is inf or nan), 130 (interrupted) or 141
+    (the reader of its output has closed it, as ``head`` does)."""
+    try:
+        try:
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
+        finally:  # what is still to be written; tyro ends --help with SystemExit
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError as error:
+        return 128 + signal.SIGPIPE if _drop_unread() else _failed(error, 1)
+    except OSError as error:  # a full disk
+        if sys.stdout is not None:
+            _drop_output(sys.stdout)
+        return _failed(error, 1)
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         wants_help = bool(arguments) and arguments[0] in ("-h", "--help")
         lines = [f"  {name:9}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
@@ -36,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(error, 3)
     except (TrainError, BenchError) as error:
         return _failed(error, 2)
+    except BrokenPipeError:
+        raise
     except (OSError, MemoryError) as error:  # a log or a picture on a full disk; checkpoints report theirs themselves
         return _failed(error, 1)
     except RuntimeError as error:
@@ -53,12 +73,36 @@ def _failed(error: BaseException, status: int) -> int:
     return status
 
 
+def _drop_unread() -> bool:
+    """Whether nobody reads stdout or stderr any more; what Python has still to write to them is then dropped."""
+    unread = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and _is_unread(stream)]
+    for stream in unread:
+        _drop_output(stream)
+    return bool(unread)
+
+
+def _is_unread(stream: TextIO) -> bool:
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):  # replaced by one without a file, or closed
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _drop_output(stream: TextIO) -> None:
+    """Let the interpreter's flush at its end succeed."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
 def _is_out_of_memory(error: RuntimeError) -> bool:
     """The CPU's allocator raises no type of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def train(arguments: Sequence[str]) -> int:
+def _train(arguments: Sequence[str]) -> int:
     """Train a model on CPU or GPU; alone, or on several processes under torchrun."""
     out = _option(arguments, "--out")
     if "--resume" in arguments and out is not None:  # the run's settings, so that --resume --out DIR is enough
@@ -67,8 +111,8 @@ def train(arguments: Sequence[str]) -> int:
         required = ("model", "dataset", "out")
         settings = dict.fromkeys(required, tyro.MISSING) | _recipe_settings(arguments)
     config = tyro.cli(TrainConfig, args=arguments, default=TrainConfig(**settings), prog="fused-attn train")
-    from ..train.loop import shown
     from ..train.loop import train as run
+    from ..train.results import shown
 
     try:
         metrics = run(config)
@@ -76,7 +120,8 @@ def train(arguments: Sequence[str]) -> int:
         print(f"fused-attn: interrupted; go on with --resume --out {config.out}", file=sys.stderr)
         return 130
     skipped = f" ({metrics['skipped_steps']} left out)" if metrics["skipped_steps"] else ""
-    print(f"{config.out}: {metrics['steps']} steps{skipped} in {metrics['seconds']:.0f} s, {shown(metrics)}")
+    done = f"{config.out}: {metrics['steps']} steps{skipped} in {metrics['seconds']:.0f} s"
+    print(", ".join(filter(None, (done, shown(metrics)))))
     return 0
 
 
@@ -98,9 +143,9 @@ def _recipe_settings(arguments: Sequence[str]) -> dict:
     return RECIPES[recipe][1]
 
 
-def info(arguments: Sequence[str]) -> int:
+def _info(arguments: Sequence[str]) -> int:
     """Say what is installed, and which implementation each op would use here and why not the others."""
-    tyro.cli(_no_options, args=arguments, prog="fused-attn info", description=info.__doc__)
+    tyro.cli(_no_options, args=arguments, prog="fused-attn info", description=_info.__doc__)
     from .info import report
 
     print(report())
@@ -111,21 +156,21 @@ def _no_options() -> None:
     pass
 
 
-def inspect(arguments: Sequence[str]) -> int:
+def _inspect(arguments: Sequence[str]) -> int:
     """Draw what the element-wise attention layers of a run, or of a model, do to one image."""
     from .draw_elementwise import run
 
     return tyro.cli(run, args=arguments, prog="fused-attn inspect")
 
 
-def demo(arguments: Sequence[str]) -> int:
+def _demo(arguments: Sequence[str]) -> int:
     """Train a small attention-augmented network on real images, and compare the fused op with eager PyTorch."""
     from .demo import run
 
     return tyro.cli(run, args=arguments, prog="fused-attn demo")
 
 
-def bench(arguments: Sequence[str]) -> int:
+def _bench(arguments: Sequence[str]) -> int:
     """Measure speed and memory of ops, or of whole networks, beside what you would use instead."""
     # A time limit that ends the command ends it as Ctrl-C does: what was measured is kept.
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -141,7 +186,7 @@ def bench(arguments: Sequence[str]) -> int:
         signal.signal(signal.SIGTERM, previous)
 
 
-def scales(arguments: Sequence[str]) -> int:
+def _scales(arguments: Sequence[str]) -> int:
     """Plot how much the squeeze-excite gates of trained networks differ between channels."""
     from .draw_scales import ScalesConfig, run
 
@@ -149,13 +194,10 @@ def scales(arguments: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "train": train,
-    "inspect": inspect,
-    "demo": demo,
-    "bench": bench,
-    "scales": scales,
-    "info": info,
+    "train": _train,
+    "inspect": _inspect,
+    "demo": _demo,
+    "bench": _bench,
+    "scales": _scales,
+    "info": _info,
 }
-
-if __name__ == "__main__":
-    sys.exit(main())

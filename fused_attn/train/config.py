@@ -46,7 +46,8 @@ class TrainConfig:
 
     resume: bool = False
     """Go on from the last checkpoint in ``out``, or, where there is none yet, from the beginning.  ``epochs`` and
-    ``max_steps`` may grow; the cosine schedule is then, from the next step on, that of the new length."""
+    ``max_steps`` may grow, and a run without ``max_steps`` may get one; the cosine schedule is then, from the next step
+    on, that of the new length."""
     init_from: Path | None = None
     """Weights to begin with: a .safetensors file, or the folder of a run.  A classifier for another number of classes
     is left as freshly drawn."""
@@ -123,7 +124,8 @@ class TrainConfig:
     leave that step out, count it and go on.  Gradients that fp16's loss scaling overflows are its own business."""
 
     crop_padding: int | None = None
-    """Zero-pad by so many pixels and crop at random, per image; the data set's custom when not given."""
+    """Images in memory: zero-pad by so many pixels and crop at random, per image; the data set's custom when not
+    given."""
     crop_scale: float | None = None
     """Images from files: crop at random at least this share of the area, and resize it; 0.08 when not given."""
     flip: bool | None = None
@@ -204,7 +206,8 @@ class TrainConfig:
         for name, value in self.as_json().items():
             was = before[name]
             if name in MAY_GROW:
-                if _length(value) < _length(was):
+                # A run without a limit may get one; whether it is beyond the steps done, the checkpoint says.
+                if was is not None and _length(value) < was:
                     raise TrainError(f"--resume: {name} of the run in {self.out} may only grow from {was}, got {value}")
             elif name not in MAY_CHANGE and was != value:
                 raise TrainError(

@@ -6,9 +6,7 @@ Nothing is unpickled: data come as image files, as Parquet through Hugging Face 
 from __future__ import annotations
 
 import contextlib
-import glob
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import image_folder
+from . import image_folder, parquet
 from .config import TrainConfig
 from .errors import TrainError
 from .files import ImageColumn, ImageFiles, Skipped, Split, decode_all
@@ -44,7 +42,8 @@ class Images:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set.  ``mean`` and ``std`` (C,) are those of the training images scaled to [0, 1].
+    """A data set.  ``mean`` and ``std`` (C,) are those of the training images scaled to [0, 1]; ``names`` those of the
+    classes.
 
     ``crop`` is the height and width that the network gets to see of larger images; None: all of the image.
     ``skipped`` holds what could not be read so far, where that is no error.
@@ -57,6 +56,7 @@ class Dataset:
     std: Tensor
     crop: int | None = None
     skipped: Skipped = field(default_factory=dict)
+    names: Sequence[str] = ()
 
     @property
     def in_chans(self) -> int:
@@ -94,8 +94,6 @@ SOURCES = {
 FILE_SIZE, FILE_MARGIN = 224, 8 / 7
 #: Training images from which mean and standard deviation are taken where decoding all would take long.
 SAMPLE = 512
-#: What the name of a Parquet file begins with -> its split.
-_SPLIT_NAMES = {"train": "train", "test": "test", **dict.fromkeys(("val", "valid", "validation"), "validation")}
 
 
 def source(name: str, image_size: int | None = None) -> Source:
@@ -145,21 +143,21 @@ def load(
     if name in ("digits", "synthetic"):
         if data_dir is not None:
             raise TrainError(f"data_dir: {name} needs no folder, got {data_dir}")
-        train, test, classes = _digits() if name == "digits" else _synthetic()
+        train, test = _digits() if name == "digits" else _synthetic()
+        names = [str(number) for number in range(10)]
         image_size = image_size or 32
     else:
         with _one_line_errors(where, data_dir):
             splits = image_folder.read(data_dir) if name == "imagefolder" else _from_hub(where, data_dir, label_column)
             train, test, names = splits
             if where.files:
-                return _in_files(train, test, len(names), image_size or FILE_SIZE, skipped)
+                return _in_files(train, test, names, image_size or FILE_SIZE, skipped)
             train, test = _decoded(train, test, skipped)
-            classes = len(names)
     if image_size is not None:
         train, test = _resize(train, image_size), _resize(test, image_size)
     pixels = train.images.float() / 255.0
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)).clamp_min(1e-3)
-    return Dataset(train, test, classes, mean, std, skipped=skipped or {})
+    return Dataset(train, test, len(names), mean, std, skipped=skipped or {}, names=names)
 
 
 def of_run(config: TrainConfig) -> Dataset:
@@ -230,7 +228,7 @@ def in_memory_filled(parts: list[Images | ImageFiles]) -> list[Images]:
     return filled
 
 
-def _digits() -> tuple[Images, Images, int]:
+def _digits() -> tuple[Images, Images]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -238,27 +236,28 @@ def _digits() -> tuple[Images, Images, int]:
     labels = torch.from_numpy(digits.target.astype(np.int64))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     everything = Images(images[order], labels[order])
-    return everything[360:], everything[:360], 10
+    return everything[360:], everything[:360]
 
 
-def _synthetic() -> tuple[Images, Images, int]:
+def _synthetic() -> tuple[Images, Images]:
     """Ten random patterns under noise: learnable, and made in a moment."""
     generator = torch.Generator().manual_seed(0)
     patterns = torch.rand(10, 3, 32, 32, generator=generator)
     labels = torch.arange(768) % 10
     noisy = 0.5 * patterns[labels] + 0.5 * torch.rand(768, 3, 32, 32, generator=generator)
     everything = Images((noisy * 255).to(torch.uint8), labels)
-    return everything[:512], everything[512:], 10
+    return everything[:512], everything[512:]
 
 
-def _in_files(train: Split, test: Split, classes: int, size: int, skipped: Skipped | None) -> Dataset:
+def _in_files(train: Split, test: Split, names: Sequence[str], size: int, skipped: Skipped | None) -> Dataset:
     images, test_images = (ImageFiles(split, round(size * FILE_MARGIN), skipped=skipped) for split in (train, test))
     sample = images[:: -(-len(images) // SAMPLE)]
     pixels = sample.read()[0].float() / 255.0
     if not len(pixels):
         raise TrainError(f"none of {len(sample)} training images could be read, the first: {_first(skipped)}")
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)).clamp_min(1e-3)
-    return Dataset(images, test_images, classes, mean, std, crop=size, skipped={} if skipped is None else skipped)
+    skipped = {} if skipped is None else skipped
+    return Dataset(images, test_images, len(names), mean, std, crop=size, skipped=skipped, names=names)
 
 
 def _first(skipped: Skipped) -> str:
@@ -292,41 +291,24 @@ def _from_hub(source: Source, data_dir: Path | None, label_column: str | None) -
 
     datasets.disable_progress_bars()
     where = source.hub_name if data_dir is None else f"data_dir {data_dir}"
+    files: dict[str, list[str]] = {}
     if data_dir is None:
         loaded = datasets.load_dataset(source.hub_name)
     else:
-        _check_parquet(data_dir)
+        files = parquet.files_of_splits(data_dir)
         loaded = datasets.load_dataset(str(data_dir))
     column = _label_column(next(iter(loaded.values())), source, label_column)
     labels = {name: split[column][:] for name, split in loaded.items() if column in split.features}
     labelled = [name for name, values in labels.items() if values and not any(map(_is_missing, values))]
     for name in ("test", "validation"):
         if "train" in labelled and name in labelled:
+            if data_dir is not None:
+                own = getattr(loaded["train"].features[column], "names", None)
+                parquet.check_labels(data_dir, [*files["train"], *files[name]], column, own)
             names, train_labels, test_labels = _classes(loaded["train"], column, labels["train"], labels[name], name)
             return _encoded(loaded, "train", train_labels), _encoded(loaded, name, test_labels), names
     found = [name if name in labelled else f"{name} (without labels)" for name in loaded]
     raise TrainError(f"{where}: expected the splits train and test, got {', '.join(found)}")
-
-
-def _check_parquet(data_dir: Path) -> None:
-    import datasets
-
-    if not any(data_dir.rglob("*.parquet")):
-        what = "no folder" if not data_dir.is_dir() else "a folder without Parquet files"
-        raise TrainError(f"data_dir must be a folder with the data set's Parquet files, got {what}: {data_dir}")
-    if glob.has_magic(str(data_dir)):  # datasets takes the path for a pattern
-        raise TrainError(f"data_dir must be a path without * ? [ for Parquet files, got {data_dir}")
-    # datasets takes a file for that of every split whose name is a word of its path, its folders' names included.
-    split_of: dict[str, str] = {}
-    for split, files in datasets.load_dataset_builder(str(data_dir)).config.data_files.items():
-        for file in files:
-            own = _SPLIT_NAMES.get(re.match(r"[a-z]*", Path(file).name.lower())[0], split)
-            for other in (split_of.setdefault(file, split), own if split in _SPLIT_NAMES.values() else split):
-                if other != split:
-                    raise TrainError(
-                        f"data_dir {data_dir}: {file} must be in one split by its name and its folders', "
-                        f"got {other} and {split}; rename it or them"
-                    )
 
 
 def _label_column(split, source: Source, wanted: str | None) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +24,11 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+#: What else than a file may have its name.
+_OTHERS = {
+    stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}  # fmt: skip
 _GREY = ("1", "L", "LA", "La")
 
 
@@ -50,13 +57,18 @@ def decode(encoded: Encoded) -> Image.Image:
     ``BACKGROUND``.
 
     Raises:
-        UnreadableImage: the file is missing or damaged, or its numbers have no defined range: floating-point ones, and
-            integers outside 0 to 65535.
+        UnreadableImage: the file is missing, damaged or no regular one, or its numbers have no defined range:
+            floating-point ones, and integers outside 0 to 65535.
     """
     try:
         if encoded.content is None:
             raise ValueError("the row holds no image")
-        source = io.BytesIO(encoded.content) if isinstance(encoded.content, bytes) else encoded.content
+        if isinstance(encoded.content, bytes):
+            source = io.BytesIO(encoded.content)
+        else:
+            source = encoded.content
+            if other := no_file(source):  # to open a FIFO may wait for ever
+                raise ValueError(f"it must be a regular file, got {other}")
         with Image.open(source) as image:
             image.load()
             if not (image.width and image.height):
@@ -64,6 +76,16 @@ def decode(encoded: Encoded) -> Image.Image:
             return plain(_upright(image))
     except Exception as error:  # damaged files make Pillow's decoders raise nearly everything
         raise UnreadableImage(encoded.name, error) from error
+
+
+def no_file(path: str | os.PathLike[str]) -> str | None:
+    """What is there, or where its links lead, instead of a regular file.
+
+    Raises:
+        OSError: there is nothing, or it cannot be reached.
+    """
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    return None if kind == stat.S_IFREG else _OTHERS.get(kind, "something else")
 
 
 def one_line(name: str) -> str:

@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,14 +23,15 @@ from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
 from .. import create_model
-from . import augment, checkpoint, data, folder, weights
+from . import applies, augment, checkpoint, data, folder, identity, weights
 from .config import MAY_GROW, TrainConfig
 from .environment import describe
 from .errors import NonFiniteError, TrainError, reason
 from .files import ImageFiles, load_ahead
-from .json_files import dumps, read_object
+from .json_files import dumps
 from .log import RunLog
 from .optim import attention_factor, build_optimizers, learning_rate
+from .results import read_metrics, shown
 
 #: Below this scale of the loss, a gradient that is not finite in fp16 is none that the scaling could repair.
 LEAST_SCALE = 1.0
@@ -68,7 +68,11 @@ class Run:
         self.checkpoints = config.out / "checkpoints"
         taken = folder.is_taken(config.out)
         self.accelerator.wait_for_everyone()
+        if not config.resume:
+            applies.check(config)
         self.before = folder.claim(config, taken)
+        if config.resume:
+            applies.check(config, self.before)
         if self.accelerator.is_main_process:
             self.lock = folder.lock(config.out)
 
@@ -422,6 +426,7 @@ class Run:
                 "length": {"epochs": self.config.epochs, "max_steps": self.config.max_steps},
                 "extended": self.extended,
                 "initialised": self.initialised,
+                "data": identity.of(self.dataset),
                 **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
                 "scaler": scaler.state_dict() if scaler is not None else None,
             }
@@ -432,7 +437,11 @@ class Run:
         path = checkpoint.find(self.checkpoints)[-1]
         tensors, state = checkpoint.load(path)
         try:
+            if "data" in state:  # earlier versions wrote none
+                identity.check(state["data"], self.dataset, self.config.out)
             self._take_up(tensors, state)
+        except TrainError:
+            raise
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             raise checkpoint.unusable(path, error) from error
         if self.step > self.last_step:
@@ -583,18 +592,3 @@ def build_network(config: TrainConfig, dataset: data.Dataset) -> nn.Module:
         return create_model(config.model, **options)
     except Exception as error:  # a model checks its options as far as they are of its types
         raise TrainError(f"model {config.model}: {reason(error)}") from error
-
-
-def read_metrics(out: Path) -> dict[str, Any]:
-    """metrics.json of a finished run.
-
-    Raises:
-        TrainError: there is none, or it is damaged.
-    """
-    return read_object(out / "metrics.json", "metrics")
-
-
-def shown(results: dict[str, Any]) -> str:
-    """Losses and accuracies in words, those that are not finite as nan."""
-    values = {name: math.nan if value is None else value for name, value in results.items()}
-    return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.endswith(("_loss", "_accuracy")))

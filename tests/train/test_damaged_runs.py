@@ -220,6 +220,8 @@ def test_a_checkpoint_of_another_model(copy, resumed):
         {"extended": 3},
         {"length": 3},
         {"scaler": ...},
+        {"data": 3},
+        {"data": {}},
     ],
 )
 def test_a_state_of_another_kind(copy, resumed, changes):

@@ -251,6 +251,64 @@ def test_layouts_of_the_hub(tmp_path, names):
         np.testing.assert_array_equal(images.images.numpy(), pixels(2, number).transpose(0, 3, 1, 2))
 
 
+def of_classes(names):
+    return datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+
+
+def of_values(dtype):
+    return datasets.Features({"img": datasets.Image(), "label": datasets.Value(dtype)})
+
+
+@pytest.mark.parametrize("extra", [None, "train-1", "test-1", "validation"])
+def test_files_that_number_their_classes_differently(tmp_path, extra):
+    """datasets takes the names of one file, and reads the numbers of all by them."""
+    write(tmp_path / "set/train-0.parquet", pixels(2, 0), [0, 1], of_classes(["cat", "dog"]))
+    write(tmp_path / "set/test-0.parquet", pixels(2, 1), [0, 1], of_classes(["cat", "dog"]))
+    other = "test-0" if extra is None else extra
+    write(tmp_path / f"set/{other}.parquet", pixels(2, 2), [0, 1], of_classes(["dog", "cat"]))
+    if extra == "validation":  # which is not used, as there is a test set
+        assert len(data.load("cifar10", tmp_path / "set").train) == 2
+        (tmp_path / "set/test-0.parquet").unlink()
+    match = rf"the column label alike, got for class 0 'cat' in .*/train-0\.parquet and 'dog' in .*/{other}\.parquet"
+    with pytest.raises(TrainError, match=match) as caught:
+        data.load("cifar10", tmp_path / "set")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "match"),
+    [
+        (of_classes(["a", "b"]), of_classes(["a", "b", "c"]), r"class 2 none in .*train.parquet and 'c' in .*test"),
+        (of_classes(["a", "b", "c"]), of_classes(["a", "b"]), r"class 2 'c' in .*train.parquet and none in .*test"),
+        (of_classes(["a", "b"]), of_values("string"), r"of one kind, got texts in .*test.* and numbers in .*train"),
+        (of_values("int64"), of_values("string"), r"of one kind, got texts in .*test.* and numbers in .*train"),
+        (of_values("string"), of_classes(["a", "b"]), r"of one kind, got texts in .*train.* and numbers in .*test"),
+    ],
+)
+def test_files_with_other_classes(tmp_path, train, test, match):
+    for split, features in (("train", train), ("test", test)):
+        labels = ["0", "1"] if features["label"].dtype == "string" else [0, 1]
+        write(tmp_path / f"set/{split}.parquet", pixels(2, 0), labels, features)
+    with pytest.raises(TrainError, match=match):
+        data.load("cifar10", tmp_path / "set")
+
+
+def test_numbers_without_names_are_those_of_the_named_file(tmp_path):
+    write(tmp_path / "set/train.parquet", pixels(3, 0), [0, 1, 2], of_classes(["a", "b", "c"]))
+    write(tmp_path / "set/test.parquet", pixels(2, 1), [2, 0], of_values("int32"))
+    assert data.load("cifar10", tmp_path / "set").test.labels.tolist() == [2, 0]
+
+
+def test_classes_of_the_card_that_are_not_those_of_the_files(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / f"set/{split}.parquet", pixels(2, 0), [0, 1], of_classes(["cat", "dog"]))
+    card = "---\ndataset_info:\n  features:\n  - name: img\n    dtype: image\n  - name: label\n    dtype:\n"
+    card += "      class_label:\n        names:\n          '0': dog\n          '1': cat\n---\n"
+    (tmp_path / "set/README.md").write_text(card)
+    with pytest.raises(TrainError, match=r"class 0 'cat' in .*train\.parquet and 'dog' in what datasets takes"):
+        data.load("cifar10", tmp_path / "set")
+
+
 def test_patterns_in_the_path_of_parquet_files_are_refused(tmp_path):
     for folder in ("set[1]", "s*t"):
         write(tmp_path / folder / "train.parquet", pixels(2, 0), [0, 1])

@@ -141,7 +141,9 @@ def test_what_a_killed_process_was_writing_is_no_run(small, tmp_path):
 @pytest.mark.parametrize("schedule", ["constant", "step"])
 @pytest.mark.parametrize("shorter", [{"epochs": 2}, {"max_steps": 6}])
 def test_a_finished_run_is_extended_to_the_longer_one(small, tmp_path, schedule, shorter):
-    settings = {**SETTINGS, "schedule": schedule, "milestones": (1, 2), "eval_every": 3}
+    settings = {**SETTINGS, "schedule": schedule, "eval_every": 3}
+    if schedule == "step":
+        settings["milestones"] = (1, 2)
     train(small(tmp_path / "whole", **settings))
     train(small(tmp_path / "run", **{**settings, **shorter}))
     metrics = train(small(tmp_path / "run", **settings, resume=True))
@@ -195,7 +197,10 @@ def test_killed_at_the_new_end_before_the_metrics(small, tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"epochs": 2}, "--resume: epochs of the run in .* may only grow from 3, got 2"),
-        ({"max_steps": 5}, "--resume: max_steps of the run in .* may only grow from None, got 5"),
+        (
+            {"max_steps": 5},
+            "--resume: epochs and max_steps must allow the 12 steps that .*step-00000012 has, got 5",
+        ),
         ({"init_from": "other.safetensors"}, "--resume: init_from of the run in .* is None, got 'other.safetensors'"),
     ],
 )
@@ -204,6 +209,23 @@ def test_a_run_does_not_get_shorter(small, whole, changes, message):
     with pytest.raises(TrainError, match=message):
         train(small(whole, **{**SETTINGS, **changes}, resume=True))
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_without_a_limit_gets_one(small, tmp_path, monkeypatch, capsys):
+    """Beyond the steps done; up to there it is the run without, and it can be taken away again."""
+    train(small(tmp_path / "whole", **SETTINGS))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "evaluate", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(small(tmp_path / "run", **SETTINGS))
+    metrics = train(small(tmp_path / "run", **SETTINGS, resume=True, max_steps=6))
+    assert metrics["steps"] == 6
+    assert "max_steps None -> 6" in capsys.readouterr().out
+    with pytest.raises(TrainError, match=r"max_steps of the run in .* may only grow from 6, got 5"):
+        train(small(tmp_path / "run", **SETTINGS, resume=True, max_steps=5))
+    train(small(tmp_path / "run", **SETTINGS, resume=True))
+    ours, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
 def test_settings_that_an_older_config_does_not_know_have_their_defaults(small, tmp_path, whole):

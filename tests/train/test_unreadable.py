@@ -1,6 +1,8 @@
 """Images that cannot be decoded: an error that names the file, or passed over, counted and named."""
 
 import json
+import os
+import socket
 
 import datasets
 import numpy as np
@@ -112,6 +114,67 @@ def test_files_that_are_gone_and_links_that_lead_nowhere(folder):
     (part,) = data.in_memory([loaded.train])
     assert (len(loaded.train), len(part)) == (17, 15)
     assert sorted(loaded.skipped) == [str(folder / "train/cat/99.png"), str(folder / "train/dog/7.png")]
+
+
+def fifo(path):
+    os.mkfifo(path)
+    return "a FIFO"
+
+
+def sock(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        folder = os.open(path.parent, os.O_RDONLY)  # a socket's path must be short
+        server.bind(f"/proc/self/fd/{folder}/{path.name}")
+        os.close(folder)
+    return "a socket"
+
+
+def device(path):
+    path.symlink_to("/dev/zero")
+    return "a device"
+
+
+def link(path):
+    os.mkfifo(path.parent.parent.parent / "fifo")
+    path.symlink_to("../../fifo")
+    return "a FIFO"
+
+
+@pytest.mark.parametrize("make", [fifo, sock, device, link])
+def test_what_is_no_file_is_no_image(folder, make):
+    path = folder / "train/cat/99.png"
+    what = make(path)
+    match = rf"the image .*train/cat/99\.png could not be read.*it must be a regular file, got {what}"
+    with pytest.raises(TrainError, match=match):
+        data.load("imagefolder", folder, image_size=14)
+    loaded = data.load("imagefolder", folder, image_size=14, skip_unreadable=True)
+    (part,) = data.in_memory([loaded.train])
+    assert (len(loaded.train), len(part)) == (17, 16)
+    assert loaded.skipped == {str(path): f"ValueError: it must be a regular file, got {what}"}
+
+
+def test_a_row_may_name_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    features = datasets.Features({"img": datasets.Image(decode=False), "label": datasets.Value("int64")})
+    images = [{"bytes": None, "path": str(tmp_path / "fifo.png")}] * 2
+    (tmp_path / "set").mkdir()
+    for split in ("train", "test"):
+        rows = datasets.Dataset.from_dict({"img": images, "label": [0, 1]}, features=features)
+        rows.to_parquet(tmp_path / f"set/{split}.parquet")
+    with pytest.raises(TrainError, match=r"fifo\.png\) could not be read.*it must be a regular file, got a FIFO"):
+        data.load("cifar10", tmp_path / "set")
+
+
+def test_what_is_no_file_is_no_parquet(tmp_path):
+    """datasets passes over it."""
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    for split in ("train", "test"):
+        rows = {"img": [np.zeros((4, 4, 3), np.uint8)] * 2, "label": [0, 1]}
+        (tmp_path / "set").mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"set/{split}-0.parquet")
+    os.mkfifo(tmp_path / "set/train-1.parquet")
+    with pytest.raises(TrainError, match=r"set/train-1\.parquet must be a regular file, got a FIFO"):
+        data.load("cifar10", tmp_path / "set")
 
 
 def test_nothing_to_train_on(folder):
