@@ -173,5 +173,7 @@ def _fingerprint(inputs: Mapping[str, Any]) -> bytes:
     digest = hashlib.blake2b(repr(placeholders).encode())
     for name, tensor in found.items():
         digest.update(repr((name, tensor.dtype, tensor.device, tensor.shape, tensor.stride())).encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        # A tensor of one element is contiguous whatever its stride, and cannot be viewed as bytes.
+        copy = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()
+        digest.update(copy.view(torch.uint8).numpy())
     return digest.digest()

@@ -21,9 +21,9 @@ _LIBRARY = torch.library.Library("fused_attn", "FRAGMENT")
 def register(
     op: str,
     name: str,
-    backward: Callable[..., tuple],
-    setup_context: Callable[[Any, tuple, Any], None],
-    reference: Callable[..., Tensor],
+    backward: Callable[[Any, Tensor], tuple],
+    save: Callable[[Any, tuple, tuple, Sequence[bool]], None],
+    reference: Callable[..., Any],
 ) -> None:
     """Register the derivatives of the operator ``fused_attn::name`` and of ``fused_attn::name_backward``.
 
@@ -32,7 +32,8 @@ def register(
         name: of the operator, whose first output alone is differentiable; ``<base>_<impl>``.
         backward: ``backward(ctx, grad_out)`` gives the gradients of the operator's arguments.  It runs the operator
             ``name_backward``, which has no derivative in either mode: asking for one is an error.
-        setup_context: ``setup_context(ctx, inputs, output)``, as of ``torch.library.register_autograd``.
+        save: ``save(ctx, arguments, outputs, needs)`` keeps what backward needs; ``needs`` says of every argument
+            whether it needs a gradient (a list of tensors, of every one).
         reference: the same function of the same arguments in plain PyTorch.  In forward mode it gives the tangent;
             the output itself comes from the operator.
     """
@@ -41,18 +42,51 @@ def register(
         raise RuntimeError(f"{op}: the fused kernels have no second derivative; use impl='reference' for it")
 
     def tangent(operator, args: tuple):
-        outputs = operator(*_map(lambda tensor: _unpack(tensor)[0], args))
+        outputs = operator(*map_tensors(lambda tensor: _unpack(tensor)[0], args))
         first, rest = (outputs[0], outputs[1:]) if isinstance(outputs, tuple) else (outputs, None)
-        _, tangent = _unpack(reference(*args))
+        out = reference(*args)
+        _, tangent = _unpack(out[0] if isinstance(out, tuple) else out)
         if tangent is not None:
             first = torch._VF._make_dual(first, tangent.to(first.dtype), level=_LEVEL)
         return first if rest is None else (first, *rest)
 
-    _register(name, backward, setup_context, tangent)
+    _register(name, backward, save, tangent)
     _register(f"{name}_backward", refuse, lambda *_: None, refuse)
 
 
-def _register(name: str, backward, setup_context, forward_mode) -> None:
+def plain_function(
+    name: str,
+    forward: Callable[..., tuple[Tensor, ...]],
+    save: Callable[[Any, tuple, tuple, Sequence[bool]], None],
+    backward: Callable[[Any, Tensor], tuple],
+) -> Callable[[tuple], tuple[Tensor, ...]]:
+    """``forward`` with a derivative in reverse mode, for a tuple of arguments, outside all transforms and modes.
+
+    ``save`` and ``backward`` as in :func:`register`.
+    """
+
+    class Plain(_SingleLevelFunction):
+        @staticmethod
+        def forward(ctx, args, lengths, *flat):
+            outputs = forward(*args)
+            save(ctx, args, outputs, _unflatten(lengths, ctx.needs_input_grad[2:]))
+            return outputs
+
+        @staticmethod
+        def backward(ctx, grad_out, *_):
+            grads = backward(ctx, grad_out)
+            return None, None, *_flatten(grads)[1]
+
+    Plain.__name__ = Plain.__qualname__ = name
+
+    def run(args: tuple) -> tuple[Tensor, ...]:
+        lengths, flat = _flatten(args)
+        return Plain.apply(args, lengths, *flat)
+
+    return run
+
+
+def _register(name: str, backward, save, forward_mode) -> None:
     operator = getattr(torch.ops.fused_attn, name).default
 
     # The kernel below runs within one level of torch.func, so its function has to know nothing of the others.
@@ -61,20 +95,14 @@ def _register(name: str, backward, setup_context, forward_mode) -> None:
         def forward(ctx, call, *flat):
             with _Recording():
                 outputs = call.run()
-            setup_context(ctx, call.args, outputs)
-            ctx.lengths = call.lengths
-            call.structure, flat_outputs = _flatten(outputs if isinstance(outputs, tuple) else (outputs,))
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            save(ctx, call.args, outputs, _unflatten(call.lengths, ctx.needs_input_grad[1:]))
+            call.structure, flat_outputs = _flatten(outputs)
             return tuple(flat_outputs)
 
         @staticmethod
-        def backward(ctx, *grads):
-            wanted = ctx.needs_input_grad
-            ctx.needs_input_grad = _unflatten(ctx.lengths, wanted[1:])
-            try:
-                result = backward(ctx, *grads)
-            finally:
-                ctx.needs_input_grad = wanted
-            return None, *_flatten(result)[1]
+        def backward(ctx, grad_out, *_):
+            return None, *_flatten(backward(ctx, grad_out))[1]
 
     Reverse.__name__ = Reverse.__qualname__ = name
 
@@ -139,7 +167,8 @@ def _has_tangent(arg: object) -> bool:
     return isinstance(arg, (list, tuple)) and any(map(_has_tangent, arg))
 
 
-def _map(function: Callable[[Tensor], Tensor], args: Sequence) -> list:
+def map_tensors(function: Callable[[Tensor], Tensor], args: Sequence) -> list:
+    """``function`` of every tensor among ``args`` and in their lists."""
     return [
         function(arg) if isinstance(arg, Tensor) else [*map(function, arg)] if isinstance(arg, (list, tuple)) else arg
         for arg in args
@@ -169,3 +198,41 @@ def _unflatten(lengths: Sequence[int | None], flat: Sequence) -> tuple:
             values.append(list(flat[first : first + length]))
             first += length
     return tuple(values)
+
+
+def separate(values: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
+    """(the values with a mark in place of each tensor and each list of tensors, the tensors)."""
+    kept, tensors = [], []
+    for value in values:
+        if isinstance(value, Tensor):
+            kept.append(_TENSOR)
+            tensors.append(value)
+        elif isinstance(value, (list, tuple)):
+            kept.append(_List(len(value)))
+            tensors.extend(value)
+        else:
+            kept.append(value)
+    return kept, tensors
+
+
+def together(kept: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+    """The values that :func:`separate` took apart."""
+    values, first = [], 0
+    for value in kept:
+        if value is _TENSOR:
+            values.append(tensors[first])
+            first += 1
+        elif type(value) is _List:
+            values.append(list(tensors[first : first + value]))
+            first += value
+        else:
+            values.append(value)
+    return values
+
+
+#: Stands for a tensor.
+_TENSOR = object()
+
+
+class _List(int):
+    """Stands for a list of so many tensors."""

@@ -87,3 +87,22 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if not value.is_floating_point():
         raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
+
+
+def same_dtype(of: str, first: Tensor, **others: Tensor | None) -> None:
+    """Require tensors of one dtype, on one device.
+
+    Args:
+        of: name of ``first``, for the error text.
+        others: by name; None is left out.
+
+    Raises:
+        ValueError: one has another dtype or lies on another device.
+    """
+    for name, other in others.items():
+        if other is None:
+            continue
+        if other.dtype != first.dtype:
+            raise ValueError(f"{name} must have the dtype of {of}, {first.dtype}, got {other.dtype}")
+        if other.device != first.device:
+            raise ValueError(f"{name} must be on the device of {of}, {first.device}, got {other.device}")

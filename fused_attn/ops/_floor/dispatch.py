@@ -42,7 +42,7 @@ def _dtype_reason(tensor: torch.Tensor) -> str | None:
 
 
 def cpu_reason(tensor: torch.Tensor) -> str | None:
-    """Why the C++ kernels cannot run on a tensor of this device and dtype; None when they can."""
+    """Why the C++ kernels cannot run on tensors of the device and dtype of this one; None when they can."""
     if tensor.device.type != "cpu":
         return f"it needs CPU tensors, got {tensor.device.type}"
     reason = _dtype_reason(tensor)
@@ -52,7 +52,7 @@ def cpu_reason(tensor: torch.Tensor) -> str | None:
 
 
 def triton_reason(tensor: torch.Tensor) -> str | None:
-    """Why the Triton kernels cannot run on a tensor of this device and dtype; None when they can."""
+    """Why the Triton kernels cannot run on tensors of the device and dtype of this one; None when they can."""
     if not _HAS_TRITON:
         return "the package triton is not installed"
     if tensor.device.type not in TRITON_DEVICES:

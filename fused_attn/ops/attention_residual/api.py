@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .._floor import checks, dispatch
-from . import op, reference
+from .op import attention
 
 
 def attention_residual(
@@ -51,12 +51,11 @@ def attention_residual(
     """
     eps = _check(values, query, norm_weight, eps)
     *values, query, norm_weight = dispatch.autocast(*values, query, norm_weight)
-    _check_dtypes(values, query, norm_weight)
-    impl = dispatch.choose("attention_residual", impl, op.IMPLEMENTATIONS, values, query)
-    with dispatch.without_autocast(query):
-        if impl == "reference":
-            return reference.attention_residual(values, query, norm_weight, eps)
-        return op.attention(impl, values, query, norm_weight, eps)
+    checks.same_dtype(
+        "values[0]", values[0], **{f"values[{i}]": value for i, value in enumerate(values)}, query=query,
+        norm_weight=norm_weight,
+    )  # fmt: skip
+    return attention.run(attention.choose(impl, values, query), values, query, norm_weight, eps)
 
 
 def _check(values: object, query: object, norm_weight: object, eps: object) -> float:
@@ -84,15 +83,3 @@ def _check(values: object, query: object, norm_weight: object, eps: object) -> f
     if not eps >= 0.0:
         raise ValueError(f"eps must be at least 0, got {eps}")
     return eps
-
-
-def _check_dtypes(values: Sequence[Tensor], query: Tensor, norm_weight: Tensor | None) -> None:
-    first = values[0]
-    named = {f"values[{i}]": value for i, value in enumerate(values)}
-    for name, tensor in {**named, "query": query, "norm_weight": norm_weight}.items():
-        if tensor is None:
-            continue
-        if tensor.dtype != first.dtype:
-            raise ValueError(f"{name} must have the dtype of values[0], {first.dtype}, got {tensor.dtype}")
-        if tensor.device != first.device:
-            raise ValueError(f"{name} must be on the device of values[0], {first.device}, got {tensor.device}")

@@ -1,8 +1,6 @@
-"""Registration with PyTorch: schema, fake kernels, autograd, and what each implementation can run.
+"""The operators: schemas, allocation, what each implementation can run, and FLOPs.
 
-One operator per implementation, all with the schema below, so that ``torch.compile``, ``opcheck`` and an explicit
-``impl`` see exactly the kernel that runs.  ``statistics`` (..., L, 2) holds, per token and value, the logit and
-``1 / sqrt(mean(value**2) + eps)``, in float32.
+``statistics`` (..., L, 2) holds, per token and value, the logit and ``1 / sqrt(mean(value**2) + eps)``, in float32.
 """
 
 from __future__ import annotations
@@ -12,28 +10,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from .._floor import autograd, dispatch
+from .._floor import dispatch
+from .._floor.layout import rows
+from .._floor.operators import Operators, cpp, triton
 from . import reference
 
-_SCHEMA = "(Tensor[] values, Tensor query, Tensor? norm_weight, Scalar eps) -> (Tensor out, Tensor statistics)"
-_BACKWARD_SCHEMA = (
-    "(Tensor grad_out, Tensor[] values, Tensor query, Tensor? norm_weight, Tensor statistics) "
-    "-> (Tensor[] grad_values, Tensor grad_query, Tensor grad_norm_weight)"
-)
-
-
-def attention(impl, values, query, norm_weight, eps) -> Tensor:
-    """Run the operator of ``impl``; ``out`` only."""
-    return getattr(torch.ops.fused_attn, f"attention_residual_{impl}").default(values, query, norm_weight, eps)[0]
-
-
-# --- what can run -----------------------------------------------------------------------------------------------
-
-
-def can_run_cpu(values: Sequence[Tensor], query: Tensor) -> str | None:
-    return dispatch.cpu_reason(query)
+# The Triton kernels name every value as an argument, and hold whole rows in registers.
+_MOST_VALUES, _DEEPEST = 32, 8192
 
 
 def can_run_triton(values: Sequence[Tensor], query: Tensor) -> str | None:
@@ -46,80 +30,26 @@ def can_run_triton(values: Sequence[Tensor], query: Tensor) -> str | None:
     return None
 
 
-def can_run_reference(values: Sequence[Tensor], query: Tensor) -> str | None:
-    return None
-
-
-# The Triton kernels name every value as an argument, and hold whole rows in registers.
-_MOST_VALUES, _DEEPEST = 32, 8192
-
-#: Implementations in the order ``auto`` prefers them.  The interpreter never wins over a real kernel.
-IMPLEMENTATIONS = {"cpu": can_run_cpu, "triton": can_run_triton, "reference": can_run_reference}
-
-
-# --- kernels ----------------------------------------------------------------------------------------------------
-
-
-def rows(tensor: Tensor) -> Tensor:
-    """View (..., D) as (outer, inner, D) with contiguous rows; copies only where no such view exists."""
-    tensor = tensor[(None,) * (3 - tensor.dim())] if tensor.dim() < 3 else tensor.flatten(0, -3)
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _allocate_forward(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _allocate(values: Sequence[Tensor], *_) -> tuple[Tensor, Tensor]:
     shape = values[0].shape
     return values[0].new_empty(shape), values[0].new_empty((*shape[:-1], len(values), 2), dtype=torch.float32)
 
 
-def _allocate_backward(values, query, norm_weight) -> tuple[list[Tensor], Tensor, Tensor]:
+def _allocate_backward(grad_out, values, query, norm_weight, statistics) -> tuple[list[Tensor], Tensor, Tensor]:
     grad_norm_weight = query.new_empty((0,) if norm_weight is None else query.shape)
     return [value.new_empty(value.shape) for value in values], query.new_empty(query.shape), grad_norm_weight
 
 
-def _cpu(values, query, norm_weight, eps):
-    out, statistics = _allocate_forward(values)
-    torch.ops.fused_attn_cpu.attention_residual_forward(
-        [rows(value) for value in values], query, norm_weight, eps, rows(out), statistics
-    )
-    return out, statistics
+_cpp_forward, _cpp_backward = cpp("attention_residual_forward"), cpp("attention_residual_backward")
 
 
-def _cpu_backward(grad_out, values, query, norm_weight, statistics):
-    grads = grad_values, grad_query, grad_norm_weight = _allocate_backward(values, query, norm_weight)
-    torch.ops.fused_attn_cpu.attention_residual_backward(
-        rows(grad_out),
-        [rows(value) for value in values],
-        query,
-        norm_weight,
-        statistics,
-        [rows(grad) for grad in grad_values],
-        grad_query,
-        grad_norm_weight,
-    )
-    return grads
+def _forward(values, query, norm_weight, eps, out, statistics) -> None:
+    _cpp_forward([*map(rows, values)], query, norm_weight, eps, rows(out), statistics)
 
 
-def _triton(*args):
-    from . import triton_launch
-
-    return triton_launch.forward(*args)
-
-
-def _triton_backward(*args):
-    from . import triton_launch
-
-    return triton_launch.backward(*args)
-
-
-# --- registration -----------------------------------------------------------------------------------------------
-
-
-def _fake(values, query, norm_weight, eps):
-    return _allocate_forward(values)
-
-
-def _fake_backward(grad_out, values, query, norm_weight, statistics):
-    return _allocate_backward(values, query, norm_weight)
+def _backward(grad_out, values, query, norm_weight, statistics, grad_values, grad_query, grad_norm_weight) -> None:
+    tensors = rows(grad_out), [*map(rows, values)], query, norm_weight, statistics
+    _cpp_backward(*tensors, [*map(rows, grad_values)], grad_query, grad_norm_weight)
 
 
 def _flops(values, *_, **__) -> int:
@@ -132,38 +62,23 @@ def _flops_backward(grad_out, values, *_, **__) -> int:
     return 9 * len(values) * math.prod(values[0])
 
 
-def _register(impl: str, device_types: tuple[str, ...], forward, backward) -> None:
-    name = f"fused_attn::attention_residual_{impl}"
-    torch.library.define(name, _SCHEMA)
-    torch.library.define(f"{name}_backward", _BACKWARD_SCHEMA)
-    torch.library.impl(name, device_types, forward)
-    torch.library.impl(f"{name}_backward", device_types, backward)
-    torch.library.register_fake(name, _fake)
-    torch.library.register_fake(f"{name}_backward", _fake_backward)
-
-    operator = getattr(torch.ops.fused_attn, f"attention_residual_{impl}_backward").default
-    register_flop_formula(getattr(torch.ops.fused_attn, f"attention_residual_{impl}"))(_flops)
-    register_flop_formula(operator.overloadpacket)(_flops_backward)
-
-    def setup_context(ctx, inputs, output) -> None:
-        values, query, norm_weight, _ = inputs
-        _, statistics = output
-        ctx.mark_non_differentiable(statistics)
-        ctx.save_for_backward(query, norm_weight, statistics, *values)
-
-    def autograd_backward(ctx, grad_out, _grad_statistics):
-        query, norm_weight, statistics, *values = ctx.saved_tensors
-        grad_values, grad_query, grad_norm_weight = operator(grad_out, values, query, norm_weight, statistics)
-        return list(grad_values), grad_query, None if norm_weight is None else grad_norm_weight, None
-
-    autograd.register(
-        "attention_residual",
-        f"attention_residual_{impl}",
-        autograd_backward,
-        setup_context,
-        reference.attention_residual,
-    )
-
-
-_register("cpu", ("cpu",), _cpu, _cpu_backward)
-_register("triton", dispatch.TRITON_DEVICES, _triton, _triton_backward)
+attention = Operators(
+    "attention_residual",
+    "(Tensor[] values, Tensor query, Tensor? norm_weight, Scalar eps) -> (Tensor out, Tensor statistics)",
+    "(Tensor grad_out, Tensor[] values, Tensor query, Tensor? norm_weight, Tensor statistics) "
+    "-> (Tensor[] grad_values, Tensor grad_query, Tensor grad_norm_weight)",
+    allocate=_allocate,
+    allocate_backward=_allocate_backward,
+    kernels={
+        "cpu": (_forward, _backward),
+        "triton": (triton(__package__, "forward"), triton(__package__, "backward")),
+    },
+    can_run={
+        "cpu": lambda values, query: dispatch.cpu_reason(query),
+        "triton": can_run_triton,
+        "reference": lambda values, query: None,
+    },
+    reference=reference.attention_residual,
+    flops=_flops,
+    flops_backward=_flops_backward,
+)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .._floor.declarations import BadInput, OpSpec, Sample, Shape
-from . import op
 from .api import attention_residual
+from .op import attention
 from .peers import PEERS
 
 # --- layouts of a value (..., D) --------------------------------------------------------------------------------------
@@ -237,34 +237,15 @@ GROWTH = tuple(_shape(9, n, 384, name=f"N {n}, L 9, D 384") for n in (196, 784, 
 # --- spec -------------------------------------------------------------------------------------------------------------
 
 
-def _implementations() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
-    def reason(can_run, inputs):
-        return can_run(inputs["values"], inputs["query"])
-
-    return {name: partial(reason, can_run) for name, can_run in op.IMPLEMENTATIONS.items()}
-
-
 def _operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    """The registered operators with the arguments of one call, for ``torch.library.opcheck``."""
-    if impl == "reference":
-        return ()
-    values, query, norm_weight = inputs["values"], inputs["query"], inputs.get("norm_weight")
-    forward = getattr(torch.ops.fused_attn, f"attention_residual_{impl}").default
-    backward = getattr(torch.ops.fused_attn, f"attention_residual_{impl}_backward").default
-    plain = [value.detach() for value in values], query.detach(), None if norm_weight is None else norm_weight.detach()
-    with torch.no_grad():
-        out, statistics = forward(*plain, 1e-6)
-    return (
-        (forward, (values, query, norm_weight, 1e-6)),
-        (backward, (torch.randn_like(out), *plain, statistics)),
-    )
+    return attention.calls(impl, inputs["values"], inputs["query"], inputs.get("norm_weight"), 1e-6)
 
 
 SPECS = (
     OpSpec(
         name="attention_residual",
         function=attention_residual,
-        implementations=_implementations(),
+        implementations=attention.implementations("values", "query"),
         samples=SAMPLES,
         bad_inputs=BAD_INPUTS,
         fuzz=fuzz,

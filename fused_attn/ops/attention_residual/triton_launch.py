@@ -13,8 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .._floor.layout import rows
 from . import triton_kernels
-from .op import _allocate_backward, _allocate_forward, rows
 
 #: Programs of the backward pass, and so partial sums of the score vector's gradient.  A fixed number: results do not
 #: depend on the device.  1,024 are several waves on any GPU, and their partial sums 1 % of what the pass reads and
@@ -141,20 +141,18 @@ def _backward_programs(values: Sequence[Tensor]) -> int:
     return min(BACKWARD_PROGRAMS, -(-outer * inner // _tile(depth, 16)[0]))
 
 
-def forward(values, query, norm_weight, eps) -> tuple[Tensor, Tensor]:
-    """``out`` and ``statistics`` of the operator in op.py."""
-    out, statistics = _allocate_forward(values)
+def forward(values, query, norm_weight, eps, out, statistics) -> None:
+    """Forward of the operators in op.py."""
     if out.numel():
         with torch.cuda.device_of(query):
             plan_forward([rows(value) for value in values], query, norm_weight, eps, out, statistics).run()
-    return out, statistics
 
 
-def backward(grad_out, values, query, norm_weight, statistics) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The gradients of the operator in op.py."""
-    grad_values, grad_query, grad_norm_weight = _allocate_backward(values, query, norm_weight)
+def backward(grad_out, values, query, norm_weight, statistics, grad_values, grad_query, grad_norm_weight) -> None:
+    """Backward of the operators in op.py."""
     if grad_out.numel() == 0:
-        return grad_values, grad_query.zero_(), grad_norm_weight.zero_()
+        grad_query.zero_(), grad_norm_weight.zero_()
+        return
     values = [rows(value) for value in values]
     partials = statistics.new_empty((_backward_programs(values), query.shape[0]))
     with torch.cuda.device_of(query):
@@ -165,7 +163,6 @@ def backward(grad_out, values, query, norm_weight, statistics) -> tuple[list[Ten
     else:
         grad_query.copy_(grad_score * norm_weight)
         grad_norm_weight.copy_(grad_score * query)
-    return grad_values, grad_query, grad_norm_weight
 
 
 #: Cases of the compile report: name -> (values, tokens, D, dtype).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._floor import checks, dispatch
-from . import op, reference
+from .op import attention, softmax
 
 
 def row_col_softmax(
@@ -48,13 +48,9 @@ def row_col_softmax(
     if weight_row is not None:
         _check_weights(x, weight_row, weight_col)
     x, weight_row, weight_col = dispatch.autocast_softmax(x, weight_row, weight_col)
-    _check_dtypes(x, weight_row=weight_row, weight_col=weight_col)
+    checks.same_dtype("x", x, weight_row=weight_row, weight_col=weight_col)
 
-    impl = dispatch.choose("row_col_softmax", impl, op.IMPLEMENTATIONS, x)
-    with dispatch.without_autocast(x):
-        if impl == "reference":
-            return reference.row_col_softmax(x, weight_row, weight_col)
-        return op.row_col_softmax(impl, x, weight_row, weight_col)
+    return softmax.run(softmax.choose(impl, x), x, weight_row, weight_col)
 
 
 def elementwise_attention(
@@ -120,15 +116,11 @@ def elementwise_attention(
             f"Expected more than 1 value per channel when training: x must have B*H*W > 1, got shape {tuple(x.shape)}"
         )
     x, weight_row, weight_col = dispatch.autocast_softmax(x, weight_row, weight_col)
-    _check_dtypes(x, weight_row=weight_row, weight_col=weight_col)
+    checks.same_dtype("x", x, weight_row=weight_row, weight_col=weight_col)
 
-    impl = dispatch.choose("elementwise_attention", impl, op.IMPLEMENTATIONS, x)
+    impl = attention.choose(impl, x)
     mean, var = (None, None) if training else (running_mean.detach(), running_var.detach())
-    with dispatch.without_autocast(x):
-        if impl == "reference":
-            out, mean, var = reference.elementwise_attention(x, weight_row, weight_col, mean, var, eps)
-        else:
-            out, mean, var = op.elementwise_attention(impl, x, weight_row, weight_col, mean, var, eps)
+    out, *_, mean, var = attention.run_all(impl, x, weight_row, weight_col, mean, var, eps)
     if training and running_mean is not None and values > 0:
         _update(running_mean, mean, momentum)
         _update(running_var, var * (values / (values - 1)), momentum)
@@ -172,13 +164,3 @@ def _check_running(name: str, value: object, x: Tensor, channels: int, training:
         raise ValueError(f"{name} must have shape (heads*C,)=({channels},), got {tuple(value.shape)}")
     if value.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
-
-
-def _check_dtypes(x: Tensor, **others: Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is None:
-            continue
-        if tensor.dtype != x.dtype:
-            raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")

@@ -315,10 +315,6 @@ ATTENTION_BAD = (
 
 # --- benchmark shapes -------------------------------------------------------------------------------------------------
 
-# Additions, multiplications and exponentials of one output element: logits, two softmaxes and their product forward
-# (10, and 3 more to normalise), and what README.md gives backward.
-_SOFTMAX_FLOPS, _ATTENTION_FLOPS = (10, 18), (13, 28)
-
 
 def _shape(name: str, batch: int, channels: int, grid: tuple[int, int], heads: int | None, attention=False) -> Shape:
     settings = {"batch": batch, "channels": channels, "grid": grid, "heads": heads}
@@ -326,7 +322,7 @@ def _shape(name: str, batch: int, channels: int, grid: tuple[int, int], heads: i
     x, weights = batch * channels * plane, 2 * (heads or 0) * channels * plane
     planes = batch * (heads or 1) * channels
     out, statistics = planes * plane, 2 * planes * sum(grid)
-    flops = _ATTENTION_FLOPS if attention else _SOFTMAX_FLOPS
+    flops = op.ATTENTION_FLOPS if attention else op.SOFTMAX_FLOPS
     return Shape(
         name,
         partial(make, **settings),
@@ -357,50 +353,29 @@ ATTENTION_GROWTH = tuple(_shape(f"B {n}, 4 heads, 28x28", n, 1, (28, 28), 4, att
 # --- specs ------------------------------------------------------------------------------------------------------------
 
 
-def _implementations() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
-    def reason(can_run, inputs):
-        return can_run(inputs["x"])
-
-    return {name: partial(reason, can_run) for name, can_run in op.IMPLEMENTATIONS.items()}
+def _softmax_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
+    return op.softmax.calls(impl, *map(inputs.get, _EVERY))
 
 
-def _operators(op: str, impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    """The registered operators with the arguments of one call, for ``torch.library.opcheck``."""
-    if impl == "reference":
-        return ()
-    forward = getattr(torch.ops.fused_attn, f"{op}_{impl}").default
-    backward = getattr(torch.ops.fused_attn, f"{op}_{impl}_backward").default
-    tensors = tuple(inputs.get(name) for name in _EVERY)
-    training, options = inputs.get("training", True), ()
-    if op == "elementwise_attention":
-        running = [None, None]
-        if not training:
-            channels = tensors[1].shape[0] * tensors[0].shape[1]
-            running = [torch.full((channels,), value, device=tensors[0].device) for value in (0.1, 1.0)]
-        tensors, options = (*tensors, *running), (inputs.get("eps", 1e-5),)
-    detached = [None if tensor is None else tensor.detach() for tensor in tensors]
-    with torch.no_grad():
-        out, *saved = forward(*detached, *options)
-    grad_out: Tensor = torch.randn_like(out)
-    if options:
-        options_backward = (training, *options)
-        return (
-            (forward, (*tensors, *options)),
-            (backward, (grad_out, *detached[:3], *saved, *options_backward)),
-        )
-    return (forward, tensors), (backward, (grad_out, *detached, *saved))
+def _attention_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
+    x, weight_row, _ = tensors = [inputs[name] for name in _EVERY]
+    running = [None, None]
+    if not inputs.get("training", True):
+        channels = weight_row.shape[0] * x.shape[1]
+        running = [torch.full((channels,), value, device=x.device) for value in (0.1, 1.0)]
+    return op.attention.calls(impl, *tensors, *running, inputs.get("eps", 1e-5))
 
 
 SPECS = (
     OpSpec(
         name="row_col_softmax",
         function=row_col_softmax,
-        implementations=_implementations(),
+        implementations=op.softmax.implementations("x"),
         autocast=unchanged,
         samples=SOFTMAX_SAMPLES,
         bad_inputs=SOFTMAX_BAD,
         fuzz=partial(_fuzz, (None, 1, 2, 5), ({},)),
-        operators=partial(_operators, "row_col_softmax"),
+        operators=_softmax_operators,
         shapes=SOFTMAX_SHAPES,
         growth=SOFTMAX_GROWTH,
         peers=SOFTMAX_PEERS,
@@ -408,12 +383,12 @@ SPECS = (
     OpSpec(
         name="elementwise_attention",
         function=attention_with_own_statistics,
-        implementations=_implementations(),
+        implementations=op.attention.implementations("x"),
         autocast=unchanged,
         samples=ATTENTION_SAMPLES,
         bad_inputs=ATTENTION_BAD,
         fuzz=partial(_fuzz, (1, 2, 5), ({}, {"training": False})),
-        operators=partial(_operators, "elementwise_attention"),
+        operators=_attention_operators,
         shapes=ATTENTION_SHAPES,
         growth=ATTENTION_GROWTH,
         peers=ATTENTION_PEERS,

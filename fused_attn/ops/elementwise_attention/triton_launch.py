@@ -14,7 +14,6 @@ import triton
 from torch import Tensor
 
 from . import triton_kernels as kernels
-from .op import _allocate_attention, _allocate_backward, _allocate_softmax
 
 #: Elements of the largest plane that one program holds, and of a tile of a larger one.
 WHOLE_PLANE = 4096
@@ -140,15 +139,13 @@ def _statistics(x, row, col, row_stats, col_stats, out=None, moments=None) -> No
         plan_moments(x, row, col, row_stats, col_stats, moments).run()
 
 
-def softmax_forward(x, row, col):
-    outputs = out, row_stats, col_stats = _allocate_softmax(x, row)
+def softmax_forward(x, row, col, out, row_stats, col_stats) -> None:
     if out.numel() == 0:
-        return outputs
+        return
     with torch.cuda.device_of(x):
         _statistics(x, row, col, row_stats, col_stats, out=out)
         if not tiling(*x.shape[2:]).whole:
             plan_output(x, row, col, out, row_stats, col_stats).run()
-    return outputs
 
 
 def _reduced(moments: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
@@ -161,13 +158,12 @@ def _moments(x: Tensor, heads: int) -> Tensor:
     return x.new_empty((x.shape[0], heads, x.shape[1], tiling(*x.shape[2:]).chunks, 2), dtype=torch.float32)
 
 
-def attention_forward(x, row, col, mean, var, eps):
-    outputs = out, row_stats, col_stats, mean_used, var_used = _allocate_attention(x, row)
+def attention_forward(x, row, col, mean, var, eps, out, row_stats, col_stats, mean_used, var_used) -> None:
     if mean is not None:
         mean_used.copy_(mean)
         var_used.copy_(var)
     if out.numel() == 0:
-        return outputs
+        return
     with torch.cuda.device_of(x):
         moments = _moments(x, row.shape[0]) if mean is None else None
         _statistics(x, row, col, row_stats, col_stats, moments=moments)
@@ -178,7 +174,6 @@ def attention_forward(x, row, col, mean, var, eps):
             var_used.copy_((second - first.square()).clamp_min(0.0))
         scale = (var_used.double() + eps).rsqrt().float()
         plan_output(x, row, col, out, row_stats, col_stats, mean_used, scale).run()
-    return outputs
 
 
 # --- backward ---------------------------------------------------------------------------------------------------
@@ -240,8 +235,7 @@ def plan_grad_weight(grad_out, x, row, col, row_stats, col_stats, norm, sums, pa
     return _launch(kernels.row_col_bwd_weight_kernel, programs, tile, (grad_out, x, row, col), arguments)
 
 
-def _run_backward(grad_out, x, row, col, row_stats, col_stats, norm) -> tuple[Tensor, Tensor, Tensor]:
-    grads = grad_x, grad_row, grad_col = _allocate_backward(x, row)
+def _run_backward(grad_out, x, row, col, row_stats, col_stats, norm, grad_x, grad_row, grad_col) -> None:
     batch, _, height, width = x.shape
     terms = (grad_out, x, row, col, row_stats, col_stats, norm)
     tile, planes = tiling(height, width), row_stats.shape[:3].numel()
@@ -258,7 +252,6 @@ def _run_backward(grad_out, x, row, col, row_stats, col_stats, norm) -> tuple[Te
         both = partials.sum(0)
         grad_row.copy_(both[0])
         grad_col.copy_(both[1])
-    return grads
 
 
 def _by_head(tensor: Tensor, channels: int) -> Tensor:
@@ -268,16 +261,13 @@ def _by_head(tensor: Tensor, channels: int) -> Tensor:
     return tensor.unflatten(1, (tensor.shape[1] // channels, channels))
 
 
-def softmax_backward(grad_out, x, row, col, row_stats, col_stats):
-    if grad_out.numel() == 0:
-        return tuple(grad.zero_() for grad in _allocate_backward(x, row))
+def softmax_backward(grad_out, x, row, col, row_stats, col_stats, *grads) -> None:
     with torch.cuda.device_of(x):
-        return _run_backward(_by_head(grad_out, x.shape[1]), x, row, col, row_stats, col_stats, Normalisation())
+        grad_out = _by_head(grad_out, x.shape[1])
+        _run_backward(grad_out, x, row, col, row_stats, col_stats, Normalisation(), *grads)
 
 
-def attention_backward(grad_out, x, row, col, row_stats, col_stats, mean, var, training, eps):
-    if grad_out.numel() == 0:
-        return tuple(grad.zero_() for grad in _allocate_backward(x, row))
+def attention_backward(grad_out, x, row, col, row_stats, col_stats, mean, var, training, eps, *grads) -> None:
     with torch.cuda.device_of(x):
         grad_out = _by_head(grad_out, x.shape[1])
         deviation = (var.double() + eps).rsqrt()
@@ -288,7 +278,7 @@ def attention_backward(grad_out, x, row, col, row_stats, col_stats, mean, var, t
             first, second = _reduced(moments, x.shape)
             norm.grad_mean.copy_(first)
             norm.grad_var.copy_(second * deviation.square())
-        return _run_backward(grad_out, x, row, col, row_stats, col_stats, norm)
+        _run_backward(grad_out, x, row, col, row_stats, col_stats, norm, *grads)
 
 
 # --- compilation without a GPU ----------------------------------------------------------------------------------

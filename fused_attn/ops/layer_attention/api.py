@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._floor import checks, dispatch
-from . import op, reference
+from .op import attention, weighted_sum
 
 ACTIVATIONS = ("softmax", "sigmoid")
 
@@ -56,12 +56,7 @@ def layer_attention(
     "Self-Attentive Layer Aggregation", eq. 1-4 (one group).
     """
     query, keys, values, bias, scale = check(query, keys, values, scale, bias, activation)
-    impl = dispatch.choose("layer_attention", impl, op.IMPLEMENTATIONS, values)
-    sigmoid = activation == "sigmoid"
-    with dispatch.without_autocast(query):
-        if impl == "reference":
-            return reference.layer_attention(query, keys, values, bias, scale, sigmoid)
-        return op.layer_attention(impl, query, keys, values, bias, scale, sigmoid)
+    return attention.run(attention.choose(impl, values), query, keys, values, bias, scale, activation == "sigmoid")
 
 
 def weighted_layer_sum(weights: Tensor, values: Sequence[Tensor], *, impl: str = "auto") -> Tensor:
@@ -86,11 +81,7 @@ def weighted_layer_sum(weights: Tensor, values: Sequence[Tensor], *, impl: str =
     if weights.dim() != 3 or weights.shape[0] != batch or weights.shape[2] != len(values):
         raise ValueError(f"weights must have shape (B, G, L)=({batch}, G, {len(values)}), got {tuple(weights.shape)}")
     _check_groups("weights", weights.shape[1], channels)
-    impl = dispatch.choose("weighted_layer_sum", impl, op.IMPLEMENTATIONS, values)
-    with dispatch.without_autocast(weights):
-        if impl == "reference":
-            return reference.weighted_layer_sum(weights, values)
-        return op.weighted_layer_sum(impl, weights, values)
+    return weighted_sum.run(weighted_sum.choose(impl, values), weights, values)
 
 
 def check(
@@ -129,14 +120,14 @@ def check(
         name = f"keys[{layer}]"
         if key.shape != query.shape:
             raise ValueError(f"{name} must have shape (B, G, d)={tuple(query.shape)}, got {tuple(key.shape)}")
-        _check_like(name, key, "query", query)
+        checks.same_dtype("query", query, **{name: key})
     if bias is not None:
         expected = (len(keys), query.shape[1])
         if tuple(bias.shape) != expected:
             raise ValueError(f"bias must have shape (L, G)={expected}, got {tuple(bias.shape)}")
         # Scores are float32 in any case, and autocast does not cast what is added to them.
         if bias.dtype != torch.float32:
-            _check_like("bias", bias, "query", query)
+            checks.same_dtype("query", query, bias=bias)
         elif bias.device != query.device:
             raise ValueError(f"bias must be on the device of query, {query.device}, got {bias.device}")
     return query, list(keys), list(values), bias, query.shape[2] ** -0.5 if scale is None else scale
@@ -152,13 +143,6 @@ def _check_list(name: str, tensors: object) -> list[Tensor]:
     return list(tensors)
 
 
-def _check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.dtype != other.dtype:
-        raise ValueError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}")
-    if tensor.device != other.device:
-        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}")
-
-
 def _check_values(other: Tensor, other_name: str, values: Sequence[Tensor]) -> None:
     if values[0].dim() < 2:
         raise ValueError(f"values[0] must have shape (B, C, *spatial), got {tuple(values[0].shape)}")
@@ -167,7 +151,7 @@ def _check_values(other: Tensor, other_name: str, values: Sequence[Tensor]) -> N
             raise ValueError(
                 f"values[{layer}] must have the shape of values[0], {tuple(values[0].shape)}, got {tuple(value.shape)}"
             )
-        _check_like(f"values[{layer}]", value, other_name, other)
+        checks.same_dtype(other_name, other, **{f"values[{layer}]": value})
 
 
 def _check_groups(name: str, groups: int, channels: int) -> None:

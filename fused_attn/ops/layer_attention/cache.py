@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from .._floor import dispatch
-from . import op, reference
+from . import op
 from .api import check, layer_attention
 
 
@@ -92,11 +92,10 @@ class LayerCache:
                 query, self.keys, self.values, scale=scale, bias=bias, activation=activation, impl=impl
             )
         query, keys, values, bias, scale = check(query, self.keys, self.values, scale, bias, activation)
-        impl = dispatch.choose("layer_attention", impl, op.IMPLEMENTATIONS, values)
+        impl = op.attention.choose(impl, values)
         sigmoid = activation == "sigmoid"
         if impl == "reference":
-            with dispatch.without_autocast(query):
-                return reference.layer_attention(query, keys, values, bias, scale, sigmoid)
+            return op.attention.run(impl, query, keys, values, bias, scale, sigmoid)
         # Under autocast the values were cast: their gradients take the usual way, as those of values without a buffer.
         buffers = [
             layer.buffer if value is layer.value else None for layer, value in zip(self._layers, values, strict=True)
@@ -241,7 +240,7 @@ class _Attend(torch.autograd.Function):
             else:
                 into = None
         grad_query, grad_keys, grad_values, grad_bias = op.attention_backward(
-            impl, grad_out, query, keys, values, weights, scale, sigmoid, into
+            impl, grad_out, query, keys, values, weights, scale, sigmoid, into=into
         )
         if all(collected):
             for buffer, total in zip(buffers, grad_values, strict=True):

@@ -394,55 +394,22 @@ def _shapes(make) -> tuple[Shape, ...]:
 # --- specs ------------------------------------------------------------------------------------------------------------
 
 
-def _implementations() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
-    def reason(can_run, inputs):
-        return can_run(inputs["values"])
-
-    return {name: partial(reason, can_run) for name, can_run in op.IMPLEMENTATIONS.items()}
-
-
-def _detached(tensors: list[Tensor]) -> list[Tensor]:
-    return [tensor.detach() for tensor in tensors]
-
-
 def _attention_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    """The registered operators with the arguments of one call, for ``torch.library.opcheck``."""
-    if impl == "reference":
-        return ()
-    keys, values, bias = inputs["keys"], inputs["values"], inputs.get("bias")
-    query = inputs["query"]
+    query, values = inputs["query"], inputs["values"]
     query = query.expand(values[0].shape[0], *query.shape) if query.dim() == 2 else query
-    options = (0.3, inputs.get("activation") == "sigmoid")
-    forward = getattr(torch.ops.fused_attn, f"layer_attention_{impl}").default
-    backward = getattr(torch.ops.fused_attn, f"layer_attention_{impl}_backward").default
-    plain = (query.detach(), _detached(keys), _detached(values))
-    with torch.no_grad():
-        out, weights = forward(*plain, None if bias is None else bias.detach(), *options)
-    return (
-        (forward, (query, keys, values, bias, *options)),
-        (backward, (torch.randn_like(out), *plain, weights, *options)),
-    )
+    sigmoid = inputs.get("activation") == "sigmoid"
+    return op.attention.calls(impl, query, inputs["keys"], values, inputs.get("bias"), 0.3, sigmoid)
 
 
 def _sum_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    if impl == "reference":
-        return ()
-    weights, values = inputs["weights"], inputs["values"]
-    forward = getattr(torch.ops.fused_attn, f"weighted_layer_sum_{impl}").default
-    backward = getattr(torch.ops.fused_attn, f"weighted_layer_sum_{impl}_backward").default
-    with torch.no_grad():
-        out = forward(weights.detach(), _detached(values))
-    return (
-        (forward, (weights, values)),
-        (backward, (torch.randn_like(out), weights.detach(), _detached(values))),
-    )
+    return op.weighted_sum.calls(impl, inputs["weights"], inputs["values"])
 
 
 SPECS = (
     OpSpec(
         name="layer_attention",
         function=layer_attention,
-        implementations=_implementations(),
+        implementations=op.attention.implementations("values"),
         autocast=partial(convert, keep=("bias",)),
         samples=ATTENTION_SAMPLES,
         bad_inputs=ATTENTION_BAD,
@@ -456,7 +423,7 @@ SPECS = (
     OpSpec(
         name="weighted_layer_sum",
         function=weighted_layer_sum,
-        implementations=_implementations(),
+        implementations=op.weighted_sum.implementations("values"),
         samples=SUM_SAMPLES,
         bad_inputs=SUM_BAD,
         fuzz=fuzz_sum,

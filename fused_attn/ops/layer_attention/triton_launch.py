@@ -13,8 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .._floor.layout import dense_order, in_order, is_channels_last
 from . import triton_kernels
-from .op import _empty_in_order, _in_order, _order, is_channels_last
 
 #: Most layers of one launch.  Pointers of 32 layers are 256 of the 4,096 bytes that a launch may have in arguments.
 MAX_LAYERS = 32
@@ -302,68 +302,65 @@ def plan_heads_backward(
 # --- entry points of op.py ---------------------------------------------------------------------------------------
 
 
-def sum_forward(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """The sum with float32 weights, contiguous."""
-    order = _order(values[0])
-    out = _empty_in_order(values[0], order)
+def sum_forward(weights: Tensor, values: Sequence[Tensor], out: Tensor) -> None:
+    """Forward of the sum's operators."""
+    order = dense_order(values[0])
     if out.numel():
-        dense = [_in_order(value, order) for value in values]
+        dense = [in_order(value, order) for value in values]
         with torch.cuda.device_of(out):
-            for launch in plan_sum_forward(weights, dense, out, is_channels_last(order)):
+            for launch in plan_sum_forward(weights.float().contiguous(), dense, out, is_channels_last(order)):
                 launch.run()
-    return out
 
 
-def attention_forward(query, keys, values, bias, scale, sigmoid) -> tuple[Tensor, Tensor]:
-    """``out`` and ``weights`` of the operator in op.py."""
-    weights = query.new_empty((*query.shape[:2], len(keys)), dtype=torch.float32)
+def attention_forward(query, keys, values, bias, scale, sigmoid, out, weights) -> None:
+    """Forward of the attention's operators."""
     if weights.numel():
         with torch.cuda.device_of(query):
             for launch in plan_weights(query, [key.contiguous() for key in keys], bias, scale, sigmoid, weights):
                 launch.run()
-    return sum_forward(weights, values), weights
+    sum_forward(weights, values, out)
 
 
-def _sum_backward(grad_out, weights, values, into) -> tuple[list[Tensor], Tensor, int]:
-    """Gradients of the values, partial sums for those of the weights, and how many lie side by side."""
-    order = _order(values[0])
+def _sum_backward(grad_out, weights, values, grad_values, accumulate) -> tuple[Tensor, int]:
+    """Partial sums for the gradients of the weights, and how many lie side by side."""
+    order, groups = dense_order(values[0]), weights.shape[1]
     channels_last = is_channels_last(order)
-    grads = [_empty_in_order(value, order) for value in values] if into is None else list(into)
-    groups = weights.shape[1]
     if grad_out.numel() == 0:
-        return grads, weights.new_empty((grad_out.shape[0], 0, len(values), groups)), 1
+        return weights.new_empty((grad_out.shape[0], 0, len(values), groups)), 1
     partials = weights.new_empty(partials_shape(grad_out.shape, groups, channels_last, len(values)))
-    dense = [_in_order(value, order) for value in values]
+    dense = [in_order(value, order) for value in values]
     for launch in plan_sum_backward(
-        _in_order(grad_out, order), weights, dense, grads, partials, channels_last, into is not None
+        in_order(grad_out, order), weights, dense, grad_values, partials, channels_last, accumulate
     ):
         launch.run()
-    return grads, partials, as_matrix(grad_out.shape, groups, channels_last).span
+    return partials, as_matrix(grad_out.shape, groups, channels_last).span
 
 
-def sum_backward(grad_out: Tensor, weights: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of the weights, in float32, and of the values."""
-    grad_weights = torch.empty_like(weights)
+def sum_backward(grad_out, weights, values, grad_weights, grad_values) -> None:
+    """Backward of the sum's operators."""
+    weights = weights.float().contiguous()
     with torch.cuda.device_of(weights):
-        grads, partials, span = _sum_backward(grad_out, weights, values, None)
+        partials, span = _sum_backward(grad_out, weights, values, grad_values, False)
+        gradient = torch.empty_like(weights)
         if weights.numel():
-            for launch in plan_heads_backward(partials, weights, grad_weights, span):
+            for launch in plan_heads_backward(partials, weights, gradient, span):
                 launch.run()
-    return grad_weights, grads
+        grad_weights.copy_(gradient)
 
 
-def attention_backward(grad_out, query, keys, values, weights, scale, sigmoid, into=None):
-    """The gradients of the operator in op.py; those of the values new, or added to ``into``."""
-    grad_query = query.new_empty(query.shape)
-    grad_keys = [key.new_empty(key.shape) for key in keys]
+def attention_backward(
+    grad_out, query, keys, values, weights, scale, sigmoid, grad_query, grad_keys, grad_values, grad_bias,
+    accumulate=False,
+) -> None:  # fmt: skip
+    """Backward of the attention's operators; with ``accumulate`` it adds to ``grad_values``."""
     grad_scores = torch.empty_like(weights)
     with torch.cuda.device_of(query):
-        grad_values, partials, span = _sum_backward(grad_out, weights, values, into)
+        partials, span = _sum_backward(grad_out, weights, values, grad_values, accumulate)
         if weights.numel():
             attention = (query, [key.contiguous() for key in keys], scale, sigmoid, grad_query, grad_keys)
             for launch in plan_heads_backward(partials, weights, grad_scores, span, attention):
                 launch.run()
-    return grad_query, grad_keys, grad_values, grad_scores.sum(0).t().to(query.dtype).contiguous()
+        grad_bias.copy_(grad_scores.sum(0).t())
 
 
 # --- compile report ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._floor import checks, dispatch
-from . import op, reference
+from .op import attention
 
 INDEX = ("key_minus_query", "query_minus_key")
 
@@ -69,17 +69,14 @@ def rel_attention_2d(
     _check_table("rel_h", rel_h, query, key, axis=2)
     _check_table("rel_w", rel_w, query, key, axis=3)
     query, key, value, rel_h, rel_w = dispatch.autocast(query, key, value, rel_h, rel_w)
-    _check_dtypes(query, key=key, value=value, rel_h=rel_h, rel_w=rel_w)
+    checks.same_dtype("query", query, key=key, value=value, rel_h=rel_h, rel_w=rel_w)
 
     scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
     rel_scale = scale if rel_scale is None else checks.number("rel_scale", rel_scale)
-    impl = dispatch.choose("rel_attention_2d", impl, op.IMPLEMENTATIONS, query, key, value)
+    impl = attention.choose(impl, query, key, value)
     seed = _draw_seed(query.device) if dropout_p > 0.0 else None
     terms = query, key, value, rel_h, rel_w, scale, rel_scale
-    with dispatch.without_autocast(query):
-        if impl == "reference":
-            return reference.rel_attention_2d(*terms, index, dropout_p, seed)
-        return op.attention(impl, *terms, index == "key_minus_query", dropout_p, seed)
+    return attention.run(impl, *terms, index == "key_minus_query", dropout_p, seed)
 
 
 def decomposed_bias_attention(
@@ -122,15 +119,12 @@ def decomposed_bias_attention(
     _check_bias("bias_h", bias_h, query, key, axis=2)
     _check_bias("bias_w", bias_w, query, key, axis=3)
     query, key, value, bias_h, bias_w = dispatch.autocast(query, key, value, bias_h, bias_w)
-    _check_dtypes(query, key=key, value=value, bias_h=bias_h, bias_w=bias_w)
+    checks.same_dtype("query", query, key=key, value=value, bias_h=bias_h, bias_w=bias_w)
 
     scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
-    impl = dispatch.choose("decomposed_bias_attention", impl, op.IMPLEMENTATIONS, query, key, value)
+    impl = attention.choose(impl, query, key, value, name="decomposed_bias_attention")
     seed = _draw_seed(query.device) if dropout_p > 0.0 else None
-    with dispatch.without_autocast(query):
-        if impl == "reference":
-            return reference.decomposed_bias_attention(query, key, value, bias_h, bias_w, scale, dropout_p, seed)
-        return op.attention(impl, query, key, value, bias_h, bias_w, scale, 1.0, True, dropout_p, seed)
+    return attention.run(impl, query, key, value, bias_h, bias_w, scale, 1.0, True, dropout_p, seed)
 
 
 def _draw_seed(device: torch.device) -> Tensor:
@@ -164,16 +158,6 @@ def _check_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     return dropout_p
-
-
-def _check_dtypes(query: Tensor, **others: Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is None:
-            continue
-        if tensor.dtype != query.dtype:
-            raise ValueError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
 
 
 def _check_table(name: str, table: Tensor | None, query: Tensor, key: Tensor, axis: int) -> None:

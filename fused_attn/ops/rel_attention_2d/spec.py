@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .._floor.declarations import BadInput, OpSpec, Sample, Shape
-from . import op
 from .api import decomposed_bias_attention, rel_attention_2d
+from .op import attention
 from .peers import BIAS_PEERS, REL_PEERS
 
 Grid = tuple[int, int]
@@ -536,39 +536,19 @@ BIAS_GPU_SHAPES = (
 # --- specs ------------------------------------------------------------------------------------------------------------
 
 
-def _implementations() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
-    def reason(can_run, inputs):
-        return can_run(inputs["query"], inputs["key"], inputs["value"])
-
-    return {name: partial(reason, can_run) for name, can_run in op.IMPLEMENTATIONS.items()}
-
-
 def _operators(prefix: str, impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    """The registered operators with the arguments of one call, for ``torch.library.opcheck``."""
-    if impl == "reference":
-        return ()
-    query, key, value = (inputs[name] for name in ("query", "key", "value"))
-    row, col = inputs.get(f"{prefix}_h"), inputs.get(f"{prefix}_w")
+    terms = (inputs["query"], inputs["key"], inputs["value"], inputs.get(f"{prefix}_h"), inputs.get(f"{prefix}_w"))
     dropout_p = inputs.get("dropout_p", 0.0)
-    seed = torch.tensor([1234567890123], device=query.device) if dropout_p else None
-    options = (0.3, 0.7, inputs.get("index", "key_minus_query") == "key_minus_query", dropout_p, seed)
-    forward = getattr(torch.ops.fused_attn, f"rel_attention_2d_{impl}").default
-    backward = getattr(torch.ops.fused_attn, f"rel_attention_2d_{impl}_backward").default
-    detached = [None if tensor is None else tensor.detach() for tensor in (query, key, value, row, col)]
-    with torch.no_grad():
-        out, statistics = forward(*detached, *options)
-    grad_out: Tensor = torch.randn_like(out)
-    return (
-        (forward, (query, key, value, row, col, *options)),
-        (backward, (grad_out, *detached, out, statistics, *options)),
-    )
+    seed = torch.tensor([1234567890123], device=terms[0].device) if dropout_p else None
+    key_minus_query = inputs.get("index", "key_minus_query") == "key_minus_query"
+    return attention.calls(impl, *terms, 0.3, 0.7, key_minus_query, dropout_p, seed)
 
 
 SPECS = (
     OpSpec(
         name="rel_attention_2d",
         function=rel_attention_2d,
-        implementations=_implementations(),
+        implementations=attention.implementations("query", "key", "value"),
         samples=REL_SAMPLES,
         bad_inputs=REL_BAD,
         fuzz=fuzz_rel,
@@ -582,7 +562,7 @@ SPECS = (
     OpSpec(
         name="decomposed_bias_attention",
         function=decomposed_bias_attention,
-        implementations=_implementations(),
+        implementations=attention.implementations("query", "key", "value"),
         samples=BIAS_SAMPLES,
         bad_inputs=BIAS_BAD,
         fuzz=fuzz_bias,

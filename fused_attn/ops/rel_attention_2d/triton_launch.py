@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .._floor.dropout import threshold
 from . import triton_kernels
-from .op import _allocate_backward, _allocate_forward
 from .relative_logits import relative_logits, relative_logits_backward
 
 
@@ -329,43 +328,32 @@ def _logits(query, term, key_length, axis, rel_scale, key_minus_query):
     return relative_logits(query, term, key_length, axis, key_minus_query), rel_scale
 
 
-def forward(query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed) -> tuple[Tensor, Tensor]:
-    """``out`` and ``statistics`` of the operator in op.py."""
-    out, statistics = _allocate_forward(query, value)
+def forward(
+    query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed, out, statistics
+) -> None:  # fmt: skip
+    """Forward of the operators in op.py."""
     if key.shape[2] * key.shape[3] == 0:
-        return out.zero_(), statistics.zero_()
+        out.zero_(), statistics.zero_()
+        return
     if statistics.numel() == 0:
-        return out, statistics
+        return
     with torch.cuda.device_of(query):
         row, row_scale = _logits(query, row, key.shape[2], 2, rel_scale, key_minus_query)
         col, col_scale = _logits(query, col, key.shape[3], 3, rel_scale, key_minus_query)
         plan_forward(
-            query,
-            key,
-            value,
-            row,
-            col,
-            out,
-            statistics,
-            scale,
-            row_scale,
-            col_scale,
-            dropout_p,
-            seed,
+            query, key, value, row, col, out, statistics, scale, row_scale, col_scale, dropout_p, seed,
             arch=architecture(query),
-        ).run()
-    return out, statistics
+        ).run()  # fmt: skip
 
 
 def backward(
-    grad_out, query, key, value, row, col, out, statistics, scale, rel_scale, key_minus_query, dropout_p, seed
-) -> tuple[Tensor, ...]:
-    """The five gradients of the operator in op.py.  Logits of tables are computed again, not saved."""
-    grads = _allocate_backward(query, key, value, row, col)
+    grad_out, query, key, value, row, col, out, statistics, scale, rel_scale, key_minus_query, dropout_p, seed, *grads
+) -> None:  # fmt: skip
+    """Backward of the operators in op.py.  Logits of tables are computed again, not saved."""
     if 0 in (statistics.numel(), key.shape[2] * key.shape[3], value.shape[4]):
         for grad in grads:
             grad.zero_()
-        return grads
+        return
     grad_query, _, _, grad_row, grad_col = grads
     arch = architecture(query)
     with torch.cuda.device_of(query):
@@ -397,7 +385,6 @@ def backward(
                 d_query, d_table = relative_logits_backward(d_logits, query, table, axis, key_minus_query)
                 grad_query.add_(d_query)
                 grad_table.copy_(d_table)
-    return grads
 
 
 #: Cases of the compile report: name -> (query grid, d_k, d_v, dtype, options).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._floor import checks, dispatch
-from . import op, reference
+from .op import excite
 
 ACTIVATIONS = (None, "relu")
 
@@ -65,7 +65,8 @@ def squeeze_excite(
     x, residual, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share = dispatch.autocast_maps(
         (x, residual), fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share
     )
-    _check_dtypes(
+    checks.same_dtype(
+        "x",
         x,
         fc1_weight=fc1_weight,
         fc1_bias=fc1_bias,
@@ -75,10 +76,8 @@ def squeeze_excite(
         result_share=result_share,
         residual=residual,
     )
-    impl = dispatch.choose("squeeze_excite", impl, op.IMPLEMENTATIONS, x)
     arguments = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual, activation == "relu")
-    with dispatch.without_autocast(x):
-        return reference.squeeze_excite(*arguments) if impl == "reference" else op.excite(impl, *arguments)
+    return excite.run(excite.choose(impl, x), *arguments)
 
 
 def _check_tensor(name: str, tensor: object, layout: str) -> None:
@@ -137,13 +136,3 @@ def _check_inputs(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_
         _check_shape("result_share", result_share, "(B, hidden)", (batch, hidden))
     if residual is not None:
         _check_shape("residual", residual, "(B, C, H, W)", (batch, channels, height, width))
-
-
-def _check_dtypes(x: Tensor, **others: Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is None:
-            continue
-        if tensor.dtype != x.dtype:
-            raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")

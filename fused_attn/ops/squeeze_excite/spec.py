@@ -345,40 +345,16 @@ GROWTH = tuple(_shape(8, 64, n, n, 8, name=f"{n}x{n}, B 8, C 64") for n in (14, 
 # --- spec -------------------------------------------------------------------------------------------------------------
 
 
-def _implementations() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
-    def reason(can_run, inputs):
-        return can_run(inputs["x"])
-
-    return {name: partial(reason, can_run) for name, can_run in op.IMPLEMENTATIONS.items()}
-
-
 def _operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    """The registered operators with the arguments of one call, for ``torch.library.opcheck``."""
-    if impl == "reference":
-        return ()
     names = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "result", "result_share", "residual")
-    relu = inputs.get("activation") == "relu"
-    given = [inputs.get(name) for name in names]
-    forward = getattr(torch.ops.fused_attn, f"squeeze_excite_{impl}").default
-    backward = getattr(torch.ops.fused_attn, f"squeeze_excite_{impl}_backward").default
-    x, fc1_weight, _, fc2_weight, _, result, share, residual = detached = [
-        None if tensor is None else tensor.detach() for tensor in given
-    ]
-    with torch.no_grad():
-        out, *saved = forward(*detached, relu)
-    flags = (share is not None, relu and residual is not None)
-    grad_out = torch.randn_like(out)
-    return (
-        (forward, (*given, relu)),
-        (backward, (grad_out, x, fc1_weight, fc2_weight, result, out if relu else None, *saved, *flags)),
-    )
+    return op.excite.calls(impl, *map(inputs.get, names), inputs.get("activation") == "relu")
 
 
 SPECS = (
     OpSpec(
         name="squeeze_excite",
         function=squeeze_excite,
-        implementations=_implementations(),
+        implementations=op.excite.implementations("x"),
         autocast=unchanged,
         samples=SAMPLES,
         bad_inputs=BAD_INPUTS,

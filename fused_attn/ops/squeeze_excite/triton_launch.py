@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from .._floor.layout import in_format, memory_format
 from . import triton_kernels
-from .op import allocate_backward, allocate_forward, in_format, memory_format
 
 #: Elements of a tile: 16 for each thread of 4 warps, two 16-byte loads of bfloat16.
 _TILE = 2048
@@ -113,11 +113,12 @@ def _float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float()
 
 
-def forward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual, relu) -> tuple[Tensor, ...]:
-    """``out``, ``z``, ``hidden`` and ``scale`` of the operator in op.py."""
-    outputs = out, z, hidden, scale = allocate_forward(x, fc1_weight)
+def forward(
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual, relu, out, z, hidden, scale
+) -> None:  # fmt: skip
+    """Forward of the operators in op.py."""
     if x.shape[0] == 0:
-        return outputs
+        return
     form = memory_format(x)
     x, residual = in_format(x, form), in_format(residual, form)
     features = 0 if result is None else result.shape[1]
@@ -133,18 +134,16 @@ def forward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share,
         hidden.copy_(units)
         scale.copy_(F.linear(units, fc2_weight.float(), _float(fc2_bias)).sigmoid_())
         plan_scale(x, scale, residual, out, relu).run()
-    return outputs
 
 
 def backward(
-    grad_out, x, fc1_weight, fc2_weight, result, out, z, hidden, scale, share_grad, residual_grad
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients of the operator in op.py."""
-    grads = allocate_backward(x, fc1_weight, fc2_weight, result, share_grad, residual_grad)
+    grad_out, x, fc1_weight, fc2_weight, result, active, z, hidden, scale, share_grad, residual_grad, *grads
+) -> None:  # fmt: skip
+    """Backward of the operators in op.py."""
     if x.shape[0] == 0:
         for grad in grads:
             grad.zero_()
-        return grads
+        return
     grad_x, grad_w1, grad_b1, grad_w2, grad_b2, grad_result, grad_share, grad_residual = grads
     form = memory_format(x)
     x, grad_out = in_format(x, form), in_format(grad_out, form)
@@ -152,7 +151,7 @@ def backward(
     weight = fc1_weight.float()
     with torch.cuda.device_of(x):
         logits = torch.empty_like(scale)
-        plan_scale_backward(grad_out, out, x, grad_residual if residual_grad else None, logits).run()
+        plan_scale_backward(grad_out, active, x, grad_residual if residual_grad else None, logits).run()
         logits *= scale * (1.0 - scale)
         grad_w2.copy_(logits.t() @ hidden)
         grad_b2.copy_(logits.sum(0))
@@ -165,9 +164,8 @@ def backward(
         if share_grad:
             grad_share.copy_(units)
         # The residual's gradient is that of the output where it was active: one map to read instead of two.
-        source, signs = (grad_residual, None) if residual_grad else (grad_out, out)
+        source, signs = (grad_residual, None) if residual_grad else (grad_out, active)
         plan_squeeze_backward(source, signs, scale, units @ weight[:, features:], grad_x).run()
-    return grads
 
 
 #: Cases of the compile report: name -> (map, dtype, channels_last).

@@ -1,0 +1,286 @@
+"""Registration of an op's operators with PyTorch, and the way to them.
+
+One pair of operators (forward, backward) per implementation, all with the same schemas, so that ``torch.compile``,
+``opcheck`` and an explicit ``impl`` see exactly the kernel that runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+from . import autograd, dispatch
+
+#: Fills outputs that it is given, behind the arguments of the operator.
+Kernel = Callable[..., None]
+#: Of a value that backward needs: (arguments and outputs of forward, which arguments need a gradient) -> value.
+Derived = Callable[[Sequence[Any], Sequence[bool]], Any]
+
+#: Implementation -> device types that its operators are registered for.
+DEVICES = {"cpu": ("cpu",), "triton": dispatch.TRITON_DEVICES, "cuda": ("cuda",)}
+
+
+def cpp(name: str) -> Kernel:
+    """The C++ function ``fused_attn_cpu::name``, looked up when it is called: the extension may be missing."""
+
+    def kernel(*args) -> None:
+        getattr(torch.ops.fused_attn_cpu, name).default(*args)
+
+    return kernel
+
+
+def triton(package: str, name: str) -> Kernel:
+    """The function ``name`` of ``triton_launch.py`` in ``package``, which is imported when it is called."""
+
+    def kernel(*args, **options) -> None:
+        getattr(importlib.import_module(f"{package}.triton_launch"), name)(*args, **options)
+
+    return kernel
+
+
+class Operators:
+    """The operators ``fused_attn::<name>_<impl>`` and ``fused_attn::<name>_<impl>_backward``.
+
+    Args:
+        name: of the op; a public one.
+        schema: of forward.  Its first output alone is differentiable.
+        backward_schema: of backward: ``grad_out``, then what it needs, by the names of forward's arguments and outputs
+            and of ``derived``; its outputs are named ``grad_<argument>``.
+        allocate: ``allocate(*arguments)``: a tuple of unwritten outputs; the fake kernel too.
+        allocate_backward: likewise, of the arguments of backward.
+        kernels: implementation -> (forward, backward), which fill outputs that follow their arguments.
+        can_run: implementation -> why it cannot run on some inputs, or None; in the order ``auto`` prefers them.  The
+            interpreter never wins over a real kernel.
+        reference: forward's first output, or all outputs that a caller reads, in plain PyTorch.
+        flops, flops_backward: of the shapes of forward's and backward's arguments; 0 for an op without products.
+        derived: what backward needs beside arguments and outputs.
+        complete: ``complete(arguments of backward, gradients)`` gives the gradients, for those that no kernel forms.
+        public: names for error texts, where several public functions share the operators.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        backward_schema: str,
+        *,
+        allocate: Callable[..., tuple[Tensor, ...]],
+        allocate_backward: Callable[..., tuple],
+        kernels: Mapping[str, tuple[Kernel, Kernel]],
+        can_run: Mapping[str, dispatch.CanRun],
+        reference: Callable[..., Any],
+        flops: Callable[..., int] = lambda *shapes, **_: 0,
+        flops_backward: Callable[..., int] = lambda *shapes, **_: 0,
+        derived: Mapping[str, Derived] | None = None,
+        complete: Callable[[tuple, tuple], tuple] = lambda arguments, grads: grads,
+        public: str | None = None,
+    ) -> None:
+        self.name, self.can_run, self.reference, self.kernels = name, can_run, reference, kernels
+        self._allocate, self._allocate_backward, self._complete = allocate, allocate_backward, complete
+        forward, backward = (torch._C.parse_schema(f"fused_attn::{name}{text}") for text in (schema, backward_schema))
+        names = [argument.name for argument in (*forward.arguments, *forward.returns)]
+        self._inputs = len(forward.arguments)
+        #: of every argument of backward but grad_out, its place among forward's arguments and outputs, or its function
+        self._sources = [
+            derived[argument.name] if derived and argument.name in derived else names.index(argument.name)
+            for argument in backward.arguments[1:]
+        ]
+        grads = [output.name for output in backward.returns]
+        #: of every argument of forward, the place of its gradient among backward's outputs, or None
+        self._grads = [
+            grads.index(f"grad_{argument.name}") if f"grad_{argument.name}" in grads else None
+            for argument in forward.arguments
+        ]
+        self._operators, self._functions = {}, {}
+        for impl, (kernel, backward_kernel) in kernels.items():
+            full = f"fused_attn::{name}_{impl}"
+            for suffix, text, outputs_of, fill, formula in (
+                ("", schema, allocate, kernel, flops),
+                ("_backward", backward_schema, allocate_backward, backward_kernel, flops_backward),
+            ):
+                torch.library.define(full + suffix, text)
+                torch.library.impl(full + suffix, DEVICES[impl], _filled(outputs_of, fill))
+                torch.library.register_fake(full + suffix, _unwrapped(outputs_of))
+                register_flop_formula(getattr(torch.ops.fused_attn, f"{name}_{impl}{suffix}"))(formula)
+            operator, operator_backward = (
+                getattr(torch.ops.fused_attn, f"{name}_{impl}{suffix}").default for suffix in ("", "_backward")
+            )
+            self._operators[impl] = operator, operator_backward
+            autograd.register(
+                public or name, f"{name}_{impl}", self._backward_with(operator_backward), self._save, reference
+            )
+            self._functions[impl] = autograd.plain_function(
+                f"{name}_{impl}",
+                self._filled_outputs(kernel),
+                self._save,
+                self._backward_with(_filled(allocate_backward, backward_kernel), operator_backward),
+            )
+
+    def choose(self, impl: str, *inputs: Any, name: str | None = None) -> str:
+        """The implementation to run; ``inputs`` are what ``can_run`` asks about.  See :func:`dispatch.choose`."""
+        return dispatch.choose(name or self.name, impl, self.can_run, *inputs)
+
+    def run(self, impl: str, *args: Any) -> Tensor:
+        """The first output, of the operator or of ``reference``, with autocast off."""
+        return self.run_all(impl, *args)[0]
+
+    def run_all(self, impl: str, *args: Any) -> tuple[Tensor, ...]:
+        """All that the operator or ``reference`` gives, with autocast off."""
+        with dispatch.without_autocast(_first(args)):
+            if impl != "reference":
+                return self.outputs(impl, *args)
+            outputs = self.reference(*args)
+            return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def __call__(self, impl: str, *args: Any) -> Tensor:
+        """The first output of the operator of ``impl``."""
+        return self.outputs(impl, *args)[0]
+
+    def outputs(self, impl: str, *args: Any) -> tuple[Tensor, ...]:
+        """All outputs of the operator of ``impl``.
+
+        Plain tensors outside every transform and mode of PyTorch's go straight to the kernel: the way there through the
+        dispatcher, in Python, takes longer than the kernel of a small call.
+        """
+        if torch.compiler.is_compiling() or not is_plain(args):
+            outputs = self._operators[impl][0](*args)
+            return outputs if isinstance(outputs, tuple) else (outputs,)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self._functions[impl](args)
+        outputs = self._allocate(*args)
+        self.kernels[impl][0](*args, *outputs)
+        return outputs
+
+    def calls(self, impl: str, *args: Any) -> tuple[tuple[Any, tuple], ...]:
+        """Both operators with the arguments of one call, for ``torch.library.opcheck``; none for the reference."""
+        if impl == "reference":
+            return ()
+        forward, backward = self._operators[impl]
+        detached = autograd.map_tensors(Tensor.detach, args)
+        with torch.no_grad():
+            outputs = forward(*detached)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        needed = self._needed((*detached, *outputs), [True] * self._inputs)
+        return (forward, tuple(args)), (backward, (torch.randn_like(outputs[0]), *needed))
+
+    def implementations(self, *names: str) -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
+        """``OpSpec.implementations``, where ``can_run`` asks about the inputs of these names."""
+
+        def asked(can_run: dispatch.CanRun) -> Callable[[Mapping[str, Any]], str | None]:
+            return lambda inputs: can_run(*(inputs[name] for name in names))
+
+        return {impl: asked(can_run) for impl, can_run in self.can_run.items()}
+
+    def _filled_outputs(self, kernel: Kernel) -> Callable[..., tuple[Tensor, ...]]:
+        def run(*args):
+            outputs = self._allocate(*args)
+            kernel(*args, *outputs)
+            return outputs
+
+        return run
+
+    def _needed(self, values: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
+        """The arguments of backward, but for grad_out."""
+        return [values[source] if type(source) is int else source(values, needs) for source in self._sources]
+
+    def _save(self, ctx, args: tuple, outputs: tuple, needs: Sequence[bool]) -> None:
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.kept, tensors = autograd.separate(self._needed((*args, *outputs), needs))
+        ctx.save_for_backward(*tensors)
+        ctx.absent = [arg is None for arg in args]
+
+    def _backward_with(self, kernel: Callable[..., tuple], recorded: Callable[..., tuple] | None = None):
+        """The backward pass with ``kernel``; with ``recorded`` where it is itself to be differentiated."""
+
+        def backward(ctx, grad_out: Tensor) -> tuple:
+            needed = autograd.together(ctx.kept, ctx.saved_tensors)
+            run = kernel if recorded is None or not torch.is_grad_enabled() else recorded
+            arguments = (grad_out, *needed)
+            grads = self._complete(arguments, run(*arguments))
+            return tuple(
+                None if place is None or absent else grads[place]
+                for place, absent in zip(self._grads, ctx.absent, strict=True)
+            )
+
+        return backward
+
+
+def _first(args: Sequence[Any]) -> Tensor:
+    first = args[0]
+    return first if isinstance(first, Tensor) else first[0]
+
+
+def _unwrapped(allocate: Callable[..., tuple]) -> Callable:
+    """As an operator gives its outputs: one alone is no tuple."""
+
+    def outputs(*args):
+        found = allocate(*args)
+        return found if len(found) > 1 else found[0]
+
+    return outputs
+
+
+def _filled(allocate: Callable[..., tuple], kernel: Kernel) -> Callable:
+    def run(*args):
+        outputs = allocate(*args)
+        kernel(*args, *outputs)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    return run
+
+
+# --- plain calls ------------------------------------------------------------------------------------------------------
+
+
+def _state() -> tuple[int, int]:
+    """What modes, transforms and guards have told PyTorch's dispatcher to add to and leave out of a call's keys."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    return included.raw_repr(), excluded.raw_repr()
+
+
+def _keys(device: str) -> set[int]:
+    """The dispatch keys of dense tensors on a device: of usual ones, and of those made in inference mode."""
+    usual = torch.empty(0, device=device)
+    with torch.inference_mode():
+        return {torch._C._dispatch_keys(tensor).raw_repr() for tensor in (usual, torch.empty(0, device=device))}
+
+
+with torch.inference_mode(False):
+    _PLAIN_STATES = {_state()}
+    _PLAIN_KEYS = _keys("cpu")
+    _PLAIN_DEVICES = {"cpu"}
+with torch.inference_mode():
+    _PLAIN_STATES.add(_state())
+
+
+def is_plain(args: Sequence[Any]) -> bool:
+    """Whether only tensors as users make them are among ``args``, and no mode or transform of PyTorch's is active."""
+    if _state() not in _PLAIN_STATES or forward_ad._current_level >= 0:
+        return False
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if not _is_plain_tensor(arg):
+                return False
+        elif isinstance(arg, (list, tuple)):
+            if not all(map(_is_plain_tensor, arg)):
+                return False
+        elif not (arg is None or isinstance(arg, (int, float))):  # symbolic numbers
+            return False
+    return True
+
+
+def _is_plain_tensor(tensor: Tensor) -> bool:
+    if torch._C._dispatch_keys(tensor).raw_repr() in _PLAIN_KEYS:
+        return True
+    device = tensor.device.type
+    if device != "cuda" or device in _PLAIN_DEVICES:
+        return False
+    _PLAIN_DEVICES.add(device)
+    _PLAIN_KEYS.update(_keys(device))
+    return _is_plain_tensor(tensor)
