@@ -24,6 +24,8 @@ def number(name: str, value: object) -> float:
     Raises:
         TypeError: it is something else, a bool, or a tensor that has a gradient or a tangent to lose.
     """
+    if type(value) is float:
+        return value
     if isinstance(value, Tensor):
         _check_number_tensor(name, value)
     elif isinstance(value, (bool, torch.SymBool)) or not isinstance(value, _NUMBERS):

@@ -6,6 +6,7 @@ One pair of operators (forward, backward) per implementation, all with the same 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from . import autograd, dispatch
@@ -29,10 +31,11 @@ DEVICES = {"cpu": ("cpu",), "triton": dispatch.TRITON_DEVICES, "cuda": ("cuda",)
 def cpp(name: str) -> Kernel:
     """The C++ function ``fused_attn_cpu::name``, looked up when it is called: the extension may be missing."""
 
-    def kernel(*args) -> None:
-        getattr(torch.ops.fused_attn_cpu, name).default(*args)
+    @functools.cache
+    def operator():
+        return getattr(torch.ops.fused_attn_cpu, name).default
 
-    return kernel
+    return lambda *args: operator()(*args)
 
 
 def triton(package: str, name: str) -> Kernel:
@@ -238,17 +241,21 @@ def _filled(allocate: Callable[..., tuple], kernel: Kernel) -> Callable:
 # --- plain calls ------------------------------------------------------------------------------------------------------
 
 
+_dispatch_keys, _included, _excluded = (
+    getattr(torch._C, f"_dispatch_{name}") for name in ("keys", "tls_local_include_set", "tls_local_exclude_set")
+)
+
+
 def _state() -> tuple[int, int]:
     """What modes, transforms and guards have told PyTorch's dispatcher to add to and leave out of a call's keys."""
-    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    return included.raw_repr(), excluded.raw_repr()
+    return _included().raw_repr(), _excluded().raw_repr()
 
 
 def _keys(device: str) -> set[int]:
     """The dispatch keys of dense tensors on a device: of usual ones, and of those made in inference mode."""
     usual = torch.empty(0, device=device)
     with torch.inference_mode():
-        return {torch._C._dispatch_keys(tensor).raw_repr() for tensor in (usual, torch.empty(0, device=device))}
+        return {_dispatch_keys(tensor).raw_repr() for tensor in (usual, torch.empty(0, device=device))}
 
 
 with torch.inference_mode(False):
@@ -264,19 +271,20 @@ def is_plain(args: Sequence[Any]) -> bool:
     if _state() not in _PLAIN_STATES or forward_ad._current_level >= 0:
         return False
     for arg in args:
-        if isinstance(arg, Tensor):
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
             if not _is_plain_tensor(arg):
                 return False
-        elif isinstance(arg, (list, tuple)):
-            if not all(map(_is_plain_tensor, arg)):
+        elif kind is list or kind is tuple:
+            if not all(type(item) in (Tensor, Parameter) and _is_plain_tensor(item) for item in arg):
                 return False
-        elif not (arg is None or isinstance(arg, (int, float))):  # symbolic numbers
+        elif not (arg is None or kind is float or kind is bool or kind is int):  # a subclass, a symbolic number
             return False
     return True
 
 
 def _is_plain_tensor(tensor: Tensor) -> bool:
-    if torch._C._dispatch_keys(tensor).raw_repr() in _PLAIN_KEYS:
+    if _dispatch_keys(tensor).raw_repr() in _PLAIN_KEYS:
         return True
     device = tensor.device.type
     if device != "cuda" or device in _PLAIN_DEVICES:

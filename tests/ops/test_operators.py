@@ -1,0 +1,116 @@
+"""Plain calls go straight to the kernel, all others through PyTorch's dispatcher; both give the same bits."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fused_attn import _extension, squeeze_excite
+from fused_attn.ops import SPECS
+from fused_attn.ops._floor.operators import is_plain
+from fused_attn.testing.numerics import draw_grad_out, evaluate
+
+needs_cpu = pytest.mark.skipif(not _extension.available(), reason=str(_extension.reason()))
+
+
+class PassThrough(TorchDispatchMode):
+    """Changes nothing; keeps the names of the operators it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class Wrapped(torch.Tensor):
+    pass
+
+
+def test_what_is_plain():
+    x, parameter = torch.randn(2, 3), torch.nn.Parameter(torch.randn(3))
+    assert is_plain((x, parameter, None, 0.5, 3, True, [x, parameter], (x,)))
+    assert is_plain((x.requires_grad_(), x[:, ::2], x.to(torch.bfloat16)))
+    with torch.no_grad():
+        assert is_plain((x, parameter))
+    with torch.inference_mode():
+        assert is_plain((x, torch.randn(2)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.as_subclass(Wrapped),
+        lambda x: x.to("meta"),
+        lambda x: x.to_sparse(),
+        lambda x: torch.complex(x, x).conj(),
+        lambda x: torch._to_functional_tensor(x),
+        lambda x: [x, x.as_subclass(Wrapped)],
+        lambda x: "text",
+    ],
+    ids=["subclass", "meta", "sparse", "conjugate", "functional", "in a list", "not a tensor"],
+)
+def test_what_is_not(make):
+    x = torch.randn(2, 3)
+    assert not is_plain((x, make(x)))
+
+
+def test_no_call_is_plain_within_modes_and_transforms():
+    x, seen = torch.randn(2, 3), []
+
+    def look(tensor):
+        seen.append(is_plain((x,)) or is_plain((tensor,)))
+        return tensor.sum()
+
+    torch.func.vmap(look)(x)
+    torch.func.grad(look)(x)
+    torch.func.jvp(look, (x,), (x,))
+    torch.func.functionalize(look)(x)
+    make_fx(look)(x)
+    make_fx(look, pre_dispatch=True)(x)
+    torch.jit.trace(look, x, check_trace=False)
+    for mode in (PassThrough(), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False)):
+        with mode:
+            look(x)
+    with forward_ad.dual_level():
+        look(x)
+    with torch._C._AutoDispatchBelowAutograd():
+        look(x)
+    assert len(seen) >= 10
+    assert not any(seen)
+
+
+@needs_cpu
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_both_ways_give_the_same_bits(spec):
+    def function(**call):
+        return spec.function(**call, impl="cpu")
+
+    for sample in (sample for sample in spec.samples if sample.small):
+        inputs = sample.inputs(torch.float32)
+        grad_out = draw_grad_out(spec, inputs)
+        plain = evaluate(function, inputs, grad_out)
+        with PassThrough() as mode:
+            dispatched = evaluate(function, inputs, grad_out)
+        assert any("_backward" in name and name.startswith("fused_attn.") for name in mode.names)
+        for name, tensor in plain.items():
+            assert torch.equal(tensor.nan_to_num(), dispatched[name].nan_to_num()), (sample.name, name)
+            assert tensor.stride() == dispatched[name].stride(), (sample.name, name)
+
+
+@needs_cpu
+def test_gradients_that_nobody_asks_for():
+    x, residual, weights = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3), (torch.randn(2, 4), torch.randn(4, 2))
+    for which in range(2):
+        call = [x.clone(), residual.clone()]
+        call[which].requires_grad_()
+        squeeze_excite(
+            call[0], weights[0], None, weights[1], None, residual=call[1], activation="relu", impl="cpu"
+        ).sum().backward()
+        assert call[which].grad is not None
+        assert call[1 - which].grad is None
