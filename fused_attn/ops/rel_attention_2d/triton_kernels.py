@@ -63,7 +63,7 @@ def _shift(y, x, strides, ALIGN: tl.constexpr):
 
 @triton.jit
 def _row_keys(seed_ptr, row):
-    """Two 32-bit keys for every int64 ``row`` of the dropout mask: fused_attn/ops/dropout.py, bit for bit."""
+    """Two 32-bit keys for every int64 ``row`` of the dropout mask: fused_attn/ops/_floor/dropout.py, bit for bit."""
     z = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
     z = z + (row + 1).to(tl.uint64, bitcast=True) * 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
