@@ -62,6 +62,8 @@ def test_committed_report_has_no_problem_and_names_the_versions_tried(report):
     assert report.problems(REPORT["rows"]) == []
     assert {"3.6.0", REPORT["triton"]} <= REPORT["versions"].keys()
     assert {row["op"] for row in REPORT["peers"]["rows"]} >= {"FlexAttention"}
+    kernels = {row["kernel"] for row in REPORT["rows"] if row["op"] == "squeeze_excite"}
+    assert kernels == {f"{name}_kernel" for name in ("squeeze_fwd", "scale_fwd", "scale_bwd", "squeeze_bwd")}
 
 
 CODE = """
