@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-
 #: The one of each script, as long as this process lives.
 _SERVERS: dict[str, subprocess.Popen] = {}
 
