@@ -54,7 +54,8 @@ def pytest_sessionfinish():
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _settings_stay_here():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)

@@ -5,19 +5,15 @@ import json
 import os
 import sys
 import tempfile
-from pathlib import Path
 
+import commands
 import fork_server
-
-ROOT = Path(__file__).parents[1]
 
 
 def run(*arguments: str) -> tuple[int, str]:
     """Exit status and output of ``pytest arguments``."""
     # TRITON_INTERPRET is read when triton is imported.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    result = fork_server.ask(__file__, environment, list(arguments))
+    result = fork_server.ask(__file__, commands.environment(TRITON_INTERPRET="1"), list(arguments))
     return result.get("status", -1), result.get("output") or result.get("error")
 
 
@@ -26,7 +22,7 @@ def _pytest(arguments: list[str]) -> None:
     with tempfile.TemporaryFile("w+") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-        os.chdir(ROOT)
+        os.chdir(commands.ROOT)
         status = int(pytest.main(["-n0", *arguments]))
         sys.stdout.flush()
         sys.stderr.flush()

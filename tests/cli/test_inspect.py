@@ -29,14 +29,6 @@ NAMES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def settings_stay_here():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_panels_are_steps_of_the_network(batch_norm):
     torch.manual_seed(0)

@@ -6,19 +6,13 @@ import re
 
 import pytest
 import torch
+from commands import TRAIN
 
 from fused_attn import cli
 from fused_attn.train import TrainConfig, applies, data, loop
 
-SMALL = ["train", "--dataset", "digits", "--image-size", "8", "--train-images", "64", "--batch-size", "32"]
-SMALL += ["--max-steps", "1", "--threads", "1"]
+SMALL = [*TRAIN, "--max-steps", "1"]
 WRN, AUGMENTED = ["--model", "wrn_10_1"], ["--model", "aa_wrn_10_1"]
-
-
-@pytest.fixture(autouse=True)
-def settings_stay_here():
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
