@@ -1,33 +1,16 @@
-"""Small runs on scikit-learn's digits, at 8x8 pixels: a step takes milliseconds."""
+"""Small runs, and commands in processes of their own."""
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import runs
 from commands import environment
-
-from fused_attn.train import TrainConfig
 
 
 @pytest.fixture(scope="session")
 def small():
-    """Makes the configuration of a small run in ``out``."""
-
-    def make(out: Path, **changes) -> TrainConfig:
-        settings = {
-            "model": "wrn_10_1",
-            "dataset": "digits",
-            "image_size": 8,
-            "train_images": 256,
-            "batch_size": 32,
-            "epochs": 1,
-            "log_every": 1,
-            "threads": 1,
-        }
-        return TrainConfig(out=out, **{**settings, **changes})
-
-    return make
+    return runs.small
 
 
 @pytest.fixture

@@ -6,33 +6,21 @@ import re
 import shutil
 
 import pytest
+import runs
 import torch
 from safetensors.torch import load_file, save_file
 
 from fused_attn import cli
-from fused_attn.train import TrainConfig, TrainError, checkpoint, loop, train
+from fused_attn.train import TrainError, checkpoint, train
 from fused_attn.train.config import saved_config
 from fused_attn.train.log import RunLog
-
-FIXED = {"image_size": 8, "train_images": 64, "batch_size": 32, "threads": 1, "log_every": 1}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Two of four steps done."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    config = TrainConfig("wrn_10_1", "digits", out=out, epochs=2, ema=0.5, **FIXED)
-    original = loop.Run._step
-
-    def step(run, parts):
-        if run.step == 3:
-            raise MemoryError
-        original(run, parts)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Run, "_step", step)
-        with pytest.raises(MemoryError):
-            train(config)
+    runs.killed(runs.small(out, train_images=64, epochs=2, ema=0.5), 3)
     return out
 
 
@@ -47,12 +35,12 @@ def resumed(copy, capsys):
     """Resumes a spoiled copy; returns the one line that it must end with."""
 
     def resume(*arguments):
-        before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+        before = runs.contents(copy)
         assert cli.main(["train", "--resume", "--out", str(copy), *arguments]) == 2
         errors = capsys.readouterr().err
         assert len(errors.splitlines()) == 1, errors
         assert errors.startswith("fused-attn: error: ")
-        assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+        assert before == runs.contents(copy)
         return errors
 
     return resume
@@ -279,7 +267,7 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
 @pytest.fixture(scope="module")
 def gated(tmp_path_factory):
     out = tmp_path_factory.mktemp("gated") / "run"
-    train(TrainConfig("se_resnet34", "digits", out=out, max_steps=1, model_options=("width=8",), **FIXED))
+    train(runs.small(out, model="se_resnet34", train_images=64, max_steps=1, model_options=("width=8",)))
     return out
 
 

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from commands import TRAIN
 from safetensors.torch import load_file, save_file
 
 from fused_attn import cli, create_model
@@ -15,12 +16,9 @@ SETTINGS = {"train_images": 64, "max_steps": 2}
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    from fused_attn.train import TrainConfig
-
+def source(tmp_path_factory, small):
     out = tmp_path_factory.mktemp("source") / "run"
-    fixed = {"image_size": 8, "train_images": 64, "batch_size": 32, "epochs": 1, "threads": 1, "ema": 0.5}
-    train(TrainConfig("wrn_10_1", "digits", out=out, **fixed))
+    train(small(out, train_images=64, ema=0.5))
     return out
 
 
@@ -139,9 +137,8 @@ def spoiled(source, tmp_path):
 )
 def test_what_cannot_be_begun_with_is_said_in_one_line(source, tmp_path, capsys, name, message):
     spoiled(source, tmp_path)
-    options = ["--dataset", "digits", "--image-size", "8", "--train-images", "64", "--batch-size", "32"]
-    options += ["--max-steps", "1", "--init-from", str(tmp_path / name), "--out", str(tmp_path / "run")]
-    assert cli.main(["train", "--model", "wrn_10_1", *options]) == 2
+    options = ["--max-steps", "1", "--init-from", str(tmp_path / name), "--out", str(tmp_path / "run")]
+    assert cli.main([*TRAIN, "--model", "wrn_10_1", *options]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert re.search(f"^fused-attn: error: init_from.*{message}", error), error
