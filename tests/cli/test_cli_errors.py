@@ -15,21 +15,11 @@ SMALL = [*TRAIN, "--max-steps", "1"]
 WRN, AUGMENTED = ["--model", "wrn_10_1"], ["--model", "aa_wrn_10_1"]
 
 
-@pytest.fixture
-def one_line(tmp_path, monkeypatch, capsys):
-    """Runs a command that must fail; returns its status and its only line."""
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("text")
     (tmp_path / "folder").mkdir()
-
-    def run(*arguments):
-        status = cli.main(list(arguments))
-        errors = capsys.readouterr().err
-        assert len(errors.splitlines()) == 1, errors
-        assert errors.startswith("fused-attn: error: ")
-        return status, errors
-
-    return run
 
 
 @pytest.mark.parametrize(

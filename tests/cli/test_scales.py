@@ -68,11 +68,10 @@ def test_command(runs, tmp_path, capsys):
         (["plain", "plain"], "runs must have different names, got plain, plain"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(runs, tmp_path, capsys, arguments, message):
+def test_what_cannot_be_is_said_in_one_line(runs, tmp_path, one_line, arguments, message):
     folders = [str(runs / argument) if argument in ("plain", "nowhere") else argument for argument in arguments]
-    assert cli.main(["scales", *folders, "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
+    status, error = one_line("scales", *folders, "--out", tmp_path / "out")
+    assert status == 2
     assert re.search(message, error)
 
 
