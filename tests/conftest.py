@@ -53,8 +53,24 @@ def pytest_sessionfinish():
     gc.unfreeze()
 
 
+@pytest.fixture
+def one_line(capsys):
+    """Runs a command that must fail with one line of error; returns its status and the line."""
+    from fused_attn import cli
+
+    def run(*arguments):
+        status = cli.main([str(argument) for argument in arguments])
+        errors = capsys.readouterr().err
+        assert len(errors.splitlines()) == 1, errors
+        assert errors.startswith("fused-attn: error: ")
+        return status, errors
+
+    return run
+
+
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _settings_stay_here():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)

@@ -1,9 +1,6 @@
 """Every op under every transform of PyTorch gives the right values, or the error that docs/transforms.md publishes."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +10,6 @@ from fused_attn import create_model
 from fused_attn.ops import SPECS
 from fused_attn.ops._floor import dispatch
 
-ROOT = Path(__file__).parents[1]
 PUBLISHED = transforms.published(transforms.PAGE.read_text())
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -34,23 +30,6 @@ def test_cell(spec, impl, name):
         pytest.skip(f"{impl}: {reason}")
     expected = PUBLISHED["cpu" if impl == "triton" else impl][name][spec.name]
     assert transforms.outcome(spec, impl, sample, name) == expected
-
-
-@pytest.mark.long
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
-def test_cells_of_the_triton_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    # What compiles is the same Python for every implementation, and takes minutes in the interpreter; for masks see
-    # tests/ops/test_masks.py.
-    quick = "test_cell and not compile and not linearize and not jacfwd and not jacrev and not hessian and not mask"
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n0", "tests/test_transforms.py", "-k", quick],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_forward_mode_of_a_whole_network():

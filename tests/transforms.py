@@ -368,7 +368,9 @@ def page(cells: Mapping[str, Mapping[str, Mapping[str, str]]]) -> str:
     for impl, rows in cells.items():
         lines += [f"## `{impl}`", "", "| | " + " | ".join(f"`{spec.name}`" for spec in SPECS) + " |"]
         lines += ["| --- |" + " --- |" * len(SPECS)]
-        lines += [f"| {name} | " + " | ".join(map(cell, row.values())) + " |" for name, row in rows.items()]
+        lines += [
+            f"| {name} | " + " | ".join(cell(row[spec.name]) for spec in SPECS) + " |" for name, row in rows.items()
+        ]
         lines += [""]
     lines += [
         "## Errors",
@@ -386,10 +388,12 @@ def published(text: str) -> dict[str, dict[str, dict[str, str]]]:
     for line in text.splitlines():
         if heading := re.match(r"## `(\w+)`", line):
             rows = cells.setdefault(heading[1], {})
-        elif cells and line.startswith("| ") and not line.startswith(("| |", "| ---")):
+        elif line.startswith("| |"):
+            ops = re.findall(r"`(\w+)`", line)
+        elif cells and line.startswith("| ") and not line.startswith("| ---"):
             name, *row = (part.strip() for part in line.strip("|").split("|"))
             row = [f"error: {errors[text.strip('[]')]}" if text.startswith("[") else text for text in row]
-            rows[name] = dict(zip((spec.name for spec in SPECS), row, strict=True))
+            rows[name] = dict(zip(ops, row, strict=True))
     return cells
 
 

@@ -1,44 +1,16 @@
-"""Small runs on scikit-learn's digits, at 8x8 pixels: a step takes milliseconds."""
+"""Small runs, and commands in processes of their own."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
-
-from fused_attn.train import TrainConfig
-
-ROOT = Path(__file__).parents[2]
+import runs
+from commands import environment
 
 
-@pytest.fixture(autouse=True)
-def settings_stay_here():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small():
-    """Makes the configuration of a small run in ``out``."""
-
-    def make(out: Path, **changes) -> TrainConfig:
-        settings = {
-            "model": "wrn_10_1",
-            "dataset": "digits",
-            "image_size": 8,
-            "train_images": 256,
-            "batch_size": 32,
-            "epochs": 1,
-            "log_every": 1,
-            "threads": 1,
-        }
-        return TrainConfig(out=out, **{**settings, **changes})
-
-    return make
+    return runs.small
 
 
 @pytest.fixture
@@ -47,15 +19,9 @@ def command():
     started = []
 
     def start(*arguments, **kwargs) -> subprocess.Popen:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-            **kwargs,
-        )
+        command = [sys.executable, *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(command, text=True, env=environment(), **pipes, **kwargs)
         started.append(process)
         return process
 

@@ -6,33 +6,21 @@ import re
 import shutil
 
 import pytest
+import runs
 import torch
 from safetensors.torch import load_file, save_file
 
 from fused_attn import cli
-from fused_attn.train import TrainConfig, TrainError, checkpoint, loop, train
+from fused_attn.train import TrainError, checkpoint, train
 from fused_attn.train.config import saved_config
 from fused_attn.train.log import RunLog
-
-FIXED = {"image_size": 8, "train_images": 64, "batch_size": 32, "threads": 1, "log_every": 1}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Two of four steps done."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    config = TrainConfig("wrn_10_1", "digits", out=out, epochs=2, ema=0.5, **FIXED)
-    original = loop.Run._step
-
-    def step(run, parts):
-        if run.step == 3:
-            raise MemoryError
-        original(run, parts)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Run, "_step", step)
-        with pytest.raises(MemoryError):
-            train(config)
+    runs.killed(runs.small(out, train_images=64, epochs=2, ema=0.5), 3)
     return out
 
 
@@ -43,16 +31,14 @@ def copy(run, tmp_path):
 
 
 @pytest.fixture
-def resumed(copy, capsys):
+def resumed(copy, one_line):
     """Resumes a spoiled copy; returns the one line that it must end with."""
 
     def resume(*arguments):
-        before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-        assert cli.main(["train", "--resume", "--out", str(copy), *arguments]) == 2
-        errors = capsys.readouterr().err
-        assert len(errors.splitlines()) == 1, errors
-        assert errors.startswith("fused-attn: error: ")
-        assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+        before = runs.contents(copy)
+        status, errors = one_line("train", "--resume", "--out", copy, *arguments)
+        assert status == 2
+        assert before == runs.contents(copy)
         return errors
 
     return resume
@@ -82,17 +68,16 @@ def edited(folder, **changes):
     ],
 )
 @pytest.mark.parametrize("command", ["train", "inspect", "scales"])
-def test_config_of_another_kind(copy, capsys, content, message, command):
+def test_config_of_another_kind(copy, one_line, content, message, command):
     (copy / "config.json").write_bytes(content)
     arguments = {
-        "train": ["--resume", "--out", str(copy)],
-        "inspect": [str(copy)],
-        "scales": [str(copy), "--out", str(copy.parent / "scales")],
+        "train": ["--resume", "--out", copy],
+        "inspect": [copy],
+        "scales": [copy, "--out", copy.parent / "scales"],
     }
-    assert cli.main([command, *arguments[command]]) == 2
-    errors = capsys.readouterr().err
-    assert len(errors.splitlines()) == 1
-    assert re.search(f"^fused-attn: error: .*{message}", errors), errors
+    status, errors = one_line(command, *arguments[command])
+    assert status == 2
+    assert re.search(message, errors), errors
 
 
 @pytest.mark.parametrize(
@@ -279,7 +264,7 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
 @pytest.fixture(scope="module")
 def gated(tmp_path_factory):
     out = tmp_path_factory.mktemp("gated") / "run"
-    train(TrainConfig("se_resnet34", "digits", out=out, max_steps=1, model_options=("width=8",), **FIXED))
+    train(runs.small(out, model="se_resnet34", train_images=64, max_steps=1, model_options=("width=8",)))
     return out
 
 
@@ -296,13 +281,12 @@ def gated(tmp_path_factory):
         (lambda file, weights: file.unlink(), "must hold model.safetensors, found none"),
     ],
 )
-def test_scales_of_damaged_weights(gated, tmp_path, capsys, spoil, message):
+def test_scales_of_damaged_weights(gated, tmp_path, one_line, spoil, message):
     shutil.copytree(gated, tmp_path / "run")
     file = tmp_path / "run/model.safetensors"
     spoil(file, load_file(file))
-    assert cli.main(["scales", str(tmp_path / "run"), "--images", "2", "--out", str(tmp_path / "out")]) == 2
-    errors = capsys.readouterr().err
-    assert len(errors.splitlines()) == 1
+    status, errors = one_line("scales", tmp_path / "run", "--images", "2", "--out", tmp_path / "out")
+    assert status == 2
     assert re.search(f"^fused-attn: error: runs.*{message}", errors), errors
 
 

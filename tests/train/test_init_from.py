@@ -6,21 +6,19 @@ import re
 
 import pytest
 import torch
+from commands import TRAIN
 from safetensors.torch import load_file, save_file
 
-from fused_attn import cli, create_model
+from fused_attn import create_model
 from fused_attn.train import TrainError, checkpoint, loop, train
 
 SETTINGS = {"train_images": 64, "max_steps": 2}
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    from fused_attn.train import TrainConfig
-
+def source(tmp_path_factory, small):
     out = tmp_path_factory.mktemp("source") / "run"
-    fixed = {"image_size": 8, "train_images": 64, "batch_size": 32, "epochs": 1, "threads": 1, "ema": 0.5}
-    train(TrainConfig("wrn_10_1", "digits", out=out, **fixed))
+    train(small(out, train_images=64, ema=0.5))
     return out
 
 
@@ -137,13 +135,11 @@ def spoiled(source, tmp_path):
         ("integers.safetensors", "must be torch.float32, got torch.int8"),
     ],
 )
-def test_what_cannot_be_begun_with_is_said_in_one_line(source, tmp_path, capsys, name, message):
+def test_what_cannot_be_begun_with_is_said_in_one_line(source, tmp_path, one_line, name, message):
     spoiled(source, tmp_path)
-    options = ["--dataset", "digits", "--image-size", "8", "--train-images", "64", "--batch-size", "32"]
-    options += ["--max-steps", "1", "--init-from", str(tmp_path / name), "--out", str(tmp_path / "run")]
-    assert cli.main(["train", "--model", "wrn_10_1", *options]) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
+    options = ["--max-steps", "1", "--init-from", tmp_path / name, "--out", tmp_path / "run"]
+    status, error = one_line(*TRAIN, "--model", "wrn_10_1", *options)
+    assert status == 2
     assert re.search(f"^fused-attn: error: init_from.*{message}", error), error
     assert not (tmp_path / "run/config.json").exists()
 

@@ -1,10 +1,11 @@
 """Losses, gradients and weights that are inf or nan: the run stops, or leaves the step out without a trace."""
 
-import json
 import math
 
 import pytest
 import torch
+from commands import TRAIN
+from runs import events, killed, poison, strict, two_processes
 from safetensors.torch import load_file
 from torch import nn
 
@@ -13,31 +14,6 @@ from fused_attn.train import checkpoint, loop, train
 from fused_attn.train.errors import NonFiniteError
 
 STEPS = {"max_steps": 7, "epochs": 2, "checkpoint_every": 3, "ema": 0.5, "crop_padding": 0}
-
-
-def strict(text):
-    def refuse(name):
-        raise AssertionError(f"{name} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
-
-
-def events(folder, kind):
-    return [event for event in map(strict, (folder / "log.jsonl").read_text().splitlines()) if event["event"] == kind]
-
-
-def poison(monkeypatch, *steps, value=math.nan, gradient=False):
-    """Make the loss, or only its gradient, ``value`` in these steps, counted from 1."""
-    original = loop.Run._loss
-
-    def loss(run, outputs, labels):
-        logits, found = original(run, outputs, labels)
-        if run.step + 1 in steps:
-            # The root of 0 is 0, with a derivative of 0 * inf.
-            found = found + (logits * 0.0).sum().sqrt() if gradient else found * value
-        return logits, found
-
-    monkeypatch.setattr(loop.Run, "_loss", loss)
 
 
 @pytest.mark.parametrize(
@@ -66,21 +42,7 @@ def test_run_stops_at_the_first_step_and_keeps_its_last_checkpoint(
 
 
 def test_command_ends_with_status_3(tmp_path, capsys):
-    options = [
-        "--dataset",
-        "digits",
-        "--image-size",
-        "8",
-        "--train-images",
-        "64",
-        "--batch-size",
-        "32",
-        "--threads",
-        "1",
-    ]
-    status = cli.main(
-        ["train", "--model", "wrn_10_1", *options, "--lr", "1e6", "--epochs", "20", "--out", str(tmp_path)]
-    )
+    status = cli.main([*TRAIN, "--model", "wrn_10_1", "--lr", "1e6", "--epochs", "20", "--out", str(tmp_path)])
     errors = capsys.readouterr().err.splitlines()
     assert status == 3
     assert errors[-1].startswith("fused-attn: error: step ")
@@ -142,17 +104,7 @@ def test_skipping_is_bitwise_resumable(small, tmp_path, monkeypatch):
     settings = {**STEPS, "channels_last": False, "on_nonfinite": "skip"}
     nan_images(monkeypatch, 2, 5)
     whole = train(small(tmp_path / "whole", **settings))
-    original = loop.Run._step
-
-    def step(run, parts):
-        if run.step == 5:
-            raise MemoryError
-        original(run, parts)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_step", step)
-        with pytest.raises(MemoryError):
-            train(small(tmp_path / "run", **settings))
+    killed(small(tmp_path / "run", **settings), 5)
     metrics = train(small(tmp_path / "run", **settings, resume=True))
     for name in ("skipped_steps", "train_loss", "train_accuracy", "test_loss"):
         assert metrics[name] == whole[name], name
@@ -247,37 +199,8 @@ def test_an_evaluation_that_is_not_finite_is_null_and_said(small, tmp_path, monk
     assert "test_loss is inf or nan, which the files have as null" in captured.out + captured.err
 
 
-SCRIPT = """
-import math, sys
-from pathlib import Path
-import torch
-from torch import nn
-from fused_attn.train import TrainConfig, loop, train
-
-def network(config, dataset):
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-
-original = loop.Run._loss
-
-def loss(run, outputs, labels):
-    logits, found = original(run, outputs, labels)
-    bad = run.step + 1 in (2, 3) and run.accelerator.process_index == run.step % 2
-    return logits, found * math.nan if bad else found
-
-loop.build_network, loop.Run._loss = network, loss
-train(TrainConfig(model="wrn_10_1", dataset="digits", out=Path(sys.argv[1]), image_size=8, log_every=1, threads=1,
-                  batch_size=32, crop_padding=0, channels_last=False, max_steps=5, train_images=200, epochs=2,
-                  on_nonfinite=sys.argv[2]))
-"""
-
-
 def test_processes_agree_on_what_is_skipped(command, tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    start = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, tmp_path / "script.py")
-    process = command(*start, tmp_path / "skip", "skip")
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
+    two_processes(command, tmp_path / "skip", poisoned=(2, 3), max_steps=5, on_nonfinite="skip")
     assert strict((tmp_path / "skip/metrics.json").read_text())["skipped_steps"] == 2
     assert [event["step"] for event in events(tmp_path / "skip", "skipped")] == [2, 3]
     assert all(each.isfinite().all() for each in load_file(tmp_path / "skip/model.safetensors").values())

@@ -4,39 +4,23 @@ import json
 import math
 
 import pytest
-import torch
+from runs import assert_same_results, assert_same_weights, contents, events, killed
 from safetensors.torch import load_file
 
 from fused_attn.train import TrainError, checkpoint, loop, train
 from fused_attn.train.optim import learning_rate
 
 SETTINGS = {"train_images": 128, "epochs": 3, "ema": 0.9, "rotate": 5.0, "checkpoint_every": 3}  # 4 steps an epoch
-COMPARED = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "steps")
-
-
-def epochs(folder):
-    events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in event.items() if k != "seconds"} for event in events if event["event"] == "epoch"]
 
 
 def steps_saved(folder):
     return [checkpoint.step_of(path) for path in checkpoint.find(folder / "checkpoints")]
 
 
-def assert_same(folder, other):
-    assert (folder / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
-    assert epochs(folder) == epochs(other)
-    ours, theirs = (json.loads((out / "metrics.json").read_text()) for out in (folder, other))
-    assert [ours[name] for name in COMPARED] == [theirs[name] for name in COMPARED]
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    from fused_attn.train import TrainConfig
-
+def whole(tmp_path_factory, small):
     out = tmp_path_factory.mktemp("whole") / "run"
-    fixed = {"image_size": 8, "batch_size": 32, "log_every": 1, "threads": 1}
-    train(TrainConfig("wrn_10_1", "digits", out=out, **fixed, **SETTINGS))
+    train(small(out, **SETTINGS))
     return out
 
 
@@ -60,7 +44,7 @@ def test_an_evaluation_that_fails_costs_no_step(small, tmp_path, monkeypatch, wh
         with pytest.raises(TrainError, match="could not be read"):
             train(small(tmp_path / "run", **SETTINGS, resume=True))
     train(small(tmp_path / "run", **SETTINGS, resume=True))
-    assert_same(tmp_path / "run", whole)
+    assert_same_results(tmp_path / "run", whole)
 
 
 def test_killed_between_the_line_in_the_log_and_the_next_step(small, tmp_path, monkeypatch, whole):
@@ -76,7 +60,7 @@ def test_killed_between_the_line_in_the_log_and_the_next_step(small, tmp_path, m
         with pytest.raises(MemoryError):
             train(small(tmp_path / "run", **SETTINGS))
     train(small(tmp_path / "run", **SETTINGS, resume=True))
-    assert_same(tmp_path / "run", whole)  # one line for each epoch
+    assert_same_results(tmp_path / "run", whole)  # one line for each epoch
 
 
 def test_a_training_image_that_cannot_be_read_costs_no_step(small, tmp_path, monkeypatch, whole):
@@ -95,23 +79,13 @@ def test_a_training_image_that_cannot_be_read_costs_no_step(small, tmp_path, mon
             train(small(tmp_path / "run", **SETTINGS))
     assert steps_saved(tmp_path / "run")[-1] == 5
     train(small(tmp_path / "run", **SETTINGS, resume=True))
-    assert_same(tmp_path / "run", whole)
+    assert_same_results(tmp_path / "run", whole)
 
 
 @pytest.fixture
-def killed_early(small, tmp_path, monkeypatch):
+def killed_early(small, tmp_path):
     """Folder of a run that ended before its first checkpoint, in step 3."""
-    original = loop.Run._step
-
-    def step(run, parts):
-        if run.step == 2:
-            raise MemoryError
-        original(run, parts)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_step", step)
-        with pytest.raises(MemoryError):
-            train(small(tmp_path / "run", **SETTINGS))
+    killed(small(tmp_path / "run", **SETTINGS), 2)
     assert not steps_saved(tmp_path / "run")
     return tmp_path / "run"
 
@@ -119,9 +93,8 @@ def killed_early(small, tmp_path, monkeypatch):
 def test_a_run_without_a_checkpoint_begins_again(small, killed_early, capsys, whole):
     train(small(killed_early, **SETTINGS, resume=True))
     assert "has no checkpoint yet: starting from the beginning" in capsys.readouterr().out
-    assert_same(killed_early, whole)
-    events = [json.loads(line) for line in (killed_early / "log.jsonl").read_text().splitlines()]
-    assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 13))
+    assert_same_results(killed_early, whole)
+    assert [event["step"] for event in events(killed_early)] == list(range(1, 13))
 
 
 def test_a_run_without_a_checkpoint_has_its_settings(small, killed_early):
@@ -148,8 +121,8 @@ def test_a_finished_run_is_extended_to_the_longer_one(small, tmp_path, schedule,
     train(small(tmp_path / "run", **{**settings, **shorter}))
     metrics = train(small(tmp_path / "run", **settings, resume=True))
     ours, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
-    assert all(torch.equal(ours[name], whole[name]) for name in whole)
-    assert epochs(tmp_path / "run")[-1] == epochs(tmp_path / "whole")[-1]
+    assert_same_weights(ours, whole)
+    assert events(tmp_path / "run", "epoch")[-1] == events(tmp_path / "whole", "epoch")[-1]
     (extension,) = metrics["extended"]
     step = 8 if "epochs" in shorter else 6
     assert extension == {
@@ -173,8 +146,7 @@ def test_the_cosine_of_an_extended_run_is_that_of_the_new_length(small, tmp_path
     assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
     run.lock.close()
     train(longer)
-    events = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    logged = [event["lr"] for event in events if event["event"] == "step"]
+    logged = [event["lr"] for event in events(tmp_path / "run")]
     lengths = [shorter] * 8 + [longer] * 8
     assert logged == [learning_rate(config, step, 4) for step, config in enumerate(lengths)]
     assert json.loads((tmp_path / "run/metrics.json").read_text())["steps"] == 16
@@ -205,10 +177,10 @@ def test_killed_at_the_new_end_before_the_metrics(small, tmp_path, monkeypatch):
     ],
 )
 def test_a_run_does_not_get_shorter(small, whole, changes, message):
-    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    before = contents(whole)
     with pytest.raises(TrainError, match=message):
         train(small(whole, **{**SETTINGS, **changes}, resume=True))
-    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+    assert contents(whole) == before
 
 
 def test_a_run_without_a_limit_gets_one(small, tmp_path, monkeypatch, capsys):
@@ -225,7 +197,7 @@ def test_a_run_without_a_limit_gets_one(small, tmp_path, monkeypatch, capsys):
         train(small(tmp_path / "run", **SETTINGS, resume=True, max_steps=5))
     train(small(tmp_path / "run", **SETTINGS, resume=True))
     ours, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
-    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+    assert_same_weights(ours, whole)
 
 
 def test_settings_that_an_older_config_does_not_know_have_their_defaults(small, tmp_path, whole):

@@ -10,6 +10,18 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import (
+    COMPARED,
+    PLAIN,
+    TORCHRUN,
+    assert_same_results,
+    assert_same_weights,
+    contents,
+    events,
+    killed,
+    linear,
+    two_processes,
+)
 from safetensors.torch import load_file
 from torch import nn
 
@@ -17,42 +29,12 @@ from fused_attn import create_model
 from fused_attn.train import TrainError, augment, checkpoint, data, folder, loop, train
 from fused_attn.train.optim import learning_rate
 
-
-def step_records(folder):
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [record for record in records if record["event"] == "step"]
-
-
-def epoch_records(folder):
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in record.items() if name != "seconds"}
-        for record in records
-        if record["event"] == "epoch"
-    ]
-
-
-def assert_same_weights(one, other):
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
-
-
 # --- what a step computes ---------------------------------------------------------------------------------------
-
-
-def linear(config, dataset):
-    """A model without batch statistics: any split of a batch has the same mean gradient."""
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 
 
 @pytest.fixture
 def linear_model(monkeypatch):
     monkeypatch.setattr(loop, "build_network", linear)
-
-
-PLAIN = {"crop_padding": 0, "channels_last": False, "max_steps": 12, "train_images": 200, "epochs": 2}
 
 
 def test_run_is_the_training_loop_written_by_hand(small, tmp_path, linear_model):
@@ -81,7 +63,7 @@ def test_run_is_the_training_loop_written_by_hand(small, tmp_path, linear_model)
     weights, _ = checkpoint.load(checkpoint.find(tmp_path / "run/checkpoints")[-1])
     torch.testing.assert_close(weights["model"], model.state_dict())
     torch.testing.assert_close(load_file(tmp_path / "run/model.safetensors"), average)
-    assert [record["loss"] for record in step_records(tmp_path / "run")] == pytest.approx(losses, rel=1e-5)
+    assert [record["loss"] for record in events(tmp_path / "run")] == pytest.approx(losses, rel=1e-5)
 
 
 class WithAuxiliary(nn.Module):
@@ -124,7 +106,7 @@ def test_auxiliary_losses_are_added_with_their_weights(small, tmp_path, monkeypa
             optimizer.step()
             losses.append(loss.item())
     torch.testing.assert_close(load_file(tmp_path / "run/model.safetensors"), model.state_dict())
-    assert [record["loss"] for record in step_records(tmp_path / "run")] == pytest.approx(losses, rel=1e-5)
+    assert [record["loss"] for record in events(tmp_path / "run")] == pytest.approx(losses, rel=1e-5)
     with torch.no_grad():
         logits = model.eval()(normalize(digits.test.images.float() / 255.0))
     assert metrics["test_loss"] == pytest.approx(F.cross_entropy(logits, digits.test.labels).item(), rel=1e-5)
@@ -150,7 +132,7 @@ def test_accumulated_parts_are_one_batch(small, tmp_path, linear_model):
     train(small(tmp_path / "parts", **PLAIN, accumulate=4))
     whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     torch.testing.assert_close(parts, whole)
-    losses = [[record["loss"] for record in step_records(tmp_path / name)] for name in ("whole", "parts")]
+    losses = [[record["loss"] for record in events(tmp_path / name)] for name in ("whole", "parts")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
@@ -221,12 +203,10 @@ RANDOM = {
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(tmp_path_factory, small):
     """Folder of the 64 steps of RANDOM in one go."""
-    from fused_attn.train import TrainConfig
-
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    train(TrainConfig(dataset="digits", out=out, image_size=8, log_every=1, threads=1, **RANDOM))
+    train(small(out, **RANDOM))
     return out
 
 
@@ -238,12 +218,8 @@ def assert_same_run(folder, reference):
         ours[1]["optimizer"]["state"].values(), theirs[1]["optimizer"]["state"].values(), strict=True
     ):
         assert torch.equal(mine["momentum_buffer"], other["momentum_buffer"])
-    assert (folder / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
-    assert step_records(folder) == step_records(reference)
-    assert epoch_records(folder) == epoch_records(reference)
-    ours, theirs = (json.loads((out / "metrics.json").read_text()) for out in (folder, reference))
-    for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "steps"):
-        assert ours[name] == theirs[name], name
+    assert events(folder) == events(reference)
+    assert_same_results(folder, reference)
 
 
 def command_line(out):
@@ -270,7 +246,7 @@ def test_stopped_from_outside_and_resumed_is_bitwise_the_same_run(small, command
     process.send_signal(number)
     _, errors = process.communicate()
     saved = [int(path.name.removeprefix("step-")) for path in checkpoint.find(folder / "checkpoints")]
-    logged = [record["step"] for record in step_records(folder)]
+    logged = [record["step"] for record in events(folder)]
     assert saved[-1] < 64, "it was not stopped in time"
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
@@ -343,7 +319,7 @@ def test_two_optimizers_step_at_their_own_rates_and_resume_bitwise(small, tmp_pa
         assert len(other[name]["state"]) > 0
         for one, two in zip(mine[name]["state"].values(), other[name]["state"].values(), strict=True):
             assert torch.equal(one[key], two[key])
-    assert step_records(tmp_path / "parts") == step_records(tmp_path / "whole")
+    assert events(tmp_path / "parts") == events(tmp_path / "whole")
 
 
 def test_pixels_are_normalised_or_left_as_they_are(small, tmp_path):
@@ -354,19 +330,9 @@ def test_pixels_are_normalised_or_left_as_they_are(small, tmp_path):
             torch.testing.assert_close(transform(images), expected)
 
 
-def test_resume_after_the_damaged_checkpoint_is_removed_as_advised(small, tmp_path, uninterrupted, monkeypatch):
+def test_resume_after_the_damaged_checkpoint_is_removed_as_advised(small, tmp_path, uninterrupted):
     folder = tmp_path / "run"
-    original = loop.Run._step
-
-    def step(run, batch):
-        if run.step == 17:
-            raise MemoryError
-        original(run, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_step", step)
-        with pytest.raises(MemoryError):
-            train(small(folder, **RANDOM))
+    killed(small(folder, **RANDOM), 17)
     newest = checkpoint.find(folder / "checkpoints")[-1]
     (newest / "model.safetensors").write_bytes(b"damaged")
     log = (folder / "log.jsonl").read_bytes()
@@ -408,19 +374,19 @@ def test_full_disk_stops_the_run_and_it_can_be_resumed(small, tmp_path, uninterr
     ],
 )
 def test_resume_with_other_settings_is_refused(small, uninterrupted, changes, message):
-    before = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()}
+    before = contents(uninterrupted)
     with pytest.raises(TrainError, match=message):
         train(small(uninterrupted, **{**RANDOM, **changes}, resume=True))
-    assert {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()} == before
+    assert contents(uninterrupted) == before
 
 
 def test_folders_that_are_taken_are_refused_and_left_alone(small, tmp_path, uninterrupted):
-    before = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()}
+    before = contents(uninterrupted)
     with pytest.raises(TrainError, match="out must be a new or empty folder"):
         train(small(uninterrupted, **RANDOM))
     with pytest.raises(TrainError, match="is complete at step 64"):
         train(small(uninterrupted, **RANDOM, resume=True))
-    assert {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()} == before
+    assert contents(uninterrupted) == before
     with pytest.raises(TrainError, match="--resume: out must hold a checkpoint, found none"):
         train(small(tmp_path / "nothing", resume=True))
     (tmp_path / "file").write_text("")
@@ -456,7 +422,7 @@ def test_killed_after_the_last_checkpoint_and_before_the_metrics(small, tmp_path
         with pytest.raises(MemoryError):
             train(small(tmp_path / "run"))
     metrics = train(small(tmp_path / "run", resume=True))
-    for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "steps"):
+    for name in COMPARED:
         assert metrics[name] == whole[name], name
     assert_same_weights(*(load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole")))
 
@@ -502,34 +468,13 @@ def test_settings_out_of_range(small, tmp_path, changes, message):
 
 # --- several processes ------------------------------------------------------------------------------------------
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-from torch import nn
-from fused_attn.train import TrainConfig, loop, train
-
-def linear(config, dataset):
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-
-loop.build_network = linear
-train(TrainConfig(model="wrn_10_1", dataset="digits", out=Path(sys.argv[1]), image_size=8, log_every=1, threads=1,
-                  batch_size=32, crop_padding=0, channels_last=False, max_steps=12, train_images=200, epochs=2,
-                  accumulate=2))
-"""
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-
 
 def test_two_processes_take_the_steps_of_one(small, command, tmp_path, linear_model):
     train(small(tmp_path / "one", **PLAIN))
-    (tmp_path / "script.py").write_text(SCRIPT)
-    process = command(*TORCHRUN, tmp_path / "script.py", tmp_path / "two")
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    two_processes(command, tmp_path / "two", accumulate=2)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     torch.testing.assert_close(two, one)
-    losses = [[record["loss"] for record in step_records(tmp_path / name)] for name in ("one", "two")]
+    losses = [[record["loss"] for record in events(tmp_path / name)] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
     assert [metric["processes"] for metric in metrics] == [1, 2]
@@ -545,7 +490,7 @@ def test_torchrun_of_the_command_line(small, command, tmp_path):
     process = command(*TORCHRUN, "-m", "fused_attn.cli", "train", "--out", folder, *flags.split())
     _, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert [record["step"] for record in step_records(folder)] == list(range(1, 21))
+    assert [record["step"] for record in events(folder)] == list(range(1, 21))
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["processes"] == 2
     # Each process has its own batch statistics; the metrics must be those of the weights that are kept.

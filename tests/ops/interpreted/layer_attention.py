@@ -1,6 +1,4 @@
-"""Numerics of the Triton kernels in Triton's interpreter.  Run by tests/ops/test_layer_attention_triton.py, in a
-process of its own, because TRITON_INTERPRET is read when triton is imported.
-"""
+"""Numerics of the Triton kernels in Triton's interpreter, run by tests/ops/test_interpreted.py."""
 
 import numpy as np
 import pytest

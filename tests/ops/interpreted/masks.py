@@ -1,6 +1,4 @@
-"""Masks and huge logits in Triton's interpreter.  Run by tests/ops/test_masks.py, in a process of its own, because
-TRITON_INTERPRET is read when triton is imported.
-"""
+"""Masks and huge logits in Triton's interpreter, run by tests/ops/test_interpreted.py."""
 
 import dataclasses
 

@@ -1,15 +1,9 @@
-"""Numerics of the Triton kernels in Triton's interpreter.  Run by tests/ops/test_squeeze_excite_triton.py, in a
-process of its own, because TRITON_INTERPRET is read when triton is imported.
-"""
+"""Numerics of the Triton kernels in Triton's interpreter, run by tests/ops/test_interpreted.py."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from fused_attn.ops._floor.declarations import Sample
 from fused_attn.ops.squeeze_excite import spec

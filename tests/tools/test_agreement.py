@@ -1,14 +1,11 @@
 """``benchmarks/report/agreement.py`` compares the ratios of two runs."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+from commands import tool
 
-spec = importlib.util.spec_from_file_location("agreement", Path(__file__).parents[2] / "benchmarks/report/agreement.py")
-agreement = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(agreement)
+agreement = tool("report/agreement")
 
 
 def write(folder, **ratios):

@@ -6,12 +6,11 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import TRAIN
 from PIL import Image
 
 from fused_attn import cli, create_model
 from fused_attn.cli.draw_scales import deviations
-
-TRAIN = ["train", "--dataset", "digits", "--image-size", "8", "--train-images", "64", "--batch-size", "32"]
 
 
 @pytest.mark.parametrize("name", ["se_resnet34", "se_r_resnet34"])
@@ -41,7 +40,7 @@ def test_deviations_of_a_model_without_gates():
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    options = ["--epochs", "1", "--max-steps", "1", "--threads", "1", "--model-options", "width=8"]
+    options = ["--max-steps", "1", "--model-options", "width=8"]
     assert cli.main([*TRAIN, *options, "--model", "se_resnet34", "--out", str(folder / "plain")]) == 0
     auxiliary = ["--model", "se_r_resnet34", "--aux-weights", "0.4", "0.4"]
     assert cli.main([*TRAIN, *options, *auxiliary, "--out", str(folder / "fed")]) == 0
@@ -69,11 +68,10 @@ def test_command(runs, tmp_path, capsys):
         (["plain", "plain"], "runs must have different names, got plain, plain"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(runs, tmp_path, capsys, arguments, message):
+def test_what_cannot_be_is_said_in_one_line(runs, tmp_path, one_line, arguments, message):
     folders = [str(runs / argument) if argument in ("plain", "nowhere") else argument for argument in arguments]
-    assert cli.main(["scales", *folders, "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
+    status, error = one_line("scales", *folders, "--out", tmp_path / "out")
+    assert status == 2
     assert re.search(message, error)
 
 

@@ -1,24 +1,19 @@
 """The README's table of parameters and FLOPs is what the models are."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+from commands import ROOT, tool
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def model_table():
-    spec = importlib.util.spec_from_file_location("model_table", BENCHMARKS / "report" / "model_table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+model_table = tool("report/model_table")
 
 
-def test_committed_table_is_current(model_table):
-    committed = json.loads((BENCHMARKS / "results" / "model_table.json").read_text())
+def committed_table(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_committed_table_is_current():
+    committed = committed_table("model_table")
     assert [(row["model"], row["attention_in"]) for row in committed] == [row[:2] for row in model_table.ROWS]
     for row, (name, _, options) in zip(committed, model_table.ROWS, strict=True):
         assert {key: row[key] for key in ("parameters", "flops", "attention_flops")} == model_table.measure(
@@ -26,14 +21,13 @@ def test_committed_table_is_current(model_table):
         )
 
 
-def test_committed_table_of_layer_models_is_current(model_table):
-    committed = json.loads((BENCHMARKS / "results" / "layer_models.json").read_text())
-    assert committed == model_table.measure_layer_models()
+def test_committed_table_of_layer_models_is_current():
+    assert committed_table("layer_models") == model_table.measure_layer_models()
 
 
-def test_table_of_excite_models_is_current_and_as_published(model_table):
+def test_table_of_excite_models_is_current_and_as_published():
     """Parameters as published; multiply-adds within 1 %: the paper counts normalisation and pooling as well."""
-    committed = json.loads((BENCHMARKS / "results" / "excite_models.json").read_text())
+    committed = committed_table("excite_models")
     assert committed == model_table.measure_excite_models()
     for row in committed:
         published = model_table.EXCITE_PUBLISHED[row["model"]]
@@ -42,8 +36,8 @@ def test_table_of_excite_models_is_current_and_as_published(model_table):
             assert row["flops"] / 2e9 == pytest.approx(published[1], rel=0.01), row
 
 
-def test_committed_table_of_attention_wise_models_is_current(model_table):
-    committed = json.loads((BENCHMARKS / "results" / "attention_wise_models.json").read_text())
+def test_committed_table_of_attention_wise_models_is_current():
+    committed = committed_table("attention_wise_models")
     assert committed == model_table.measure_attention_wise()
     assert [row["model"] for row in committed if row["parameters"] == row["paper_parameters"]] == [
         "vgg_control",
@@ -53,14 +47,14 @@ def test_committed_table_of_attention_wise_models_is_current(model_table):
     ]
 
 
-def test_flops_of_known_networks(model_table):
+def test_flops_of_known_networks():
     """He et al. 2016, tables 1 and 6 (multiply-adds): 4.1e9 for ResNet-50 with its stride in the 3x3 convolution, 7.8e9
     for ResNet-101; Touvron et al. 2021: 1.26e9 for DeiT-tiny."""
     for name, multiply_adds in {"resnet50": 4.1e9, "resnet101": 7.8e9, "deit_tiny": 1.26e9}.items():
         assert model_table.measure(name, 1000, 224)["flops"] == pytest.approx(2 * multiply_adds, rel=0.01)
 
 
-def test_flops_are_two_per_multiply_add(model_table):
+def test_flops_are_two_per_multiply_add():
     """Against sums written from the architecture."""
     convolutions, channels = 2 * 9 * 3 * 16 * 32**2, 16
     attention = 0

@@ -4,40 +4,15 @@ import errno
 import json
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from commands import TRAIN, python
 
 from fused_attn import __version__, _extension, cli
 from fused_attn.train.log import RunLog
 
-ROOT = Path(__file__).parents[1]
-SMALL = [
-    "train",
-    "--dataset",
-    "digits",
-    "--image-size",
-    "8",
-    "--train-images",
-    "64",
-    "--batch-size",
-    "32",
-    "--epochs",
-    "1",
-    "--threads",
-    "1",
-]
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-    torch.use_deterministic_algorithms(False)
+SMALL = [*TRAIN, "--epochs", "1"]
 
 
 @pytest.fixture
@@ -68,11 +43,10 @@ def failing(capsys):
         (["--model", "wrn_10_1", "--resume"], "--resume: out must hold a checkpoint"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(failing, tmp_path, arguments, message):
-    status, errors = failing(*SMALL, "--out", tmp_path / "run", *arguments)
+def test_what_cannot_be_is_said_in_one_line(one_line, tmp_path, arguments, message):
+    status, errors = one_line(*SMALL, "--out", tmp_path / "run", *arguments)
     assert status == 2
-    assert re.search(f"^fused-attn: error: .*{message}", errors), errors
-    assert len(errors.splitlines()) == 1
+    assert re.search(message, errors), errors
     assert not (tmp_path / "run/config.json").exists()
 
 
@@ -159,17 +133,6 @@ def test_a_summary_without_an_evaluation_ends_with_the_time(tmp_path, capsys):
     assert re.search(r"/run: 2 steps in \d+ s$", capsys.readouterr().out.splitlines()[-1])
 
 
-def started(tmp_path, *arguments, **streams):
-    """Exit status of a command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "fused_attn.cli", *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        text=True,
-        **streams,
-    )
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -185,7 +148,7 @@ def test_a_reader_that_closes_early_ends_a_command_quietly(tmp_path, arguments):
     reading, writing = os.pipe()
     os.close(reading)
     try:
-        process = started(tmp_path, *arguments, stdout=writing, stderr=subprocess.PIPE)
+        process = python("-m", "fused_attn.cli", *arguments, cwd=tmp_path, stdout=writing)
     finally:
         os.close(writing)
     assert process.returncode == 141, process.stderr
@@ -200,8 +163,9 @@ def test_a_reader_of_everything_that_closes_early(tmp_path):
     os.close(reading)
     try:
         arguments = [*SMALL, "--model", "wrn_10_1", "--out", "run"]
-        assert started(tmp_path, *arguments, stdout=writing, stderr=writing).returncode == 141
-        assert started(tmp_path, "trian", stdout=writing, stderr=writing).returncode == 141
+        for command in (arguments, ["trian"]):
+            process = python("-m", "fused_attn.cli", *command, cwd=tmp_path, stdout=writing, stderr=writing)
+            assert process.returncode == 141
     finally:
         os.close(writing)
 
@@ -209,7 +173,7 @@ def test_a_reader_of_everything_that_closes_early(tmp_path):
 @pytest.mark.parametrize("arguments", [["info"], ["train", "--help"]], ids=" ".join)
 def test_output_on_a_full_disk_is_an_error_of_one_line(tmp_path, arguments):
     with open("/dev/full", "w") as full:
-        process = started(tmp_path, *arguments, stdout=full, stderr=subprocess.PIPE)
+        process = python("-m", "fused_attn.cli", *arguments, cwd=tmp_path, stdout=full)
     assert process.returncode == 1
     assert process.stderr == "fused-attn: error: [Errno 28] No space left on device\n"
 
@@ -242,12 +206,7 @@ def test_info_says_what_auto_runs_and_why_not_the_rest(capsys):
 
 @pytest.mark.skipif(not _extension.available(), reason="the demo compares the C++ kernels")
 def test_demo_in_its_smoke_mode(tmp_path):
-    process = subprocess.run(
-        [sys.executable, "-m", "fused_attn.cli", "demo", "--smoke", "--out", str(tmp_path / "demo")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    process = python("-m", "fused_attn.cli", "demo", "--smoke", "--out", tmp_path / "demo", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     comparison = json.loads((tmp_path / "demo/comparison.json").read_text())
     assert comparison["seconds"]["cpu"] < comparison["seconds"]["reference"]

@@ -1,31 +1,19 @@
 """The round on a GPU machine: its runner, and a dry run of its first steps."""
 
-import importlib.util
 import json
 import os
-import subprocess
 import sys
 import time
 import zipfile
 from pathlib import Path
 
 import pytest
+from commands import ROOT, python, tool
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[1]
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / "gpu" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu_setup = load("gpu_setup")
-gpu_round = load("gpu_round")
+gpu_setup = tool("gpu/gpu_setup")
+gpu_round = tool("gpu/gpu_round")
 
 
 def step(name: str, code: str, limit: int = 20, **options):
@@ -144,19 +132,8 @@ def test_failures_are_kept_of_a_run_that_is_cut_short(tmp_path):
     failures = tmp_path / "failures"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks" / "gpu"), "FAILURES": str(failures)}
     environment.pop("PYTEST_XDIST_WORKER", None)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "gpu_failures",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        str(test),
-    ]
-    assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True).returncode == 3
+    options = ["-p", "gpu_failures", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    assert python("-m", "pytest", *options, test, cwd=tmp_path, env=environment).returncode == 3
     assert "test_it.py::test_bad" in failures.read_text()
     assert "assert 1 == 2" in failures.read_text()
 
@@ -183,19 +160,10 @@ def test_missing_dependencies_are_named(monkeypatch):
 
 
 def test_dry_run(tmp_path):
-    command = [
-        sys.executable,
-        "benchmarks/gpu/gpu_round.py",
-        "--dry-run",
-        "--slice",
-        "memcheck",
-        "--out",
-        str(tmp_path),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = ["benchmarks/gpu/gpu_round.py", "--dry-run", "--slice", "memcheck", "--out", tmp_path]
     # All that starts no test, training or benchmark; the tools are not there, or find no GPU.
     only = ["--step", "cases-small", "--step", "memcheck-rel_attention_2d"]
-    result = subprocess.run([*command, *only], cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = python(*command, *only)
     found = outcomes(tmp_path)
     assert found["install"] == found["environment"] == found["cases-small"] == "passed", result.stdout
     assert found["tests-gpu"] == "pending"
@@ -207,8 +175,6 @@ def test_dry_run(tmp_path):
         assert found["memcheck-rel_attention_2d"] == "not run"
         assert "not run" in result.stdout
         assert result.returncode == 0
-    again = subprocess.run(
-        [arg for arg in command if arg != "--dry-run"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    again = python(*(argument for argument in command if argument != "--dry-run"))
     assert again.returncode == 2
     assert "holds a round run dry" in again.stderr

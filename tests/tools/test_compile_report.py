@@ -1,42 +1,28 @@
 """The compile report: every Triton kernel compiles without a GPU and spills nowhere, and the report says what is so."""
 
-import importlib.util
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from commands import ROOT, environment, python, tool
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[1]
 REPORT = json.loads((ROOT / "benchmarks" / "results" / "compile_report.json").read_text())
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "benchmarks/gpu/compile_report.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def report():
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("the interpreter replaces the kernels")
-    spec = importlib.util.spec_from_file_location("compile_report", ROOT / "benchmarks" / "gpu" / "compile_report.py")
-    module = importlib.util.module_from_spec(spec)
-    path = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
+    return tool("gpu/compile_report")
 
 
 @pytest.mark.long
 def test_every_kernel_compiles_without_spills_as_the_report_says():
-    result = run("--check", "--quick", "--arch", "sm_80", "--arch", "sm_90", "--arch", "sm_100")
+    options = ("--check", "--quick", "--arch", "sm_80", "--arch", "sm_90", "--arch", "sm_100")
+    result = python("benchmarks/gpu/compile_report.py", *options, env=environment(TRITON_INTERPRET="0"))
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -62,6 +48,8 @@ def test_committed_report_has_no_problem_and_names_the_versions_tried(report):
     assert report.problems(REPORT["rows"]) == []
     assert {"3.6.0", REPORT["triton"]} <= REPORT["versions"].keys()
     assert {row["op"] for row in REPORT["peers"]["rows"]} >= {"FlexAttention"}
+    kernels = {row["kernel"] for row in REPORT["rows"] if row["op"] == "squeeze_excite"}
+    assert kernels == {f"{name}_kernel" for name in ("squeeze_fwd", "scale_fwd", "scale_bwd", "squeeze_bwd")}
 
 
 CODE = """

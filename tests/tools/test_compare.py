@@ -1,15 +1,12 @@
 """``pytest benchmarks --benchmark-compare`` notices a slower kernel, and only that."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from commands import ROOT, environment, python
 
 from fused_attn import _extension
 
-ROOT = Path(__file__).parents[2]
 SLOWER = """
 import time
 from fused_attn.ops.rel_attention_2d import op
@@ -27,25 +24,14 @@ op.attention.outputs = slower
 @pytest.mark.skipif(not _extension.available(), reason="the case runs the C++ kernels")
 def test_a_slower_kernel_is_a_regression(tmp_path):
     (tmp_path / "slower.py").write_text(SLOWER)
-    environment = {
-        # Within a worker of a parallel run of the tests, pytest-benchmark would measure nothing.
-        **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path), os.environ.get("PYTHONPATH", ""))),
-        "OMP_NUM_THREADS": "1",
-    }
+    # Within a worker of a parallel run of the tests, pytest-benchmark would measure nothing.
+    variables = environment(PYTHONPATH=os.pathsep.join((str(ROOT), str(tmp_path))))
+    variables = {name: value for name, value in variables.items() if not name.startswith("PYTEST_")}
 
     def run(*options):
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "benchmarks",
-            "-n0",
-            "--threads=1",
-            f"--benchmark-storage={tmp_path}",
-        ]
+        command = ["-m", "pytest", "benchmarks", "-n0", "--threads=1", f"--benchmark-storage={tmp_path}"]
         command += ["-k", "rel_attention_2d and 8x8 and cpu and fwd", "--benchmark-max-time=0.1", *options]
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        result = python(*command, env=variables)
         assert result.stdout.startswith("."), result.stdout + result.stderr
         assert "test_op[rel_attention_2d-8x8" in result.stdout
         return result

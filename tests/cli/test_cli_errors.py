@@ -6,36 +6,20 @@ import re
 
 import pytest
 import torch
+from commands import TRAIN
 
 from fused_attn import cli
 from fused_attn.train import TrainConfig, applies, data, loop
 
-SMALL = ["train", "--dataset", "digits", "--image-size", "8", "--train-images", "64", "--batch-size", "32"]
-SMALL += ["--max-steps", "1", "--threads", "1"]
+SMALL = [*TRAIN, "--max-steps", "1"]
 WRN, AUGMENTED = ["--model", "wrn_10_1"], ["--model", "aa_wrn_10_1"]
 
 
 @pytest.fixture(autouse=True)
-def settings_stay_here():
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def one_line(tmp_path, monkeypatch, capsys):
-    """Runs a command that must fail; returns its status and its only line."""
+def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("text")
     (tmp_path / "folder").mkdir()
-
-    def run(*arguments):
-        status = cli.main(list(arguments))
-        errors = capsys.readouterr().err
-        assert len(errors.splitlines()) == 1, errors
-        assert errors.startswith("fused-attn: error: ")
-        return status, errors
-
-    return run
 
 
 @pytest.mark.parametrize(

@@ -29,14 +29,6 @@ NAMES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def settings_stay_here():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_panels_are_steps_of_the_network(batch_norm):
     torch.manual_seed(0)
@@ -127,7 +119,7 @@ def test_a_model_is_drawn_without_a_run(tmp_path, monkeypatch, capsys):
         (["{damaged}"], "the weights in .* could not be loaded"),
     ],
 )
-def test_what_cannot_be_drawn_is_said_in_one_line(finished, tmp_path, monkeypatch, capsys, arguments, message):
+def test_what_cannot_be_drawn_is_said_in_one_line(finished, tmp_path, monkeypatch, one_line, arguments, message):
     monkeypatch.chdir(tmp_path)
     for name in ("empty", "unsaved", "other", "damaged"):
         (tmp_path / name).mkdir()
@@ -138,8 +130,7 @@ def test_what_cannot_be_drawn_is_said_in_one_line(finished, tmp_path, monkeypatc
     shutil.copy(finished / "model.safetensors", tmp_path / "other")
     (tmp_path / "damaged/model.safetensors").write_bytes(b"damaged")
     places = {"run": finished, **{name: tmp_path / name for name in ("empty", "unsaved", "other", "damaged")}}
-    assert cli.main(["inspect", *(argument.format(**places) for argument in arguments)]) == 2
-    errors = capsys.readouterr().err
-    assert re.search(f"^fused-attn: error: .*{message}", errors), errors
-    assert len(errors.splitlines()) == 1
+    status, errors = one_line("inspect", *(argument.format(**places) for argument in arguments))
+    assert status == 2
+    assert re.search(message, errors), errors
     assert not list(tmp_path.glob("*.png"))

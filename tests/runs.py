@@ -1,0 +1,116 @@
+"""Small runs on scikit-learn's digits, at 8x8 pixels: a step takes milliseconds.
+
+As a script, one process of a run of several: ``runs.py OUT SETTINGS POISONED``.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fused_attn.train import TrainConfig, loop, train
+
+#: Numbers that a run that was stopped and resumed must have as the one that was not.
+COMPARED = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "steps")
+#: Of the linear model: nothing is drawn at random.
+PLAIN = {"crop_padding": 0, "channels_last": False, "max_steps": 12, "train_images": 200, "epochs": 2}
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+
+
+def small(out: Path, **changes) -> TrainConfig:
+    """The configuration of a small run in ``out``."""
+    settings = {"model": "wrn_10_1", "dataset": "digits", "image_size": 8, "train_images": 256, "batch_size": 32}
+    settings |= {"epochs": 1, "log_every": 1, "threads": 1}
+    return TrainConfig(out=out, **{**settings, **changes})
+
+
+def linear(config, dataset):
+    """A model without batch statistics: any split of a batch has the same mean gradient."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+# --- what a run leaves behind ---------------------------------------------------------------------------------------
+
+
+def strict(text):
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def events(folder, kind="step"):
+    """Those in the log, without the time that they took."""
+    logged = [strict(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in event.items() if k != "seconds"} for event in logged if event["event"] == kind]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_weights(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def assert_same_results(folder, other):
+    assert (folder / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert events(folder, "epoch") == events(other, "epoch")
+    ours, theirs = (json.loads((out / "metrics.json").read_text()) for out in (folder, other))
+    assert [ours[name] for name in COMPARED] == [theirs[name] for name in COMPARED]
+
+
+# --- runs that end early --------------------------------------------------------------------------------------------
+
+
+def killed(config, done):
+    """Train until ``done`` steps are done."""
+    original = loop.Run._step
+
+    def step(run, parts):
+        if run.step == done:
+            raise MemoryError
+        original(run, parts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Run, "_step", step)
+        with pytest.raises(MemoryError):
+            train(config)
+
+
+def poison(monkeypatch, *steps, value=math.nan, gradient=False, where=lambda run: True):
+    """Make the loss, or only its gradient, ``value`` in these steps, counted from 1."""
+    original = loop.Run._loss
+
+    def loss(run, outputs, labels):
+        logits, found = original(run, outputs, labels)
+        if run.step + 1 in steps and where(run):
+            # The root of 0 is 0, with a derivative of 0 * inf.
+            found = found + (logits * 0.0).sum().sqrt() if gradient else found * value
+        return logits, found
+
+    monkeypatch.setattr(loop.Run, "_loss", loss)
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+
+def two_processes(command, out, poisoned=(), **settings):
+    """Train the linear model in two processes; ``poisoned`` steps have a loss of nan in one of them."""
+    process = command(*TORCHRUN, __file__, out, json.dumps({**PLAIN, **settings}), json.dumps(poisoned))
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+
+
+if __name__ == "__main__":
+    loop.build_network = linear
+    steps = json.loads(sys.argv[3])
+    poison(pytest.MonkeyPatch(), *steps, where=lambda run: run.accelerator.process_index == run.step % 2)
+    train(small(Path(sys.argv[1]), **json.loads(sys.argv[2])))
