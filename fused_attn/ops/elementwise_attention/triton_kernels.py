@@ -74,7 +74,7 @@ def _product(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, he
     """Their product, with one exponential."""
     row_max, row_sum, col_max, col_sum = _statistics(row_stats_ptr, col_stats_ptr, plane, y, x, height, width)
     both = softmax_exp((row_logit - row_max) + (col_logit - col_max), EXACT)
-    return both * (fast_reciprocal(row_sum, EXACT) * fast_reciprocal(col_sum, EXACT))
+    return both * fast_reciprocal(row_sum, EXACT) * fast_reciprocal(col_sum, EXACT)
 
 
 @triton.jit
