@@ -33,14 +33,9 @@ def softmax_exp(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def reciprocal(x):
-    """1 / x, rounded once: ``/`` is good to 2 ulp on a GPU.  For what is computed once; it may take a call."""
-    return tl.div_rn(1.0, x)
-
-
-@triton.jit
-def fast_reciprocal(x, EXACT: tl.constexpr):
-    """1 / x to 2 ulp, as ``/`` is on a GPU, or to 1 (EXACT), by a step of Newton's where there is one to take."""
+def reciprocal(x, EXACT: tl.constexpr = True):
+    """1 / x to 2 ulp, as ``/`` is on a GPU, or to 1 (EXACT), by a step of Newton's where there is one to take.
+    ``tl.div_rn`` may take a call, around which registers spill."""
     near = 1.0 / x
     if EXACT:
         refined = tl.fma(near, tl.fma(-x, near, 1.0), near)

@@ -86,7 +86,7 @@ def attention_residual_fwd_kernel(
             if layer + 1 < count:
                 following = _load_rows(value_ptrs[layer + 1], value_strides[layer + 1], outer, inner, columns, mask)
         if layer < count:
-            inverse_rms = reciprocal(tl.sqrt_rn(tl.div_rn(tl.sum(value * value, 1), D * 1.0) + eps))
+            inverse_rms = reciprocal(tl.sqrt_rn(tl.sum(value * value, 1) * (1.0 / D) + eps))
             logit = tl.sum(value * score, 1) * inverse_rms * unit
             tl.store(statistics_ptr + 2 * layer, logit, mask=live)
             tl.store(statistics_ptr + 2 * layer + 1, inverse_rms, mask=live)
@@ -165,7 +165,7 @@ def attention_residual_bwd_kernel(
                 weight = exp_nonpositive(logit - shift) * inverse_total
                 scaled = weight * (tl.sum(grad * value, 1) - delta) * inverse_rms
                 grad_value = weight[:, None] * grad + scaled[:, None] * score
-                grad_value -= tl.div_rn(scaled * logit * inverse_rms, D * 1.0)[:, None] * value
+                grad_value -= (scaled * logit * inverse_rms * (1.0 / D))[:, None] * value
                 grad_score += scaled[:, None] * value
                 pointer = grad_value_ptrs[layer]
                 tl.store(pointer + offset, grad_value.to(pointer.dtype.element_ty), mask=mask)

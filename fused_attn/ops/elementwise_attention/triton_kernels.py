@@ -11,7 +11,7 @@ triton_launch.py adds them up in a fixed order.
 import triton
 import triton.language as tl
 
-from .._floor.triton_math import fast_reciprocal, softmax_exp
+from .._floor.triton_math import reciprocal, softmax_exp
 
 
 @triton.jit
@@ -65,8 +65,8 @@ def _statistics(row_stats_ptr, col_stats_ptr, plane, y, x, height, width):
 def _softmaxes(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width, EXACT: tl.constexpr):
     """Row and column softmax of a tile from the statistics."""
     row_max, row_sum, col_max, col_sum = _statistics(row_stats_ptr, col_stats_ptr, plane, y, x, height, width)
-    row = softmax_exp(row_logit - row_max, EXACT) * fast_reciprocal(row_sum, EXACT)
-    return row, softmax_exp(col_logit - col_max, EXACT) * fast_reciprocal(col_sum, EXACT)
+    row = softmax_exp(row_logit - row_max, EXACT) * reciprocal(row_sum, EXACT)
+    return row, softmax_exp(col_logit - col_max, EXACT) * reciprocal(col_sum, EXACT)
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def _product(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, he
     """Their product, with one exponential."""
     row_max, row_sum, col_max, col_sum = _statistics(row_stats_ptr, col_stats_ptr, plane, y, x, height, width)
     both = softmax_exp((row_logit - row_max) + (col_logit - col_max), EXACT)
-    return both * fast_reciprocal(row_sum, EXACT) * fast_reciprocal(col_sum, EXACT)
+    return both * reciprocal(row_sum, EXACT) * reciprocal(col_sum, EXACT)
 
 
 @triton.jit
@@ -127,9 +127,7 @@ def row_col_stats_kernel(
         tl.store(cols + width + x, col_sum, mask=x < width)
         if WHOLE:
             # One tile to the plane.  A row or column of -inf alone has a sum of 0: 0 / 0, as in the reference.
-            product = (
-                e_row * fast_reciprocal(row_sum, EXACT)[:, None] * (e_col * fast_reciprocal(col_sum, EXACT)[None, :])
-            )
+            product = e_row * reciprocal(row_sum, EXACT)[:, None] * (e_col * reciprocal(col_sum, EXACT)[None, :])
             if out_ptr is not None:
                 at = plane * height * width + y.to(tl.int64)[:, None] * width + x[None, :]
                 tl.store(out_ptr + at, product.to(out_ptr.dtype.element_ty), mask=inside)

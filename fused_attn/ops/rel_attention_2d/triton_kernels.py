@@ -232,7 +232,7 @@ def rel_attention_fwd_kernel(
     if ONES_COLUMN:
         l_i = tl.sum(tl.where((d_v == D_V)[None, :], acc, 0.0), 1)
     shift = tl.where(m_i == float("-inf"), 0.0, m_i)
-    out = acc * reciprocal(tl.where(l_i == 0.0, 1.0, l_i))[:, None]
+    out = acc * reciprocal(tl.where(l_i == 0.0, 1.0, l_i), EXACT)[:, None]
     o_ptrs = _plane(out_ptr, batch, head, out_strides, 1) + _offsets(y_m, x_m, d_v, out_strides, 1)
     tl.store(o_ptrs, out.to(out_ptr.dtype.element_ty), mask=live_m[:, None] & live_v)
     tl.store(statistics_ptr + 2 * (plane * queries + m), shift, mask=live_m)

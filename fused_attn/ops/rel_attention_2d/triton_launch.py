@@ -62,7 +62,7 @@ _TILES_NVIDIA = {
 }
 # Where a family's registers do not hold the tile above.  sm_80 stands for every part with warp-level matrix products.
 _TILES_BY_FAMILY = {
-    ("sm_80", "forward", 128): Tile(64, 32, 4, 2),
+    ("sm_80", "forward", 128): Tile(64, 32, 8, 2),
     ("sm_80", "forward", 256): Tile(64, 32, 8, 1),
     ("sm_80", "backward_dq", 64): Tile(64, 32, 4, 2),
     ("sm_80", "backward_dq", 128): Tile(64, 32, 8, 1),
