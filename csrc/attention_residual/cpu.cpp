@@ -1,14 +1,10 @@
 // Registration of the CPU kernels: LibTorch tensors in, plain views to the kernels, work split over threads.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
 #include <stdexcept>
 #include <vector>
 
-#include "attention_residual/kernel.h"
+#include "attention_residual/kernels.h"
 #include "common/cpu_op.h"
 
 namespace fused_attn::attention_residual {
@@ -33,8 +29,6 @@ void fill_problem(Problem& p, const std::vector<Tensor>& values, const std::vect
   if (norm_weight) p.norm_weight = view_of(*norm_weight);
 }
 
-const Kernels& kernels() { return FUSED_ATTN_BEST_KERNELS; }
-
 void attention_residual_forward(std::vector<Tensor> values, Tensor query, std::optional<Tensor> norm_weight, double eps,
                                 Tensor out, Tensor statistics) {
   const std::vector<TensorView> views = views_of(values);
@@ -43,7 +37,7 @@ void attention_residual_forward(std::vector<Tensor> values, Tensor query, std::o
   p.eps = static_cast<float>(eps);
   p.out = view_of(out);
   p.statistics = static_cast<float*>(statistics.mutable_data_ptr());
-  const auto run = kernels().forward;
+  const auto run = best_kernels().forward;
   parallel(p.tasks(), [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }
 
@@ -62,7 +56,7 @@ void attention_residual_backward(Tensor grad_out, std::vector<Tensor> values, Te
   std::vector<float> partials(p.tasks() * p.dim);
   p.partials = partials.data();
 
-  const Kernels& use = kernels();
+  const Kernels& use = best_kernels();
   parallel(p.tasks(), [&](int64_t begin, int64_t end) { use.backward(p, begin, end); });
   parallel(p.dim, [&](int64_t begin, int64_t end) { use.sum_partials(p, begin, end); }, 256);
 }

@@ -1,14 +1,13 @@
-// What the registrations of the CPU kernels share: LibTorch tensors to plain views, the choice of instruction set,
-// threads.
+// What the registrations of the CPU kernels share: LibTorch tensors to plain views, threads.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 #include <stdexcept>
 
-#include "common/cpu_capability.h"
 #include "common/glibc_floor.h"
 #include "common/tensor_view.h"
 
@@ -43,13 +42,3 @@ void parallel(int64_t count, const Run& run, int64_t grain = 1) {
 }
 
 }  // namespace fused_attn
-
-// The kernels of the surrounding namespace for this machine.
-#if defined(__x86_64__)
-#define FUSED_ATTN_BEST_KERNELS                                \
-  (cpu_capability() == CpuCapability::avx512 ? avx512::kernels \
-   : cpu_capability() == CpuCapability::avx2 ? avx2::kernels   \
-                                             : generic::kernels)
-#else
-#define FUSED_ATTN_BEST_KERNELS generic::kernels
-#endif

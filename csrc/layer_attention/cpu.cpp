@@ -1,9 +1,5 @@
 // Registration of the CPU kernels, and the weights themselves: small per-head work that needs no vector code.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -12,14 +8,12 @@
 #include <vector>
 
 #include "common/cpu_op.h"
-#include "layer_attention/kernel.h"
+#include "layer_attention/kernels.h"
 
 namespace fused_attn::layer_attention {
 namespace {
 
 using torch::stable::Tensor;
-
-const Kernels& kernels() { return FUSED_ATTN_BEST_KERNELS; }
 
 // --- the weights --------------------------------------------------------------------------------------------------
 
@@ -152,7 +146,7 @@ void layer_sum_forward(Tensor weights, std::vector<Tensor> values, bool channels
   fill(p, weights, out, pointers, 1, channels_last);
   p.out = out.mutable_data_ptr();
   p.out_stride = out.stride(0);
-  const auto run = kernels().forward;
+  const auto run = best_kernels().forward;
   parallel(tasks_of(p), [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }
 
@@ -172,7 +166,7 @@ void layer_sum_backward(Tensor grad_out, Tensor weights, std::vector<Tensor> val
   p.accumulate = accumulate;
   std::vector<float> partials(to ? tasks_of(p) * layers * (channels_last ? p.groups : 1) : 0);
   p.partials = to ? partials.data() : nullptr;
-  const auto run = kernels().backward;
+  const auto run = best_kernels().backward;
   parallel(tasks_of(p), [&](int64_t begin, int64_t end) { run(p, begin, end); });
   if (!to) return;
   // In a fixed order: no result depends on the number of threads.

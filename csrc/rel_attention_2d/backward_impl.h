@@ -1,14 +1,14 @@
-// Backward pass; part of kernel_impl.h.  Weights are recomputed from the saved softmax statistics.
+// Backward pass; part of kernels_impl.h.  Weights are recomputed from the saved softmax statistics.
 
 struct BackwardScratch {
   int64_t tile, score_stride, col_stride, query_stride, grad_out_stride, group0 = 0, groups = 0;
   KeyMatrix key, value, grad_key, grad_value;  // the task's keys
   KeyMatrix grad_table;
-  Buffer<float> query, grad_out, out;       // (QB, depth), scaled; (dv)
-  Buffer<float> score, grad_score;          // (QB, tile)
-  Buffer<float> grad_query, grad_relative;  // (QB, query_stride)
-  Buffer<float> grad_column, grad_row;      // (QB, lanes of a group), (QB, key rows)
-  Buffer<float> grad_product;               // (QB, table positions)
+  Scratch<float> query, grad_out, out;       // (QB, depth), scaled; (dv)
+  Scratch<float> score, grad_score;          // (QB, tile)
+  Scratch<float> grad_query, grad_relative;  // (QB, query_stride)
+  Scratch<float> grad_column, grad_row;      // (QB, lanes of a group), (QB, key rows)
+  Scratch<float> grad_product;               // (QB, table positions)
   float delta[QB], max[QB], normalize[QB];
 
   BackwardScratch(const Problem& p, const KeyLayout& keys, const BiasTerms& bias, int64_t splits)
@@ -297,7 +297,7 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
   const KeyLayout keys(p);
   BiasTerms bias(p, keys, true);
   BackwardScratch s(p, keys, bias, p.key_splits);
-  Buffer<uint32_t> columns;
+  Scratch<uint32_t> columns;
   if (p.drop_below > 0) hash_columns(p, keys, columns);
   const auto block = keys.rows == 1 ? (p.drop_below > 0 ? backward_block<true, true> : backward_block<true, false>)
                                     : (p.drop_below > 0 ? backward_block<false, true> : backward_block<false, false>);
@@ -336,7 +336,7 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
 }
 
 void sum_query_partials(const Backward& p, int64_t begin, int64_t end) {
-  Buffer<float> sum;
+  Scratch<float> sum;
   sum.allocate(p.dk);
   for (int64_t pair = begin; pair < end; ++pair)
     for (int64_t q = 0; q < p.queries(); ++q) {
@@ -352,7 +352,7 @@ void sum_query_partials(const Backward& p, int64_t begin, int64_t end) {
 }
 
 void sum_table_partials(const Backward& p, int64_t begin, int64_t end) {
-  Buffer<float> sum;
+  Scratch<float> sum;
   sum.allocate(p.dk);
   const int64_t rows = p.row_length() + p.col_length();
   for (int64_t row = begin; row < end; ++row) {

@@ -1,9 +1,5 @@
 // Registration of the CPU kernels: LibTorch tensors in, plain views to the kernels, work split over threads.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -11,7 +7,7 @@
 #include <vector>
 
 #include "common/cpu_op.h"
-#include "rel_attention_2d/kernel.h"
+#include "rel_attention_2d/kernels.h"
 
 namespace fused_attn::rel_attention_2d {
 namespace {
@@ -43,8 +39,6 @@ void fill_problem(Problem& p, const Tensor& query, const Tensor& key, const Tens
   p.row = term_view(row), p.col = term_view(col);
 }
 
-const Kernels& kernels() { return FUSED_ATTN_BEST_KERNELS; }
-
 void attention_2d_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> row, std::optional<Tensor> col,
                           double scale, double rel_scale, bool key_minus_query, double dropout_p,
                           std::optional<Tensor> seed, Tensor out, Tensor statistics) {
@@ -58,7 +52,7 @@ void attention_2d_forward(Tensor query, Tensor key, Tensor value, std::optional<
   const int64_t pairs = std::max<int64_t>(p.batch * p.heads, 1), wanted = 4 * torch::stable::get_num_threads();
   p.query_splits = std::clamp<int64_t>((wanted + pairs - 1) / pairs, 1, std::max<int64_t>(p.queries() / 128, 1));
   if (pairs % torch::stable::get_num_threads() == 0) p.query_splits = 1;
-  const auto run = kernels().forward;
+  const auto run = best_kernels().forward;
   parallel(p.tasks(), [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }
 
@@ -88,7 +82,7 @@ void attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor val
   p.query_partials = query_partials.data();
   p.table_partials = table_partials.data();
 
-  const Kernels& use = kernels();
+  const Kernels& use = best_kernels();
   parallel(p.tasks(), [&](int64_t begin, int64_t end) { use.backward(p, begin, end); });
   if (p.key_splits > 1) parallel(pairs, [&](int64_t begin, int64_t end) { use.sum_query_partials(p, begin, end); });
   parallel(table_rows, [&](int64_t begin, int64_t end) { use.sum_table_partials(p, begin, end); });

@@ -1,9 +1,9 @@
-// Forward pass; part of kernel_impl.h.
+// Forward pass; part of kernels_impl.h.
 
 struct ForwardScratch {
   int64_t score_stride, query_stride, sum_stride, lanes;
   KeyMatrix key, value;
-  Buffer<float> query, score, sum;  // (QB, query_stride), (QB, score_stride), (QB, sum_stride)
+  Scratch<float> query, score, sum;  // (QB, query_stride), (QB, score_stride), (QB, sum_stride)
   float max[QB], total[QB];
 
   ForwardScratch(const Problem& p, const KeyLayout& keys)
@@ -89,7 +89,7 @@ void forward(const Forward& p, int64_t begin, int64_t end) {
   const KeyLayout keys(p);
   ForwardScratch scratch(p, keys);
   BiasTerms bias(p, keys, false);
-  Buffer<uint32_t> columns;
+  Scratch<uint32_t> columns;
   if (p.drop_below > 0) hash_columns(p, keys, columns);
   const auto block = keys.rows == 1 ? (p.drop_below > 0 ? forward_block<true, true> : forward_block<true, false>)
                                     : (p.drop_below > 0 ? forward_block<false, true> : forward_block<false, false>);

@@ -1,43 +1,18 @@
 // The CPU kernels of relative-position 2D attention; see the op's README.md for the method.
 //
-// Included by kernel_<isa>.cpp only, once each.  Keys lie along the lanes; a block of QB queries meets a tile of key
-// vectors at a time, so that nothing larger than QB x tile exists of the N x N map.
+// Included once per instruction set, see common/for_each_instruction_set.h.  Keys lie along the lanes; a block of QB
+// queries meets a tile of key vectors at a time, so that nothing larger than QB x tile exists of the N x N map.
 
 namespace fused_attn::rel_attention_2d::FUSED_ATTN_ISA {
 namespace {
 
 #include "common/simd.h"
 
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr int QB = 32;  // queries to a block
 // Key vectors to a tile: up to 32x32 keys in one, so that forward never rescales and backward sees whole rows.
 constexpr int kForwardTile = 1024 / L;
 constexpr int kBackwardTile = 1024 / L;
 constexpr int64_t kKeyChunk = 64;  // keys whose rows stay in the first-level cache while the queries pass by
-
-FA_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Scratch memory, one aligned allocation per buffer, freed at the end of a range of tasks.
-template <class T>
-struct Buffer {
-  T* data = nullptr;
-  int64_t size = 0;
-
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { std::free(data); }
-  void allocate(int64_t count) {
-    size = round_up(count + L, 64 / sizeof(T));  // room for a vector load at the last element
-    data = static_cast<T*>(std::aligned_alloc(64, size * sizeof(T)));
-    if (data == nullptr) throw std::bad_alloc();
-  }
-  void fill(T x) {
-    for (int64_t i = 0; i < size; ++i) data[i] = x;
-  }
-  T* operator+(int64_t i) { return data + i; }
-  T& operator[](int64_t i) { return data[i]; }
-};
 
 // How keys map to vectors.  A group is `rows` whole image rows padded to `vectors` vectors, so that the column
 // logits are the same for every group and a group has a fixed lane -> (row of the group, column) pattern.
@@ -58,8 +33,6 @@ struct KeyLayout {
   // Lanes of `of` groups up to the last that holds a key.
   int64_t lanes(int64_t of) const { return (of - 1) * vectors * L + rows * wk; }
 };
-
-FA_INLINE int64_t panels_of(int64_t vectors) { return (vectors + NR - 1) / NR; }
 
 // A matrix of one row of `depth` numbers to each key (or table position) is held as panels, to[(panel, depth, lane)],
 // where products run along the keys.  Where they sum over keys, or yield one number per key and depth, a wide depth
@@ -83,7 +56,7 @@ FA_INLINE void set_zero(float* to, int64_t count) {
 struct KeyMatrix {
   int64_t depth = 0, stride = 0;  // stride of a row, in whole vectors
   bool keeps_panels = false, keeps_rows = false;
-  Buffer<float> panels, rows;  // without rows to keep, room for L of them
+  Scratch<float> panels, rows;  // without rows to keep, room for L of them
 
   void allocate(int64_t depth_, int64_t vectors, bool panels_, bool rows_) {
     depth = depth_, stride = round_up(depth_, L), keeps_panels = panels_, keeps_rows = rows_;
@@ -188,14 +161,14 @@ struct BiasTerms {
   const KeyLayout& keys;
   int64_t bias_rows;  // key rows with room for the last group
   int64_t row_vectors = 0, col_vectors = 0, table_vectors = 0;
-  Buffer<float> column;      // (QB, keys.vectors * L): column logit per lane of a group, -inf on padding
-  Buffer<float> row;         // (QB, bias_rows): row logit per key row, -inf past the image
-  Buffer<int32_t> row_mask;  // (keys.rows, keys.vectors * L): all ones where the lane lies in that row
-  Buffer<int32_t> row_of;    // (keys.vectors * L): the lane's row, counted from the first row of its vector
-  Buffer<int32_t> row_span;  // (keys.vectors, 2): first and last row of each vector
-  KeyMatrix table;           // row table, then column table
-  Buffer<float> query;       // (QB, query_stride): query * rel_scale
-  Buffer<float> product;     // (QB, table_vectors * L): query times every table row
+  Scratch<float> column;      // (QB, keys.vectors * L): column logit per lane of a group, -inf on padding
+  Scratch<float> row;         // (QB, bias_rows): row logit per key row, -inf past the image
+  Scratch<int32_t> row_mask;  // (keys.rows, keys.vectors * L): all ones where the lane lies in that row
+  Scratch<int32_t> row_of;    // (keys.vectors * L): the lane's row, counted from the first row of its vector
+  Scratch<int32_t> row_span;  // (keys.vectors, 2): first and last row of each vector
+  KeyMatrix table;            // row table, then column table
+  Scratch<float> query;       // (QB, query_stride): query * rel_scale
+  Scratch<float> product;     // (QB, table_vectors * L): query times every table row
   int64_t column_stride, query_stride, product_stride;
   bool finite_tables = true;
 
@@ -336,7 +309,7 @@ struct DropoutKeys {
   }
 };
 
-void hash_columns(const Problem& p, const KeyLayout& keys, Buffer<uint32_t>& to) {
+void hash_columns(const Problem& p, const KeyLayout& keys, Scratch<uint32_t>& to) {
   to.allocate(keys.total_vectors() * L);
   for (int64_t i = 0; i < keys.total_vectors() * L; ++i) {
     const int64_t g = i / (keys.vectors * L), lane = i % (keys.vectors * L);
@@ -368,6 +341,9 @@ FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const float* 
 
 }  // namespace
 
-extern const Kernels kernels = {forward, backward, sum_query_partials, sum_table_partials};
+extern const Kernels kernels = {.forward = forward,
+                                .backward = backward,
+                                .sum_query_partials = sum_query_partials,
+                                .sum_table_partials = sum_table_partials};
 
 }  // namespace fused_attn::rel_attention_2d::FUSED_ATTN_ISA

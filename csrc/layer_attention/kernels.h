@@ -1,9 +1,7 @@
-// What cpu.cpp hands to the kernels.  One implementation (kernel_impl.h), compiled once per instruction set.
+// What cpu.cpp hands to the kernels.  One implementation (kernels_impl.h), compiled once per instruction set.
 #pragma once
 
-#include <cstdint>
-
-#include "common/tensor_view.h"
+#include "common/kernels.h"
 
 namespace fused_attn::layer_attention {
 
@@ -59,16 +57,6 @@ struct Kernels {
   void (*backward)(const Backward&, int64_t begin, int64_t end);  // tasks
 };
 
-namespace generic {
-extern const Kernels kernels;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const Kernels kernels;
-}
-namespace avx512 {
-extern const Kernels kernels;
-}
-#endif
+FUSED_ATTN_DECLARE_KERNELS()
 
 }  // namespace fused_attn::layer_attention

@@ -1,16 +1,14 @@
 // The CPU kernels of the weighted sum over layers; see the op's README.md for the method.
 //
-// Included by kernel_<isa>.cpp only, once each.  Every value is read once and every result written once: what a
-// block of elements needs from all layers is gathered in the first-level cache.  Layer after layer, so that few streams
-// are open at a time: maps of one size start at the same offset of their pages, and more of them than the cache has
-// ways would evict each other.
+// Included once per instruction set, see common/for_each_instruction_set.h.  Every value is read once and every result
+// written once: what a block of elements needs from all layers is gathered in the first-level cache.  Layer after
+// layer, so that few streams are open at a time: maps of one size start at the same offset of their pages, and more of
+// them than the cache has ways would evict each other.
 
 namespace fused_attn::layer_attention::FUSED_ATTN_ISA {
 namespace {
 
 #include "common/simd.h"
-#include "common/simd_half.h"
-#include "common/stream.h"
 
 constexpr int CHUNK = 32;             // vectors whose products are summed before they join the block's
 constexpr int MOST = 8;               // layers that are summed at once
@@ -18,35 +16,13 @@ constexpr int POSITIONS = 4;          // taken together where each channel has w
 constexpr int64_t kBlock = 4096;      // elements that stay in the first-level cache while the layers pass by
 constexpr int64_t kTogether = 65536;  // the same of the second-level cache, in the backward pass
 
-FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-template <class T>
-FA_INLINE const T* at(const void* base, int64_t offset) {
-  return static_cast<const T*>(base) + offset;
-}
-template <class T>
-FA_INLINE T* at(void* base, int64_t offset) {
-  return static_cast<T*>(base) + offset;
-}
-
-template <class T>
-struct Buffer {
-  T* data;
-  explicit Buffer(int64_t count)
-      : data(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64 + 64))) {
-    if (data == nullptr) throw std::bad_alloc();
-  }
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { std::free(data); }
-};
-
 // How results are written; where they are streamed, can_stream said that they can be.
 enum class Write { plain, add, stream };
 
 template <Write how, class T>
 FA_INLINE void write(T* to, vf x) {
   if constexpr (how == Write::add) x += load_as_float(to);
-  if constexpr (how == Write::stream && std::is_same_v<T, float>) return store_streamed(to, x);
+  if constexpr (how == Write::stream) return store_streamed(to, x);
   store_rounded(to, x);
 }
 
@@ -113,7 +89,7 @@ FA_INLINE void sum_run(const Forward& p, const float* weights, int64_t b, int64_
 template <class T>
 void forward_runs(const Forward& p, int64_t begin, int64_t end) {
   const int64_t parts = parts_of_row(p), row = p.row();
-  Buffer<float> acc(p.layers > MOST ? kBlock : 0);
+  Scratch<float> acc(p.layers > MOST ? kBlock : 0);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task % parts, bg = task / parts, b = bg / p.groups, g = bg % p.groups;
     const int64_t first = part * kPart, offset = g * row + first, count = smaller(kPart, row - first);
@@ -270,7 +246,7 @@ template <Write how, class T>
 void forward_rows_as(const Forward& p, int64_t begin, int64_t end) {
   const int64_t parts = parts_of_image(p), per_part = positions_per_part(p);
   const int64_t block = channels_at_a_time(p);
-  Buffer<float> weights(p.layers * block);
+  Scratch<float> weights(p.layers * block);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / parts, from = task % parts * per_part, to = smaller(from + per_part, p.positions);
     for (int64_t c0 = 0; c0 < p.channels; c0 += block) {
@@ -332,7 +308,7 @@ template <bool Values, bool Dots, Write how, class T>
 void backward_rows_as(const Backward& p, int64_t begin, int64_t end) {
   const int64_t parts = parts_of_image(p), per_part = positions_per_part(p);
   const int64_t block = channels_at_a_time(p);
-  Buffer<float> weights(p.layers * block), sums(p.layers * block);
+  Scratch<float> weights(p.layers * block), sums(p.layers * block);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / parts, from = task % parts * per_part, to = smaller(from + per_part, p.positions);
     float* partial = p.partials + task * p.groups * p.layers;
@@ -394,23 +370,15 @@ void backward_of(const Backward& p, int64_t begin, int64_t end) {
 }
 
 void forward(const Forward& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::float32: return forward_of<float>(p, begin, end);
-    case DType::float16: return forward_of<c10::Half>(p, begin, end);
-    case DType::bfloat16: return forward_of<c10::BFloat16>(p, begin, end);
-  }
+  with_element(p.dtype, [&](auto element) { forward_of<decltype(element)>(p, begin, end); });
 }
 
 void backward(const Backward& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::float32: return backward_of<float>(p, begin, end);
-    case DType::float16: return backward_of<c10::Half>(p, begin, end);
-    case DType::bfloat16: return backward_of<c10::BFloat16>(p, begin, end);
-  }
+  with_element(p.dtype, [&](auto element) { backward_of<decltype(element)>(p, begin, end); });
 }
 
 }  // namespace
 
-extern const Kernels kernels = {forward, backward};
+extern const Kernels kernels = {.forward = forward, .backward = backward};
 
 }  // namespace fused_attn::layer_attention::FUSED_ATTN_ISA
