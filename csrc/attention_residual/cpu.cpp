@@ -12,6 +12,8 @@ namespace {
 
 using torch::stable::Tensor;
 
+constexpr int64_t kElementsToAThread = 256;  // at least, where the partial sums are added
+
 std::vector<TensorView> views_of(const std::vector<Tensor>& tensors) {
   std::vector<TensorView> views;
   for (const Tensor& tensor : tensors) views.push_back(view_of(tensor));
@@ -36,9 +38,8 @@ void attention_residual_forward(std::vector<Tensor> values, Tensor query, std::o
   fill_problem(p, values, views, query, norm_weight);
   p.eps = static_cast<float>(eps);
   p.out = view_of(out);
-  p.statistics = static_cast<float*>(statistics.mutable_data_ptr());
-  const auto run = best_kernels().forward;
-  parallel(p.tasks(), [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  p.statistics = floats_of(statistics);
+  parallel(p.tasks(), best_kernels().forward, p);
 }
 
 void attention_residual_backward(Tensor grad_out, std::vector<Tensor> values, Tensor query,
@@ -48,7 +49,7 @@ void attention_residual_backward(Tensor grad_out, std::vector<Tensor> values, Te
   Backward p;
   fill_problem(p, values, views, query, norm_weight);
   p.grad_out = view_of(grad_out);
-  p.statistics = static_cast<const float*>(statistics.const_data_ptr());
+  p.statistics = floats_of(statistics);
   p.grad_values = grad_views.data();
   p.large = p.count * grad_values[0].numel() * grad_values[0].element_size() >= kLargeBytes;
   p.grad_query = view_of(grad_query);
@@ -57,8 +58,8 @@ void attention_residual_backward(Tensor grad_out, std::vector<Tensor> values, Te
   p.partials = partials.data();
 
   const Kernels& use = best_kernels();
-  parallel(p.tasks(), [&](int64_t begin, int64_t end) { use.backward(p, begin, end); });
-  parallel(p.dim, [&](int64_t begin, int64_t end) { use.sum_partials(p, begin, end); }, 256);
+  parallel(p.tasks(), use.backward, p);
+  parallel(p.dim, use.sum_partials, p, kElementsToAThread);
 }
 
 }  // namespace

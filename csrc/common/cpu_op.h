@@ -33,12 +33,20 @@ inline TensorView view_of(const std::optional<torch::stable::Tensor>& tensor) {
   return tensor ? view_of(*tensor) : TensorView{};
 }
 
+inline float* floats_of(const torch::stable::Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+
 // More than this does not stay in the caches until somebody reads it.
 constexpr int64_t kLargeBytes = int64_t{8} << 20;
 
 template <class Run>
 void parallel(int64_t count, const Run& run, int64_t grain = 1) {
   if (count > 0) torch::stable::parallel_for(0, count, grain, run);
+}
+
+// A kernel over all its tasks.
+template <class P>
+void parallel(int64_t count, void (*kernel)(const P&, int64_t, int64_t), const P& p, int64_t grain = 1) {
+  parallel(count, [&](int64_t begin, int64_t end) { kernel(p, begin, end); }, grain);
 }
 
 }  // namespace fused_attn

@@ -55,15 +55,10 @@ void fill_problem(Problem& p, const Tensor& x, const std::optional<Tensor>& weig
   p.heads = p.weighted ? weight_row->size(0) : 1;
   p.x = view_of(x);
   if (p.weighted) p.weight_row = view_of(*weight_row), p.weight_col = view_of(*weight_col);
-  p.row_statistics = static_cast<float*>(row_statistics.data_ptr()),
-  p.col_statistics = static_cast<float*>(col_statistics.data_ptr());
+  p.row_statistics = floats_of(row_statistics);
+  p.col_statistics = floats_of(col_statistics);
   p.mean = p.scale = nullptr, p.moments = nullptr;
   tile(p);
-}
-
-template <class P>
-void parallel(int64_t count, void (*kernel)(const P&, int64_t, int64_t), const P& p) {
-  fused_attn::parallel(count, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 // Both moments of every (head, channel), over tasks in their order.
@@ -116,7 +111,7 @@ void elementwise_attention_forward(Tensor x, Tensor weight_row, Tensor weight_co
   fill_problem(p, x, weight_row, weight_col, row_statistics, col_statistics);
   p.out = view_by_head(out, p.channels), p.large = is_large(out);
   p.also = training ? Also::moments : Also::nothing;
-  float *means = static_cast<float*>(mean.data_ptr()), *vars = static_cast<float*>(var.data_ptr());
+  float *means = floats_of(mean), *vars = floats_of(var);
   Moments moments(p);
   forward_statistics(p);
   if (training) {
@@ -173,8 +168,8 @@ void elementwise_attention_backward(Tensor grad_out, Tensor x, Tensor weight_row
   Backward p{};
   fill_problem(p, x, weight_row, weight_col, row_statistics, col_statistics);
   p.grad_out = view_by_head(grad_out, p.channels);
-  const std::vector<float> scale = inverse_deviations(p, static_cast<const float*>(var.data_ptr()), eps);
-  p.mean = static_cast<const float*>(mean.data_ptr()), p.scale = scale.data();
+  const std::vector<float> scale = inverse_deviations(p, floats_of(var), eps);
+  p.mean = floats_of(mean), p.scale = scale.data();
   std::vector<float> grad_mean(scale.size()), grad_var(scale.size());
   if (training) {
     Moments moments(p);

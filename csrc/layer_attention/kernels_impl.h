@@ -19,11 +19,14 @@ constexpr int64_t kTogether = 65536;  // the same of the second-level cache, in 
 // How results are written; where they are streamed, can_stream said that they can be.
 enum class Write { plain, add, stream };
 
+template <Write how, class AnyLanes, class T>
+FA_INLINE void write(AnyLanes lanes, T* to, vf x) {
+  if constexpr (how == Write::add) x += lanes.load(to);
+  how == Write::stream ? lanes.stream(to, x) : lanes.store(to, x);
+}
 template <Write how, class T>
 FA_INLINE void write(T* to, vf x) {
-  if constexpr (how == Write::add) x += load_as_float(to);
-  if constexpr (how == Write::stream) return store_streamed(to, x);
-  store_rounded(to, x);
+  write<how>(Lanes<true>{0, L}, to, x);
 }
 
 // --- one weight for a whole run of elements (channels first) ------------------------------------------------------
@@ -78,12 +81,12 @@ FA_INLINE void sum_run(const Forward& p, const float* weights, int64_t b, int64_
     else
       sum_block<Write::plain>(p, weights, b, offset + i, vectors, acc, out + i);
   }
-  for (int64_t i = whole; i < count; ++i) {
-    float sum = 0.0f;
-    for (int64_t l = 0; l < p.layers; ++l)
-      sum += weights[l] * static_cast<float>(*at<T>(p.values[l], b * p.value_strides[l] + offset + i));
-    out[i] = static_cast<T>(sum);
-  }
+  if (whole == count) return;
+  const Lanes<false> rest{whole, count - whole};
+  vf sum{};
+  for (int64_t l = 0; l < p.layers; ++l)
+    sum += weights[l] * rest.load(at<T>(p.values[l], b * p.value_strides[l] + offset));
+  rest.store(out, sum);
 }
 
 template <class T>
@@ -178,12 +181,13 @@ void backward_runs(const Backward& p, int64_t begin, int64_t end) {
 
 // Channels whose weights and sums, of all layers, are held at a time: all if they fit the second-level cache, so that a
 // position is read from end to end.
-FA_INLINE int64_t channels_at_a_time(const Sum& p) {
-  return smaller(p.channels, p.layers > 128 ? 256 : 32768 / p.layers / 256 * 256);
+FA_INLINE int64_t channels_at_a_time(const Problem& p) {
+  constexpr int64_t kRoom = 32768, kStep = 256;
+  return smaller(p.channels, p.layers > kRoom / kStep ? kStep : kRoom / p.layers / kStep * kStep);
 }
 
 // The weights of `count` channels from `first` on, layer by layer, `block` apart.
-FA_INLINE void spread_weights(const Sum& p, int64_t b, int64_t first, int64_t count, int64_t block, float* to) {
+FA_INLINE void spread_weights(const Problem& p, int64_t b, int64_t first, int64_t count, int64_t block, float* to) {
   const int64_t per_group = p.channels / p.groups;
   for (int64_t c = 0, g = first / per_group; c < count; ++g) {
     const int64_t stop = smaller(count, (g + 1) * per_group - first);
@@ -196,7 +200,7 @@ FA_INLINE void spread_weights(const Sum& p, int64_t b, int64_t first, int64_t co
 }
 
 // partial[g, l] += the sums of the group's channels, from `first` on.
-FA_INLINE void gather_sums(const Sum& p, int64_t first, int64_t count, int64_t block, const float* sums,
+FA_INLINE void gather_sums(const Problem& p, int64_t first, int64_t count, int64_t block, const float* sums,
                            float* partial) {
   const int64_t per_group = p.channels / p.groups;
   for (int64_t c = 0, g = first / per_group; c < count; ++g) {
@@ -220,26 +224,17 @@ FA_INLINE void forward_positions(const Forward& p, int64_t b, int64_t offset, in
                                  int64_t block) {
   const int64_t apart = p.channels;
   T* out = at<T>(p.out, b * p.out_stride + offset);
-  int64_t c = 0;
-  for (; c + L <= count; c += L) {
+  each(count, [&](auto lanes) FA_INLINE_CALL {
     vf acc[P]{};
     for (int64_t l = 0; l < p.layers; ++l) {
-      const vf weight = load(weights + l * block + c);
-      const T* value = at<T>(p.values[l], b * p.value_strides[l] + offset + c);
+      const vf weight = lanes.load(weights + l * block);
+      const T* value = at<T>(p.values[l], b * p.value_strides[l] + offset);
 #pragma GCC unroll 4
-      for (int n = 0; n < P; ++n) acc[n] += weight * load_as_float(value + n * apart);
+      for (int n = 0; n < P; ++n) acc[n] += weight * lanes.load(value + n * apart);
     }
 #pragma GCC unroll 4
-    for (int n = 0; n < P; ++n) write<how>(out + n * apart + c, acc[n]);
-  }
-  for (; c < count; ++c)
-    for (int n = 0; n < P; ++n) {
-      float sum = 0.0f;
-      for (int64_t l = 0; l < p.layers; ++l)
-        sum += weights[l * block + c] *
-               static_cast<float>(*at<T>(p.values[l], b * p.value_strides[l] + offset + n * apart + c));
-      out[n * apart + c] = static_cast<T>(sum);
-    }
+    for (int n = 0; n < P; ++n) write<how>(lanes, out + n * apart, acc[n]);
+  });
 }
 
 template <Write how, class T>

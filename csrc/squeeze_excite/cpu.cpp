@@ -25,7 +25,7 @@ std::vector<float> panels_for(const Kernels& use, int64_t depth, int64_t columns
 void run_pack(const Kernels& use, const Pack& pack) {
   const int64_t panels = (pack.columns + use.panel - 1) / use.panel;
   if (pack.columns * pack.depth < kSerialPack) return use.pack(pack, 0, panels);
-  parallel(panels, [&](int64_t begin, int64_t end) { use.pack(pack, begin, end); });
+  parallel(panels, use.pack, pack);
 }
 
 // Panels of a weight (outputs, inputs) for a product with its inputs, or with `outputs_first` its outputs, as depth.
@@ -56,8 +56,8 @@ void fill_problem(Problem& p, const Tensor& x, const Tensor& fc1_weight, const s
   p.chunk = std::clamp<int64_t>(kChunkBytes / bytes, 1, 8);
   p.x = x.const_data_ptr();
   p.result = view_of(result);
-  p.z = static_cast<float*>(z.data_ptr()), p.hidden_units = static_cast<float*>(hidden.data_ptr());
-  p.scale = static_cast<float*>(scale.data_ptr());
+  p.z = floats_of(z), p.hidden_units = floats_of(hidden);
+  p.scale = floats_of(scale);
 }
 
 void* data_or_null(Tensor& tensor) { return tensor.numel() > 0 ? tensor.mutable_data_ptr() : nullptr; }
@@ -83,7 +83,7 @@ void squeeze_excite_forward(Tensor x, Tensor fc1_weight, std::optional<Tensor> f
   const Kernels& use = best_kernels();
   const auto fc1 = pack_weight(use, fc1_weight, false), fc2 = pack_weight(use, fc2_weight, false);
   p.fc1 = fc1.data(), p.fc2 = fc2.data();
-  parallel(p.chunks(), [&](int64_t begin, int64_t end) { use.forward(p, begin, end); });
+  parallel(p.chunks(), use.forward, p);
 }
 
 void squeeze_excite_backward(Tensor grad_out, Tensor x, Tensor fc1_weight, Tensor fc2_weight,
@@ -105,7 +105,7 @@ void squeeze_excite_backward(Tensor grad_out, Tensor x, Tensor fc1_weight, Tenso
   p.fc2 = fc2.data(), p.fc1 = fc1.data();
   std::vector<float> grad_logits(p.batch * padded(p.channels)), grad_hidden(p.batch * padded(p.hidden));
   p.grad_logits = grad_logits.data(), p.grad_hidden = grad_hidden.data();
-  parallel(p.chunks(), [&](int64_t begin, int64_t end) { use.backward(p, begin, end); });
+  parallel(p.chunks(), use.backward, p);
 
   // One task sums over the whole batch in the order of the samples: the same bits at any number of threads.
   std::vector<float> inputs = panels_for(use, p.batch, p.columns()), units = panels_for(use, p.batch, p.hidden);
@@ -127,8 +127,7 @@ void squeeze_excite_backward(Tensor grad_out, Tensor x, Tensor fc1_weight, Tenso
                  .column_stride = 1,
                  .to = units.data()});
   p.input_panels = inputs.data(), p.hidden_panels = units.data();
-  parallel((padded(p.hidden) + padded(p.channels)) / kRowGroup,
-           [&](int64_t begin, int64_t end) { use.weight_grads(p, begin, end); });
+  parallel((padded(p.hidden) + padded(p.channels)) / kRowGroup, use.weight_grads, p);
 }
 
 }  // namespace
