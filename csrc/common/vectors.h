@@ -67,36 +67,22 @@ FA_INLINE vf exp2_polynomial(vf r) {
 // e^x for x <= 0 (and slightly above): 1 at 0, 0 below 2^-126, NaN stays NaN.  A logit's weight is e^(logit - max) of a
 // difference taken first: logit * log2(e) and max * log2(e) would be infinite for a mask of the least finite number.
 FA_INLINE vf exp_nonpositive(vf x) {
-#if FUSED_ATTN_LANES == 16
-  // exp2_polynomial on [0, 1], relative error 6.1e-8: scalef takes the integer below its exponent, and care of -inf and
-  // of results that underflow.
-  x *= kLog2e;
-  const vf r = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
-  vf p = broadcast(0.00021565984934568405f);
-  p = p * r + 0.0012482288293540478f;
-  p = p * r + 0.009673775173723698f;
-  p = p * r + 0.05548618361353874f;
-  p = p * r + 0.24022908508777618f;
-  p = p * r + 0.6931470632553101f;
-  return (vf)_mm512_scalef_ps((__m512)(p * r + 1.0f), (__m512)x);
-#else
   const vf shifted = x * kLog2e + 12582912.0f;  // 1.5 * 2^23: rounds to an integer held in the low mantissa bits
   const vf r = x * kLog2e - (shifted - 12582912.0f);
   const vi result = (vi)exp2_polynomial(r) + ((vi)shifted << 23);
   const vi underflow = x < -87.0f;
   return (vf)(result & ~underflow);
-#endif
 }
 
 // --- reductions over lanes ---------------------------------------------------------------------------------------
 
-// Lane j of the result is lane Lanes::of(j) of u followed by v.
-template <class Lanes, int... J>
+// Lane j of the result is lane Order::of(j) of u followed by v.
+template <class Order, int... J>
 FA_INLINE vf permute(vf u, vf v, std::integer_sequence<int, J...>) {
 #if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(u, v, Lanes::of(J)...);
+  return __builtin_shufflevector(u, v, Order::of(J)...);
 #else
-  return __builtin_shuffle(u, v, vi{Lanes::of(J)...});
+  return __builtin_shuffle(u, v, vi{Order::of(J)...});
 #endif
 }
 

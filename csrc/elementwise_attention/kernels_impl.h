@@ -8,7 +8,6 @@ namespace fused_attn::elementwise_attention::FUSED_ATTN_ISA {
 namespace {
 
 #include "common/simd.h"
-// After it:
 #include "elementwise_attention/rows.h"
 
 // e^x for x <= 88: 0 for -inf, NaN stays NaN.  What the multiple of ln 2 leaves is taken from x itself, in one
@@ -252,13 +251,12 @@ FA_INLINE vf over_vectors(int64_t vectors, vf start, const At& at, const Combine
   return combine(combine(a, b), combine(c, d));
 }
 
-// The order counts.
+// clang-format off: the order counts
 #include "elementwise_attention/forward_impl.h"
-// The next needs it.
 #include "elementwise_attention/backward_impl.h"
-// The next need both.
 #include "elementwise_attention/tiled_impl.h"
 #include "elementwise_attention/whole_impl.h"
+// clang-format on
 
 }  // namespace
 
