@@ -36,7 +36,10 @@ struct RowSums {
   vf part[N][U] = {}, whole[N] = {};
   int64_t chain = 0;
 
-  FA_INLINE void add(int n, int u, vf x) { part[n][u] += x; }
+  template <class Term>
+  FA_INLINE void add(int n, int u, Term x) {
+    part[n][u] = plus(part[n][u], x);
+  }
   FA_INLINE void flush() {
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
@@ -104,8 +107,8 @@ void forward(const Forward& p, int64_t begin, int64_t end) {
         for (int u = 0; u < N; ++u) {
           __builtin_prefetch(next + lanes.begin + u * L);
           const vf x = lanes.load(row + u * L);
-          sums.add(0, u, x * x);
-          sums.add(1, u, x * lanes.load(score + u * L));
+          sums.add(0, u, Product{x, x});
+          sums.add(1, u, lanes.template product<T>(x, lanes.load(score + u * L)));
         }
         sums.advance();
       });
@@ -170,7 +173,7 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
 #pragma GCC unroll 4
           for (int u = 0; u < N; ++u) {
             __builtin_prefetch(next + lanes.begin + u * L);
-            sums.add(0, u, lanes.load(row + u * L) * lanes.load(grad + u * L));
+            sums.add(0, u, lanes.template product<T>(lanes.load(row + u * L), lanes.load(grad + u * L)));
           }
           sums.advance();
         });
@@ -198,7 +201,7 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
             const vf x = lanes.load(rows[l] + u * L);
             acc[u] += b * x;
             const vf grad_value = a * g[u] + b * s[u] + c * x;
-            streams ? lanes.stream(grad_rows[l] + u * L, grad_value) : lanes.store(grad_rows[l] + u * L, grad_value);
+            lanes.store(grad_rows[l] + u * L, grad_value, streams);
           }
         }
 #pragma GCC unroll 4

@@ -198,10 +198,19 @@ struct Lanes {
     if constexpr (Whole) return store_rounded(p + begin, x);
     store_part(p + begin, count, x);
   }
-  // Past the caches where the vector is whole, and then aligned.
+  // a * b for a sum of elements of T; in a part of a vector of float32 it is rounded first.
   template <class T>
-  FA_INLINE void stream(T* p, vf x) const {
-    if constexpr (Whole) return store_streamed(p + begin, x);
+  FA_INLINE auto product(vf a, vf b) const {
+    if constexpr (Whole || !std::is_same_v<T, float>)
+      return Product{a, b};
+    else
+      return rounded(a * b);
+  }
+  // Past the caches if `streamed` and the vector is whole: then it must be aligned.
+  template <class T>
+  FA_INLINE void store(T* p, vf x, bool streamed) const {
+    if constexpr (Whole && std::is_same_v<T, float>)
+      if (streamed) return store_streamed(p + begin, x);
     store(p, x);
   }
 };

@@ -48,6 +48,27 @@ FA_INLINE vf held(vf x) {
 }
 // A product that is not fused with the sum it goes into.
 FA_INLINE vf rounded(vf x) { return held(x); }
+// a * b + c, in one rounding where the instruction set can.  The compiler fuses a plain product with its sum only if it
+// finds both in one basic block: this one's bits do not depend on that.
+FA_INLINE vf fused(vf a, vf b, vf c) {
+#if FUSED_ATTN_LANES == 16
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif FUSED_ATTN_LANES == 8
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// A product that becomes part of a sum.
+struct Product {
+  vf a, b;
+};
+FA_INLINE vf value_of(vf x) { return x; }
+FA_INLINE vf value_of(Product x) { return x.a * x.b; }
+FA_INLINE vf plus(vf sum, vf x) { return sum + x; }
+FA_INLINE vf plus(vf sum, Product x) { return fused(x.a, x.b, sum); }
+
 // Keeps an array out of the registers, which then are left to the innermost loop.
 FA_INLINE void leave_in_memory(float* x) { asm volatile("" : : "r"(x) : "memory"); }
 FA_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }

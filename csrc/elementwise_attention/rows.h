@@ -31,7 +31,7 @@ FA_INLINE void load_row(const TensorView& view, int64_t offset, int64_t stride, 
 
 // to[i] = from[i], i < count, streamed but for a few at the ends.
 FA_INLINE void stream(float* to, const float* from, int64_t count) {
-  each_aligned(to, count, [&](auto lanes) FA_INLINE_CALL { lanes.stream(to, lanes.load(from)); });
+  each_aligned(to, count, [&](auto lanes) FA_INLINE_CALL { lanes.store(to, lanes.load(from), true); });
 }
 
 // to[i] = value(vector of i), rounded to T, for `count` elements; streamed, if that is wanted, where vectors are

@@ -22,7 +22,7 @@ enum class Write { plain, add, stream };
 template <Write how, class AnyLanes, class T>
 FA_INLINE void write(AnyLanes lanes, T* to, vf x) {
   if constexpr (how == Write::add) x += lanes.load(to);
-  how == Write::stream ? lanes.stream(to, x) : lanes.store(to, x);
+  lanes.store(to, x, how == Write::stream);
 }
 template <Write how, class T>
 FA_INLINE void write(T* to, vf x) {

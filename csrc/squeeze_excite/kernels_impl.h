@@ -23,11 +23,11 @@ FA_INLINE float sum_each(int64_t count, const Term& term) {
     const int64_t end = smaller(i + Block, count);
     for (; i + Unroll <= end; i += Unroll)
 #pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) sum[n] += term(Lanes<true>{i + n * L, L});
-    for (; i + L <= end; i += L) sum[0] += term(Lanes<true>{i, L});
+      for (int n = 0; n < 4; ++n) sum[n] = plus(sum[n], term(Lanes<true>{i + n * L, L}));
+    for (; i + L <= end; i += L) sum[0] = plus(sum[0], term(Lanes<true>{i, L}));
     total += (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
-  if (i < count) total += term(Lanes<false>{i, count - i});
+  if (i < count) total = plus(total, term(Lanes<false>{i, count - i}));
   return sum_lanes(total);
 }
 
@@ -45,7 +45,8 @@ FA_INLINE void sum_map(const Problem& p, float factor, float* sums, float* parti
     alignas(64) float terms[L * kShortRow];
     each(p.channels, [&](auto channels) FA_INLINE_CALL {
       const int64_t first = channels.begin * p.positions;
-      each(channels.count * p.positions, [&](auto lanes) FA_INLINE_CALL { lanes.store(terms, term(first, lanes)); });
+      each(channels.count * p.positions,
+           [&](auto lanes) FA_INLINE_CALL { lanes.store(terms, value_of(term(first, lanes))); });
       vf sum[L];
       for (int64_t c = 0; c < L; ++c) {
         sum[c] = vf{};
@@ -63,14 +64,18 @@ FA_INLINE void sum_map(const Problem& p, float factor, float* sums, float* parti
   }
   auto add_rows = [&]<int N>(int64_t row, bool first) FA_INLINE_CALL {
     each(p.channels, [&](auto lanes) FA_INLINE_CALL {
+      decltype(term(row, lanes)) part[N];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) part[n] = term((row + n) * p.channels, lanes);
+      float* to = partial + lanes.begin;
+      if constexpr (N == 1) return store(to, first ? value_of(part[0]) : plus(load(to), part[0]));
       vf sum[N];
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sum[n] = term((row + n) * p.channels, lanes);
+      for (int n = 0; n < N / 2; ++n) sum[n] = plus(value_of(part[n + N / 2]), part[n]);
 #pragma GCC unroll 8
-      for (int step = N / 2; step > 0; step /= 2)
+      for (int step = N / 4; step > 0; step /= 2)
 #pragma GCC unroll 8
         for (int n = 0; n < step; ++n) sum[n] += sum[n + step];
-      float* to = partial + lanes.begin;
       store(to, first ? sum[0] : load(to) + sum[0]);
     });
   };
@@ -94,7 +99,8 @@ FA_INLINE void write_map(const Problem& p, T* to, const float* a, const float* b
   auto rows = [&]<bool Streamed>() FA_INLINE_CALL {
     auto row = [&](int64_t offset, int64_t count, const auto& write) FA_INLINE_CALL {
       if constexpr (Streamed)
-        each_aligned(to + offset, count, [&](auto lanes) FA_INLINE_CALL { lanes.stream(to + offset, write(lanes)); });
+        each_aligned(to + offset, count,
+                     [&](auto lanes) FA_INLINE_CALL { lanes.store(to + offset, write(lanes), true); });
       else
         each(count, [&](auto lanes) FA_INLINE_CALL { lanes.store(to + offset, write(lanes)); });
     };
@@ -178,8 +184,12 @@ void scale_map(const Forward& p, int64_t b) {
   const float* scale = p.scale + b * p.channels;
   auto run = [&]<bool Relu>() FA_INLINE_CALL {
     write_map(p, out, scale, scale, [&](int64_t offset, auto lanes, vf s, vf) FA_INLINE_CALL {
-      vf y = lanes.load(x + offset) * s;
-      if constexpr (Residual) y += lanes.load_on(residual + offset);
+      const Product scaled{lanes.load(x + offset), s};
+      vf y;
+      if constexpr (Residual)
+        y = plus(lanes.load_on(residual + offset), scaled);
+      else
+        y = value_of(scaled);
       return Relu ? relu(y) : y;
     });
   };
@@ -255,7 +265,7 @@ void reduce_map(const Backward& p, int64_t b, float* grad_scale, float* partial)
   sum_map(p, 1.0f, grad_scale, partial, [&](int64_t offset, auto lanes) FA_INLINE_CALL {
     const vf grad = active<Relu>(grad_out, out, offset, lanes);
     if constexpr (Residual) lanes.store(grad_residual + offset, grad);
-    return grad * lanes.load_on(x + offset);
+    return lanes.template product<T>(grad, lanes.load_on(x + offset));
   });
 }
 
@@ -267,7 +277,7 @@ void spread_map(const Backward& p, int64_t b, const void* grad, const float* gra
   T* grad_x = at<T>(p.grad_x, b * p.map());
   write_map(p, grad_x, p.scale + b * p.channels, grad_mean,
             [&](int64_t offset, auto lanes, vf s, vf mean)
-                FA_INLINE_CALL { return active<Relu>(grad_out, out, offset, lanes) * s + mean; });
+                FA_INLINE_CALL { return fused(active<Relu>(grad_out, out, offset, lanes), s, mean); });
 }
 
 template <class T>
