@@ -198,7 +198,8 @@ struct Lanes {
     if constexpr (Whole) return store_rounded(p + begin, x);
     store_part(p + begin, count, x);
   }
-  // a * b for a sum of elements of T; in a part of a vector of float32 it is rounded first.
+  // a * b for a sum of elements of T.  That it is fused but for parts of vectors of float32 is a convention, written down
+  // down so that results depend on no compiler.
   template <class T>
   FA_INLINE auto product(vf a, vf b) const {
     if constexpr (Whole || !std::is_same_v<T, float>)

@@ -10,6 +10,7 @@ namespace fused_attn {
 
 enum class DType : int { float32, float16, bfloat16 };
 
+// In a namespace of its own: kernels, which have theirs, must not find this one by their argument.
 namespace portable {
 #include "common/with_element.h"
 }
