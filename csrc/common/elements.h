@@ -135,7 +135,17 @@ FA_INLINE void store_part(T* p, int64_t count, vf x) {
     _mm256_mask_storeu_epi16(p, mask, (__m256i)rounded_to<T>(x));
 #elif FUSED_ATTN_LANES == 8
   if constexpr (std::is_same_v<T, float>) {
-    _mm256_maskstore_ps(p, (__m256i)first_lanes(count), (__m256)x);
+    // A masked store takes longer than these three on some processors.
+    __m128 four = _mm256_castps256_ps128((__m256)x);
+    if (count & 4) {
+      _mm_storeu_ps(p, four);
+      four = _mm256_extractf128_ps((__m256)x, 1), p += 4;
+    }
+    if (count & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), four);
+      four = _mm_movehl_ps(four, four), p += 2;
+    }
+    if (count & 1) _mm_store_ss(p, four);
   } else {
     typedef uint64_t pair __attribute__((vector_size(16)));
     const pair bits = (pair)rounded_to<T>(x);
@@ -198,8 +208,8 @@ struct Lanes {
     if constexpr (Whole) return store_rounded(p + begin, x);
     store_part(p + begin, count, x);
   }
-  // a * b for a sum of elements of T.  That it is fused but for parts of vectors of float32 is a convention, written down
-  // down so that results depend on no compiler.
+  // a * b for a sum of elements of T.  That it is fused but for parts of vectors of float32 is a convention, written
+  // down down so that results depend on no compiler.
   template <class T>
   FA_INLINE auto product(vf a, vf b) const {
     if constexpr (Whole || !std::is_same_v<T, float>)
