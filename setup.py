@@ -6,6 +6,7 @@ pure wheel; ``fused-attn info`` and the first call that wants a kernel then say 
 makes that an error; a compiler that fails always is one.
 """
 
+import copy
 import os
 import shlex
 import shutil
@@ -19,6 +20,8 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 TORCH_2_11 = "0x020b000000000000"
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+#: Floats to a vector of the instruction sets that every kernels.cpp is compiled for.
+LANES = {"generic": 4, "avx2": 8, "avx512": 16}
 
 FLAGS = [
     "-O3",
@@ -54,7 +57,28 @@ def use_compiler() -> str | None:
 
 
 class BuildKernels(BuildExtension):
-    """A failed build says how to install without the kernels."""
+    """Compiles every kernels.cpp once per instruction set.  A failed build says how to install without the kernels."""
+
+    def build_extension(self, extension) -> None:
+        whole = copy.copy(extension)
+        whole.depends = [*extension.depends, *extension.sources]
+        whole.sources = [part for source in extension.sources for part in self.parts(Path(source))]
+        super().build_extension(whole)
+
+    def parts(self, source: Path) -> list[str]:
+        """``source`` itself or, for kernels, a file per instruction set that includes it: objects of their own."""
+        if source.name != "kernels.cpp":
+            return [str(source)]
+        folder = Path(self.build_temp, source.parent)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = []
+        for name, lanes in LANES.items():
+            part = folder / f"kernels_{name}.cpp"
+            text = f'#define FUSED_ATTN_ONLY_LANES {lanes}\n#include "{source.relative_to("csrc").as_posix()}"\n'
+            if not part.exists() or part.read_text() != text:
+                part.write_text(text)
+            found.append(str(part))
+        return found
 
     def run(self) -> None:
         try:

@@ -1,20 +1,18 @@
 // Registration of the CPU kernels: LibTorch tensors in, plain views to the kernels, work split over threads.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
 #include <stdexcept>
 #include <vector>
 
-#include "attention_residual/kernel.h"
+#include "attention_residual/kernels.h"
 #include "common/cpu_op.h"
 
 namespace fused_attn::attention_residual {
 namespace {
 
 using torch::stable::Tensor;
+
+constexpr int64_t kElementsToAThread = 256;  // at least, where the partial sums are added
 
 std::vector<TensorView> views_of(const std::vector<Tensor>& tensors) {
   std::vector<TensorView> views;
@@ -33,8 +31,6 @@ void fill_problem(Problem& p, const std::vector<Tensor>& values, const std::vect
   if (norm_weight) p.norm_weight = view_of(*norm_weight);
 }
 
-const Kernels& kernels() { return FUSED_ATTN_BEST_KERNELS; }
-
 void attention_residual_forward(std::vector<Tensor> values, Tensor query, std::optional<Tensor> norm_weight, double eps,
                                 Tensor out, Tensor statistics) {
   const std::vector<TensorView> views = views_of(values);
@@ -42,9 +38,8 @@ void attention_residual_forward(std::vector<Tensor> values, Tensor query, std::o
   fill_problem(p, values, views, query, norm_weight);
   p.eps = static_cast<float>(eps);
   p.out = view_of(out);
-  p.statistics = static_cast<float*>(statistics.mutable_data_ptr());
-  const auto run = kernels().forward;
-  parallel(p.tasks(), [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  p.statistics = floats_of(statistics);
+  parallel(p.tasks(), best_kernels().forward, p);
 }
 
 void attention_residual_backward(Tensor grad_out, std::vector<Tensor> values, Tensor query,
@@ -54,7 +49,7 @@ void attention_residual_backward(Tensor grad_out, std::vector<Tensor> values, Te
   Backward p;
   fill_problem(p, values, views, query, norm_weight);
   p.grad_out = view_of(grad_out);
-  p.statistics = static_cast<const float*>(statistics.const_data_ptr());
+  p.statistics = floats_of(statistics);
   p.grad_values = grad_views.data();
   p.large = p.count * grad_values[0].numel() * grad_values[0].element_size() >= kLargeBytes;
   p.grad_query = view_of(grad_query);
@@ -62,9 +57,9 @@ void attention_residual_backward(Tensor grad_out, std::vector<Tensor> values, Te
   std::vector<float> partials(p.tasks() * p.dim);
   p.partials = partials.data();
 
-  const Kernels& use = kernels();
-  parallel(p.tasks(), [&](int64_t begin, int64_t end) { use.backward(p, begin, end); });
-  parallel(p.dim, [&](int64_t begin, int64_t end) { use.sum_partials(p, begin, end); }, 256);
+  const Kernels& use = best_kernels();
+  parallel(p.tasks(), use.backward, p);
+  parallel(p.dim, use.sum_partials, p, kElementsToAThread);
 }
 
 }  // namespace

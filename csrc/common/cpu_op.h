@@ -1,14 +1,13 @@
-// What the registrations of the CPU kernels share: LibTorch tensors to plain views, the choice of instruction set,
-// threads.
+// What the registrations of the CPU kernels share: LibTorch tensors to plain views, threads.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 #include <stdexcept>
 
-#include "common/cpu_capability.h"
 #include "common/glibc_floor.h"
 #include "common/tensor_view.h"
 
@@ -34,6 +33,8 @@ inline TensorView view_of(const std::optional<torch::stable::Tensor>& tensor) {
   return tensor ? view_of(*tensor) : TensorView{};
 }
 
+inline float* floats_of(const torch::stable::Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+
 // More than this does not stay in the caches until somebody reads it.
 constexpr int64_t kLargeBytes = int64_t{8} << 20;
 
@@ -42,14 +43,10 @@ void parallel(int64_t count, const Run& run, int64_t grain = 1) {
   if (count > 0) torch::stable::parallel_for(0, count, grain, run);
 }
 
-}  // namespace fused_attn
+// A kernel over all its tasks.
+template <class P>
+void parallel(int64_t count, void (*kernel)(const P&, int64_t, int64_t), const P& p, int64_t grain = 1) {
+  parallel(count, [&](int64_t begin, int64_t end) { kernel(p, begin, end); }, grain);
+}
 
-// The kernels of the surrounding namespace for this machine.
-#if defined(__x86_64__)
-#define FUSED_ATTN_BEST_KERNELS                                \
-  (cpu_capability() == CpuCapability::avx512 ? avx512::kernels \
-   : cpu_capability() == CpuCapability::avx2 ? avx2::kernels   \
-                                             : generic::kernels)
-#else
-#define FUSED_ATTN_BEST_KERNELS generic::kernels
-#endif
+}  // namespace fused_attn

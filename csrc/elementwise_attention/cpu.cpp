@@ -1,9 +1,5 @@
 // Registration of the CPU kernels: LibTorch tensors in, plain views to the kernels, work split over threads.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -11,7 +7,7 @@
 #include <vector>
 
 #include "common/cpu_op.h"
-#include "elementwise_attention/kernel.h"
+#include "elementwise_attention/kernels.h"
 
 namespace fused_attn::elementwise_attention {
 namespace {
@@ -46,29 +42,23 @@ void tile(Problem& p) {
   if (p.weighted || whole) p.groups = std::min(p.groups, kTasks);
   const int64_t group = ceil_div(p.batch, p.groups);
   const int64_t room = std::max<int64_t>(32768 / (p.block_rows * stride), 1);
-  p.images_at_once = std::min({group, room, int64_t{32}});
+  p.images_at_once = std::min({group, room, kMostImagesAtOnce});
   p.ranges = 1;
   if (p.block_rows < p.height)
     p.ranges = std::clamp<int64_t>(ceil_div(kTasks, p.groups * p.channels), 1, std::max<int64_t>(p.height / 32, 1));
 }
 
 void fill_problem(Problem& p, const Tensor& x, const std::optional<Tensor>& weight_row,
-                  const std::optional<Tensor>& weight_col, const Tensor& row_stats, const Tensor& col_stats) {
+                  const std::optional<Tensor>& weight_col, const Tensor& row_statistics, const Tensor& col_statistics) {
   p.batch = x.size(0), p.channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
   p.weighted = weight_row.has_value();
   p.heads = p.weighted ? weight_row->size(0) : 1;
   p.x = view_of(x);
   if (p.weighted) p.weight_row = view_of(*weight_row), p.weight_col = view_of(*weight_col);
-  p.row_stats = static_cast<float*>(row_stats.data_ptr()), p.col_stats = static_cast<float*>(col_stats.data_ptr());
+  p.row_statistics = floats_of(row_statistics);
+  p.col_statistics = floats_of(col_statistics);
   p.mean = p.scale = nullptr, p.moments = nullptr;
   tile(p);
-}
-
-const Kernels& kernels() { return FUSED_ATTN_BEST_KERNELS; }
-
-template <class P>
-void parallel(int64_t count, void (*kernel)(const P&, int64_t, int64_t), const P& p) {
-  fused_attn::parallel(count, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 // Both moments of every (head, channel), over tasks in their order.
@@ -94,39 +84,38 @@ std::vector<float> inverse_deviations(const Problem& p, const float* var, double
   return scale;
 }
 
-void forward_statistics(Forward& p, std::vector<float>& partials) {
-  const Kernels& use = kernels();
-  if (!p.whole()) partials.resize(p.ranges * p.planes() * 2 * p.width);
+void forward_statistics(Forward& p) {
+  const Kernels& use = best_kernels();
+  if (p.whole()) return parallel(p.tasks(), use.whole.statistics, p);
+  std::vector<float> partials(p.ranges * p.planes() * 2 * p.width);
   p.col_partials = partials.data();
-  parallel(p.tasks(), use.statistics, p);
-  if (!p.whole()) parallel(p.planes(), use.combine_columns, p);
+  parallel(p.tasks(), use.tiled.statistics, p);
+  parallel(p.planes(), use.tiled.combine_columns, p);
 }
 
 void row_col_softmax_forward(Tensor x, std::optional<Tensor> weight_row, std::optional<Tensor> weight_col, Tensor out,
-                             Tensor row_stats, Tensor col_stats) {
+                             Tensor row_statistics, Tensor col_statistics) {
   if (out.numel() == 0) return;
   Forward p{};
-  fill_problem(p, x, weight_row, weight_col, row_stats, col_stats);
+  fill_problem(p, x, weight_row, weight_col, row_statistics, col_statistics);
   p.out = view_by_head(out, p.channels), p.large = is_large(out);
-  p.writes_whole = p.whole();
-  std::vector<float> partials;
-  forward_statistics(p, partials);
-  if (!p.writes_whole) parallel(p.tasks(), kernels().output, p);
+  p.also = Also::output;
+  forward_statistics(p);
+  if (!p.whole()) parallel(p.tasks(), best_kernels().output, p);
 }
 
 void elementwise_attention_forward(Tensor x, Tensor weight_row, Tensor weight_col, bool training, double eps,
-                                   Tensor out, Tensor row_stats, Tensor col_stats, Tensor mean, Tensor var) {
+                                   Tensor out, Tensor row_statistics, Tensor col_statistics, Tensor mean, Tensor var) {
   if (out.numel() == 0) return;
   Forward p{};
-  fill_problem(p, x, weight_row, weight_col, row_stats, col_stats);
+  fill_problem(p, x, weight_row, weight_col, row_statistics, col_statistics);
   p.out = view_by_head(out, p.channels), p.large = is_large(out);
-  p.needs_moments = training;
-  float *means = static_cast<float*>(mean.data_ptr()), *vars = static_cast<float*>(var.data_ptr());
+  p.also = training ? Also::moments : Also::nothing;
+  float *means = floats_of(mean), *vars = floats_of(var);
   Moments moments(p);
-  std::vector<float> partials;
-  forward_statistics(p, partials);
+  forward_statistics(p);
   if (training) {
-    if (!p.whole()) parallel(p.tasks(), kernels().moments, p);
+    if (!p.whole()) parallel(p.tasks(), best_kernels().tiled.moments, p);
     moments.reduce(p);
     const double count = double(p.batch) * p.height * p.width;
     const double shift = 1.0f / (float(p.height) * float(p.width));  // as the kernels compute it
@@ -139,7 +128,7 @@ void elementwise_attention_forward(Tensor x, Tensor weight_row, Tensor weight_co
   }
   const std::vector<float> scale = inverse_deviations(p, vars, eps);
   p.mean = means, p.scale = scale.data();
-  parallel(p.tasks(), kernels().output, p);
+  parallel(p.tasks(), best_kernels().output, p);
 }
 
 void backward(Backward& p, const Tensor& grad_out, const Tensor& grad_x, const Tensor& grad_weight_row,
@@ -148,42 +137,43 @@ void backward(Backward& p, const Tensor& grad_out, const Tensor& grad_x, const T
   if (p.weighted) p.grad_weight_row = view_of(grad_weight_row), p.grad_weight_col = view_of(grad_weight_col);
 
   std::vector<float> row_sums, col_sums, weights;
-  const Kernels& use = kernels();
+  const Kernels& use = best_kernels();
   if (!p.whole()) {
     row_sums.resize(p.planes() * p.height), col_sums.resize(p.ranges * p.planes() * p.width);
     p.row_sums = row_sums.data(), p.col_sums = col_sums.data();
-    parallel(p.tasks(), use.sums, p);
-    parallel(p.planes(), use.combine_sums, p);
+    parallel(p.tasks(), use.tiled.sums, p);
+    parallel(p.planes(), use.tiled.combine_sums, p);
   }
   if (p.weighted && p.images_at_once < p.batch) {
     weights.resize(p.groups * 2 * p.heads * p.channels * p.height * p.width);
     p.weight_partials = weights.data();
   }
-  parallel(p.tasks(), use.gradients, p);
+  parallel(p.tasks(), p.whole() ? use.whole.gradients : use.tiled.gradients, p);
   if (p.weight_partials) parallel(2 * p.heads * p.channels * p.height, use.sum_weights, p);
 }
 
 void row_col_softmax_backward(Tensor grad_out, Tensor x, std::optional<Tensor> weight_row,
-                              std::optional<Tensor> weight_col, Tensor row_stats, Tensor col_stats, Tensor grad_x,
-                              Tensor grad_weight_row, Tensor grad_weight_col) {
+                              std::optional<Tensor> weight_col, Tensor row_statistics, Tensor col_statistics,
+                              Tensor grad_x, Tensor grad_weight_row, Tensor grad_weight_col) {
   Backward p{};
-  fill_problem(p, x, weight_row, weight_col, row_stats, col_stats);
+  fill_problem(p, x, weight_row, weight_col, row_statistics, col_statistics);
   p.grad_out = view_by_head(grad_out, p.channels);
   backward(p, grad_out, grad_x, grad_weight_row, grad_weight_col);
 }
 
-void elementwise_attention_backward(Tensor grad_out, Tensor x, Tensor weight_row, Tensor weight_col, Tensor row_stats,
-                                    Tensor col_stats, Tensor mean, Tensor var, bool training, double eps, Tensor grad_x,
-                                    Tensor grad_weight_row, Tensor grad_weight_col) {
+void elementwise_attention_backward(Tensor grad_out, Tensor x, Tensor weight_row, Tensor weight_col,
+                                    Tensor row_statistics, Tensor col_statistics, Tensor mean, Tensor var,
+                                    bool training, double eps, Tensor grad_x, Tensor grad_weight_row,
+                                    Tensor grad_weight_col) {
   Backward p{};
-  fill_problem(p, x, weight_row, weight_col, row_stats, col_stats);
+  fill_problem(p, x, weight_row, weight_col, row_statistics, col_statistics);
   p.grad_out = view_by_head(grad_out, p.channels);
-  const std::vector<float> scale = inverse_deviations(p, static_cast<const float*>(var.data_ptr()), eps);
-  p.mean = static_cast<const float*>(mean.data_ptr()), p.scale = scale.data();
+  const std::vector<float> scale = inverse_deviations(p, floats_of(var), eps);
+  p.mean = floats_of(mean), p.scale = scale.data();
   std::vector<float> grad_mean(scale.size()), grad_var(scale.size());
   if (training) {
     Moments moments(p);
-    parallel(p.tasks(), kernels().grad_moments, p);
+    parallel(p.tasks(), best_kernels().grad_moments, p);
     moments.reduce(p);
     const double count = double(p.batch) * p.height * p.width;
     for (size_t i = 0; i < scale.size(); ++i) {
@@ -200,16 +190,18 @@ void elementwise_attention_backward(Tensor grad_out, Tensor x, Tensor weight_row
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn_cpu, m) {
   m.def(
       "row_col_softmax_forward(Tensor x, Tensor? weight_row, Tensor? weight_col, Tensor(a!) out, "
-      "Tensor(b!) row_stats, Tensor(c!) col_stats) -> ()");
+      "Tensor(b!) row_statistics, Tensor(c!) col_statistics) -> ()");
   m.def(
-      "row_col_softmax_backward(Tensor grad_out, Tensor x, Tensor? weight_row, Tensor? weight_col, Tensor row_stats, "
-      "Tensor col_stats, Tensor(a!) grad_x, Tensor(b!) grad_weight_row, Tensor(c!) grad_weight_col) -> ()");
+      "row_col_softmax_backward(Tensor grad_out, Tensor x, Tensor? weight_row, Tensor? weight_col, Tensor "
+      "row_statistics, "
+      "Tensor col_statistics, Tensor(a!) grad_x, Tensor(b!) grad_weight_row, Tensor(c!) grad_weight_col) -> ()");
   m.def(
       "elementwise_attention_forward(Tensor x, Tensor weight_row, Tensor weight_col, bool training, float eps, "
-      "Tensor(a!) out, Tensor(b!) row_stats, Tensor(c!) col_stats, Tensor(d!) mean, Tensor(e!) var) -> ()");
+      "Tensor(a!) out, Tensor(b!) row_statistics, Tensor(c!) col_statistics, Tensor(d!) mean, Tensor(e!) var) -> ()");
   m.def(
       "elementwise_attention_backward(Tensor grad_out, Tensor x, Tensor weight_row, Tensor weight_col, "
-      "Tensor row_stats, Tensor col_stats, Tensor mean, Tensor var, bool training, float eps, Tensor(a!) grad_x, "
+      "Tensor row_statistics, Tensor col_statistics, Tensor mean, Tensor var, bool training, float eps, Tensor(a!) "
+      "grad_x, "
       "Tensor(b!) grad_weight_row, Tensor(c!) grad_weight_col) -> ()");
 }
 

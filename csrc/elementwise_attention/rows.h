@@ -1,27 +1,4 @@
-// Rows of a strided tensor to and from padded float32 rows; part of kernel_impl.h.
-
-// The first `count` < L elements, `fill` in the other lanes.  Whole vectors go to scratch memory, as a load that spans
-// two earlier stores would wait for both to leave the store buffer.
-template <class T>
-FA_INLINE vf load_part(const T* p, int64_t count, float fill) {
-#if FUSED_ATTN_LANES == 16
-  if constexpr (sizeof(T) == 4)
-    return (vf)_mm512_mask_loadu_ps((__m512)broadcast(fill), __mmask16((1u << count) - 1), p);
-#endif
-  T part[L];
-  for (int i = 0; i < L; ++i) part[i] = i < count ? p[i] : static_cast<T>(fill);
-  return load_as_float(part);
-}
-
-template <class T>
-FA_INLINE void store_part(T* p, vf x, int64_t count) {
-#if FUSED_ATTN_LANES == 16
-  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)x);
-#endif
-  T part[L];
-  store_rounded(part, x);
-  for (int64_t i = 0; i < count; ++i) p[i] = part[i];
-}
+// Rows of a strided tensor to and from padded float32 rows; part of kernels_impl.h.
 
 // `to` has whole vectors and, where elements are strided, holds `fill` in its padding already.
 template <class T>
@@ -44,15 +21,9 @@ FA_INLINE void load_row_as(const T* from, int64_t stride, int64_t count, float f
 
 FA_INLINE void load_rows(const TensorView& view, int64_t offset, int64_t y_stride, int64_t x_stride, int64_t rows,
                          int64_t width, float fill, float* to, int64_t to_stride) {
-  auto run = [&](auto element) FA_INLINE_CALL {
-    using T = decltype(element);
-    load_rows_as(static_cast<const T*>(view.data) + offset, y_stride, x_stride, rows, width, fill, to, to_stride);
-  };
-  switch (view.dtype) {
-    case DType::float32: return run(float{});
-    case DType::float16: return run(c10::Half{});
-    case DType::bfloat16: return run(c10::BFloat16{});
-  }
+  with_element(view.dtype, [&](auto element) FA_INLINE_CALL {
+    load_rows_as(at<decltype(element)>(view.data, offset), y_stride, x_stride, rows, width, fill, to, to_stride);
+  });
 }
 FA_INLINE void load_row(const TensorView& view, int64_t offset, int64_t stride, int64_t count, float fill, float* to) {
   load_rows(view, offset, 0, stride, 1, count, fill, to, 0);
@@ -60,34 +31,27 @@ FA_INLINE void load_row(const TensorView& view, int64_t offset, int64_t stride, 
 
 // to[i] = from[i], i < count, streamed but for a few at the ends.
 FA_INLINE void stream(float* to, const float* from, int64_t count) {
-  int64_t i = 0;
-  for (; i < count && reinterpret_cast<uintptr_t>(to + i) % sizeof(vf) != 0; ++i) to[i] = from[i];
-  for (; i + L <= count; i += L) store_streamed(to + i, load(from + i));
-  for (; i < count; ++i) to[i] = from[i];
+  each_aligned(to, count, [&](auto lanes) FA_INLINE_CALL { lanes.store(to, lanes.load(from), true); });
 }
 
-// to[i] = at(vector of i), rounded to T, for `count` elements; streamed, if that is wanted, where vectors are aligned.
-template <class T, class At>
-FA_INLINE void write_row(T* to, int64_t count, bool stream, const At& at) {
+// to[i] = value(vector of i), rounded to T, for `count` elements; streamed, if that is wanted, where vectors are
+// aligned.
+template <class T, class Value>
+FA_INLINE void write_row(T* to, int64_t count, bool stream, const Value& value) {
   const int64_t vectors = count / L;
-  if constexpr (std::is_same_v<T, float>)
-    if (stream && can_stream(to)) {
-      for (int64_t v = 0; v < vectors; ++v) store_streamed(to + v * L, at(v));
-      if (vectors * L < count) store_part(to + vectors * L, at(vectors), count - vectors * L);
-      return;
-    }
-  for (int64_t v = 0; v < vectors; ++v) store_rounded(to + v * L, at(v));
-  if (vectors * L < count) store_part(to + vectors * L, at(vectors), count - vectors * L);
+  if (stream && can_stream(to))
+    for (int64_t v = 0; v < vectors; ++v) store_streamed(to + v * L, value(v));
+  else
+    for (int64_t v = 0; v < vectors; ++v) store_rounded(to + v * L, value(v));
+  if (vectors * L < count) store_part(to + vectors * L, count - vectors * L, value(vectors));
 }
 
 // The last dimension of what the kernels write is contiguous.
-template <class At>
-FA_INLINE void write_row(const TensorView& view, int64_t offset, int64_t count, bool stream, const At& at) {
-  switch (view.dtype) {
-    case DType::float32: return write_row(static_cast<float*>(view.data) + offset, count, stream, at);
-    case DType::float16: return write_row(static_cast<c10::Half*>(view.data) + offset, count, stream, at);
-    case DType::bfloat16: return write_row(static_cast<c10::BFloat16*>(view.data) + offset, count, stream, at);
-  }
+template <class Value>
+FA_INLINE void write_row(const TensorView& view, int64_t offset, int64_t count, bool stream, const Value& value) {
+  with_element(view.dtype, [&](auto element) FA_INLINE_CALL {
+    write_row(at<decltype(element)>(view.data, offset), count, stream, value);
+  });
 }
 
 FA_INLINE void store_row_as(float* to, int64_t count, const float* from) {
@@ -115,13 +79,13 @@ FA_INLINE Rows rows_of(const TensorView& view, int dimension, int64_t offset, in
   return {to, to_stride};
 }
 
-// Brings rows of the next image closer while this one is computed: images lie heads planes apart, where no hardware
-// prefetcher follows.
-template <int Write>
-FA_INLINE void prefetch_rows(const TensorView& view, int64_t offset, int64_t y_stride, int64_t rows, int64_t width) {
+// Brings rows that the next image writes closer while this one is computed: images lie heads planes apart, where no
+// hardware prefetcher follows.
+FA_INLINE void prefetch_rows_to_write(const TensorView& view, int64_t offset, int64_t y_stride, int64_t rows,
+                                      int64_t width) {
   const int64_t size = view.dtype == DType::float32 ? 4 : 2;
   for (int64_t y = 0; y < rows; ++y) {
     const char* row = static_cast<const char*>(view.data) + (offset + y * y_stride) * size;
-    for (int64_t i = 0; i < width * size; i += 64) __builtin_prefetch(row + i, Write);
+    for (int64_t i = 0; i < width * size; i += 64) __builtin_prefetch(row + i, 1);
   }
 }

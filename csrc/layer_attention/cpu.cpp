@@ -1,9 +1,5 @@
 // Registration of the CPU kernels, and the weights themselves: small per-head work that needs no vector code.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -12,14 +8,12 @@
 #include <vector>
 
 #include "common/cpu_op.h"
-#include "layer_attention/kernel.h"
+#include "layer_attention/kernels.h"
 
 namespace fused_attn::layer_attention {
 namespace {
 
 using torch::stable::Tensor;
-
-const Kernels& kernels() { return FUSED_ATTN_BEST_KERNELS; }
 
 // --- the weights --------------------------------------------------------------------------------------------------
 
@@ -38,6 +32,11 @@ struct Head {
     if (b) bias = view_of(*b);
   }
 
+  // Of these to a thread: fewer are done sooner than another thread wakes up.
+  int64_t grain() const {
+    constexpr int64_t kSerialProducts = 16384;
+    return std::max<int64_t>(1, kSerialProducts / std::max<int64_t>(layers * depth, 1));
+  }
   void load(const TensorView& view, int64_t bg, float* to) const {
     gather(view, bg / groups * view.stride[0] + bg % groups * view.stride[1], view.stride[2], depth, 1.0f, to);
   }
@@ -46,7 +45,7 @@ struct Head {
 void layer_weights_forward(Tensor query, std::vector<Tensor> keys, std::optional<Tensor> bias, double scale,
                            bool sigmoid, Tensor weights) {
   const Head head(query, keys, bias, scale, sigmoid);
-  float* to = static_cast<float*>(weights.mutable_data_ptr());
+  float* to = floats_of(weights);
   auto run = [&](int64_t begin, int64_t end) {
     std::vector<float> q(head.depth), k(head.depth);
     std::vector<double> logits(head.layers);
@@ -73,16 +72,15 @@ void layer_weights_forward(Tensor query, std::vector<Tensor> keys, std::optional
       for (int64_t l = 0; l < head.layers; ++l) to[bg * head.layers + l] = static_cast<float>(logits[l] / total);
     }
   };
-  parallel(query.size(0) * head.groups, run,
-           std::max<int64_t>(1, 16384 / std::max<int64_t>(head.layers * head.depth, 1)));
+  parallel(query.size(0) * head.groups, run, head.grain());
 }
 
 // grad_scores (batch, groups, layers) holds the gradient of the weights and receives that of the scores.
 void layer_weights_backward(Tensor query, std::vector<Tensor> keys, double scale, bool sigmoid, Tensor weights,
                             Tensor grad_scores, Tensor grad_query, std::vector<Tensor> grad_keys) {
   const Head head(query, keys, std::nullopt, scale, sigmoid);
-  const float* weight = static_cast<const float*>(weights.const_data_ptr());
-  float* grad = static_cast<float*>(grad_scores.mutable_data_ptr());
+  const float* weight = floats_of(weights);
+  float* grad = floats_of(grad_scores);
   const TensorView to_query = view_of(grad_query);
   std::vector<TensorView> to_keys;
   for (const Tensor& key : grad_keys) to_keys.push_back(view_of(key));
@@ -115,8 +113,7 @@ void layer_weights_backward(Tensor query, std::vector<Tensor> keys, double scale
       put(to_query, bg);
     }
   };
-  parallel(query.size(0) * head.groups, run,
-           std::max<int64_t>(1, 16384 / std::max<int64_t>(head.layers * head.depth, 1)));
+  parallel(query.size(0) * head.groups, run, head.grain());
 }
 
 // --- the sum ------------------------------------------------------------------------------------------------------
@@ -133,14 +130,15 @@ struct Pointers {
   }
 };
 
-void fill(Sum& p, const Tensor& weights, const Tensor& like, const Pointers& values, int64_t maps, bool channels_last) {
+void fill_problem(Problem& p, const Tensor& weights, const Tensor& like, const Pointers& values, int64_t maps,
+                  bool channels_last) {
   p.batch = like.size(0), p.channels = like.size(1), p.positions = 1;
   for (int64_t i = 2; i < like.dim(); ++i) p.positions *= like.size(i);
   p.groups = weights.size(1), p.layers = weights.size(2);
   p.channels_last = channels_last;
   p.large = maps * like.numel() * like.element_size() >= kLargeBytes;
   p.dtype = dtype_of(like);
-  p.weights = static_cast<const float*>(weights.const_data_ptr());
+  p.weights = floats_of(weights);
   p.values = values.data.data();
   p.value_strides = values.strides.data();
 }
@@ -149,22 +147,21 @@ void layer_sum_forward(Tensor weights, std::vector<Tensor> values, bool channels
   if (out.numel() == 0) return;
   const Pointers pointers(values);
   Forward p;
-  fill(p, weights, out, pointers, 1, channels_last);
+  fill_problem(p, weights, out, pointers, 1, channels_last);
   p.out = out.mutable_data_ptr();
   p.out_stride = out.stride(0);
-  const auto run = kernels().forward;
-  parallel(tasks_of(p), [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  parallel(tasks_of(p), best_kernels().forward, p);
 }
 
 void layer_sum_backward(Tensor grad_out, Tensor weights, std::vector<Tensor> values, bool channels_last,
                         bool accumulate, std::optional<Tensor> grad_weights, std::vector<Tensor> grad_values) {
   const int64_t heads = weights.size(0) * weights.size(1), layers = weights.size(2);
-  float* to = grad_weights ? static_cast<float*>(grad_weights->mutable_data_ptr()) : nullptr;
+  float* to = grad_weights ? floats_of(*grad_weights) : nullptr;
   if (to) std::fill(to, to + heads * layers, 0.0f);
   if (grad_out.numel() == 0) return;
   const Pointers pointers(values), grads(grad_values);
   Backward p;
-  fill(p, weights, grad_out, pointers, grad_values.size(), channels_last);
+  fill_problem(p, weights, grad_out, pointers, grad_values.size(), channels_last);
   p.grad_out = grad_out.const_data_ptr();
   p.grad_out_stride = grad_out.stride(0);
   p.grad_values = grads.data.empty() ? nullptr : grads.data.data();
@@ -172,8 +169,7 @@ void layer_sum_backward(Tensor grad_out, Tensor weights, std::vector<Tensor> val
   p.accumulate = accumulate;
   std::vector<float> partials(to ? tasks_of(p) * layers * (channels_last ? p.groups : 1) : 0);
   p.partials = to ? partials.data() : nullptr;
-  const auto run = kernels().backward;
-  parallel(tasks_of(p), [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  parallel(tasks_of(p), best_kernels().backward, p);
   if (!to) return;
   // In a fixed order: no result depends on the number of threads.
   const int64_t parts = channels_last ? parts_of_image(p) : parts_of_row(p);

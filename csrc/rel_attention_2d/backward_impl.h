@@ -1,14 +1,14 @@
-// Backward pass; part of kernel_impl.h.  Weights are recomputed from the saved softmax statistics.
+// Backward pass; part of kernels_impl.h.  Weights are recomputed from the saved softmax statistics.
 
 struct BackwardScratch {
   int64_t tile, score_stride, col_stride, query_stride, grad_out_stride, group0 = 0, groups = 0;
   KeyMatrix key, value, grad_key, grad_value;  // the task's keys
   KeyMatrix grad_table;
-  Buffer<float> query, grad_out, out;       // (QB, depth), scaled; (dv)
-  Buffer<float> score, grad_score;          // (QB, tile)
-  Buffer<float> grad_query, grad_relative;  // (QB, query_stride)
-  Buffer<float> grad_column, grad_row;      // (QB, lanes of a group), (QB, key rows)
-  Buffer<float> grad_product;               // (QB, table positions)
+  Scratch<float> query, grad_out, out;              // (QB, depth), scaled; (dv)
+  Scratch<float> score, grad_score;                 // (QB, tile)
+  Scratch<float> grad_query, grad_relative;         // (QB, query_stride)
+  Scratch<float> grad_col_logits, grad_row_logits;  // (QB, lanes of a group), (QB, key rows)
+  Scratch<float> grad_product;                      // (QB, table positions)
   float delta[QB], max[QB], normalize[QB];
 
   BackwardScratch(const Problem& p, const KeyLayout& keys, const BiasTerms& bias, int64_t splits)
@@ -30,8 +30,8 @@ struct BackwardScratch {
     score.allocate(QB * score_stride);
     grad_score.allocate(QB * score_stride);
     grad_query.allocate(QB * query_stride);
-    grad_column.allocate(QB * col_stride);
-    grad_row.allocate(QB * bias.bias_rows);
+    grad_col_logits.allocate(QB * col_stride);
+    grad_row_logits.allocate(QB * bias.bias_rows);
     if (bias.from_tables()) {
       grad_relative.allocate(QB * query_stride);
       grad_product.allocate(QB * bias.product_stride);
@@ -109,12 +109,12 @@ FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, Bias
                                      int64_t count, const uint32_t* columns, uint64_t row) {
   float* score = s.score + i * s.score_stride;
   float* grad = s.grad_score + i * s.score_stride;
-  float* to_column = s.grad_column + i * s.col_stride;
+  float* to_col = s.grad_col_logits + i * s.col_stride;
   const DropoutKeys keys(p.seed, row);
   LaneSums rows;
   const int64_t per_group = bias.keys.vectors, group_rows = bias.keys.rows;
   int64_t group = s.group0 + v0 / per_group, offset = v0 % per_group;
-  float* to_row = s.grad_row + i * bias.bias_rows + group * group_rows;
+  float* to_row = s.grad_row_logits + i * bias.bias_rows + group * group_rows;
 
   // Rows of N vectors, none of which the tile cuts: the sums of the columns stay in registers.
   auto whole_rows = [&]<int N>() FA_INLINE_CALL {
@@ -130,7 +130,7 @@ FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, Bias
       rows.add(sum, to_row++);
     }
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) add_to(to_column + n * L, column[n]);
+    for (int n = 0; n < N; ++n) add_to(to_col + n * L, column[n]);
     rows.flush();
   };
   if constexpr (OneRow)
@@ -144,7 +144,7 @@ FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, Bias
   for (int64_t v = 0; v < count; ++v) {
     const vf grad_logit = grad_of_logits<Dropout, Whole>(p, s, i, score + v * L, grad + v * L, keys, columns + v * L);
     if constexpr (OneRow) {
-      add_to(to_column + offset * L, grad_logit);
+      add_to(to_col + offset * L, grad_logit);
       open += grad_logit;
       if (offset == per_group - 1 || v == count - 1) {
         rows.add(open, to_row);
@@ -162,7 +162,7 @@ FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, Bias
         rows.add(open, to_row + r);
         open = vf{};
       }
-      add_to(to_column + offset * L, (vf)real);
+      add_to(to_col + offset * L, (vf)real);
     }
     if (++offset == per_group) offset = 0, ++group, to_row += group_rows;
   }
@@ -191,8 +191,8 @@ void table_products_in_windows(const Backward& p, BackwardScratch& s, BiasTerms&
         }
       }
     };
-    if (p.row) window(bias.row_start(q0 + i), p.hk);
-    if (p.col) window(bias.col_start(q0 + i), p.wk);
+    if (p.row_term) window(bias.row_start(q0 + i), p.hk);
+    if (p.col_term) window(bias.col_start(q0 + i), p.wk);
   }
 }
 
@@ -214,8 +214,7 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
     for (int64_t d = 0; d < p.dk; ++d) query[d] = 0.0f;
     for (int64_t d = 0; d < p.dv; ++d) grad_out[d] = 0.0f;
     if (i >= count) continue;
-    const int64_t y = (q0 + i) / p.wq, x = (q0 + i) % p.wq;
-    auto at = [&](const TensorView& view) { return head_offset(view, b, h) + y * view.stride[2] + x * view.stride[3]; };
+    auto at = [&](const TensorView& view) { return query_offset(p, view, b, h, q0 + i); };
     gather(p.query, at(p.query), p.query.stride[4], p.dk, p.scale, query);
     gather(p.grad_out, at(p.grad_out), p.grad_out.stride[4], p.dv, 1.0f, grad_out);
     if (!whole) {
@@ -231,8 +230,8 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
   }
   bias.prepare(b, h, q0, count);
   s.grad_query.fill(0.0f);
-  s.grad_column.fill(0.0f);
-  s.grad_row.fill(0.0f);
+  s.grad_col_logits.fill(0.0f);
+  s.grad_row_logits.fill(0.0f);
 
   for (int64_t v0 = 0; v0 < vectors; v0 += kBackwardTile) {
     const int64_t tile = smaller(kBackwardTile, vectors - v0);
@@ -262,7 +261,7 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
   for (int64_t i = 0; i < count; ++i)  // fold the rows of a group onto its first
     for (int64_t r = 1; r < keys.rows; ++r)
       for (int64_t x = 0; x < p.wk; ++x)
-        s.grad_column[i * s.col_stride + x] += s.grad_column[i * s.col_stride + r * p.wk + x];
+        s.grad_col_logits[i * s.col_stride + x] += s.grad_col_logits[i * s.col_stride + r * p.wk + x];
 
   for (int64_t i = 0; i < rows * s.query_stride; ++i) s.grad_query[i] *= p.scale;
   if (bias.from_tables()) {
@@ -270,8 +269,8 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
     s.grad_relative.fill(0.0f);
     for (int64_t i = 0; i < count; ++i) {
       float* product = s.grad_product + i * bias.product_stride;
-      if (p.row) BiasTerms::copy(s.grad_row + i * bias.bias_rows, p.hk, product + bias.row_start(q0 + i));
-      if (p.col) BiasTerms::copy(s.grad_column + i * s.col_stride, p.wk, product + bias.col_start(q0 + i));
+      if (p.row_term) copy(s.grad_row_logits + i * bias.bias_rows, p.hk, product + bias.row_start(q0 + i));
+      if (p.col_term) copy(s.grad_col_logits + i * s.col_stride, p.wk, product + bias.col_start(q0 + i));
     }
     if (bias.finite_tables && bias.finite_queries())
       table_products(p, s, bias, rows);
@@ -281,15 +280,19 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
   }
 
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t q = q0 + i, y = q / p.wq, x = q % p.wq;
-    auto at = [&](const TensorView& view) { return head_offset(view, b, h) + y * view.stride[2] + x * view.stride[3]; };
+    const int64_t q = q0 + i;
+    auto at = [&](const TensorView& view) { return query_offset(p, view, b, h, q); };
     if (p.key_splits == 1)
       scatter(p.grad_query, at(p.grad_query), p.grad_query.stride[4], p.dk, 1.0f, s.grad_query + i * s.query_stride);
     else
-      BiasTerms::copy(s.grad_query + i * s.query_stride, p.dk, p.query_partials + (task * p.queries() + q) * p.dk);
+      copy(s.grad_query + i * s.query_stride, p.dk, p.query_partials + (task * p.queries() + q) * p.dk);
     if (p.tables) continue;
-    if (p.col) scatter(p.grad_col, at(p.grad_col), p.grad_col.stride[4], p.wk, 1.0f, s.grad_column + i * s.col_stride);
-    if (p.row) scatter(p.grad_row, at(p.grad_row), p.grad_row.stride[4], p.hk, 1.0f, s.grad_row + i * bias.bias_rows);
+    if (p.col_term)
+      scatter(p.grad_col_term, at(p.grad_col_term), p.grad_col_term.stride[4], p.wk, 1.0f,
+              s.grad_col_logits + i * s.col_stride);
+    if (p.row_term)
+      scatter(p.grad_row_term, at(p.grad_row_term), p.grad_row_term.stride[4], p.hk, 1.0f,
+              s.grad_row_logits + i * bias.bias_rows);
   }
 }
 
@@ -297,7 +300,7 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
   const KeyLayout keys(p);
   BiasTerms bias(p, keys, true);
   BackwardScratch s(p, keys, bias, p.key_splits);
-  Buffer<uint32_t> columns;
+  Scratch<uint32_t> columns;
   if (p.drop_below > 0) hash_columns(p, keys, columns);
   const auto block = keys.rows == 1 ? (p.drop_below > 0 ? backward_block<true, true> : backward_block<true, false>)
                                     : (p.drop_below > 0 ? backward_block<false, true> : backward_block<false, false>);
@@ -336,8 +339,7 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
 }
 
 void sum_query_partials(const Backward& p, int64_t begin, int64_t end) {
-  Buffer<float> sum;
-  sum.allocate(p.dk);
+  Scratch<float> sum(p.dk);
   for (int64_t pair = begin; pair < end; ++pair)
     for (int64_t q = 0; q < p.queries(); ++q) {
       for (int64_t d = 0; d < p.dk; ++d) sum[d] = 0.0f;
@@ -345,19 +347,17 @@ void sum_query_partials(const Backward& p, int64_t begin, int64_t end) {
         const float* partial = p.query_partials + ((pair * p.key_splits + split) * p.queries() + q) * p.dk;
         for (int64_t d = 0; d < p.dk; ++d) sum[d] += partial[d];
       }
-      const TensorView& to = p.grad_query;
-      const int64_t offset = head_offset(to, pair / p.heads, pair % p.heads);
-      scatter(to, offset + q / p.wq * to.stride[2] + q % p.wq * to.stride[3], to.stride[4], p.dk, 1.0f, sum.data);
+      scatter(p.grad_query, query_offset(p, p.grad_query, pair / p.heads, pair % p.heads, q), p.grad_query.stride[4],
+              p.dk, 1.0f, sum.data);
     }
 }
 
 void sum_table_partials(const Backward& p, int64_t begin, int64_t end) {
-  Buffer<float> sum;
-  sum.allocate(p.dk);
+  Scratch<float> sum(p.dk);
   const int64_t rows = p.row_length() + p.col_length();
   for (int64_t row = begin; row < end; ++row) {
     const bool in_col = row >= p.row_length();
-    const TensorView& to = in_col ? p.grad_col : p.grad_row;
+    const TensorView& to = in_col ? p.grad_col_term : p.grad_row_term;
     const bool shared = to.stride[0] == 0;
     for (int64_t table = 0; table < (shared ? 1 : p.heads); ++table) {
       for (int64_t d = 0; d < p.dk; ++d) sum[d] = 0.0f;

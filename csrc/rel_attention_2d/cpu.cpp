@@ -1,9 +1,5 @@
 // Registration of the CPU kernels: LibTorch tensors in, plain views to the kernels, work split over threads.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -11,7 +7,7 @@
 #include <vector>
 
 #include "common/cpu_op.h"
-#include "rel_attention_2d/kernel.h"
+#include "rel_attention_2d/kernels.h"
 
 namespace fused_attn::rel_attention_2d {
 namespace {
@@ -40,10 +36,8 @@ void fill_problem(Problem& p, const Tensor& query, const Tensor& key, const Tens
   p.keep_scale = seed ? static_cast<float>(1.0 / (1.0 - dropout_p)) : 1.0f;
   p.seed = seed ? static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr())) : 0;
   p.query = view_of(query), p.key = view_of(key), p.value = view_of(value);
-  p.row = term_view(row), p.col = term_view(col);
+  p.row_term = term_view(row), p.col_term = term_view(col);
 }
-
-const Kernels& kernels() { return FUSED_ATTN_BEST_KERNELS; }
 
 void attention_2d_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> row, std::optional<Tensor> col,
                           double scale, double rel_scale, bool key_minus_query, double dropout_p,
@@ -51,15 +45,16 @@ void attention_2d_forward(Tensor query, Tensor key, Tensor value, std::optional<
   Forward p;
   fill_problem(p, query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed);
   p.out = view_of(out);
-  p.statistics = static_cast<float*>(statistics.mutable_data_ptr());
+  p.statistics = floats_of(statistics);
   if (p.queries() == 0) return;
   // Splitting the queries does not change a result, so it may follow the number of threads; each part packs the
-  // keys anew, which at least 128 queries make cheap.
+  // keys anew, which so many queries make cheap.
+  constexpr int64_t kQueriesToAPart = 128;
   const int64_t pairs = std::max<int64_t>(p.batch * p.heads, 1), wanted = 4 * torch::stable::get_num_threads();
-  p.query_splits = std::clamp<int64_t>((wanted + pairs - 1) / pairs, 1, std::max<int64_t>(p.queries() / 128, 1));
+  p.query_splits =
+      std::clamp<int64_t>((wanted + pairs - 1) / pairs, 1, std::max<int64_t>(p.queries() / kQueriesToAPart, 1));
   if (pairs % torch::stable::get_num_threads() == 0) p.query_splits = 1;
-  const auto run = kernels().forward;
-  parallel(p.tasks(), [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  parallel(p.tasks(), best_kernels().forward, p);
 }
 
 void attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, std::optional<Tensor> row,
@@ -69,17 +64,19 @@ void attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor val
   Backward p;
   fill_problem(p, query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed);
   p.grad_out = view_of(grad_out), p.out = view_of(out);
-  p.statistics = static_cast<const float*>(statistics.const_data_ptr());
+  p.statistics = floats_of(statistics);
   p.grad_query = view_of(grad_query), p.grad_key = view_of(grad_key), p.grad_value = view_of(grad_value);
-  p.grad_row = term_view(grad_row), p.grad_col = term_view(grad_col);
+  p.grad_row_term = term_view(grad_row), p.grad_col_term = term_view(grad_col);
 
-  // The split of the keys changes the order of summation, so it follows the shape alone: enough tasks for 16 threads
+  // The split of the keys changes the order of summation, so it follows the shape alone: enough tasks for many threads
   // where the image is large, at the cost of one float32 copy of grad_query for every further part.
   const int64_t pairs = p.batch * p.heads;
-  const int64_t wanted = pairs > 0 ? (16 + pairs - 1) / pairs : 1;
-  p.key_splits = std::clamp<int64_t>(std::min(wanted, p.hk * p.wk / 512), 1, std::max<int64_t>(p.hk / 16, 1));
+  constexpr int64_t kTasks = 16, kKeysToAPart = 512, kKeyRowsToAPart = 16;
+  const int64_t wanted = pairs > 0 ? (kTasks + pairs - 1) / pairs : 1;
+  p.key_splits = std::clamp<int64_t>(std::min(wanted, p.hk * p.wk / kKeysToAPart), 1,
+                                     std::max<int64_t>(p.hk / kKeyRowsToAPart, 1));
   // Gradients of given logits are as large as those: no further copy of them, hence no split.
-  if (!p.tables && (p.row || p.col)) p.key_splits = 1;
+  if (!p.tables && (p.row_term || p.col_term)) p.key_splits = 1;
 
   std::vector<float> query_partials, table_partials;
   if (p.key_splits > 1) query_partials.resize(p.tasks() * p.queries() * p.dk);
@@ -88,10 +85,10 @@ void attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor val
   p.query_partials = query_partials.data();
   p.table_partials = table_partials.data();
 
-  const Kernels& use = kernels();
-  parallel(p.tasks(), [&](int64_t begin, int64_t end) { use.backward(p, begin, end); });
-  if (p.key_splits > 1) parallel(pairs, [&](int64_t begin, int64_t end) { use.sum_query_partials(p, begin, end); });
-  parallel(table_rows, [&](int64_t begin, int64_t end) { use.sum_table_partials(p, begin, end); });
+  const Kernels& use = best_kernels();
+  parallel(p.tasks(), use.backward, p);
+  if (p.key_splits > 1) parallel(pairs, use.sum_query_partials, p);
+  parallel(table_rows, use.sum_table_partials, p);
 }
 
 }  // namespace

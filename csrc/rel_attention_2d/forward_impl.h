@@ -1,9 +1,9 @@
-// Forward pass; part of kernel_impl.h.
+// Forward pass; part of kernels_impl.h.
 
 struct ForwardScratch {
   int64_t score_stride, query_stride, sum_stride, lanes;
   KeyMatrix key, value;
-  Buffer<float> query, score, sum;  // (QB, query_stride), (QB, score_stride), (QB, sum_stride)
+  Scratch<float> query, score, sum;  // (QB, query_stride), (QB, score_stride), (QB, sum_stride)
   float max[QB], total[QB];
 
   ForwardScratch(const Problem& p, const KeyLayout& keys)
@@ -49,8 +49,8 @@ void forward_block(const Forward& p, const KeyLayout& keys, ForwardScratch& s, B
   for (int64_t i = 0; i < QB; ++i) {
     const int64_t q = q0 + i;
     if (i < count)
-      gather(p.query, head_offset(p.query, b, h) + q / p.wq * p.query.stride[2] + q % p.wq * p.query.stride[3],
-             p.query.stride[4], p.dk, p.scale, s.query + i * s.query_stride);
+      gather(p.query, query_offset(p, p.query, b, h, q), p.query.stride[4], p.dk, p.scale,
+             s.query + i * s.query_stride);
     else
       for (int64_t d = 0; d < p.dk; ++d) s.query[i * s.query_stride + d] = 0.0f;
     s.max[i] = -kInfinity;
@@ -78,8 +78,8 @@ void forward_block(const Forward& p, const KeyLayout& keys, ForwardScratch& s, B
   for (int64_t i = 0; i < count; ++i) {
     const int64_t q = q0 + i;
     const bool masked = s.max[i] == -kInfinity && s.total[i] == 0.0f;
-    scatter(p.out, head_offset(p.out, b, h) + q / p.wq * p.out.stride[2] + q % p.wq * p.out.stride[3], p.out.stride[4],
-            p.dv, masked ? 0.0f : p.keep_scale / s.total[i], s.sum + i * s.sum_stride);
+    scatter(p.out, query_offset(p, p.out, b, h, q), p.out.stride[4], p.dv, masked ? 0.0f : p.keep_scale / s.total[i],
+            s.sum + i * s.sum_stride);
     p.statistics[2 * (row0 + i)] = s.max[i];
     p.statistics[2 * (row0 + i) + 1] = masked ? 0.0f : s.total[i];
   }
@@ -89,7 +89,7 @@ void forward(const Forward& p, int64_t begin, int64_t end) {
   const KeyLayout keys(p);
   ForwardScratch scratch(p, keys);
   BiasTerms bias(p, keys, false);
-  Buffer<uint32_t> columns;
+  Scratch<uint32_t> columns;
   if (p.drop_below > 0) hash_columns(p, keys, columns);
   const auto block = keys.rows == 1 ? (p.drop_below > 0 ? forward_block<true, true> : forward_block<true, false>)
                                     : (p.drop_below > 0 ? forward_block<false, true> : forward_block<false, false>);

@@ -1,9 +1,5 @@
 // Registration of the CPU kernels: LibTorch tensors in, plain views to the kernels, work split over threads.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <optional>
 #include <stdexcept>
@@ -11,7 +7,7 @@
 
 #include "common/cpu_op.h"
 #include "common/huge_pages.h"
-#include "squeeze_excite/kernel.h"
+#include "squeeze_excite/kernels.h"
 
 namespace fused_attn::squeeze_excite {
 namespace {
@@ -21,8 +17,6 @@ using torch::stable::Tensor;
 constexpr int64_t kChunkBytes = 1 << 21;  // of the maps of one chunk of samples
 constexpr int64_t kSerialPack = 1 << 17;  // numbers that one thread packs sooner than several wake up
 
-const Kernels& kernels() { return FUSED_ATTN_BEST_KERNELS; }
-
 // What `run_pack` fills: `depth` rows of whole panels.
 std::vector<float> panels_for(const Kernels& use, int64_t depth, int64_t columns) {
   return std::vector<float>((columns + use.panel - 1) / use.panel * use.panel * depth);
@@ -31,7 +25,7 @@ std::vector<float> panels_for(const Kernels& use, int64_t depth, int64_t columns
 void run_pack(const Kernels& use, const Pack& pack) {
   const int64_t panels = (pack.columns + use.panel - 1) / use.panel;
   if (pack.columns * pack.depth < kSerialPack) return use.pack(pack, 0, panels);
-  parallel(panels, [&](int64_t begin, int64_t end) { use.pack(pack, begin, end); });
+  parallel(panels, use.pack, pack);
 }
 
 // Panels of a weight (outputs, inputs) for a product with its inputs, or with `outputs_first` its outputs, as depth.
@@ -39,16 +33,13 @@ std::vector<float> pack_weight(const Kernels& use, const Tensor& weight, bool ou
   const TensorView view = view_of(weight);
   const int64_t deep = outputs_first ? 0 : 1, wide = 1 - deep;
   std::vector<float> panels = panels_for(use, weight.size(deep), weight.size(wide));
-  run_pack(use, {view,
-                 {},
-                 weight.size(deep),
-                 weight.size(wide),
-                 weight.size(wide),
-                 view.stride[deep],
-                 view.stride[wide],
-                 0,
-                 0,
-                 panels.data()});
+  run_pack(use, {.from = view,
+                 .depth = weight.size(deep),
+                 .columns = weight.size(wide),
+                 .split = weight.size(wide),
+                 .depth_stride = view.stride[deep],
+                 .column_stride = view.stride[wide],
+                 .to = panels.data()});
   return panels;
 }
 
@@ -65,8 +56,8 @@ void fill_problem(Problem& p, const Tensor& x, const Tensor& fc1_weight, const s
   p.chunk = std::clamp<int64_t>(kChunkBytes / bytes, 1, 8);
   p.x = x.const_data_ptr();
   p.result = view_of(result);
-  p.z = static_cast<float*>(z.data_ptr()), p.hidden_units = static_cast<float*>(hidden.data_ptr());
-  p.scale = static_cast<float*>(scale.data_ptr());
+  p.z = floats_of(z), p.hidden_units = floats_of(hidden);
+  p.scale = floats_of(scale);
 }
 
 void* data_or_null(Tensor& tensor) { return tensor.numel() > 0 ? tensor.mutable_data_ptr() : nullptr; }
@@ -89,10 +80,10 @@ void squeeze_excite_forward(Tensor x, Tensor fc1_weight, std::optional<Tensor> f
   p.bias1 = view_of(fc1_bias), p.bias2 = view_of(fc2_bias), p.share = view_of(share);
   p.residual = residual ? residual->const_data_ptr() : nullptr;
   p.out = new_map(out);
-  const Kernels& use = kernels();
+  const Kernels& use = best_kernels();
   const auto fc1 = pack_weight(use, fc1_weight, false), fc2 = pack_weight(use, fc2_weight, false);
   p.fc1 = fc1.data(), p.fc2 = fc2.data();
-  parallel(p.chunks(), [&](int64_t begin, int64_t end) { use.forward(p, begin, end); });
+  parallel(p.chunks(), use.forward, p);
 }
 
 void squeeze_excite_backward(Tensor grad_out, Tensor x, Tensor fc1_weight, Tensor fc2_weight,
@@ -109,21 +100,34 @@ void squeeze_excite_backward(Tensor grad_out, Tensor x, Tensor fc1_weight, Tenso
   p.grad_fc1 = grad_fc1_weight.mutable_data_ptr(), p.grad_bias1 = grad_fc1_bias.mutable_data_ptr();
   p.grad_fc2 = grad_fc2_weight.mutable_data_ptr(), p.grad_bias2 = grad_fc2_bias.mutable_data_ptr();
 
-  const Kernels& use = kernels();
+  const Kernels& use = best_kernels();
   const auto fc2 = pack_weight(use, fc2_weight, true), fc1 = pack_weight(use, fc1_weight, true);
   p.fc2 = fc2.data(), p.fc1 = fc1.data();
   std::vector<float> grad_logits(p.batch * padded(p.channels)), grad_hidden(p.batch * padded(p.hidden));
   p.grad_logits = grad_logits.data(), p.grad_hidden = grad_hidden.data();
-  parallel(p.chunks(), [&](int64_t begin, int64_t end) { use.backward(p, begin, end); });
+  parallel(p.chunks(), use.backward, p);
 
   // One task sums over the whole batch in the order of the samples: the same bits at any number of threads.
   std::vector<float> inputs = panels_for(use, p.batch, p.columns()), units = panels_for(use, p.batch, p.hidden);
-  run_pack(use, {p.result, view_of(z), p.batch, p.columns(), p.features, p.result.stride[0], p.result.stride[1],
-                 p.channels, 1, inputs.data()});
-  run_pack(use, {view_of(hidden), {}, p.batch, p.hidden, p.hidden, p.hidden, 1, 0, 0, units.data()});
+  run_pack(use, {.from = p.result,
+                 .tail = view_of(z),
+                 .depth = p.batch,
+                 .columns = p.columns(),
+                 .split = p.features,
+                 .depth_stride = p.result.stride[0],
+                 .column_stride = p.result.stride[1],
+                 .tail_depth_stride = p.channels,
+                 .tail_column_stride = 1,
+                 .to = inputs.data()});
+  run_pack(use, {.from = view_of(hidden),
+                 .depth = p.batch,
+                 .columns = p.hidden,
+                 .split = p.hidden,
+                 .depth_stride = p.hidden,
+                 .column_stride = 1,
+                 .to = units.data()});
   p.input_panels = inputs.data(), p.hidden_panels = units.data();
-  parallel((padded(p.hidden) + padded(p.channels)) / kRowGroup,
-           [&](int64_t begin, int64_t end) { use.weight_grads(p, begin, end); });
+  parallel((padded(p.hidden) + padded(p.channels)) / kRowGroup, use.weight_grads, p);
 }
 
 }  // namespace

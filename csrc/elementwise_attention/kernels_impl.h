@@ -1,21 +1,14 @@
 // The CPU kernels of row/column softmax and element-wise attention; see the op's README.md for the method.
 //
-// Included by kernel_<isa>.cpp only, once each.  A row of a plane lies along the lanes, padded to whole vectors.  The
-// padding of the row logits is -inf and that of the column statistics (0, 0), so that it holds a product of exactly 0.
+// Included once per instruction set, see common/for_each_instruction_set.h.  A row of a plane lies along the lanes,
+// padded to whole vectors.  The padding of the row logits is -inf and that of the column statistics (0, 0), so that it
+// holds a product of exactly 0.
 
 namespace fused_attn::elementwise_attention::FUSED_ATTN_ISA {
 namespace {
 
 #include "common/simd.h"
-#include "common/simd_half.h"
-#include "common/stream.h"
 #include "elementwise_attention/rows.h"
-
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr int64_t kMostImages = 32;
-
-FA_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // e^x for x <= 88: 0 for -inf, NaN stays NaN.  What the multiple of ln 2 leaves is taken from x itself, in one
 // rounding, so that none grows with x.
@@ -28,11 +21,7 @@ FA_INLINE vf exp_of(vf x) {
   const vf r = (vf)_mm512_fmsub_ps((__m512)x, (__m512)broadcast(kLog2e), (__m512)n);
   return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)exp2_polynomial(r), (__m512)n);
 #else
-  const vf shifted = x * kLog2e + 12582912.0f;  // 1.5 * 2^23: rounds to an integer held in the low mantissa bits
-  const vf r = x * kLog2e - (shifted - 12582912.0f);
-  const vi result = (vi)exp2_polynomial(r) + ((vi)shifted << 23);
-  const vi underflow = x < -87.0f;
-  return (vf)(result & ~underflow);
+  return exp_nonpositive(x);
 #endif
 }
 
@@ -49,33 +38,8 @@ FA_INLINE bool all_near(const float* sums, int64_t count) {
   return all;
 }
 
-// A product that is not fused with the sum it goes into.
-FA_INLINE vf rounded(vf x) {
-#if defined(__x86_64__)
-  asm("" : "+v"(x));
-#elif defined(__aarch64__)
-  asm("" : "+w"(x));
-#endif
-  return x;
-}
-
 // For long rows that are read once: no hardware prefetcher follows them over the end of a page.
 FA_INLINE void prefetch_on(const float* p) { __builtin_prefetch(p + 1024); }
-
-// Scratch memory, one aligned allocation, freed at the end of a range of tasks.
-struct Buffer {
-  float* data = nullptr;
-
-  Buffer(int64_t count, float value) {
-    const int64_t size = round_up(count + L, 16);
-    data = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
-    if (data == nullptr) throw std::bad_alloc();
-    for (int64_t i = 0; i < size; ++i) data[i] = value;
-  }
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { std::free(data); }
-  float* operator+(int64_t i) { return data + i; }
-};
 
 // Where a task stands: a block of rows, some images and a head.
 struct Block {
@@ -87,18 +51,18 @@ struct Block {
 struct Operands {
   const Problem& p;
   int64_t vectors, stride, plane;
-  Buffer x_memory, row_memory, col_memory;
-  Rows x[kMostImages], weight_row, weight_col;
+  Scratch<float> x_memory, row_memory, col_memory;
+  Rows x[kMostImagesAtOnce], weight_row, weight_col;
   // Of one image and head, rows from y0 on.  inverse + rest is 1 / sum to twice the precision: the rounding of a
   // reciprocal alone would be shared by a whole row or column, and not cancel in the gradients of its logits.
   const float* row_max;
-  Buffer col_max, row_inverse, row_rest, col_inverse, col_rest;
+  Scratch<float> col_max, row_inverse, row_rest, col_inverse, col_rest;
   int64_t columns_of = -1;     // the plane of the column statistics
   bool columns_share = false;  // one shift
 
   explicit Operands(const Problem& problem)
       : p(problem),
-        vectors((p.width + L - 1) / L),
+        vectors(vectors_of(p.width)),
         stride(vectors * L),
         plane(p.block_rows * stride),
         // x pads with 1 next to weights of -inf and 0, and with -inf itself without weights.
@@ -127,14 +91,14 @@ struct Operands {
   // Without `rest` where only the product of the softmaxes is formed.
   template <bool Rest>
   FA_INLINE void load_statistics(const Block& k, int64_t plane_index) {
-    row_max = p.row_stats + plane_index * 2 * p.height + k.y0;
+    row_max = p.row_statistics + plane_index * 2 * p.height + k.y0;
     invert<Rest>(row_max + p.height, k.rows, row_inverse.data, row_rest.data);
     if (plane_index == columns_of) return;
     columns_of = plane_index;
-    const float* stats = p.col_stats + plane_index * 2 * p.width;
-    load_row_as(stats, 1, p.width, 0.0f, col_max.data);
-    invert<Rest>(stats + p.width, p.width, col_inverse.data, col_rest.data);
-    columns_share = !p.weighted && all_are(stats, p.width, stats[0]);
+    const float* statistics = p.col_statistics + plane_index * 2 * p.width;
+    load_row_as(statistics, 1, p.width, 0.0f, col_max.data);
+    invert<Rest>(statistics + p.width, p.width, col_inverse.data, col_rest.data);
+    columns_share = !p.weighted && all_are(statistics, p.width, statistics[0]);
   }
   // Whether every row of the block and every column of its plane is shifted by one number.
   bool shares(const Block& k) const { return columns_share && all_are(row_max, k.rows, col_max.data[0]); }
@@ -159,14 +123,16 @@ struct Operands {
 // Of the next image of a whole plane: they lie heads planes on, where no hardware prefetcher looks.
 FA_INLINE void prefetch_statistics(const Problem& p, int64_t plane) {
   if (!p.whole()) return;
-  const float *rows = p.row_stats + plane * 2 * p.height, *columns = p.col_stats + plane * 2 * p.width;
+  const float *rows = p.row_statistics + plane * 2 * p.height, *columns = p.col_statistics + plane * 2 * p.width;
   for (int64_t i = 0; i < 2 * p.height; i += 16) __builtin_prefetch(rows + i);
   for (int64_t i = 0; i < 2 * p.width; i += 16) __builtin_prefetch(columns + i);
 }
 
 // Visits every block of a task: images(), then for every head head(), image() each, head_done(), then images_done().
-template <class Visitor>
-void walk(const Problem& p, int64_t begin, int64_t end, Operands& o, Visitor& visitor) {
+template <class Visitor, class P>
+void walk(const P& p, int64_t begin, int64_t end) {
+  Operands o(p);
+  Visitor visitor(p, o);
   for (int64_t task = begin; task < end; ++task) {
     Block k{};
     k.task = task, k.c = task % p.channels, k.group = task / p.channels % p.groups;
@@ -194,6 +160,13 @@ void walk(const Problem& p, int64_t begin, int64_t end, Operands& o, Visitor& vi
       }
     }
   }
+}
+
+// run<Weighted, Normalise>().
+template <class Run>
+void with_options(const Problem& p, const Run& run) {
+  if (!p.weighted) return run.template operator()<false, false>();
+  p.mean ? run.template operator()<true, true>() : run.template operator()<true, false>();
 }
 
 struct Visitor {
@@ -261,22 +234,6 @@ struct Softmaxes : Row<Weighted> {
   }
 };
 
-template <int H, class Combine>
-FA_INLINE void fold_with(vf* x, const Combine& combine) {
-  for (int i = 0; i < H; ++i)
-    x[i] = combine(interleave_blocks<H, false>(x[i], x[i + H]), interleave_blocks<H, true>(x[i], x[i + H]));
-}
-
-// Lane i of the result is the maximum over lanes of x[i], i < L.  Overwrites x.
-FA_INLINE vf max_lanes_of_each(vf* x) {
-  const auto larger = [](vf a, vf b) FA_INLINE_CALL { return maximum(a, b); };
-  if constexpr (L >= 16) fold_with<8>(x, larger);
-  if constexpr (L >= 8) fold_with<4>(x, larger);
-  fold_with<2>(x, larger);
-  fold_with<1>(x, larger);
-  return x[0];
-}
-
 // combine over v < vectors of at(v), in four chains where there are as many.
 template <class At, class Combine>
 FA_INLINE vf over_vectors(int64_t vectors, vf start, const At& at, const Combine& combine) {
@@ -294,12 +251,26 @@ FA_INLINE vf over_vectors(int64_t vectors, vf start, const At& at, const Combine
   return combine(combine(a, b), combine(c, d));
 }
 
-#include "elementwise_attention/backward_impl.h"
+// clang-format off: the order counts
 #include "elementwise_attention/forward_impl.h"
+#include "elementwise_attention/backward_impl.h"
+#include "elementwise_attention/tiled_impl.h"
+#include "elementwise_attention/whole_impl.h"
+// clang-format on
 
 }  // namespace
 
-const Kernels kernels = {statistics,  combine_columns, moments,   output,     grad_moments,
-                         column_sums, combine_sums,    gradients, sum_weights};
+extern const Kernels kernels = {
+    .whole = {.statistics = whole_statistics, .gradients = whole_gradients},
+    .tiled = {.statistics = tiled_statistics,
+              .combine_columns = combine_columns,
+              .moments = moments,
+              .sums = sums,
+              .combine_sums = combine_sums,
+              .gradients = tiled_gradients},
+    .output = output,
+    .grad_moments = grad_moments,
+    .sum_weights = sum_weights,
+};
 
 }  // namespace fused_attn::elementwise_attention::FUSED_ATTN_ISA

@@ -1,43 +1,18 @@
 // The CPU kernels of relative-position 2D attention; see the op's README.md for the method.
 //
-// Included by kernel_<isa>.cpp only, once each.  Keys lie along the lanes; a block of QB queries meets a tile of key
-// vectors at a time, so that nothing larger than QB x tile exists of the N x N map.
+// Included once per instruction set, see common/for_each_instruction_set.h.  Keys lie along the lanes; a block of QB
+// queries meets a tile of key vectors at a time, so that nothing larger than QB x tile exists of the N x N map.
 
 namespace fused_attn::rel_attention_2d::FUSED_ATTN_ISA {
 namespace {
 
 #include "common/simd.h"
 
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr int QB = 32;  // queries to a block
 // Key vectors to a tile: up to 32x32 keys in one, so that forward never rescales and backward sees whole rows.
 constexpr int kForwardTile = 1024 / L;
 constexpr int kBackwardTile = 1024 / L;
 constexpr int64_t kKeyChunk = 64;  // keys whose rows stay in the first-level cache while the queries pass by
-
-FA_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Scratch memory, one aligned allocation per buffer, freed at the end of a range of tasks.
-template <class T>
-struct Buffer {
-  T* data = nullptr;
-  int64_t size = 0;
-
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { std::free(data); }
-  void allocate(int64_t count) {
-    size = round_up(count + L, 64 / sizeof(T));  // room for a vector load at the last element
-    data = static_cast<T*>(std::aligned_alloc(64, size * sizeof(T)));
-    if (data == nullptr) throw std::bad_alloc();
-  }
-  void fill(T x) {
-    for (int64_t i = 0; i < size; ++i) data[i] = x;
-  }
-  T* operator+(int64_t i) { return data + i; }
-  T& operator[](int64_t i) { return data[i]; }
-};
 
 // How keys map to vectors.  A group is `rows` whole image rows padded to `vectors` vectors, so that the column
 // logits are the same for every group and a group has a fixed lane -> (row of the group, column) pattern.
@@ -46,11 +21,15 @@ struct KeyLayout {
 
   explicit KeyLayout(const Problem& p) : wk(p.wk) {
     // Several rows to a group waste fewer lanes on narrow images; each vector then holds parts of a few rows.
+    constexpr int64_t kMostRows = 16;
+    // Instructions for a vector of keys, roughly: to each number of a query or value, for the softmax, and for picking
+    // row logits where the rows of a vector differ, to each of them.
+    constexpr int64_t kProduct = 2, kSoftmax = 20, kPick = 4, kPickRow = 2;
     double best = kInfinity;
-    for (int64_t candidate = 1; candidate <= 16 && candidate <= (p.hk > 1 ? p.hk : 1); ++candidate) {
-      const int64_t groups_ = (p.hk + candidate - 1) / candidate, vectors_ = (candidate * wk + L - 1) / L;
-      const double cost = double(groups_ * vectors_) *
-                          (2 * p.dk + 2 * p.dv + 20 + (candidate > 1 ? 4 + 2 * (L / (wk > 0 ? wk : 1)) : 0));
+    for (int64_t candidate = 1; candidate <= kMostRows && candidate <= (p.hk > 1 ? p.hk : 1); ++candidate) {
+      const int64_t groups_ = (p.hk + candidate - 1) / candidate, vectors_ = vectors_of(candidate * wk);
+      const int64_t pick = candidate > 1 ? kPick + kPickRow * (L / (wk > 0 ? wk : 1)) : 0;
+      const double cost = double(groups_ * vectors_) * (kProduct * (p.dk + p.dv) + kSoftmax + pick);
       if (cost < best) best = cost, rows = candidate, groups = groups_, vectors = vectors_;
     }
   }
@@ -58,8 +37,6 @@ struct KeyLayout {
   // Lanes of `of` groups up to the last that holds a key.
   int64_t lanes(int64_t of) const { return (of - 1) * vectors * L + rows * wk; }
 };
-
-FA_INLINE int64_t panels_of(int64_t vectors) { return (vectors + NR - 1) / NR; }
 
 // A matrix of one row of `depth` numbers to each key (or table position) is held as panels, to[(panel, depth, lane)],
 // where products run along the keys.  Where they sum over keys, or yield one number per key and depth, a wide depth
@@ -73,6 +50,10 @@ FA_INLINE int64_t head_offset(const TensorView& view, int64_t b, int64_t h) {
   return b * view.stride[0] + h * view.stride[1];
 }
 
+FA_INLINE int64_t query_offset(const Problem& p, const TensorView& view, int64_t b, int64_t h, int64_t query) {
+  return head_offset(view, b, h) + query / p.wq * view.stride[2] + query % p.wq * view.stride[3];
+}
+
 // Block sums are formed first and then added, so that a long sum is rounded once per block and not once per term.
 FA_INLINE void add_to(float* to, vf x) { store(to, load(to) + x); }
 
@@ -80,10 +61,14 @@ FA_INLINE void set_zero(float* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = 0.0f;
 }
 
+FA_INLINE void copy(const float* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
 struct KeyMatrix {
   int64_t depth = 0, stride = 0;  // stride of a row, in whole vectors
   bool keeps_panels = false, keeps_rows = false;
-  Buffer<float> panels, rows;  // without rows to keep, room for L of them
+  Scratch<float> panels, rows;  // without rows to keep, room for L of them
 
   void allocate(int64_t depth_, int64_t vectors, bool panels_, bool rows_) {
     depth = depth_, stride = round_up(depth_, L), keeps_panels = panels_, keeps_rows = rows_;
@@ -188,40 +173,39 @@ struct BiasTerms {
   const KeyLayout& keys;
   int64_t bias_rows;  // key rows with room for the last group
   int64_t row_vectors = 0, col_vectors = 0, table_vectors = 0;
-  Buffer<float> column;      // (QB, keys.vectors * L): column logit per lane of a group, -inf on padding
-  Buffer<float> row;         // (QB, bias_rows): row logit per key row, -inf past the image
-  Buffer<int32_t> row_mask;  // (keys.rows, keys.vectors * L): all ones where the lane lies in that row
-  Buffer<int32_t> row_of;    // (keys.vectors * L): the lane's row, counted from the first row of its vector
-  Buffer<int32_t> row_span;  // (keys.vectors, 2): first and last row of each vector
-  KeyMatrix table;           // row table, then column table
-  Buffer<float> query;       // (QB, query_stride): query * rel_scale
-  Buffer<float> product;     // (QB, table_vectors * L): query times every table row
-  int64_t column_stride, query_stride, product_stride;
+  Scratch<float> col_logits;  // (QB, keys.vectors * L): column logit per lane of a group, -inf on padding
+  Scratch<float> row_logits;  // (QB, bias_rows): row logit per key row, -inf past the image
+  Scratch<int32_t> row_mask;  // (keys.rows, keys.vectors * L): all ones where the lane lies in that row
+  Scratch<int32_t> row_of;    // (keys.vectors * L): the lane's row, counted from the first row of its vector
+  Scratch<int32_t> row_span;  // (keys.vectors, 2): first and last row of each vector
+  KeyMatrix table;            // row table, then column table
+  Scratch<float> query;       // (QB, query_stride): query * rel_scale
+  Scratch<float> product;     // (QB, table_vectors * L): query times every table row
+  int64_t col_stride, query_stride, product_stride;
   bool finite_tables = true;
 
   BiasTerms(const Problem& problem, const KeyLayout& layout, bool backward)
       : p(problem),
         keys(layout),
         bias_rows(layout.groups * layout.rows),
-        column_stride(layout.vectors * L),
+        col_stride(layout.vectors * L),
         query_stride(row_stride(problem.dk)) {
-    column.allocate(QB * column_stride);
-    row.allocate(QB * bias_rows);
-    row_mask.allocate(keys.rows * column_stride);
+    col_logits.allocate(QB * col_stride);
+    row_logits.allocate(QB * bias_rows);
+    row_mask.allocate(keys.rows * col_stride);
     for (int64_t r = 0; r < keys.rows; ++r)
-      for (int64_t lane = 0; lane < column_stride; ++lane)
-        row_mask[r * column_stride + lane] = lane / p.wk == r ? -1 : 0;
-    row_of.allocate(column_stride);
+      for (int64_t lane = 0; lane < col_stride; ++lane) row_mask[r * col_stride + lane] = lane / p.wk == r ? -1 : 0;
+    row_of.allocate(col_stride);
     row_span.allocate(2 * keys.vectors);
-    for (int64_t lane = 0; lane < column_stride; ++lane) {
+    for (int64_t lane = 0; lane < col_stride; ++lane) {
       const int64_t v = lane / L, r = smaller(lane / p.wk, keys.rows - 1);
       if (lane % L == 0) row_span[2 * v] = r;
       row_span[2 * v + 1] = r;
       row_of[lane] = r - row_span[2 * v];
     }
     if (p.tables) {
-      row_vectors = (p.row_length() + L - 1) / L;
-      col_vectors = (p.col_length() + L - 1) / L;
+      row_vectors = vectors_of(p.row_length());
+      col_vectors = vectors_of(p.col_length());
       table_vectors = row_vectors + col_vectors;
       product_stride = panels_of(table_vectors) * PANEL + L;
       table.allocate(p.dk, table_vectors, true, backward && is_wide(p.dk));
@@ -249,7 +233,7 @@ struct BiasTerms {
     if (!from_tables()) return;
     table.pack(table_vectors, [&](int64_t i, float* to) {
       const bool in_col = i >= row_vectors * L;
-      const TensorView& view = in_col ? p.col : p.row;
+      const TensorView& view = in_col ? p.col_term : p.row_term;
       const int64_t length = in_col ? p.col_length() : p.row_length();
       if (in_col) i -= row_vectors * L;
       if (i >= length) return set_zero(to, p.dk);
@@ -259,13 +243,13 @@ struct BiasTerms {
     finite_tables = all_finite(table.panels.data, table.panels.size);
   }
 
-  // Fills column and row for queries [q0, q0 + count) of head (b, h).
+  // Fills col_logits and row_logits for queries [q0, q0 + count) of head (b, h).
   void prepare(int64_t b, int64_t h, int64_t q0, int64_t count) {
     if (from_tables()) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t q = q0 + i;
-        gather(p.query, head_offset(p.query, b, h) + q / p.wq * p.query.stride[2] + q % p.wq * p.query.stride[3],
-               p.query.stride[4], p.dk, p.rel_scale, query + i * query_stride);
+        gather(p.query, query_offset(p, p.query, b, h, q), p.query.stride[4], p.dk, p.rel_scale,
+               query + i * query_stride);
       }
       for (int64_t i = count; i < QB; ++i)
         for (int64_t d = 0; d < p.dk; ++d) query[i * query_stride + d] = 0.0f;
@@ -277,22 +261,20 @@ struct BiasTerms {
     }
     for (int64_t i = 0; i < QB; ++i) {
       const int64_t q = q0 + i;
-      float* to_column = column + i * column_stride;
-      float* to_row = row + i * bias_rows;
-      if (i < count && !p.tables && p.col)
-        gather(p.col, head_offset(p.col, b, h) + q / p.wq * p.col.stride[2] + q % p.wq * p.col.stride[3],
-               p.col.stride[4], p.wk, 1.0f, to_column);
-      else if (i < count && p.col)
-        copy(product + i * product_stride + col_start(q), p.wk, to_column);
+      float* to_col = col_logits + i * col_stride;
+      float* to_row = row_logits + i * bias_rows;
+      if (i < count && !p.tables && p.col_term)
+        gather(p.col_term, query_offset(p, p.col_term, b, h, q), p.col_term.stride[4], p.wk, 1.0f, to_col);
+      else if (i < count && p.col_term)
+        copy(product + i * product_stride + col_start(q), p.wk, to_col);
       else
-        for (int64_t x = 0; x < p.wk; ++x) to_column[x] = 0.0f;
-      for (int64_t r = 1; r < keys.rows; ++r) copy(to_column, p.wk, to_column + r * p.wk);
-      for (int64_t lane = keys.rows * p.wk; lane < column_stride; ++lane) to_column[lane] = -kInfinity;
+        for (int64_t x = 0; x < p.wk; ++x) to_col[x] = 0.0f;
+      for (int64_t r = 1; r < keys.rows; ++r) copy(to_col, p.wk, to_col + r * p.wk);
+      for (int64_t lane = keys.rows * p.wk; lane < col_stride; ++lane) to_col[lane] = -kInfinity;
 
-      if (i < count && !p.tables && p.row)
-        gather(p.row, head_offset(p.row, b, h) + q / p.wq * p.row.stride[2] + q % p.wq * p.row.stride[3],
-               p.row.stride[4], p.hk, 1.0f, to_row);
-      else if (i < count && p.row)
+      if (i < count && !p.tables && p.row_term)
+        gather(p.row_term, query_offset(p, p.row_term, b, h, q), p.row_term.stride[4], p.hk, 1.0f, to_row);
+      else if (i < count && p.row_term)
         copy(product + i * product_stride + row_start(q), p.hk, to_row);
       else
         for (int64_t y = 0; y < p.hk; ++y) to_row[y] = 0.0f;
@@ -300,15 +282,11 @@ struct BiasTerms {
     }
   }
 
-  static void copy(const float* from, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
-  }
-
   // Logit terms of block row i on vector `offset` of key group `group`.
   template <bool OneRow>
   FA_INLINE vf at(int64_t i, int64_t group, int64_t offset) {
-    const float* logits = row + i * bias_rows + group * keys.rows;
-    const vf col = load(column + i * column_stride + offset * L);
+    const float* logits = row_logits + i * bias_rows + group * keys.rows;
+    const vf col = load(col_logits + i * col_stride + offset * L);
     if constexpr (OneRow) return col + logits[0];
     return col + permute_lanes(load(logits + row_span[2 * offset]), load(row_of + offset * L));
   }
@@ -336,7 +314,7 @@ struct DropoutKeys {
   }
 };
 
-void hash_columns(const Problem& p, const KeyLayout& keys, Buffer<uint32_t>& to) {
+void hash_columns(const Problem& p, const KeyLayout& keys, Scratch<uint32_t>& to) {
   to.allocate(keys.total_vectors() * L);
   for (int64_t i = 0; i < keys.total_vectors() * L; ++i) {
     const int64_t g = i / (keys.vectors * L), lane = i % (keys.vectors * L);
@@ -368,6 +346,9 @@ FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const float* 
 
 }  // namespace
 
-extern const Kernels kernels = {forward, backward, sum_query_partials, sum_table_partials};
+extern const Kernels kernels = {.forward = forward,
+                                .backward = backward,
+                                .sum_query_partials = sum_query_partials,
+                                .sum_table_partials = sum_table_partials};
 
 }  // namespace fused_attn::rel_attention_2d::FUSED_ATTN_ISA

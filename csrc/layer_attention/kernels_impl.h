@@ -1,16 +1,14 @@
 // The CPU kernels of the weighted sum over layers; see the op's README.md for the method.
 //
-// Included by kernel_<isa>.cpp only, once each.  Every value is read once and every result written once: what a
-// block of elements needs from all layers is gathered in the first-level cache.  Layer after layer, so that few streams
-// are open at a time: maps of one size start at the same offset of their pages, and more of them than the cache has
-// ways would evict each other.
+// Included once per instruction set, see common/for_each_instruction_set.h.  Every value is read once and every result
+// written once: what a block of elements needs from all layers is gathered in the first-level cache.  Layer after
+// layer, so that few streams are open at a time: maps of one size start at the same offset of their pages, and more of
+// them than the cache has ways would evict each other.
 
 namespace fused_attn::layer_attention::FUSED_ATTN_ISA {
 namespace {
 
 #include "common/simd.h"
-#include "common/simd_half.h"
-#include "common/stream.h"
 
 constexpr int CHUNK = 32;             // vectors whose products are summed before they join the block's
 constexpr int MOST = 8;               // layers that are summed at once
@@ -18,36 +16,17 @@ constexpr int POSITIONS = 4;          // taken together where each channel has w
 constexpr int64_t kBlock = 4096;      // elements that stay in the first-level cache while the layers pass by
 constexpr int64_t kTogether = 65536;  // the same of the second-level cache, in the backward pass
 
-FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-template <class T>
-FA_INLINE const T* at(const void* base, int64_t offset) {
-  return static_cast<const T*>(base) + offset;
-}
-template <class T>
-FA_INLINE T* at(void* base, int64_t offset) {
-  return static_cast<T*>(base) + offset;
-}
-
-template <class T>
-struct Buffer {
-  T* data;
-  explicit Buffer(int64_t count)
-      : data(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64 + 64))) {
-    if (data == nullptr) throw std::bad_alloc();
-  }
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { std::free(data); }
-};
-
 // How results are written; where they are streamed, can_stream said that they can be.
 enum class Write { plain, add, stream };
 
+template <Write how, class AnyLanes, class T>
+FA_INLINE void write(AnyLanes lanes, T* to, vf x) {
+  if constexpr (how == Write::add) x += lanes.load(to);
+  lanes.store(to, x, how == Write::stream);
+}
 template <Write how, class T>
 FA_INLINE void write(T* to, vf x) {
-  if constexpr (how == Write::add) x += load_as_float(to);
-  if constexpr (how == Write::stream && std::is_same_v<T, float>) return store_streamed(to, x);
-  store_rounded(to, x);
+  write<how>(Lanes<true>{0, L}, to, x);
 }
 
 // --- one weight for a whole run of elements (channels first) ------------------------------------------------------
@@ -102,18 +81,18 @@ FA_INLINE void sum_run(const Forward& p, const float* weights, int64_t b, int64_
     else
       sum_block<Write::plain>(p, weights, b, offset + i, vectors, acc, out + i);
   }
-  for (int64_t i = whole; i < count; ++i) {
-    float sum = 0.0f;
-    for (int64_t l = 0; l < p.layers; ++l)
-      sum += weights[l] * static_cast<float>(*at<T>(p.values[l], b * p.value_strides[l] + offset + i));
-    out[i] = static_cast<T>(sum);
-  }
+  if (whole == count) return;
+  const Lanes<false> rest{whole, count - whole};
+  vf sum{};
+  for (int64_t l = 0; l < p.layers; ++l)
+    sum += weights[l] * rest.load(at<T>(p.values[l], b * p.value_strides[l] + offset));
+  rest.store(out, sum);
 }
 
 template <class T>
 void forward_runs(const Forward& p, int64_t begin, int64_t end) {
   const int64_t parts = parts_of_row(p), row = p.row();
-  Buffer<float> acc(p.layers > MOST ? kBlock : 0);
+  Scratch<float> acc(p.layers > MOST ? kBlock : 0);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task % parts, bg = task / parts, b = bg / p.groups, g = bg % p.groups;
     const int64_t first = part * kPart, offset = g * row + first, count = smaller(kPart, row - first);
@@ -202,12 +181,13 @@ void backward_runs(const Backward& p, int64_t begin, int64_t end) {
 
 // Channels whose weights and sums, of all layers, are held at a time: all if they fit the second-level cache, so that a
 // position is read from end to end.
-FA_INLINE int64_t channels_at_a_time(const Sum& p) {
-  return smaller(p.channels, p.layers > 128 ? 256 : 32768 / p.layers / 256 * 256);
+FA_INLINE int64_t channels_at_a_time(const Problem& p) {
+  constexpr int64_t kRoom = 32768, kStep = 256;
+  return smaller(p.channels, p.layers > kRoom / kStep ? kStep : kRoom / p.layers / kStep * kStep);
 }
 
 // The weights of `count` channels from `first` on, layer by layer, `block` apart.
-FA_INLINE void spread_weights(const Sum& p, int64_t b, int64_t first, int64_t count, int64_t block, float* to) {
+FA_INLINE void spread_weights(const Problem& p, int64_t b, int64_t first, int64_t count, int64_t block, float* to) {
   const int64_t per_group = p.channels / p.groups;
   for (int64_t c = 0, g = first / per_group; c < count; ++g) {
     const int64_t stop = smaller(count, (g + 1) * per_group - first);
@@ -220,7 +200,7 @@ FA_INLINE void spread_weights(const Sum& p, int64_t b, int64_t first, int64_t co
 }
 
 // partial[g, l] += the sums of the group's channels, from `first` on.
-FA_INLINE void gather_sums(const Sum& p, int64_t first, int64_t count, int64_t block, const float* sums,
+FA_INLINE void gather_sums(const Problem& p, int64_t first, int64_t count, int64_t block, const float* sums,
                            float* partial) {
   const int64_t per_group = p.channels / p.groups;
   for (int64_t c = 0, g = first / per_group; c < count; ++g) {
@@ -244,33 +224,24 @@ FA_INLINE void forward_positions(const Forward& p, int64_t b, int64_t offset, in
                                  int64_t block) {
   const int64_t apart = p.channels;
   T* out = at<T>(p.out, b * p.out_stride + offset);
-  int64_t c = 0;
-  for (; c + L <= count; c += L) {
+  each(count, [&](auto lanes) FA_INLINE_CALL {
     vf acc[P]{};
     for (int64_t l = 0; l < p.layers; ++l) {
-      const vf weight = load(weights + l * block + c);
-      const T* value = at<T>(p.values[l], b * p.value_strides[l] + offset + c);
+      const vf weight = lanes.load(weights + l * block);
+      const T* value = at<T>(p.values[l], b * p.value_strides[l] + offset);
 #pragma GCC unroll 4
-      for (int n = 0; n < P; ++n) acc[n] += weight * load_as_float(value + n * apart);
+      for (int n = 0; n < P; ++n) acc[n] += weight * lanes.load(value + n * apart);
     }
 #pragma GCC unroll 4
-    for (int n = 0; n < P; ++n) write<how>(out + n * apart + c, acc[n]);
-  }
-  for (; c < count; ++c)
-    for (int n = 0; n < P; ++n) {
-      float sum = 0.0f;
-      for (int64_t l = 0; l < p.layers; ++l)
-        sum += weights[l * block + c] *
-               static_cast<float>(*at<T>(p.values[l], b * p.value_strides[l] + offset + n * apart + c));
-      out[n * apart + c] = static_cast<T>(sum);
-    }
+    for (int n = 0; n < P; ++n) write<how>(lanes, out + n * apart, acc[n]);
+  });
 }
 
 template <Write how, class T>
 void forward_rows_as(const Forward& p, int64_t begin, int64_t end) {
   const int64_t parts = parts_of_image(p), per_part = positions_per_part(p);
   const int64_t block = channels_at_a_time(p);
-  Buffer<float> weights(p.layers * block);
+  Scratch<float> weights(p.layers * block);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / parts, from = task % parts * per_part, to = smaller(from + per_part, p.positions);
     for (int64_t c0 = 0; c0 < p.channels; c0 += block) {
@@ -332,7 +303,7 @@ template <bool Values, bool Dots, Write how, class T>
 void backward_rows_as(const Backward& p, int64_t begin, int64_t end) {
   const int64_t parts = parts_of_image(p), per_part = positions_per_part(p);
   const int64_t block = channels_at_a_time(p);
-  Buffer<float> weights(p.layers * block), sums(p.layers * block);
+  Scratch<float> weights(p.layers * block), sums(p.layers * block);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / parts, from = task % parts * per_part, to = smaller(from + per_part, p.positions);
     float* partial = p.partials + task * p.groups * p.layers;
@@ -394,23 +365,15 @@ void backward_of(const Backward& p, int64_t begin, int64_t end) {
 }
 
 void forward(const Forward& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::float32: return forward_of<float>(p, begin, end);
-    case DType::float16: return forward_of<c10::Half>(p, begin, end);
-    case DType::bfloat16: return forward_of<c10::BFloat16>(p, begin, end);
-  }
+  with_element(p.dtype, [&](auto element) { forward_of<decltype(element)>(p, begin, end); });
 }
 
 void backward(const Backward& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::float32: return backward_of<float>(p, begin, end);
-    case DType::float16: return backward_of<c10::Half>(p, begin, end);
-    case DType::bfloat16: return backward_of<c10::BFloat16>(p, begin, end);
-  }
+  with_element(p.dtype, [&](auto element) { backward_of<decltype(element)>(p, begin, end); });
 }
 
 }  // namespace
 
-extern const Kernels kernels = {forward, backward};
+extern const Kernels kernels = {.forward = forward, .backward = backward};
 
 }  // namespace fused_attn::layer_attention::FUSED_ATTN_ISA

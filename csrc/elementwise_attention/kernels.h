@@ -1,21 +1,21 @@
-// What cpu.cpp hands to the kernels.  One implementation (kernel_impl.h), compiled once per instruction set.
+// What cpu.cpp hands to the kernels.  One implementation (kernels_impl.h), compiled once per instruction set.
 #pragma once
 
-#include <cstdint>
-
-#include "common/tensor_view.h"
+#include "common/kernels.h"
 
 namespace fused_attn::elementwise_attention {
 
+constexpr int64_t kMostImagesAtOnce = 32;
+
 // Sizes, inputs, statistics and how the work is cut up.  A task is one channel, one group of images and one range of
-// rows, for all heads.  It walks down its rows a block at a time; a small plane is one block ("whole").  All of this
-// follows the shape alone, so that no result depends on the number of threads.
+// rows, for all heads.  A small plane is taken whole, as one block; a larger one is tiled: the task walks down its rows
+// a block at a time.  All of this follows the shape alone, so that no result depends on the number of threads.
 struct Problem {
   int64_t batch, heads, channels, height, width;  // heads is 1 without weights
   bool weighted;
-  TensorView x;                       // (batch, channel, y, x)
-  TensorView weight_row, weight_col;  // (head, channel, y, x)
-  float *row_stats, *col_stats;       // (batch, head, channel, 2, y or x): shift, sum of e^(logit - shift)
+  TensorView x;                            // (batch, channel, y, x)
+  TensorView weight_row, weight_col;       // (head, channel, y, x)
+  float *row_statistics, *col_statistics;  // (batch, head, channel, 2, y or x): shift, sum of e^(logit - shift)
   int64_t groups, ranges, block_rows, images_at_once;
   bool large;  // more is written than stays in the caches
 
@@ -29,45 +29,46 @@ struct Problem {
   int64_t plane(int64_t b, int64_t h, int64_t c) const { return (b * heads + h) * channels + c; }
 };
 
+// What is formed together with the statistics of whole planes.
+enum class Also { nothing, moments, output };
+
 struct Forward : Problem {
-  TensorView out;       // (batch, head, channel, y, x)
-  bool needs_moments;   // statistics of the batch are wanted
-  bool writes_whole;    // whole planes are written together with their statistics
-  float* col_partials;  // (range, plane, 2, x): shift and sum of one range; null when whole
+  TensorView out;  // (batch, head, channel, y, x)
+  Also also;
+  float* col_partials;  // tiled: (range, plane, 2, x), shift and sum of one range
 };
 
 struct Backward : Problem {
   TensorView grad_out;                          // (batch, head, channel, y, x)
   TensorView grad_x;                            // (batch, channel, y, x)
   TensorView grad_weight_row, grad_weight_col;  // (head, channel, y, x)
-  float* row_sums;                              // (plane, y); null when whole
-  float* col_sums;                              // (range, plane, x); null when whole
+  float *row_sums, *col_sums;                   // tiled: (plane, y), (range, plane, x)
   const float *grad_mean, *grad_var;            // (head, channel): what the batch statistics pass back, see README.md
   float* weight_partials;                       // (group, 2, head, channel, y, x); null when one visit sees all images
 };
 
-struct Kernels {
-  void (*statistics)(const Forward&, int64_t begin, int64_t end);  // tasks; when whole, the moments or the output too
-  void (*combine_columns)(const Forward&, int64_t begin, int64_t end);  // planes
-  void (*moments)(const Forward&, int64_t begin, int64_t end);          // tasks
-  void (*output)(const Forward&, int64_t begin, int64_t end);           // tasks
-  void (*grad_moments)(const Backward&, int64_t begin, int64_t end);    // tasks
-  void (*sums)(const Backward&, int64_t begin, int64_t end);            // tasks; part of gradients when whole
-  void (*combine_sums)(const Backward&, int64_t begin, int64_t end);    // planes
-  void (*gradients)(const Backward&, int64_t begin, int64_t end);       // tasks
-  void (*sum_weights)(const Backward&, int64_t begin, int64_t end);     // (weight, head, channel, y) rows
+struct WholePlaneKernels {
+  void (*statistics)(const Forward&, int64_t begin, int64_t end);  // tasks; and what Forward::also says
+  void (*gradients)(const Backward&, int64_t begin, int64_t end);  // tasks
 };
 
-namespace generic {
-extern const Kernels kernels;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const Kernels kernels;
-}
-namespace avx512 {
-extern const Kernels kernels;
-}
-#endif
+struct TiledPlaneKernels {
+  void (*statistics)(const Forward&, int64_t begin, int64_t end);       // tasks
+  void (*combine_columns)(const Forward&, int64_t begin, int64_t end);  // planes
+  void (*moments)(const Forward&, int64_t begin, int64_t end);          // tasks
+  void (*sums)(const Backward&, int64_t begin, int64_t end);            // tasks
+  void (*combine_sums)(const Backward&, int64_t begin, int64_t end);    // planes
+  void (*gradients)(const Backward&, int64_t begin, int64_t end);       // tasks
+};
+
+struct Kernels {
+  WholePlaneKernels whole;
+  TiledPlaneKernels tiled;
+  void (*output)(const Forward&, int64_t begin, int64_t end);         // tasks
+  void (*grad_moments)(const Backward&, int64_t begin, int64_t end);  // tasks
+  void (*sum_weights)(const Backward&, int64_t begin, int64_t end);   // (weight, head, channel, y) rows
+};
+
+FUSED_ATTN_DECLARE_KERNELS()
 
 }  // namespace fused_attn::elementwise_attention

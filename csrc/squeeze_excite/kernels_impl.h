@@ -1,125 +1,16 @@
 // The CPU kernels of squeeze-excite; see the op's README.md for the method.
 //
-// Included by kernel_<isa>.cpp only, once each.  A chunk of samples is squeezed, sent through the two small layers and
-// scaled before the next one is touched, so that the second read of a map comes from the cache.
+// Included once per instruction set, see common/for_each_instruction_set.h.  A chunk of samples is squeezed, sent
+// through the two small layers and scaled before the next one is touched, so that the second read of a map comes from
+// the cache.
 
 namespace fused_attn::squeeze_excite::FUSED_ATTN_ISA {
 namespace {
 
 #include "common/simd.h"
-#include "common/simd_half.h"
-#include "common/stream.h"
 
 constexpr int kRows = 8;            // positions whose channels are added in registers (channels last)
 constexpr int64_t kBlockRows = 32;  // such groups to a partial sum
-
-FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-FA_INLINE int64_t vectors_of(int64_t count) { return (count + L - 1) / L; }
-FA_INLINE int64_t panels_of(int64_t count) { return (count + PANEL - 1) / PANEL; }
-
-template <class T>
-FA_INLINE const T* at(const void* base, int64_t offset) {
-  return static_cast<const T*>(base) + offset;
-}
-template <class T>
-FA_INLINE T* at(void* base, int64_t offset) {
-  return static_cast<T*>(base) + offset;
-}
-
-struct Buffer {
-  float* data;
-  explicit Buffer(int64_t count) : data(static_cast<float*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64 + 64))) {
-    if (data == nullptr) throw std::bad_alloc();
-  }
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { std::free(data); }
-  float* operator+(int64_t i) { return data + i; }
-};
-
-// --- the first `count` < L elements of a vector ---------------------------------------------------------------------
-
-template <class T>
-FA_INLINE vf load_some(const T* p, int64_t count) {
-#if defined(__AVX512BW__) && FUSED_ATTN_LANES == 16
-  const auto mask = static_cast<__mmask16>((1u << count) - 1);
-  if constexpr (sizeof(T) == 4) {
-    return (vf)_mm512_maskz_loadu_ps(mask, p);
-  } else {
-    const __m256i bits = _mm256_maskz_loadu_epi16(mask, p);
-    if constexpr (std::is_same_v<T, c10::Half>) return (vf)_mm512_cvtph_ps(bits);
-    return (vf)(__builtin_convertvector((vh)bits, vu) << 16);
-  }
-#else
-  T some[L] = {};
-  for (int64_t i = 0; i < count; ++i) some[i] = p[i];
-  return load_as_float(some);
-#endif
-}
-
-template <class T>
-FA_INLINE void store_some(T* p, vf x, int64_t count) {
-#if defined(__AVX512BW__) && FUSED_ATTN_LANES == 16
-  const auto mask = static_cast<__mmask16>((1u << count) - 1);
-  if constexpr (sizeof(T) == 4) {
-    _mm512_mask_storeu_ps(p, mask, (__m512)x);
-  } else {
-    T some[L];
-    store_rounded(some, x);
-    _mm256_mask_storeu_epi16(p, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(some)));
-  }
-#else
-  T some[L];
-  store_rounded(some, x);
-  for (int64_t i = 0; i < count; ++i) p[i] = some[i];
-#endif
-}
-
-// Where a vector starts, and whether all of it is there.
-template <bool Whole>
-struct Lanes {
-  int64_t begin, count;
-
-  template <class T>
-  FA_INLINE vf load(const T* p) const {
-    if constexpr (Whole) return load_as_float(p + begin);
-    return load_some(p + begin, count);
-  }
-  // Of what is read once from memory: no hardware prefetcher follows over the end of a page.
-  template <class T>
-  FA_INLINE vf load_on(const T* p) const {
-    __builtin_prefetch(reinterpret_cast<const char*>(p + begin) + 4096);
-    return load(p);
-  }
-  template <class T>
-  FA_INLINE void store(T* p, vf x) const {
-    if constexpr (Whole) return store_rounded(p + begin, x);
-    store_some(p + begin, x, count);
-  }
-  // Past the caches where the vector is whole, and then aligned.
-  template <class T>
-  FA_INLINE void stream(T* p, vf x) const {
-    if constexpr (Whole && std::is_same_v<T, float>) return store_streamed(p + begin, x);
-    store(p, x);
-  }
-};
-
-// body(lanes) for every vector of `count` elements.
-template <class Body>
-FA_INLINE void each(int64_t count, const Body& body) {
-  int64_t i = 0;
-  for (; i + L <= count; i += L) body(Lanes<true>{i, L});
-  if (i < count) body(Lanes<false>{i, count - i});
-}
-
-// The same, whole vectors lying where those of `to` can be streamed.
-template <class Body>
-FA_INLINE void each_aligned(const float* to, int64_t count, const Body& body) {
-  const int64_t head = smaller(-(reinterpret_cast<uintptr_t>(to) / sizeof(float)) % L, count);
-  if (head > 0) body(Lanes<false>{0, head});
-  int64_t i = head;
-  for (; i + L <= count; i += L) body(Lanes<true>{i, L});
-  if (i < count) body(Lanes<false>{i, count - i});
-}
 
 // Sum of term(lanes) over `count` elements; lanes past the end must come as 0.
 template <class Term>
@@ -132,11 +23,11 @@ FA_INLINE float sum_each(int64_t count, const Term& term) {
     const int64_t end = smaller(i + Block, count);
     for (; i + Unroll <= end; i += Unroll)
 #pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) sum[n] += term(Lanes<true>{i + n * L, L});
-    for (; i + L <= end; i += L) sum[0] += term(Lanes<true>{i, L});
+      for (int n = 0; n < 4; ++n) sum[n] = plus(sum[n], term(Lanes<true>{i + n * L, L}));
+    for (; i + L <= end; i += L) sum[0] = plus(sum[0], term(Lanes<true>{i, L}));
     total += (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
-  if (i < count) total += term(Lanes<false>{i, count - i});
+  if (i < count) total = plus(total, term(Lanes<false>{i, count - i}));
   return sum_lanes(total);
 }
 
@@ -154,7 +45,8 @@ FA_INLINE void sum_map(const Problem& p, float factor, float* sums, float* parti
     alignas(64) float terms[L * kShortRow];
     each(p.channels, [&](auto channels) FA_INLINE_CALL {
       const int64_t first = channels.begin * p.positions;
-      each(channels.count * p.positions, [&](auto lanes) FA_INLINE_CALL { lanes.store(terms, term(first, lanes)); });
+      each(channels.count * p.positions,
+           [&](auto lanes) FA_INLINE_CALL { lanes.store(terms, value_of(term(first, lanes))); });
       vf sum[L];
       for (int64_t c = 0; c < L; ++c) {
         sum[c] = vf{};
@@ -172,14 +64,18 @@ FA_INLINE void sum_map(const Problem& p, float factor, float* sums, float* parti
   }
   auto add_rows = [&]<int N>(int64_t row, bool first) FA_INLINE_CALL {
     each(p.channels, [&](auto lanes) FA_INLINE_CALL {
+      decltype(term(row, lanes)) part[N];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) part[n] = term((row + n) * p.channels, lanes);
+      float* to = partial + lanes.begin;
+      if constexpr (N == 1) return store(to, first ? value_of(part[0]) : plus(load(to), part[0]));
       vf sum[N];
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sum[n] = term((row + n) * p.channels, lanes);
+      for (int n = 0; n < N / 2; ++n) sum[n] = plus(value_of(part[n + N / 2]), part[n]);
 #pragma GCC unroll 8
-      for (int step = N / 2; step > 0; step /= 2)
+      for (int step = N / 4; step > 0; step /= 2)
 #pragma GCC unroll 8
         for (int n = 0; n < step; ++n) sum[n] += sum[n + step];
-      float* to = partial + lanes.begin;
       store(to, first ? sum[0] : load(to) + sum[0]);
     });
   };
@@ -203,7 +99,8 @@ FA_INLINE void write_map(const Problem& p, T* to, const float* a, const float* b
   auto rows = [&]<bool Streamed>() FA_INLINE_CALL {
     auto row = [&](int64_t offset, int64_t count, const auto& write) FA_INLINE_CALL {
       if constexpr (Streamed)
-        each_aligned(to + offset, count, [&](auto lanes) FA_INLINE_CALL { lanes.stream(to + offset, write(lanes)); });
+        each_aligned(to + offset, count,
+                     [&](auto lanes) FA_INLINE_CALL { lanes.store(to + offset, write(lanes), true); });
       else
         each(count, [&](auto lanes) FA_INLINE_CALL { lanes.store(to + offset, write(lanes)); });
     };
@@ -287,8 +184,12 @@ void scale_map(const Forward& p, int64_t b) {
   const float* scale = p.scale + b * p.channels;
   auto run = [&]<bool Relu>() FA_INLINE_CALL {
     write_map(p, out, scale, scale, [&](int64_t offset, auto lanes, vf s, vf) FA_INLINE_CALL {
-      vf y = lanes.load(x + offset) * s;
-      if constexpr (Residual) y += lanes.load_on(residual + offset);
+      const Product scaled{lanes.load(x + offset), s};
+      vf y;
+      if constexpr (Residual)
+        y = plus(lanes.load_on(residual + offset), scaled);
+      else
+        y = value_of(scaled);
       return Relu ? relu(y) : y;
     });
   };
@@ -298,8 +199,8 @@ void scale_map(const Forward& p, int64_t b) {
 template <class T>
 void forward_chunks(const Forward& p, int64_t begin, int64_t end) {
   const int64_t inputs = padded(p.columns()), units = padded(p.hidden), channels = padded(p.channels);
-  Buffer input(p.chunk * inputs), hidden(p.chunk * units), logits(p.chunk * channels), partial(channels);
-  Buffer bias1(units), bias2(channels);
+  Scratch<float> input(p.chunk * inputs), hidden(p.chunk * units), logits(p.chunk * channels), partial(channels);
+  Scratch<float> bias1(units), bias2(channels);
   gather_padded(p.bias1, p.hidden, bias1.data);
   gather_padded(p.bias2, p.channels, bias2.data);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -364,7 +265,7 @@ void reduce_map(const Backward& p, int64_t b, float* grad_scale, float* partial)
   sum_map(p, 1.0f, grad_scale, partial, [&](int64_t offset, auto lanes) FA_INLINE_CALL {
     const vf grad = active<Relu>(grad_out, out, offset, lanes);
     if constexpr (Residual) lanes.store(grad_residual + offset, grad);
-    return grad * lanes.load_on(x + offset);
+    return lanes.template product<T>(grad, lanes.load_on(x + offset));
   });
 }
 
@@ -376,13 +277,13 @@ void spread_map(const Backward& p, int64_t b, const void* grad, const float* gra
   T* grad_x = at<T>(p.grad_x, b * p.map());
   write_map(p, grad_x, p.scale + b * p.channels, grad_mean,
             [&](int64_t offset, auto lanes, vf s, vf mean)
-                FA_INLINE_CALL { return active<Relu>(grad_out, out, offset, lanes) * s + mean; });
+                FA_INLINE_CALL { return fused(active<Relu>(grad_out, out, offset, lanes), s, mean); });
 }
 
 template <class T>
 void backward_chunks(const Backward& p, int64_t begin, int64_t end) {
   const int64_t inputs = padded(p.columns()), units = padded(p.hidden), channels = padded(p.channels);
-  Buffer partial(channels), grad_input(p.chunk * inputs);
+  Scratch<float> partial(channels), grad_input(p.chunk * inputs);
   const float mean = 1.0f / p.positions;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t first = chunk * p.chunk, count = smaller(p.chunk, p.batch - first);
@@ -442,7 +343,7 @@ void weight_grad_rows(const Problem& p, int64_t row, int64_t rows, const float* 
   const int64_t count = smaller(kRowGroup, rows - row);
   multiply(count, grads + row, 1, stride, p.batch, panels, columns, [&](int64_t m, int64_t k, vf x) FA_INLINE_CALL {
     T* to = at<T>(grad_weight, (row + m) * columns + k);
-    k + L <= columns ? store_rounded(to, x) : store_some(to, x, columns - k);
+    k + L <= columns ? store_rounded(to, x) : store_part(to, columns - k, x);
   });
   each(count, [&](auto lanes) FA_INLINE_CALL {
     vf total{};
@@ -472,31 +373,20 @@ void weight_grad_groups(const Backward& p, int64_t begin, int64_t end) {
 // --- element types --------------------------------------------------------------------------------------------------
 
 void forward(const Forward& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::float32: return forward_chunks<float>(p, begin, end);
-    case DType::float16: return forward_chunks<c10::Half>(p, begin, end);
-    case DType::bfloat16: return forward_chunks<c10::BFloat16>(p, begin, end);
-  }
+  with_element(p.dtype, [&](auto element) { forward_chunks<decltype(element)>(p, begin, end); });
 }
 
 void backward(const Backward& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::float32: return backward_chunks<float>(p, begin, end);
-    case DType::float16: return backward_chunks<c10::Half>(p, begin, end);
-    case DType::bfloat16: return backward_chunks<c10::BFloat16>(p, begin, end);
-  }
+  with_element(p.dtype, [&](auto element) { backward_chunks<decltype(element)>(p, begin, end); });
 }
 
 void weight_grads(const Backward& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::float32: return weight_grad_groups<float>(p, begin, end);
-    case DType::float16: return weight_grad_groups<c10::Half>(p, begin, end);
-    case DType::bfloat16: return weight_grad_groups<c10::BFloat16>(p, begin, end);
-  }
+  with_element(p.dtype, [&](auto element) { weight_grad_groups<decltype(element)>(p, begin, end); });
 }
 
 }  // namespace
 
-extern const Kernels kernels = {PANEL, pack, forward, backward, weight_grads};
+extern const Kernels kernels = {
+    .panel = PANEL, .pack = pack, .forward = forward, .backward = backward, .weight_grads = weight_grads};
 
 }  // namespace fused_attn::squeeze_excite::FUSED_ATTN_ISA

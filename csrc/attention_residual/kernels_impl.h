@@ -1,62 +1,16 @@
 // The CPU kernels of attention residuals; see the op's README.md for the method.
 //
-// Included by kernel_<isa>.cpp only, once each.  The rows of one token's values are walked twice: the first time they
-// come from memory, the second time from the cache, which holds them (36 KiB for 9 float32 rows of 1,024).
+// Included once per instruction set, see common/for_each_instruction_set.h.  The rows of one token's values are walked
+// twice: the first time they come from memory, the second time from the cache, which holds them (36 KiB for 9 float32
+// rows of 1,024).
 
 namespace fused_attn::attention_residual::FUSED_ATTN_ISA {
 namespace {
 
 #include "common/simd.h"
-#include "common/simd_half.h"
-#include "common/stream.h"
 
 // Vectors walked together, each with a sum of its own.
 constexpr int U = 4;
-constexpr int64_t BLOCK = U * L;
-
-// Scratch memory, freed at the end of a range of tasks.
-template <class T>
-struct Scratch {
-  T* data;
-
-  explicit Scratch(int64_t count) {
-    const int64_t bytes = (count * int64_t(sizeof(T)) + 63) / 64 * 64;
-    data = static_cast<T*>(std::aligned_alloc(64, bytes > 0 ? bytes : 64));
-    if (data == nullptr) throw std::bad_alloc();
-  }
-  Scratch(const Scratch&) = delete;
-  ~Scratch() { std::free(data); }
-  T* operator+(int64_t i) const { return data + i; }
-  T& operator[](int64_t i) const { return data[i]; }
-};
-
-// --- elements ----------------------------------------------------------------------------------------------------
-
-// The first `count` < L elements; the other lanes are zero.
-template <class T>
-FA_INLINE vf load_first(const T* p, int64_t count) {
-  T part[L] = {};
-  for (int64_t i = 0; i < count; ++i) part[i] = p[i];
-  return load_as_float(part);
-}
-template <class T>
-FA_INLINE void store_first(T* p, int64_t count, vf x) {
-  T part[L];
-  store_rounded(part, x);
-  for (int64_t i = 0; i < count; ++i) p[i] = part[i];
-}
-
-// One vector of a row at which `Whole` says whether all its lanes exist.
-template <bool Whole, class T>
-FA_INLINE vf load_part(const T* p, int64_t count) {
-  if constexpr (Whole) return load_as_float(p);
-  return load_first(p, count);
-}
-template <bool Whole, class T>
-FA_INLINE void store_part(T* p, int64_t count, vf x) {
-  if constexpr (Whole) return store_rounded(p, x);
-  store_first(p, count, x);
-}
 
 template <class T>
 FA_INLINE T* row_of(const TensorView& view, int64_t outer, int64_t inner) {
@@ -67,13 +21,13 @@ FA_INLINE T* row_of(const Problem& p, const TensorView& view, int64_t token) {
   return row_of<T>(view, token / p.inner, token % p.inner);
 }
 
-// Walks a row of `dim` elements: step(offset, vectors, whole, elements), with as many vectors at once as U.
+// Walks a row of `dim` elements, as many as U vectors at once: step<N>(lanes) for N vectors from lanes on.
 template <class Step>
 FA_INLINE void walk(int64_t dim, const Step& step) {
   int64_t d = 0;
-  for (; d + BLOCK <= dim; d += BLOCK) step.template operator()<U, true>(d, int64_t(L));
-  for (; d + L <= dim; d += L) step.template operator()<1, true>(d, int64_t(L));
-  if (d < dim) step.template operator()<1, false>(d, dim - d);
+  for (; d + U * L <= dim; d += U * L) step.template operator()<U>(Lanes<true>{d, L});
+  for (; d + L <= dim; d += L) step.template operator()<1>(Lanes<true>{d, L});
+  if (d < dim) step.template operator()<1>(Lanes<false>{d, dim - d});
 }
 
 // Sums over a row of up to N quantities, in chains of at most kLongestChain additions.
@@ -82,7 +36,10 @@ struct RowSums {
   vf part[N][U] = {}, whole[N] = {};
   int64_t chain = 0;
 
-  FA_INLINE void add(int n, int u, vf x) { part[n][u] += x; }
+  template <class Term>
+  FA_INLINE void add(int n, int u, Term x) {
+    part[n][u] = plus(part[n][u], x);
+  }
   FA_INLINE void flush() {
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
@@ -96,12 +53,6 @@ struct RowSums {
   }
   FA_INLINE float total(int n) { return sum_lanes(whole[n]); }
 };
-
-// Rows of the next token: no hardware prefetcher follows from one value to the next.
-template <class T>
-FA_INLINE void prefetch(const T* p) {
-  __builtin_prefetch(p, 0, 3);
-}
 
 // query * norm_weight.
 void score_vector(const Problem& p, float* to) {
@@ -142,21 +93,22 @@ void forward(const Forward& p, int64_t begin, int64_t end) {
   score_vector(p, score.data);
   const float unit = take_unit(score.data, p.dim);
   Scratch<const T*> rows(p.count);
-  const int64_t last = end * kTaskTokens < p.tokens() ? end * kTaskTokens : p.tokens();
+  const int64_t last = smaller(end * kTaskTokens, p.tokens());
   for (int64_t token = begin * kTaskTokens; token < last; ++token) {
     const int64_t outer = token / p.inner, inner = token % p.inner;
     float* statistics = p.statistics + token * p.count * 2;
     for (int64_t l = 0; l < p.count; ++l) {
       const T* row = rows[l] = row_of<const T>(p.values[l], outer, inner);
+      // No hardware prefetcher follows from one value to the next.
       const T* next = token + 1 < last ? row_of<const T>(p, p.values[l], token + 1) : row;
       RowSums<2> sums;
-      walk(p.dim, [&]<int N, bool Whole>(int64_t d, int64_t elements) FA_INLINE_CALL {
+      walk(p.dim, [&]<int N>(auto lanes) FA_INLINE_CALL {
 #pragma GCC unroll 4
         for (int u = 0; u < N; ++u) {
-          prefetch(next + d + u * L);
-          const vf x = load_part<Whole>(row + d + u * L, elements);
-          sums.add(0, u, x * x);
-          sums.add(1, u, x * load_part<Whole>(score + d + u * L, elements));
+          __builtin_prefetch(next + lanes.begin + u * L);
+          const vf x = lanes.load(row + u * L);
+          sums.add(0, u, Product{x, x});
+          sums.add(1, u, lanes.template product<T>(x, lanes.load(score + u * L)));
         }
         sums.advance();
       });
@@ -167,15 +119,15 @@ void forward(const Forward& p, int64_t begin, int64_t end) {
     }
     softmax(statistics, p.count, weights.data);
     T* out = row_of<T>(p.out, outer, inner);
-    walk(p.dim, [&]<int N, bool Whole>(int64_t d, int64_t elements) FA_INLINE_CALL {
+    walk(p.dim, [&]<int N>(auto lanes) FA_INLINE_CALL {
       vf acc[N] = {};
       for (int64_t l = 0; l < p.count; ++l) {
         const vf weight = broadcast(weights[l]);
 #pragma GCC unroll 4
-        for (int u = 0; u < N; ++u) acc[u] += weight * load_part<Whole>(rows[l] + d + u * L, elements);
+        for (int u = 0; u < N; ++u) acc[u] += weight * lanes.load(rows[l] + u * L);
       }
 #pragma GCC unroll 4
-      for (int u = 0; u < N; ++u) store_part<Whole>(out + d + u * L, elements, acc[u]);
+      for (int u = 0; u < N; ++u) lanes.store(out + u * L, acc[u]);
     });
   }
 }
@@ -199,16 +151,15 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     float* partial = p.partials + task * p.dim;
     const int64_t first = task * kTaskTokens;
-    const int64_t last = first + kTaskTokens < p.tokens() ? first + kTaskTokens : p.tokens();
+    const int64_t last = smaller(first + kTaskTokens, p.tokens());
     for (int64_t token = first; token < last; ++token) {
       const int64_t outer = token / p.inner, inner = token % p.inner;
       const float* statistics = p.statistics + token * p.count * 2;
       const T* grad_out = row_of<const T>(p.grad_out, outer, inner);
       const bool more = token + 1 < last;
       bool streams = p.large;
-      walk(p.dim, [&]<int N, bool Whole>(int64_t d, int64_t elements) FA_INLINE_CALL {
-        for (int u = 0; u < N; ++u)
-          store_part<Whole>(grad + d + u * L, elements, load_part<Whole>(grad_out + d + u * L, elements));
+      walk(p.dim, [&]<int N>(auto lanes) FA_INLINE_CALL {
+        for (int u = 0; u < N; ++u) lanes.store(grad + u * L, lanes.load(grad_out + u * L));
       });
       softmax(statistics, p.count, weights.data);
       float delta = 0.0f;
@@ -218,11 +169,11 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
         grad_rows[l] = row_of<T>(p.grad_values[l], outer, inner);
         streams &= can_stream(grad_rows[l]);
         RowSums<1> sums;
-        walk(p.dim, [&]<int N, bool Whole>(int64_t d, int64_t elements) FA_INLINE_CALL {
+        walk(p.dim, [&]<int N>(auto lanes) FA_INLINE_CALL {
 #pragma GCC unroll 4
           for (int u = 0; u < N; ++u) {
-            prefetch(next + d + u * L);
-            sums.add(0, u, load_part<Whole>(row + d + u * L, elements) * load_part<Whole>(grad + d + u * L, elements));
+            __builtin_prefetch(next + lanes.begin + u * L);
+            sums.add(0, u, lanes.template product<T>(lanes.load(row + u * L), lanes.load(grad + u * L)));
           }
           sums.advance();
         });
@@ -235,33 +186,28 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
         const float scaled = weights[l] * (products[l] - delta) * rms;
         coefficients[l] = {weights[l], scaled, -scaled * logit * rms / float(p.dim)};
       }
-      walk(p.dim, [&]<int N, bool Whole>(int64_t d, int64_t elements) FA_INLINE_CALL {
+      walk(p.dim, [&]<int N>(auto lanes) FA_INLINE_CALL {
         vf g[N], s[N], acc[N] = {};
 #pragma GCC unroll 4
         for (int u = 0; u < N; ++u) {
-          g[u] = load_part<Whole>(grad + d + u * L, elements);
-          s[u] = load_part<Whole>(score + d + u * L, elements);
+          g[u] = lanes.load(grad + u * L);
+          s[u] = lanes.load(score + u * L);
         }
         for (int64_t l = 0; l < p.count; ++l) {
           const vf a = broadcast(coefficients[l].weight), b = broadcast(coefficients[l].score),
                    c = broadcast(coefficients[l].value);
 #pragma GCC unroll 4
           for (int u = 0; u < N; ++u) {
-            const vf x = load_part<Whole>(rows[l] + d + u * L, elements);
+            const vf x = lanes.load(rows[l] + u * L);
             acc[u] += b * x;
             const vf grad_value = a * g[u] + b * s[u] + c * x;
-            if constexpr (Whole && sizeof(T) == sizeof(float))
-              if (streams) {
-                store_streamed(grad_rows[l] + d + u * L, grad_value);
-                continue;
-              }
-            store_part<Whole>(grad_rows[l] + d + u * L, elements, grad_value);
+            lanes.store(grad_rows[l] + u * L, grad_value, streams);
           }
         }
 #pragma GCC unroll 4
         for (int u = 0; u < N; ++u) {
-          float* to = partial + d + u * L;
-          store_part<Whole>(to, elements, acc[u] + load_part<Whole>(to, elements));
+          float* to = partial + u * L;
+          lanes.store(to, acc[u] + lanes.load(to));
         }
       });
     }
@@ -292,15 +238,6 @@ void sum_partials(const Backward& p, int64_t begin, int64_t end) {
   if (p.norm_weight) write(p.grad_norm_weight, p.query);
 }
 
-template <class Run>
-void with_element(DType dtype, const Run& run) {
-  switch (dtype) {
-    case DType::float32: return run(float{});
-    case DType::float16: return run(c10::Half{});
-    case DType::bfloat16: return run(c10::BFloat16{});
-  }
-}
-
 void forward_any(const Forward& p, int64_t begin, int64_t end) {
   with_element(p.dtype, [&](auto element) { forward<decltype(element)>(p, begin, end); });
 }
@@ -311,6 +248,6 @@ void backward_any(const Backward& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const Kernels kernels = {forward_any, backward_any, sum_partials};
+extern const Kernels kernels = {.forward = forward_any, .backward = backward_any, .sum_partials = sum_partials};
 
 }  // namespace fused_attn::attention_residual::FUSED_ATTN_ISA

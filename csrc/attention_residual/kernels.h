@@ -1,11 +1,13 @@
-// What cpu.cpp hands to the kernels.  One implementation (kernel_impl.h), compiled once per instruction set.
+// What cpu.cpp hands to the kernels.  One implementation (kernels_impl.h), compiled once per instruction set.
 #pragma once
 
-#include <cstdint>
-
-#include "common/tensor_view.h"
+#include "common/kernels.h"
 
 namespace fused_attn::attention_residual {
+
+// Tokens to a task.  What several tasks contribute to is summed from partial results, one per task, so this must not
+// depend on the number of threads.
+constexpr int64_t kTaskTokens = 32;
 
 // Values, their gradients, out and grad_out are (outer, inner, dim) with contiguous rows; a token is one (outer,
 // inner). All but the statistics share one element type.
@@ -16,18 +18,13 @@ struct Problem {
   TensorView query, norm_weight;  // (dim,); norm_weight may be missing
 
   int64_t tokens() const { return outer * inner; }
+  int64_t tasks() const { return (tokens() + kTaskTokens - 1) / kTaskTokens; }
 };
-
-// Tokens to a task.  What several tasks contribute to is summed from partial results, one per task, so this must not
-// depend on the number of threads.
-constexpr int64_t kTaskTokens = 32;
 
 struct Forward : Problem {
   float eps;
   TensorView out;
   float* statistics;  // (tokens, count, 2): logit and 1 / root mean square
-
-  int64_t tasks() const { return (tokens() + kTaskTokens - 1) / kTaskTokens; }
 };
 
 struct Backward : Problem {
@@ -37,8 +34,6 @@ struct Backward : Problem {
   bool large;                     // they do not stay in the caches
   TensorView grad_query, grad_norm_weight;
   float* partials;  // (tasks, dim): gradient of query * norm_weight
-
-  int64_t tasks() const { return (tokens() + kTaskTokens - 1) / kTaskTokens; }
 };
 
 struct Kernels {
@@ -47,16 +42,6 @@ struct Kernels {
   void (*sum_partials)(const Backward&, int64_t begin, int64_t end);  // elements of dim
 };
 
-namespace generic {
-extern const Kernels kernels;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const Kernels kernels;
-}
-namespace avx512 {
-extern const Kernels kernels;
-}
-#endif
+FUSED_ATTN_DECLARE_KERNELS()
 
 }  // namespace fused_attn::attention_residual

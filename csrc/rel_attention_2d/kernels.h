@@ -1,28 +1,26 @@
-// What cpu.cpp hands to the kernels.  One implementation (kernel_impl.h), compiled once per instruction set.
+// What cpu.cpp hands to the kernels.  One implementation (kernels_impl.h), compiled once per instruction set.
 #pragma once
 
-#include <cstdint>
-
-#include "common/tensor_view.h"
+#include "common/kernels.h"
 
 namespace fused_attn::rel_attention_2d {
 
-// Sizes, options and inputs.  Tensors are indexed (batch, heads, y, x, depth); `row` and `col` hold tables,
+// Sizes, options and inputs.  Tensors are indexed (batch, heads, y, x, depth); `row_term` and `col_term` hold tables,
 // indexed (head, position, depth, -, -) with a head stride of 0 for shared ones, or logits, indexed
 // (batch, heads, yq, xq, key position), or nothing.
 struct Problem {
   int64_t batch, heads, hq, wq, hk, wk, dk, dv;
   float scale, rel_scale;
-  bool tables;           // row and col are tables
+  bool tables;           // the terms are tables
   bool key_minus_query;  // index convention of the tables
   uint32_t drop_below;   // dropout: weights whose hash is below this number are dropped; 0 = no dropout
   float keep_scale;      // 1 / (1 - dropout_p)
   uint64_t seed;
-  TensorView query, key, value, row, col;
+  TensorView query, key, value, row_term, col_term;
 
   int64_t queries() const { return hq * wq; }
-  int64_t row_length() const { return tables && row ? hq + hk - 1 : 0; }
-  int64_t col_length() const { return tables && col ? wq + wk - 1 : 0; }
+  int64_t row_length() const { return tables && row_term ? hq + hk - 1 : 0; }
+  int64_t col_length() const { return tables && col_term ? wq + wk - 1 : 0; }
 };
 
 struct Forward : Problem {
@@ -40,7 +38,7 @@ struct Forward : Problem {
 struct Backward : Problem {
   TensorView grad_out, out;
   const float* statistics;
-  TensorView grad_query, grad_key, grad_value, grad_row, grad_col;
+  TensorView grad_query, grad_key, grad_value, grad_row_term, grad_col_term;
   int64_t key_splits;
   float* query_partials;  // (tasks, queries, dk); null when key_splits is 1
   float* table_partials;  // (tasks, row_length + col_length, dk)
@@ -55,16 +53,6 @@ struct Kernels {
   void (*sum_table_partials)(const Backward&, int64_t begin, int64_t end);  // table rows, over all heads
 };
 
-namespace generic {
-extern const Kernels kernels;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const Kernels kernels;
-}
-namespace avx512 {
-extern const Kernels kernels;
-}
-#endif
+FUSED_ATTN_DECLARE_KERNELS()
 
 }  // namespace fused_attn::rel_attention_2d

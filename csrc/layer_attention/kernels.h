@@ -1,9 +1,7 @@
-// What cpu.cpp hands to the kernels.  One implementation (kernel_impl.h), compiled once per instruction set.
+// What cpu.cpp hands to the kernels.  One implementation (kernels_impl.h), compiled once per instruction set.
 #pragma once
 
-#include <cstdint>
-
-#include "common/tensor_view.h"
+#include "common/kernels.h"
 
 namespace fused_attn::layer_attention {
 
@@ -11,7 +9,7 @@ namespace fused_attn::layer_attention {
 //   channels first: image b is `channels` runs of `positions` elements.  The positions of a group's channels share a
 //                   weight, so the image is `groups` rows of channels / groups * positions elements.
 //   channels last:  image b is `positions` rows of `channels` elements, with a weight per channel.
-struct Sum {
+struct Problem {
   int64_t batch, channels, positions, groups, layers;
   bool channels_last;
   bool large;            // more is written than stays in the caches
@@ -25,12 +23,12 @@ struct Sum {
 };
 
 // A task is one image and one range of its elements, at most kPart of them: the split follows the shape alone.
-struct Forward : Sum {
+struct Forward : Problem {
   void* out;
   int64_t out_stride;
 };
 
-struct Backward : Sum {
+struct Backward : Problem {
   const void* grad_out;
   int64_t grad_out_stride;
   void* const* grad_values;  // null: not wanted
@@ -41,16 +39,16 @@ struct Backward : Sum {
 
 constexpr int64_t kPart = 16384;  // elements to a task
 
-inline int64_t parts_of_row(const Sum& p) { return (p.row() + kPart - 1) / kPart; }
-inline int64_t positions_per_part(const Sum& p) {
+inline int64_t parts_of_row(const Problem& p) { return (p.row() + kPart - 1) / kPart; }
+inline int64_t positions_per_part(const Problem& p) {
   return p.channels > kPart ? 1 : kPart / (p.channels > 0 ? p.channels : 1);
 }
-inline int64_t parts_of_image(const Sum& p) {
+inline int64_t parts_of_image(const Problem& p) {
   const int64_t per_part = positions_per_part(p);
   return (p.positions + per_part - 1) / per_part;
 }
 // Channels first: (image, group, part of the row).  Channels last: (image, part of the positions).
-inline int64_t tasks_of(const Sum& p) {
+inline int64_t tasks_of(const Problem& p) {
   return p.channels_last ? p.batch * parts_of_image(p) : p.batch * p.groups * parts_of_row(p);
 }
 
@@ -59,16 +57,6 @@ struct Kernels {
   void (*backward)(const Backward&, int64_t begin, int64_t end);  // tasks
 };
 
-namespace generic {
-extern const Kernels kernels;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const Kernels kernels;
-}
-namespace avx512 {
-extern const Kernels kernels;
-}
-#endif
+FUSED_ATTN_DECLARE_KERNELS()
 
 }  // namespace fused_attn::layer_attention

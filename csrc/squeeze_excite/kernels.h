@@ -1,17 +1,15 @@
-// What cpu.cpp hands to the kernels.  One implementation (kernel_impl.h), compiled once per instruction set.
+// What cpu.cpp hands to the kernels.  One implementation (kernels_impl.h), compiled once per instruction set.
 #pragma once
 
-#include <cstdint>
-
-#include "common/tensor_view.h"
+#include "common/kernels.h"
 
 namespace fused_attn::squeeze_excite {
 
 // Weights of a small layer as panels: to[(panel, depth, lane)] = weight of (depth, panel * width + lane).
 struct Pack {
-  TensorView from, tail;  // columns past `split` come from `tail`, where they count from 0
+  TensorView from, tail = {};  // columns past `split` come from `tail`, where they count from 0
   int64_t depth, columns, split;
-  int64_t depth_stride, column_stride, tail_depth_stride, tail_column_stride;
+  int64_t depth_stride, column_stride, tail_depth_stride = 0, tail_column_stride = 0;
   float* to;
 };
 
@@ -62,16 +60,6 @@ struct Kernels {
   void (*weight_grads)(const Backward&, int64_t begin, int64_t end);  // groups of rows: of fc1, then of fc2
 };
 
-namespace generic {
-extern const Kernels kernels;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const Kernels kernels;
-}
-namespace avx512 {
-extern const Kernels kernels;
-}
-#endif
+FUSED_ATTN_DECLARE_KERNELS()
 
 }  // namespace fused_attn::squeeze_excite
