@@ -35,7 +35,7 @@ def softmax_exp(x, EXACT: tl.constexpr):
 @triton.jit
 def reciprocal(x, EXACT: tl.constexpr = True):
     """1 / x to 2 ulp, as ``/`` is on a GPU, or to 1 (EXACT), by a step of Newton's where there is one to take.
-    ``tl.div_rn`` may take a call, around which registers spill."""
+    ``tl.div_rn`` may take a call, around which registers can spill."""
     near = 1.0 / x
     if EXACT:
         refined = tl.fma(near, tl.fma(-x, near, 1.0), near)

@@ -92,7 +92,7 @@ def _normaliser(statistics_ptr, query, live):
     """
     maximum = tl.load(statistics_ptr + 2 * query, mask=live, other=0.0)
     total = tl.load(statistics_ptr + 2 * query + 1, mask=live, other=0.0)
-    return tl.where(total == 0.0, float("inf"), maximum), tl.where(total == 0.0, 0.0, reciprocal(total))
+    return tl.where(total == 0.0, float("inf"), maximum), tl.where(total == 0.0, 0.0, tl.div_rn(1.0, total))
 
 
 @triton.jit
