@@ -1,10 +1,12 @@
 """Plain calls go straight to the kernel, all others through PyTorch's dispatcher; both give the same bits."""
 
+import commands
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -101,6 +103,42 @@ def test_both_ways_give_the_same_bits(spec):
         for name, tensor in plain.items():
             assert torch.equal(tensor.nan_to_num(), dispatched[name].nan_to_num()), (sample.name, name)
             assert tensor.stride() == dispatched[name].stride(), (sample.name, name)
+
+
+IMPORTED_WITHIN = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+x = torch.randn(2)
+with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True):
+    from fused_attn.ops._floor.operators import is_plain
+    assert not is_plain((x,))
+with torch.inference_mode():
+    assert is_plain((x, torch.randn(2)))
+assert is_plain((x,))
+"""
+
+
+def test_what_is_plain_does_not_depend_on_where_the_package_is_imported():
+    result = commands.python("-c", IMPORTED_WITHIN)
+    assert result.returncode == 0, result.stderr
+
+
+@needs_cpu
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_plain_calls_run_the_kernels_of_their_implementation(spec):
+    """Of what the other way runs, the contract test knows."""
+    inputs = spec.samples[0].inputs(torch.float32)
+    grad_out = draw_grad_out(spec, inputs)
+    ran = {}
+    for impl in ("cpu", "reference"):
+        with profile(activities=[ProfilerActivity.CPU]) as events:
+            evaluate(lambda **call: spec.function(**call, impl=impl), inputs, grad_out)  # noqa: B023 - called at once
+        names = {event.key for event in events.key_averages()}
+        ran[impl] = {name for name in names if name.startswith(("fused_attn::", "fused_attn_cpu::"))}
+    assert {name.partition("::")[0] for name in ran["cpu"]} == {"fused_attn_cpu"}  # no operator: the call was plain
+    assert {name.rpartition("_")[2] for name in ran["cpu"]} == {"forward", "backward"}
+    assert not ran["reference"]
 
 
 @needs_cpu

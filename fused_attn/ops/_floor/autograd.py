@@ -30,10 +30,11 @@ def register(
     Args:
         op: the op's public name, for the error text.
         name: of the operator, whose first output alone is differentiable; ``<base>_<impl>``.
-        backward: ``backward(ctx, grad_out)`` gives the gradients of the operator's arguments.  It runs the operator
+        backward: ``backward(ctx, grad_out)`` gives the gradients of the operator's arguments, which count for those
+            that are tensors.  It runs the operator
             ``name_backward``, which has no derivative in either mode: asking for one is an error.
-        save: ``save(ctx, arguments, outputs, needs)`` keeps what backward needs; ``needs`` says of every argument
-            whether it needs a gradient (a list of tensors, of every one).
+        save: ``save(ctx, arguments, outputs, needs)`` keeps what backward needs; ``needs`` says of every argument that
+            is a tensor whether it needs a gradient (of a list of tensors, of every one).
         reference: the same function of the same arguments in plain PyTorch.  In forward mode it gives the tangent;
             the output itself comes from the operator.
     """
@@ -67,21 +68,21 @@ def plain_function(
 
     class Plain(_SingleLevelFunction):
         @staticmethod
-        def forward(ctx, args, lengths, *flat):
+        def forward(ctx, args, marks, *tensors):
             outputs = forward(*args)
-            save(ctx, args, outputs, _unflatten(lengths, ctx.needs_input_grad[2:]))
+            save(ctx, args, outputs, together(marks, ctx.needs_input_grad[2:]))
+            ctx.marks = marks
             return outputs
 
         @staticmethod
         def backward(ctx, grad_out, *_):
-            grads = backward(ctx, grad_out)
-            return None, None, *_flatten(grads)[1]
+            return None, None, *_of_tensors(ctx.marks, backward(ctx, grad_out))
 
     Plain.__name__ = Plain.__qualname__ = name
 
     def run(args: tuple) -> tuple[Tensor, ...]:
-        lengths, flat = _flatten(args)
-        return Plain.apply(args, lengths, *flat)
+        marks, tensors = separate(args)
+        return Plain.apply(args, marks, *tensors)
 
     return run
 
@@ -92,17 +93,18 @@ def _register(name: str, backward, save, forward_mode) -> None:
     # The kernel below runs within one level of torch.func, so its function has to know nothing of the others.
     class Reverse(_SingleLevelFunction):
         @staticmethod
-        def forward(ctx, call, *flat):
+        def forward(ctx, call, *tensors):
             with _Recording():
                 outputs = call.run()
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            save(ctx, call.args, outputs, _unflatten(call.lengths, ctx.needs_input_grad[1:]))
-            call.structure, flat_outputs = _flatten(outputs)
-            return tuple(flat_outputs)
+            save(ctx, call.args, outputs, together(call.marks, ctx.needs_input_grad[1:]))
+            ctx.marks = call.marks
+            call.outputs, flat = separate(outputs)
+            return tuple(flat)
 
         @staticmethod
         def backward(ctx, grad_out, *_):
-            return None, *_flatten(backward(ctx, grad_out))[1]
+            return None, *_of_tensors(ctx.marks, backward(ctx, grad_out))
 
     Reverse.__name__ = Reverse.__qualname__ = name
 
@@ -122,11 +124,11 @@ def _register(name: str, backward, save, forward_mode) -> None:
         call = Call(keyset, args)
         if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
             return call.run()
-        call.lengths, flat = _flatten(args)
+        call.marks, tensors = separate(args)
         with _AllowedInTorchFunc():
-            flat_outputs = Reverse.apply(call, *flat)
-        outputs = _unflatten(call.structure, flat_outputs)
-        return outputs if len(outputs) > 1 else outputs[0]
+            flat = Reverse.apply(call, *tensors)
+        outputs = together(call.outputs, flat)
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 
@@ -175,31 +177,6 @@ def map_tensors(function: Callable[[Tensor], Tensor], args: Sequence) -> list:
     ]
 
 
-def _flatten(values: Sequence) -> tuple[list[int | None], list]:
-    """(length of each list among the values or None, the values with every list spread out)."""
-    lengths, flat = [], []
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            lengths.append(len(value))
-            flat.extend(value)
-        else:
-            lengths.append(None)
-            flat.append(value)
-    return lengths, flat
-
-
-def _unflatten(lengths: Sequence[int | None], flat: Sequence) -> tuple:
-    values, first = [], 0
-    for length in lengths:
-        if length is None:
-            values.append(flat[first])
-            first += 1
-        else:
-            values.append(list(flat[first : first + length]))
-            first += length
-    return tuple(values)
-
-
 def separate(values: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
     """(the values with a mark in place of each tensor and each list of tensors, the tensors)."""
     kept, tensors = [], []
@@ -215,8 +192,8 @@ def separate(values: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
     return kept, tensors
 
 
-def together(kept: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
-    """The values that :func:`separate` took apart."""
+def together(kept: Sequence[Any], tensors: Sequence[Any]) -> list[Any]:
+    """The values that :func:`separate` took apart, or others in the places of the tensors."""
     values, first = [], 0
     for value in kept:
         if value is _TENSOR:
@@ -228,6 +205,17 @@ def together(kept: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
         else:
             values.append(value)
     return values
+
+
+def _of_tensors(kept: Sequence[Any], grads: Sequence[Any]) -> list[Tensor | None]:
+    """Of the gradients of all values, those of the tensors that :func:`separate` found, one after the other."""
+    found = []
+    for mark, grad in zip(kept, grads, strict=True):
+        if mark is _TENSOR:
+            found.append(grad)
+        elif type(mark) is _List:
+            found.extend(grad)
+    return found
 
 
 #: Stands for a tensor.

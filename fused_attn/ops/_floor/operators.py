@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class Operators:
         public: str | None = None,
     ) -> None:
         self.name, self.can_run, self.reference, self.kernels = name, can_run, reference, kernels
-        self._allocate, self._allocate_backward, self._complete = allocate, allocate_backward, complete
+        self._complete = complete
         forward, backward = (torch._C.parse_schema(f"fused_attn::{name}{text}") for text in (schema, backward_schema))
         names = [argument.name for argument in (*forward.arguments, *forward.returns)]
         self._inputs = len(forward.arguments)
@@ -100,7 +101,7 @@ class Operators:
             grads.index(f"grad_{argument.name}") if f"grad_{argument.name}" in grads else None
             for argument in forward.arguments
         ]
-        self._operators, self._functions = {}, {}
+        self._operators, self._direct, self._functions = {}, {}, {}
         for impl, (kernel, backward_kernel) in kernels.items():
             full = f"fused_attn::{name}_{impl}"
             for suffix, text, outputs_of, fill, formula in (
@@ -108,7 +109,7 @@ class Operators:
                 ("_backward", backward_schema, allocate_backward, backward_kernel, flops_backward),
             ):
                 torch.library.define(full + suffix, text)
-                torch.library.impl(full + suffix, DEVICES[impl], _filled(outputs_of, fill))
+                torch.library.impl(full + suffix, DEVICES[impl], _unwrapped(_filled(outputs_of, fill)))
                 torch.library.register_fake(full + suffix, _unwrapped(outputs_of))
                 register_flop_formula(getattr(torch.ops.fused_attn, f"{name}_{impl}{suffix}"))(formula)
             operator, operator_backward = (
@@ -118,9 +119,10 @@ class Operators:
             autograd.register(
                 public or name, f"{name}_{impl}", self._backward_with(operator_backward), self._save, reference
             )
+            self._direct[impl] = _filled(allocate, kernel)
             self._functions[impl] = autograd.plain_function(
                 f"{name}_{impl}",
-                self._filled_outputs(kernel),
+                self._direct[impl],
                 self._save,
                 self._backward_with(_filled(allocate_backward, backward_kernel), operator_backward),
             )
@@ -156,9 +158,7 @@ class Operators:
             return outputs if isinstance(outputs, tuple) else (outputs,)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self._functions[impl](args)
-        outputs = self._allocate(*args)
-        self.kernels[impl][0](*args, *outputs)
-        return outputs
+        return self._direct[impl](*args)
 
     def calls(self, impl: str, *args: Any) -> tuple[tuple[Any, tuple], ...]:
         """Both operators with the arguments of one call, for ``torch.library.opcheck``; none for the reference."""
@@ -180,14 +180,6 @@ class Operators:
 
         return {impl: asked(can_run) for impl, can_run in self.can_run.items()}
 
-    def _filled_outputs(self, kernel: Kernel) -> Callable[..., tuple[Tensor, ...]]:
-        def run(*args):
-            outputs = self._allocate(*args)
-            kernel(*args, *outputs)
-            return outputs
-
-        return run
-
     def _needed(self, values: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
         """The arguments of backward, but for grad_out."""
         return [values[source] if type(source) is int else source(values, needs) for source in self._sources]
@@ -196,7 +188,6 @@ class Operators:
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.kept, tensors = autograd.separate(self._needed((*args, *outputs), needs))
         ctx.save_for_backward(*tensors)
-        ctx.absent = [arg is None for arg in args]
 
     def _backward_with(self, kernel: Callable[..., tuple], recorded: Callable[..., tuple] | None = None):
         """The backward pass with ``kernel``; with ``recorded`` where it is itself to be differentiated."""
@@ -206,10 +197,7 @@ class Operators:
             run = kernel if recorded is None or not torch.is_grad_enabled() else recorded
             arguments = (grad_out, *needed)
             grads = self._complete(arguments, run(*arguments))
-            return tuple(
-                None if place is None or absent else grads[place]
-                for place, absent in zip(self._grads, ctx.absent, strict=True)
-            )
+            return tuple(None if place is None else grads[place] for place in self._grads)
 
         return backward
 
@@ -219,20 +207,22 @@ def _first(args: Sequence[Any]) -> Tensor:
     return first if isinstance(first, Tensor) else first[0]
 
 
-def _unwrapped(allocate: Callable[..., tuple]) -> Callable:
-    """As an operator gives its outputs: one alone is no tuple."""
+def _filled(allocate: Callable[..., tuple], kernel: Kernel) -> Callable[..., tuple]:
+    """What ``allocate`` gives, with ``kernel``'s results in it."""
 
-    def outputs(*args):
-        found = allocate(*args)
-        return found if len(found) > 1 else found[0]
-
-    return outputs
-
-
-def _filled(allocate: Callable[..., tuple], kernel: Kernel) -> Callable:
     def run(*args):
         outputs = allocate(*args)
         kernel(*args, *outputs)
+        return outputs
+
+    return run
+
+
+def _unwrapped(function: Callable[..., tuple]) -> Callable:
+    """As an operator gives its outputs: one alone is no tuple."""
+
+    def run(*args):
+        outputs = function(*args)
         return outputs if len(outputs) > 1 else outputs[0]
 
     return run
@@ -258,12 +248,17 @@ def _keys(device: str) -> set[int]:
         return {_dispatch_keys(tensor).raw_repr() for tensor in (usual, torch.empty(0, device=device))}
 
 
-with torch.inference_mode(False):
-    _PLAIN_STATES = {_state()}
-    _PLAIN_KEYS = _keys("cpu")
-    _PLAIN_DEVICES = {"cpu"}
-with torch.inference_mode():
-    _PLAIN_STATES.add(_state())
+def _plain() -> tuple[set[tuple[int, int]], set[int]]:
+    states = {_state()}
+    with torch.inference_mode():
+        states.add(_state())
+    return states, _keys("cpu")
+
+
+# In a thread of its own, which has no modes: the package may be imported within some.
+with ThreadPoolExecutor(1) as _thread:
+    _PLAIN_STATES, _PLAIN_KEYS = _thread.submit(_plain).result()
+_PLAIN_DEVICES = {"cpu"}
 
 
 def is_plain(args: Sequence[Any]) -> bool:
