@@ -26,6 +26,7 @@ from ..ops._floor.declarations import (
     differentiable,
     leaves,
     seed_generators,
+    tensors,
     with_tensors,
 )
 from .numerics import draw_grad_out, evaluate, mismatches, numeric_mismatches
@@ -138,10 +139,10 @@ def check_partial_gradients(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) 
 def check_non_finite(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
     """NaN and infinities in any argument reach the outputs they reach in the reference; NaN, the gradients too.
 
-    But for dropout on GPUs: 16-bit kernels take the mean of the weights' gradients from the output, which is NaN also
-    where the weight of a value that is NaN was dropped.
+    16-bit kernels of GPUs take the mean of the weights' gradients from the output, which is NaN also where the weight
+    of a value that is NaN was dropped: with dropout, their gradients may be NaN in more places.
     """
-    backward = impl == "cpu" or not inputs.get("dropout_p")
+    exact = impl == "cpu" or not inputs.get("dropout_p") or next(iter(tensors(inputs).values())).dtype == torch.float32
     for name, tensor in differentiable(inputs).items():
         if tensor.numel() == 0:
             continue
@@ -150,7 +151,9 @@ def check_non_finite(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None
             planted[(0,) * planted.dim()] = value
             call = with_tensors(inputs, {name: planted})
             # An infinity times a zero weight is NaN or left out depending on the order of a sum: outputs only.
-            found = numeric_mismatches(spec, bound(spec, impl), call, backward=backward and value != value)
+            found = numeric_mismatches(spec, bound(spec, impl), call, backward=value != value)
+            if not exact:
+                found = [text for text in found if not re.fullmatch(r"grad_\w+: .* elements are not finite", text)]
             _require([f"{value} in {name}: {text}" for text in found])
 
 
