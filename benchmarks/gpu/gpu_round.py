@@ -253,9 +253,9 @@ def run(step: Step, plan: Round, limit: float) -> dict[str, object]:
     if reason is None:
         command = [gpu_setup.find_tool(step.tool), *step.command] if step.tool else list(step.command)
         log = plan.out / f"{step.name}.log"
-        shutil.rmtree(
-            plan.out / step.name, ignore_errors=True
-        )  # of an earlier try; a training run refuses to go over it
+        # Of an earlier try: a training run refuses to go over it, and failures are added to those that are there.
+        shutil.rmtree(plan.out / step.name, ignore_errors=True)
+        (plan.out / f"{step.name}.failures").unlink(missing_ok=True)
         start = time.monotonic()
         with log.open("wb") as file:
             # Outside the source tree: an installed wheel comes before it.
