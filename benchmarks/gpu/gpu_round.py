@@ -123,13 +123,15 @@ def _tests(plan: Round) -> Iterator[Step]:
     chosen = "triton or cuda"
     if plan.dry:  # the interpreter takes seconds for one small case
         chosen = f"({chosen}) and test_explicit_implementation_runs_its_own_operators"
-    contract = pytest(14, ROOT / "tests" / "test_op_contract.py", "-k", chosen)
-    yield Step("tests", "tests", contract, 420, needs, environment=failures("tests"))
+    contract = pytest(12, ROOT / "tests" / "test_op_contract.py", "-k", chosen)
+    yield Step("tests", "tests", contract, 420, needs, environment=failures("tests"), beside=True)
     # By file: others import what the machine may lack.  Few at once: the float64 references are large.
     files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
     reason = "there is no GPU" if plan.dry else None
     on_gpu = pytest(4, "-m", "gpu", *files)
-    yield Step("tests-gpu", "tests", on_gpu, 300, needs, environment=failures("tests-gpu"), reason=reason)
+    yield Step(
+        "tests-gpu", "tests", on_gpu, 300, needs, environment=failures("tests-gpu"), reason=reason, beside=True
+    )
 
 
 def _cases(plan: Round, shapes: str, *arguments: object) -> tuple[str, ...]:
