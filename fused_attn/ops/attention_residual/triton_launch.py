@@ -18,7 +18,7 @@ from . import triton_kernels
 
 #: Programs of the backward pass, and so partial sums of the score vector's gradient.  A fixed number: results do not
 #: depend on the device.  1,024 are several waves on any GPU, and their partial sums 1 % of what the pass reads and
-#: writes at 9 values of 8,192 tokens.
+#: writes at 9 values of 8,192 tokens.  Rows of fewer than 1,024 numbers take twice as many, as they have few warps.
 BACKWARD_PROGRAMS = 1024
 
 
@@ -42,13 +42,13 @@ class Launch(NamedTuple):
 
 
 def _tile(depth: int, elements_per_thread: int) -> tuple[int, int, int]:
-    """(tokens, padded depth, warps) of a tile: whole rows, at least 1,024 numbers, but not square.
+    """(tokens, padded depth, warps) of a tile: one row of 256 numbers or more, else 1,024 numbers, but not square.
 
     Triton 3.6 does not compile the forward kernel for a tile of 32 x 32 by one warp and three values or more: a layout
     conversion that it moves up leaves the branch that defines its operand.
     """
     block_d = max(16, triton.next_power_of_2(depth))
-    block_t = 64 if block_d == 32 else max(1, 1024 // block_d)
+    block_t = 1 if block_d >= 256 else 64 if block_d == 32 else 1024 // block_d
     warps = max(1, min(16, block_t * block_d // (32 * elements_per_thread)))
     return block_t, block_d, warps
 
@@ -138,7 +138,8 @@ def _checked(programs: int) -> int:
 
 def _backward_programs(values: Sequence[Tensor]) -> int:
     outer, inner, depth = values[0].shape
-    return min(BACKWARD_PROGRAMS, -(-outer * inner // _tile(depth, 16)[0]))
+    programs = BACKWARD_PROGRAMS if depth >= 1024 else 2 * BACKWARD_PROGRAMS
+    return min(programs, -(-outer * inner // _tile(depth, 16)[0]))
 
 
 def forward(values, query, norm_weight, eps, out, statistics) -> None:
