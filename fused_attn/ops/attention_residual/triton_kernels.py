@@ -2,9 +2,11 @@
 
 A tile is BLOCK_T tokens by whole rows of D numbers, in registers.  With one token it has no dimension of size 1, and
 what is one number per token is a scalar: as tensors of one number, Triton 3.6 spread them over a row in every thread,
-passed that through shared memory for each value, and took 90 s to compile it.  The values come as a tuple of COUNT pointers, COUNT
-a power of two, of which the first ``count`` are values and the others repeat the first and are not read.  Where values
-come from memory, the next one is loaded before the sums over the present one, which cover its latency.
+passed that through shared memory for each value, and took 90 s to compile it.
+
+The values come as a tuple of COUNT pointers, COUNT a power of two, of which the first ``count`` are values and the
+others repeat the first and are not read.  Where values come from memory, the next one is loaded before the sums over
+the present one, which cover its latency.
 
 No atomics: every element is written once, and the gradient of the score vector (query * norm_weight) leaves as one
 partial sum per program.
