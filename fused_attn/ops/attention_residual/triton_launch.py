@@ -61,7 +61,7 @@ def _common(values: Sequence[Tensor], query: Tensor, norm_weight: Tensor | None,
     block_t, block_d, _ = tile
     return {
         "value_ptrs": bucket(values),
-        "value_strides": bucket([strides(value) for value in values]),
+        "value_strides": bucket([strides(value)[:2] for value in values]),
         "query_ptr": query,
         "norm_weight_ptr": norm_weight,
         "query_stride": query.stride(0),
@@ -91,12 +91,11 @@ def plan_forward(values, query, norm_weight, eps, out, statistics) -> Launch:
 
 def plan_backward(grad_out, values, query, norm_weight, statistics, grad_values, partials) -> Launch:
     """The backward launch; writes ``grad_values`` (contiguous) and ``partials``, a row per program."""
-    # Many values leave few registers for each.
-    tile = _tile(values[0].shape[-1], 16 if len(values) <= 16 else 8)
+    tile = _tile(values[0].shape[-1], 16)
     arguments = _common(values, query, norm_weight, tile)
     arguments |= {
         "grad_out_ptr": grad_out,
-        "grad_out_strides": strides(grad_out),
+        "grad_out_strides": strides(grad_out)[:2],
         "statistics_ptr": statistics,
         "grad_value_ptrs": bucket(grad_values),
         "partials_ptr": partials,
