@@ -10,8 +10,8 @@ from .op import operators
 
 
 def make(dtype, device, *, shape):
-    x, scale = (torch.randn((*s, 2), dtype=torch.float64).to(device, dtype)[..., 1] for s in (shape, shape[:-1]))
-    return {"x": x, "scale": scale}  # every second number: not contiguous
+    x, scale = (torch.randn(s[::-1]).double().transpose(0, -1).to(device, dtype) for s in (shape, shape[:-1]))
+    return {"x": x, "scale": scale}  # the first dimension is the innermost: not contiguous
 
 
 def sample(*shape: int) -> Sample:
