@@ -5,7 +5,6 @@
 
 import dataclasses
 import functools
-import os
 
 import numpy as np
 from triton.language import core
@@ -73,7 +72,7 @@ APPROXIMATE = {
 
 def approximate(builder, seed):
     """Lets the interpreter's ``builder`` err in these as much as a GPU may, up or down: which, the bits of the result
-    and ``seed`` decide, so that equal operands have equal results.
+    and ``seed`` decide, so that equal operands have equal results.  To stay: for a process of its own.
 
     ``tl.exp`` and ``tl.log`` are of a product with log2(e) or log(2) that is rounded as well.
     """
@@ -99,7 +98,3 @@ def approximate(builder, seed):
         setattr(builder, name, rough(getattr(builder, name), largest))
     builder.create_exp = lambda argument: builder.create_exp2(with_factor(argument, 1.4426950408889634))
     builder.create_log = lambda argument: with_factor(builder.create_log2(argument), 0.6931471805599453)
-
-
-if "TRITON_INTERPRET_ROUNDING" in os.environ:
-    approximate(interpreter.interpreter_builder, int(os.environ["TRITON_INTERPRET_ROUNDING"]))
