@@ -184,7 +184,9 @@ def attention_residual_bwd_kernel(
         present = _inside(token, tokens, layers, count, BLOCK_T)
         logits = tl.load(statistics + 2 * layers, mask=present, other=float("-inf"))
         shift = _finite_shift(_max(logits))
-        inverse_total = reciprocal(tl.where(live, _sum(exp_nonpositive(logits - shift)), 1.0))
+        weights = exp_nonpositive(logits - shift)
+        inverse_total = reciprocal(tl.where(live, _sum(weights), 1.0))
+        weights *= inverse_total
         delta = tl.zeros(token.shape, tl.float32)
         for layer in tl.static_range(COUNT):
             value = following.to(tl.float32)
@@ -200,7 +202,8 @@ def attention_residual_bwd_kernel(
                 value = _load_rows(value_ptrs[layer], value_strides[layer], outer, inner, columns, mask).to(tl.float32)
                 logit = tl.load(statistics + 2 * layer, mask=live, other=0.0)
                 inverse_rms = tl.load(statistics + 2 * layer + 1, mask=live, other=0.0)
-                weight = exp_nonpositive(logit - shift) * inverse_total
+                # Picked, not computed again: that spilled on sm_100.  Picked in the loop above as well, others spill.
+                weight = _sum(tl.where(layers == layer, weights, 0.0))
                 scaled = weight * (_sum(grad * value) - delta) * inverse_rms
                 grad_value = weight * grad + scaled * score
                 grad_value -= (scaled * logit * inverse_rms * (1.0 / D)) * value
