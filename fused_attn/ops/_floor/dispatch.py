@@ -93,7 +93,7 @@ def choose(op: str, impl: str, candidates: Mapping[str, CanRun], *inputs) -> str
     return impl
 
 
-def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast computes in on the device of ``tensor``; None where it is off."""
     device_type = tensor.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
@@ -124,7 +124,7 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     ``torch.nn.functional.scaled_dot_product_attention`` follows: inputs in the lower precision, statistics and
     accumulation in float32 inside the kernel.  float64 tensors are left alone.
     """
-    dtype = _autocast_dtype(tensors[0])
+    dtype = autocast_dtype(tensors[0])
     return tensors if dtype is None else _cast(tensors, dtype)
 
 
@@ -135,7 +135,7 @@ def autocast_softmax(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None
     is -inf in float16.  On GPUs softmax is on autocast's float32 list.  On the CPU it is not: it computes in the dtype
     that it gets, which is the widest of the inputs.
     """
-    if _autocast_dtype(tensors[0]) is None or not any(map(_is_cast, tensors)):
+    if autocast_dtype(tensors[0]) is None or not any(map(_is_cast, tensors)):
         return tensors
     return _cast(tensors, _widest(tensors) if tensors[0].device.type == "cpu" else torch.float32)
 
@@ -153,13 +153,13 @@ def autocast_maps(
         the maps, then the parameters.
     """
     tensors = (*maps, *parameters)
-    if _autocast_dtype(tensors[0]) is None or not any(map(_is_cast, maps)):
+    if autocast_dtype(tensors[0]) is None or not any(map(_is_cast, maps)):
         return tensors
     return _cast(tensors, _widest(maps))
 
 
 def without_autocast(tensor: torch.Tensor) -> AbstractContextManager:
     """For the implementations: their inputs have been cast, and their own products and sums keep to that."""
-    if _autocast_dtype(tensor) is None:
+    if autocast_dtype(tensor) is None:
         return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)

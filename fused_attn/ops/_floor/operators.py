@@ -6,8 +6,9 @@ One pair of operators (forward, backward) per implementation, all with the same 
 
 from __future__ import annotations
 
-import functools
 import importlib
+import itertools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -32,11 +33,15 @@ DEVICES = {"cpu": ("cpu",), "triton": dispatch.TRITON_DEVICES, "cuda": ("cuda",)
 def cpp(name: str) -> Kernel:
     """The C++ function ``fused_attn_cpu::name``, looked up when it is called: the extension may be missing."""
 
-    @functools.cache
-    def operator():
-        return getattr(torch.ops.fused_attn_cpu, name).default
+    found = None
 
-    return lambda *args: operator()(*args)
+    def kernel(*args) -> None:
+        nonlocal found
+        if found is None:
+            found = getattr(torch.ops.fused_attn_cpu, name).default
+        found(*args)
+
+    return kernel
 
 
 def triton(package: str, name: str) -> Kernel:
@@ -86,21 +91,31 @@ class Operators:
         public: str | None = None,
     ) -> None:
         self.name, self.can_run, self.reference, self.kernels = name, can_run, reference, kernels
-        self._complete = complete
+        self._complete, self._derived = complete, tuple((derived or {}).values())
         forward, backward = (torch._C.parse_schema(f"fused_attn::{name}{text}") for text in (schema, backward_schema))
-        names = [argument.name for argument in (*forward.arguments, *forward.returns)]
-        self._inputs = len(forward.arguments)
-        #: of every argument of backward but grad_out, its place among forward's arguments and outputs, or its function
-        self._sources = [
-            derived[argument.name] if derived and argument.name in derived else names.index(argument.name)
-            for argument in backward.arguments[1:]
-        ]
+        self._lists = [place for place, argument in enumerate(forward.arguments) if autograd.is_list(argument)]
+        # What backward needs is among the arguments and outputs of forward and what is derived of them, in this order.
+        # It is saved as tensors, then lists of them, and kept if it is neither.
+        names = [argument.name for argument in (*forward.arguments, *forward.returns)] + [*(derived or {})]
+        places = {"tensors": [], "lists": [], "others": []}
+        needed = backward.arguments[1:]
+        for argument in needed:
+            kind = "lists" if autograd.is_list(argument) else "tensors" if _is_tensor(argument) else "others"
+            places[kind].append(names.index(argument.name))
+        self._needed_tensors, self._needed_lists, self._needed_others = map(_getter, places.values())
+        saved = [place for kind in places.values() for place in kind]
+        self._in_order = _getter([0, *(1 + saved.index(names.index(argument.name)) for argument in needed)])
+        # Of every argument of forward, the place of its gradient; of those without one and of lists, the last: None.
         grads = [output.name for output in backward.returns]
-        #: of every argument of forward, the place of its gradient among backward's outputs, or None
-        self._grads = [
-            grads.index(f"grad_{argument.name}") if f"grad_{argument.name}" in grads else None
-            for argument in forward.arguments
-        ]
+        self._grads = _getter(
+            [
+                grads.index(f"grad_{argument.name}")
+                if f"grad_{argument.name}" in grads and not autograd.is_list(argument)
+                else -1
+                for argument in forward.arguments
+            ]
+        )
+        self._grads_of_lists = [grads.index(f"grad_{forward.arguments[place].name}") for place in self._lists]
         self._operators, self._direct, self._functions = {}, {}, {}
         for impl, (kernel, backward_kernel) in kernels.items():
             full = f"fused_attn::{name}_{impl}"
@@ -112,19 +127,20 @@ class Operators:
                 torch.library.impl(full + suffix, DEVICES[impl], _unwrapped(_filled(outputs_of, fill)))
                 torch.library.register_fake(full + suffix, _unwrapped(outputs_of))
                 register_flop_formula(getattr(torch.ops.fused_attn, f"{name}_{impl}{suffix}"))(formula)
-            operator, operator_backward = (
+            forward_operator, backward_operator = (
                 getattr(torch.ops.fused_attn, f"{name}_{impl}{suffix}").default for suffix in ("", "_backward")
             )
-            self._operators[impl] = operator, operator_backward
+            self._operators[impl] = forward_operator, backward_operator
             autograd.register(
-                public or name, f"{name}_{impl}", self._backward_with(operator_backward), self._save, reference
+                public or name, f"{name}_{impl}", self._backward_with(backward_operator), self._save, reference, self._lists
             )
             self._direct[impl] = _filled(allocate, kernel)
             self._functions[impl] = autograd.plain_function(
                 f"{name}_{impl}",
                 self._direct[impl],
                 self._save,
-                self._backward_with(_filled(allocate_backward, backward_kernel), operator_backward),
+                self._backward_with(_filled(allocate_backward, backward_kernel), backward_operator),
+                self._lists,
             )
 
     def choose(self, impl: str, *inputs: Any, name: str | None = None) -> str:
@@ -137,11 +153,14 @@ class Operators:
 
     def run_all(self, impl: str, *args: Any) -> tuple[Tensor, ...]:
         """All that the operator or ``reference`` gives, with autocast off."""
-        with dispatch.without_autocast(_first(args)):
-            if impl != "reference":
-                return self.outputs(impl, *args)
-            outputs = self.reference(*args)
-            return outputs if isinstance(outputs, tuple) else (outputs,)
+        first = _first(args)
+        if dispatch.autocast_dtype(first) is not None:
+            with torch.autocast(first.device.type, enabled=False):
+                return self.run_all(impl, *args)
+        if impl != "reference":
+            return self.outputs(impl, *args)
+        outputs = self.reference(*args)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def __call__(self, impl: str, *args: Any) -> Tensor:
         """The first output of the operator of ``impl``."""
@@ -169,8 +188,9 @@ class Operators:
         with torch.no_grad():
             outputs = forward(*detached)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        needed = self._needed((*detached, *outputs), [True] * self._inputs)
-        return (forward, tuple(args)), (backward, (torch.randn_like(outputs[0]), *needed))
+        tensors, lists, others = self._needed((*detached, *outputs), [True] * len(args))
+        arguments = self._in_order((torch.randn_like(outputs[0]), *tensors, *lists, *others))
+        return (forward, tuple(args)), (backward, arguments)
 
     def implementations(self, *names: str) -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
         """``OpSpec.implementations``, where ``can_run`` asks about the inputs of these names."""
@@ -180,26 +200,44 @@ class Operators:
 
         return {impl: asked(can_run) for impl, can_run in self.can_run.items()}
 
-    def _needed(self, values: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
-        """The arguments of backward, but for grad_out."""
-        return [values[source] if type(source) is int else source(values, needs) for source in self._sources]
+    def _needed(self, values: tuple, needs: Sequence[bool]) -> tuple[tuple, tuple, tuple]:
+        """Of arguments and outputs, the tensors, lists of tensors and other values that backward needs."""
+        if self._derived:
+            values = *values, *(value_of(values, needs) for value_of in self._derived)
+        return self._needed_tensors(values), self._needed_lists(values), self._needed_others(values)
 
     def _save(self, ctx, args: tuple, outputs: tuple, needs: Sequence[bool]) -> None:
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.kept, tensors = autograd.separate(self._needed((*args, *outputs), needs))
-        ctx.save_for_backward(*tensors)
+        tensors, lists, ctx.others = self._needed((*args, *outputs), needs)
+        ctx.lengths = len(tensors), *map(len, lists)
+        ctx.save_for_backward(*tensors, *itertools.chain.from_iterable(lists))
 
     def _backward_with(self, kernel: Callable[..., tuple], recorded: Callable[..., tuple] | None = None):
         """The backward pass with ``kernel``; with ``recorded`` where it is itself to be differentiated."""
 
-        def backward(ctx, grad_out: Tensor) -> tuple:
-            needed = autograd.together(ctx.kept, ctx.saved_tensors)
+        def backward(ctx, grad_out: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+            saved = ctx.saved_tensors
+            if len(ctx.lengths) > 1:
+                first, *others = ctx.lengths
+                rest = iter(saved[first:])
+                saved = *saved[:first], *([*itertools.islice(rest, length)] for length in others)
+            arguments = self._in_order((grad_out, *saved, *ctx.others))
             run = kernel if recorded is None or not torch.is_grad_enabled() else recorded
-            arguments = (grad_out, *needed)
             grads = self._complete(arguments, run(*arguments))
-            return tuple(None if place is None else grads[place] for place in self._grads)
+            grads = *self._grads((*grads, None)), *itertools.chain(*(grads[place] for place in self._grads_of_lists))
+            return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
 
         return backward
+
+
+def _getter(places: Sequence[int]) -> Callable[[Sequence], tuple]:
+    """The items at these places, as a tuple whatever their number."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda values: tuple(values[place] for place in places)
+
+
+def _is_tensor(argument: torch._C.Argument) -> bool:
+    return argument.type.isSubtypeOf(torch.OptionalType(torch.TensorType.get()))
 
 
 def _first(args: Sequence[Any]) -> Tensor:
@@ -268,11 +306,13 @@ def is_plain(args: Sequence[Any]) -> bool:
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
-            if not _is_plain_tensor(arg):
+            if _dispatch_keys(arg).raw_repr() not in _PLAIN_KEYS and not _is_plain_tensor(arg):
                 return False
         elif kind is list or kind is tuple:
-            if not all(type(item) in (Tensor, Parameter) and _is_plain_tensor(item) for item in arg):
-                return False
+            for item in arg:
+                kind = type(item)
+                if not ((kind is Tensor or kind is Parameter) and _is_plain_tensor(item)):
+                    return False
         elif not (arg is None or kind is float or kind is bool or kind is int):  # a subclass, a symbolic number
             return False
     return True
