@@ -18,10 +18,10 @@ def empty_like_heads(like: torch.Tensor, depth: int, dtype: torch.dtype | None =
         return torch.empty_like(like)
     dtype = like.dtype if dtype is None else dtype
     if like.stride(4) > like.stride(3):
-        return like.new_empty((batch, heads, depth, height, width), dtype=dtype).permute(0, 1, 3, 4, 2)
+        return like.new_empty(batch, heads, depth, height, width, dtype=dtype).permute(0, 1, 3, 4, 2)
     if like.stride(1) < like.stride(3):
-        return like.new_empty((batch, height, width, heads, depth), dtype=dtype).permute(0, 3, 1, 2, 4)
-    return like.new_empty((batch, heads, height, width, depth), dtype=dtype)
+        return like.new_empty(batch, height, width, heads, depth, dtype=dtype).permute(0, 3, 1, 2, 4)
+    return like.new_empty(batch, heads, height, width, depth, dtype=dtype)
 
 
 def empty_contiguous(like: torch.Tensor) -> torch.Tensor:

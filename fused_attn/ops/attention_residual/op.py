@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._floor import dispatch
-from .._floor.layout import rows
+from .._floor.layout import empty_contiguous, rows
 from .._floor.operators import Operators, cpp, triton
 from . import reference
 
@@ -31,13 +31,13 @@ def can_run_triton(values: Sequence[Tensor], query: Tensor) -> str | None:
 
 
 def _allocate(values: Sequence[Tensor], *_) -> tuple[Tensor, Tensor]:
-    shape = values[0].shape
-    return values[0].new_empty(shape), values[0].new_empty((*shape[:-1], len(values), 2), dtype=torch.float32)
+    first = values[0]
+    return empty_contiguous(first), first.new_empty(*first.shape[:-1], len(values), 2, dtype=torch.float32)
 
 
 def _allocate_backward(grad_out, values, query, norm_weight, statistics) -> tuple[list[Tensor], Tensor, Tensor]:
-    grad_norm_weight = query.new_empty((0,) if norm_weight is None else query.shape)
-    return [value.new_empty(value.shape) for value in values], query.new_empty(query.shape), grad_norm_weight
+    grad_norm_weight = query.new_empty(0) if norm_weight is None else empty_contiguous(norm_weight)
+    return [*map(empty_contiguous, values)], empty_contiguous(query), grad_norm_weight
 
 
 _cpp_forward, _cpp_backward = cpp("attention_residual_forward"), cpp("attention_residual_backward")

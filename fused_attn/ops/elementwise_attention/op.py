@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._floor import dispatch
+from .._floor.layout import empty_contiguous
 from .._floor.operators import Operators, cpp, triton
 from . import reference
 
@@ -21,28 +22,30 @@ _STATISTICS = "Tensor row_stats, Tensor col_stats"
 
 def _allocate_statistics(x: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = x.shape
-    return tuple(x.new_empty((batch, heads, channels, 2, size), dtype=torch.float32) for size in (height, width))
+    return tuple(x.new_empty(batch, heads, channels, 2, size, dtype=torch.float32) for size in (height, width))
 
 
 def _allocate_softmax(x: Tensor, weight_row: Tensor | None, *_) -> tuple[Tensor, Tensor, Tensor]:
     batch, channels, height, width = x.shape
     if weight_row is None:
-        return x.new_empty(x.shape), *_allocate_statistics(x, 1)
+        return empty_contiguous(x), *_allocate_statistics(x, 1)
     heads = weight_row.shape[0]
-    return x.new_empty((batch, heads, channels, height, width)), *_allocate_statistics(x, heads)
+    return x.new_empty(batch, heads, channels, height, width), *_allocate_statistics(x, heads)
 
 
 def _allocate_attention(x: Tensor, weight_row: Tensor, *_) -> tuple[Tensor, ...]:
     batch, channels, height, width = x.shape
     heads = weight_row.shape[0]
-    out = x.new_empty((batch, heads * channels, height, width))
-    mean, var = (x.new_empty((heads * channels,), dtype=torch.float32) for _ in range(2))
+    out = x.new_empty(batch, heads * channels, height, width)
+    mean, var = (x.new_empty(heads * channels, dtype=torch.float32) for _ in range(2))
     return out, *_allocate_statistics(x, heads), mean, var
 
 
-def _allocate_backward(grad_out, x: Tensor, weight_row: Tensor | None, *_) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (0,) if weight_row is None else weight_row.shape
-    return x.new_empty(x.shape), x.new_empty(shape), x.new_empty(shape)
+def _allocate_backward(
+    grad_out, x: Tensor, weight_row: Tensor | None, weight_col: Tensor | None, *_
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = (x.new_empty(0) if weight is None else empty_contiguous(weight) for weight in (weight_row, weight_col))
+    return empty_contiguous(x), *grads
 
 
 _cpp_attention = cpp("elementwise_attention_forward")

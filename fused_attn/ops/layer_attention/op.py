@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._floor import dispatch
-from .._floor.layout import dense_order, empty_in_order, in_order, is_channels_last
+from .._floor.layout import dense_order, empty_contiguous, empty_in_order, in_order, is_channels_last
 from .._floor.operators import Operators, cpp, triton
 from . import reference
 
@@ -26,11 +26,11 @@ def _allocate_sum(weights: Tensor, values: Sequence[Tensor]) -> tuple[Tensor]:
 
 
 def _allocate_sum_backward(grad_out, weights: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    return weights.new_empty(weights.shape), _like_values(values)
+    return empty_contiguous(weights), _like_values(values)
 
 
 def _allocate_attention(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *_) -> tuple[Tensor, Tensor]:
-    weights = query.new_empty((*query.shape[:2], len(keys)), dtype=torch.float32)
+    weights = query.new_empty(*query.shape[:2], len(keys), dtype=torch.float32)
     return empty_in_order(values[0], dense_order(values[0])), weights
 
 
@@ -38,10 +38,10 @@ def _allocate_attention_backward(
     grad_out, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *_, into: list[Tensor] | None = None
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     return (
-        query.new_empty(query.shape),
-        [key.new_empty(key.shape) for key in keys],
+        empty_contiguous(query),
+        [*map(empty_contiguous, keys)],
         _like_values(values) if into is None else into,
-        query.new_empty((len(keys), query.shape[1])),
+        query.new_empty(len(keys), query.shape[1]),
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._floor import dispatch
-from .._floor.layout import empty_like_heads
+from .._floor.layout import empty_contiguous, empty_like_heads
 from .._floor.operators import Operators, cpp, triton
 from . import reference
 
@@ -29,14 +29,14 @@ def can_run_triton(query: Tensor, key: Tensor, value: Tensor) -> str | None:
 def _allocate(query: Tensor, key: Tensor, value: Tensor, *_) -> tuple[Tensor, Tensor]:
     # Per query the maximum and the sum of the exponentials: the rounding of their log-sum-exp would be an error
     # common to a whole row of weights.
-    statistics = query.new_empty((*query.shape[:4], 2), dtype=torch.float32)
+    statistics = query.new_empty(*query.shape[:4], 2, dtype=torch.float32)
     return empty_like_heads(query, value.shape[-1]), statistics
 
 
 def _allocate_backward(grad_out, query, key, value, row, col, *_) -> tuple[Tensor, ...]:
     grads = [empty_like_heads(tensor, tensor.shape[-1]) for tensor in (query, key, value)]
     for term in (row, col):
-        grads.append(query.new_empty((0,)) if term is None else term.new_empty(term.shape))
+        grads.append(query.new_empty(0) if term is None else empty_contiguous(term))
     return tuple(grads)
 
 

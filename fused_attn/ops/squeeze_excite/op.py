@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._floor import dispatch
-from .._floor.layout import in_format, memory_format
+from .._floor.layout import empty_contiguous, in_format, memory_format
 from .._floor.operators import Operators, cpp, triton
 from . import reference
 
@@ -19,7 +19,7 @@ def _allocate(x: Tensor, fc1_weight: Tensor, *_) -> tuple[Tensor, ...]:
     batch, channels = x.shape[:2]
     return (
         _empty_like(x),
-        *(x.new_empty((batch, width), dtype=torch.float32) for width in (channels, fc1_weight.shape[0], channels)),
+        *(x.new_empty(batch, width, dtype=torch.float32) for width in (channels, fc1_weight.shape[0], channels)),
     )
 
 
@@ -30,13 +30,13 @@ def _allocate_backward(
     width, (batch, channels) = fc1_weight.shape[0], x.shape[:2]
     return (
         _empty_like(x),
-        x.new_empty(fc1_weight.shape),
-        x.new_empty((width,)),
-        x.new_empty(fc2_weight.shape),
-        x.new_empty((channels,)),
-        x.new_empty((0,) if result is None else result.shape),
-        x.new_empty((batch, width) if share_grad else (0,)),
-        _empty_like(x) if residual_grad else x.new_empty((0,)),
+        empty_contiguous(fc1_weight),
+        x.new_empty(width),
+        empty_contiguous(fc2_weight),
+        x.new_empty(channels),
+        x.new_empty(0) if result is None else empty_contiguous(result),
+        x.new_empty(batch, width) if share_grad else x.new_empty(0),
+        _empty_like(x) if residual_grad else x.new_empty(0),
     )
 
 
