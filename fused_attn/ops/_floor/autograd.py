@@ -69,22 +69,25 @@ def register(
 
 def plain_function(
     name: str,
-    forward: Callable[..., tuple[Tensor, ...]],
+    allocate: Callable[..., tuple[Tensor, ...]],
+    kernel: Callable[..., None],
     save: Callable[[Any, tuple, tuple, Sequence[bool]], None],
     backward: Callable[[Any, Tensor, Sequence[bool]], Sequence],
     lists: Sequence[int],
 ) -> Callable[[tuple], tuple[Tensor, ...]]:
-    """``forward`` with a derivative in reverse mode, for a tuple of arguments, outside all transforms and modes.
+    """An operator with a derivative in reverse mode, for a tuple of arguments, outside all transforms and modes.
 
-    Other arguments as in :func:`register`.
+    ``kernel`` fills the outputs that ``allocate`` gives.  Other arguments as in :func:`register`.
     """
 
     class Plain(_SingleLevelFunction):
         @staticmethod
         def forward(ctx, args, others, *flat):
-            first, *others[:] = forward(*args)
-            save(ctx, args, (first, *others), ctx.needs_input_grad[2:])
-            return first  # alone: for each further output, PyTorch would make a gradient of zeros
+            outputs = allocate(*args)
+            kernel(*args, *outputs)
+            save(ctx, args, outputs, ctx.needs_input_grad[2:])
+            others += outputs[1:]
+            return outputs[0]  # alone: for each further output, PyTorch would make a gradient of zeros
 
         @staticmethod
         def backward(ctx, grad_out):

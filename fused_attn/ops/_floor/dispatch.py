@@ -23,7 +23,6 @@ IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "cuda")
 #: Says why an implementation cannot run on the given inputs; None when it can.
 CanRun = Callable[..., "str | None"]
 
-
 #: Dtypes that the C++ and the Triton kernels compute.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -35,29 +34,30 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON_DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
 
 
-def _dtype_reason(tensor: torch.Tensor) -> str | None:
-    if tensor.dtype in KERNEL_DTYPES:
-        return None
+def _dtype_reason(tensor: torch.Tensor) -> str:
     return f"it computes float32, float16 and bfloat16, got {tensor.dtype} (impl='reference' computes any)"
 
 
-def cpu_reason(tensor: torch.Tensor) -> str | None:
+def cpu_reason(tensor: torch.Tensor, *_) -> str | None:
     """Why the C++ kernels cannot run on tensors of the device and dtype of this one; None when they can."""
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         return f"it needs CPU tensors, got {tensor.device.type}"
-    reason = _dtype_reason(tensor)
-    if reason is None and not _extension.available():
-        reason = f"{_NO_EXTENSION} ({_extension.reason()})"
-    return reason
+    if tensor.dtype not in KERNEL_DTYPES:
+        return _dtype_reason(tensor)
+    return None if _extension.available() else f"{_NO_EXTENSION} ({_extension.reason()})"
 
 
-def triton_reason(tensor: torch.Tensor) -> str | None:
+def triton_reason(tensor: torch.Tensor, *_) -> str | None:
     """Why the Triton kernels cannot run on tensors of the device and dtype of this one; None when they can."""
     if not _HAS_TRITON:
         return "the package triton is not installed"
     if tensor.device.type not in TRITON_DEVICES:
         return f"it needs CUDA tensors, got {tensor.device.type} (or TRITON_INTERPRET=1, which runs it slowly anywhere)"
-    return _dtype_reason(tensor)
+    return None if tensor.dtype in KERNEL_DTYPES else _dtype_reason(tensor)
+
+
+def reference_reason(*_) -> None:
+    """The reference runs on whatever passes the checks."""
 
 
 def choose(op: str, impl: str, candidates: Mapping[str, CanRun], *inputs) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
-from . import autograd, dispatch
+from ... import _extension
+from . import autograd, checks, dispatch
 
 #: Fills outputs that it is given, behind the arguments of the operator.
 Kernel = Callable[..., None]
@@ -31,17 +32,15 @@ DEVICES = {"cpu": ("cpu",), "triton": dispatch.TRITON_DEVICES, "cuda": ("cuda",)
 
 
 def cpp(name: str) -> Kernel:
-    """The C++ function ``fused_attn_cpu::name``, looked up when it is called: the extension may be missing."""
+    """The C++ function ``fused_attn_cpu::name``."""
 
-    found = None
+    if _extension.available():
+        return getattr(torch.ops.fused_attn_cpu, name).default
 
-    def kernel(*args) -> None:
-        nonlocal found
-        if found is None:
-            found = getattr(torch.ops.fused_attn_cpu, name).default
-        found(*args)
+    def missing(*_) -> None:
+        raise RuntimeError(f"the C++ kernels are not available: {_extension.reason()}")
 
-    return kernel
+    return missing
 
 
 def triton(package: str, name: str) -> Kernel:
@@ -64,9 +63,11 @@ class Operators:
         allocate: ``allocate(*arguments)``: a tuple of unwritten outputs; the fake kernel too.
         allocate_backward: likewise, of the arguments of backward.
         kernels: implementation -> (forward, backward), which fill outputs that follow their arguments.
-        can_run: implementation -> why it cannot run on some inputs, or None; in the order ``auto`` prefers them.  The
-            interpreter never wins over a real kernel.
+        can_run: implementation -> why it cannot run on the tensors that :meth:`choose` gets, or None; in the order
+            ``auto`` prefers them.  The interpreter never wins over a real kernel.
         reference: forward's first output, or all outputs that a caller reads, in plain PyTorch.
+        autocast: a rule of :mod:`dispatch` for all tensors that :meth:`choose` gets.
+        or_float32: names of tensors that autocast leaves alone, and that may be float32 whatever the others are.
         flops, flops_backward: of the shapes of forward's and backward's arguments; 0 for an op without products.
         derived: what backward needs beside arguments and outputs.
         complete: ``complete(arguments of backward, gradients)`` gives the gradients, for those that no kernel forms.
@@ -84,13 +85,16 @@ class Operators:
         kernels: Mapping[str, tuple[Kernel, Kernel]],
         can_run: Mapping[str, dispatch.CanRun],
         reference: Callable[..., Any],
+        autocast: Callable[..., Sequence[Tensor | None]] = dispatch.autocast,
+        or_float32: Collection[str] = (),
         flops: Callable[..., int] = lambda *shapes, **_: 0,
         flops_backward: Callable[..., int] = lambda *shapes, **_: 0,
         derived: Mapping[str, Derived] | None = None,
-        complete: Callable[[tuple, tuple], tuple] = lambda arguments, grads: grads,
+        complete: Callable[[tuple, tuple], tuple] | None = None,
         public: str | None = None,
     ) -> None:
         self.name, self.can_run, self.reference, self.kernels = name, can_run, reference, kernels
+        self._autocast, self._or_float32 = autocast, or_float32
         self._complete, self._derived = complete, tuple((derived or {}).values())
         forward, backward = (torch._C.parse_schema(f"fused_attn::{name}{text}") for text in (schema, backward_schema))
         self._lists = [place for place, argument in enumerate(forward.arguments) if autograd.is_list(argument)]
@@ -103,6 +107,7 @@ class Operators:
             kind = "lists" if autograd.is_list(argument) else "tensors" if _is_tensor(argument) else "others"
             places[kind].append(names.index(argument.name))
         self._needed_tensors, self._needed_lists, self._needed_others = map(_getter, places.values())
+        self._saves_lists = bool(places["lists"])
         saved = [place for kind in places.values() for place in kind]
         self._in_order = _getter([0, *(1 + saved.index(names.index(argument.name)) for argument in needed)])
         # Of every argument of forward, the place of its gradient; of those without one and of lists, the last: None.
@@ -132,20 +137,50 @@ class Operators:
             )
             self._operators[impl] = forward_operator, backward_operator
             autograd.register(
-                public or name, f"{name}_{impl}", self._backward_with(backward_operator), self._save, reference, self._lists
+                public or name,
+                f"{name}_{impl}",
+                self._backward_with(backward_operator),
+                self._save,
+                reference,
+                self._lists,
             )
             self._direct[impl] = _filled(allocate, kernel)
             self._functions[impl] = autograd.plain_function(
                 f"{name}_{impl}",
-                self._direct[impl],
+                allocate,
+                kernel,
                 self._save,
                 self._backward_with(_filled(allocate_backward, backward_kernel), backward_operator),
                 self._lists,
             )
 
-    def choose(self, impl: str, *inputs: Any, name: str | None = None) -> str:
-        """The implementation to run; ``inputs`` are what ``can_run`` asks about.  See :func:`dispatch.choose`."""
-        return dispatch.choose(name or self.name, impl, self.can_run, *inputs)
+    def choose(self, impl: str, *, op: str | None = None, **tensors: Tensor | Sequence[Tensor] | None) -> tuple:
+        """What follows the checks of a public function: autocast, one dtype and device, the choice of implementation.
+
+        Args:
+            impl: as the user gave it.
+            op: the public name, where several share the operators.
+            tensors: by the names that the user knows, the one that the others have to fit first.
+
+        Returns:
+            the implementation to run, then the tensors as it takes them.
+
+        Raises:
+            ValueError, RuntimeError: as :func:`checks.same_dtype` and :func:`dispatch.choose`.
+        """
+        if _any_autocast() and dispatch.autocast_dtype(_first(tensors.values())) is not None:
+            tensors = self._cast(tensors)
+        checks.same_dtype(tensors, self._or_float32)
+        values = tensors.values()
+        return dispatch.choose(op or self.name, impl, self.can_run, *values), *values
+
+    def _cast(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        cast = {name: value for name, value in tensors.items() if name not in self._or_float32}
+        flat = [value if isinstance(value, (list, tuple)) else [value] for value in cast.values()]
+        results = iter(self._autocast(*itertools.chain(*flat)))
+        for name, value in cast.items():
+            cast[name] = [next(results) for _ in value] if isinstance(value, (list, tuple)) else next(results)
+        return {**tensors, **cast}
 
     def run(self, impl: str, *args: Any) -> Tensor:
         """The first output, of the operator or of ``reference``, with autocast off."""
@@ -153,9 +188,8 @@ class Operators:
 
     def run_all(self, impl: str, *args: Any) -> tuple[Tensor, ...]:
         """All that the operator or ``reference`` gives, with autocast off."""
-        first = _first(args)
-        if dispatch.autocast_dtype(first) is not None:
-            with torch.autocast(first.device.type, enabled=False):
+        if _any_autocast() and dispatch.autocast_dtype(_first(args)) is not None:
+            with torch.autocast(_first(args).device.type, enabled=False):
                 return self.run_all(impl, *args)
         if impl != "reference":
             return self.outputs(impl, *args)
@@ -193,7 +227,7 @@ class Operators:
         return (forward, tuple(args)), (backward, arguments)
 
     def implementations(self, *names: str) -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
-        """``OpSpec.implementations``, where ``can_run`` asks about the inputs of these names."""
+        """``OpSpec.implementations``, where ``can_run`` asks about the inputs of these names, its first."""
 
         def asked(can_run: dispatch.CanRun) -> Callable[[Mapping[str, Any]], str | None]:
             return lambda inputs: can_run(*(inputs[name] for name in names))
@@ -202,30 +236,40 @@ class Operators:
 
     def _needed(self, values: tuple, needs: Sequence[bool]) -> tuple[tuple, tuple, tuple]:
         """Of arguments and outputs, the tensors, lists of tensors and other values that backward needs."""
-        if self._derived:
-            values = *values, *(value_of(values, needs) for value_of in self._derived)
+        for value_of in self._derived:
+            values += (value_of(values, needs),)
         return self._needed_tensors(values), self._needed_lists(values), self._needed_others(values)
 
     def _save(self, ctx, args: tuple, outputs: tuple, needs: Sequence[bool]) -> None:
         tensors, lists, ctx.others = self._needed((*args, *outputs), needs)
-        ctx.lengths = len(tensors), *map(len, lists)
-        ctx.save_for_backward(*tensors, *itertools.chain.from_iterable(lists))
+        if lists:
+            ctx.lengths = len(tensors), *map(len, lists)
+            tensors = *tensors, *itertools.chain(*lists)
+        ctx.save_for_backward(*tensors)
 
     def _backward_with(self, kernel: Callable[..., tuple], recorded: Callable[..., tuple] | None = None):
         """The backward pass with ``kernel``; with ``recorded`` where it is itself to be differentiated."""
 
         def backward(ctx, grad_out: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
             saved = ctx.saved_tensors
-            if len(ctx.lengths) > 1:
-                first, *others = ctx.lengths
+            if saves_lists:
+                first, *lengths = ctx.lengths
                 rest = iter(saved[first:])
-                saved = *saved[:first], *([*itertools.islice(rest, length)] for length in others)
-            arguments = self._in_order((grad_out, *saved, *ctx.others))
+                saved = *saved[:first], *([*itertools.islice(rest, length)] for length in lengths)
+            arguments = in_order((grad_out, *saved, *ctx.others))
             run = kernel if recorded is None or not torch.is_grad_enabled() else recorded
-            grads = self._complete(arguments, run(*arguments))
-            grads = *self._grads((*grads, None)), *itertools.chain(*(grads[place] for place in self._grads_of_lists))
-            return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+            grads = run(*arguments)
+            if complete is not None:
+                grads = complete(arguments, grads)
+            flat = grads_of((*grads, None))
+            if grads_of_lists:
+                flat = *flat, *itertools.chain(*(grads[place] for place in grads_of_lists))
+            return [grad if needed else None for grad, needed in zip(flat, needs, strict=True)]
 
+        in_order, complete, grads_of, grads_of_lists = (
+            self._in_order, self._complete, self._grads, self._grads_of_lists
+        )  # fmt: skip
+        saves_lists = self._saves_lists
         return backward
 
 
@@ -240,8 +284,8 @@ def _is_tensor(argument: torch._C.Argument) -> bool:
     return argument.type.isSubtypeOf(torch.OptionalType(torch.TensorType.get()))
 
 
-def _first(args: Sequence[Any]) -> Tensor:
-    first = args[0]
+def _first(args: Iterable[Any]) -> Tensor:
+    first = next(iter(args))
     return first if isinstance(first, Tensor) else first[0]
 
 
@@ -269,6 +313,7 @@ def _unwrapped(function: Callable[..., tuple]) -> Callable:
 # --- plain calls ------------------------------------------------------------------------------------------------------
 
 
+_any_autocast = torch._C._is_any_autocast_enabled
 _dispatch_keys, _included, _excluded = (
     getattr(torch._C, f"_dispatch_{name}") for name in ("keys", "tls_local_include_set", "tls_local_exclude_set")
 )
@@ -297,6 +342,7 @@ def _plain() -> tuple[set[tuple[int, int]], set[int]]:
 with ThreadPoolExecutor(1) as _thread:
     _PLAIN_STATES, _PLAIN_KEYS = _thread.submit(_plain).result()
 _PLAIN_DEVICES = {"cpu"}
+_PLAIN_KINDS = frozenset({type(None), float, bool, int})
 
 
 def is_plain(args: Sequence[Any]) -> bool:
@@ -313,7 +359,7 @@ def is_plain(args: Sequence[Any]) -> bool:
                 kind = type(item)
                 if not ((kind is Tensor or kind is Parameter) and _is_plain_tensor(item)):
                     return False
-        elif not (arg is None or kind is float or kind is bool or kind is int):  # a subclass, a symbolic number
+        elif kind not in _PLAIN_KINDS:  # a subclass, a symbolic number
             return False
     return True
 

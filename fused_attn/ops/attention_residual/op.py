@@ -20,7 +20,7 @@ from . import reference
 _MOST_VALUES, _DEEPEST = 32, 8192
 
 
-def can_run_triton(values: Sequence[Tensor], query: Tensor) -> str | None:
+def can_run_triton(values: Sequence[Tensor], query: Tensor, *_) -> str | None:
     if (reason := dispatch.triton_reason(query)) is not None:
         return reason
     if len(values) > _MOST_VALUES:
@@ -62,7 +62,7 @@ def _flops_backward(grad_out, values, *_, **__) -> int:
     return 9 * len(values) * math.prod(values[0])
 
 
-attention = Operators(
+attention_residual = Operators(
     "attention_residual",
     "(Tensor[] values, Tensor query, Tensor? norm_weight, Scalar eps) -> (Tensor out, Tensor statistics)",
     "(Tensor grad_out, Tensor[] values, Tensor query, Tensor? norm_weight, Tensor statistics) "
@@ -74,9 +74,9 @@ attention = Operators(
         "triton": (triton(__package__, "forward"), triton(__package__, "backward")),
     },
     can_run={
-        "cpu": lambda values, query: dispatch.cpu_reason(query),
+        "cpu": lambda values, *_: dispatch.cpu_reason(values[0]),
         "triton": can_run_triton,
-        "reference": lambda values, query: None,
+        "reference": dispatch.reference_reason,
     },
     reference=reference.attention_residual,
     flops=_flops,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .._floor.declarations import BadInput, OpSpec, Sample, Shape
+from . import op
 from .api import attention_residual
-from .op import attention
 from .peers import PEERS
 
 # --- layouts of a value (..., D) --------------------------------------------------------------------------------------
@@ -238,14 +238,14 @@ GROWTH = tuple(_shape(9, n, 384, name=f"N {n}, L 9, D 384") for n in (196, 784, 
 
 
 def _operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    return attention.calls(impl, inputs["values"], inputs["query"], inputs.get("norm_weight"), 1e-6)
+    return op.attention_residual.calls(impl, inputs["values"], inputs["query"], inputs.get("norm_weight"), 1e-6)
 
 
 SPECS = (
     OpSpec(
         name="attention_residual",
         function=attention_residual,
-        implementations=attention.implementations("values", "query"),
+        implementations=op.attention_residual.implementations("values", "query"),
         samples=SAMPLES,
         bad_inputs=BAD_INPUTS,
         fuzz=fuzz,

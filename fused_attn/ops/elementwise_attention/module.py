@@ -11,7 +11,7 @@ from .api import elementwise_attention, row_col_softmax
 
 
 def _check_impl(impl: str) -> None:
-    implementations = ("auto", *op.attention.can_run)
+    implementations = ("auto", *op.elementwise_attention.can_run)
     if impl not in implementations:
         raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")
 

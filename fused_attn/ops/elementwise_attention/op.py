@@ -1,6 +1,6 @@
 """The operators, one pair for each public function: schemas, allocation and FLOPs.
 
-Both are functional: ``attention`` returns the statistics of the batch, and api.py updates the running ones.
+Both are functional: ``elementwise_attention`` returns the statistics of the batch, and api.py updates the running ones.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def _per_element(factor: int, index: int = 0):
     return formula
 
 
-_CAN_RUN = {"cpu": dispatch.cpu_reason, "triton": dispatch.triton_reason, "reference": lambda x: None}
+_CAN_RUN = {"cpu": dispatch.cpu_reason, "triton": dispatch.triton_reason, "reference": dispatch.reference_reason}
 
-softmax = Operators(
+row_col_softmax = Operators(
     "row_col_softmax",
     f"(Tensor x, Tensor? weight_row, Tensor? weight_col) -> (Tensor out, {_STATISTICS})",
     f"(Tensor grad_out, Tensor x, Tensor? weight_row, Tensor? weight_col, {_STATISTICS}) "
@@ -97,12 +97,13 @@ softmax = Operators(
         "triton": (triton(__package__, "softmax_forward"), _unless_empty(triton(__package__, "softmax_backward"))),
     },
     can_run=_CAN_RUN,
+    autocast=dispatch.autocast_softmax,
     reference=reference.row_col_softmax,
     flops=_per_element(SOFTMAX_FLOPS[0]),
     flops_backward=_per_element(SOFTMAX_FLOPS[1], 1),
 )
 
-attention = Operators(
+elementwise_attention = Operators(
     "elementwise_attention",
     # mean and var None: normalise with the statistics of the batch.  Both come back as they were used, float32.
     "(Tensor x, Tensor weight_row, Tensor weight_col, Tensor? mean, Tensor? var, Scalar eps) "
@@ -116,6 +117,7 @@ attention = Operators(
         "triton": (triton(__package__, "attention_forward"), _unless_empty(triton(__package__, "attention_backward"))),
     },
     can_run=_CAN_RUN,
+    autocast=dispatch.autocast_softmax,
     reference=reference.elementwise_attention,
     flops=_per_element(ATTENTION_FLOPS[0]),
     flops_backward=_per_element(ATTENTION_FLOPS[1], 1),

@@ -354,7 +354,7 @@ ATTENTION_GROWTH = tuple(_shape(f"B {n}, 4 heads, 28x28", n, 1, (28, 28), 4, att
 
 
 def _softmax_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    return op.softmax.calls(impl, *map(inputs.get, _EVERY))
+    return op.row_col_softmax.calls(impl, *map(inputs.get, _EVERY))
 
 
 def _attention_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
@@ -363,14 +363,14 @@ def _attention_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[An
     if not inputs.get("training", True):
         channels = weight_row.shape[0] * x.shape[1]
         running = [torch.full((channels,), value, device=x.device) for value in (0.1, 1.0)]
-    return op.attention.calls(impl, *tensors, *running, inputs.get("eps", 1e-5))
+    return op.elementwise_attention.calls(impl, *tensors, *running, inputs.get("eps", 1e-5))
 
 
 SPECS = (
     OpSpec(
         name="row_col_softmax",
         function=row_col_softmax,
-        implementations=op.softmax.implementations("x"),
+        implementations=op.row_col_softmax.implementations("x"),
         autocast=unchanged,
         samples=SOFTMAX_SAMPLES,
         bad_inputs=SOFTMAX_BAD,
@@ -383,7 +383,7 @@ SPECS = (
     OpSpec(
         name="elementwise_attention",
         function=attention_with_own_statistics,
-        implementations=op.attention.implementations("x"),
+        implementations=op.elementwise_attention.implementations("x"),
         autocast=unchanged,
         samples=ATTENTION_SAMPLES,
         bad_inputs=ATTENTION_BAD,

@@ -97,7 +97,7 @@ def _per_element(index: int, factor: int):
     return formula
 
 
-weighted_sum = Operators(
+weighted_layer_sum = Operators(
     "weighted_layer_sum",
     "(Tensor weights, Tensor[] values) -> Tensor out",
     "(Tensor grad_out, Tensor weights, Tensor[] values) -> (Tensor grad_weights, Tensor[] grad_values)",
@@ -108,16 +108,16 @@ weighted_sum = Operators(
         "triton": (triton(__package__, "sum_forward"), triton(__package__, "sum_backward")),
     },
     can_run={
-        "cpu": lambda values: dispatch.cpu_reason(values[0]),
-        "triton": lambda values: dispatch.triton_reason(values[0]),
-        "reference": lambda values: None,
+        "cpu": dispatch.cpu_reason,
+        "triton": dispatch.triton_reason,
+        "reference": dispatch.reference_reason,
     },
     reference=reference.weighted_layer_sum,
     flops=_per_element(1, 2),
     flops_backward=_per_element(2, 3),
 )
 
-attention = Operators(
+layer_attention = Operators(
     "layer_attention",
     "(Tensor query, Tensor[] keys, Tensor[] values, Tensor? bias, Scalar scale, bool sigmoid) "
     "-> (Tensor out, Tensor weights)",
@@ -129,7 +129,8 @@ attention = Operators(
         "cpu": (_forward_attention, _backward_attention),
         "triton": (triton(__package__, "attention_forward"), triton(__package__, "attention_backward")),
     },
-    can_run=weighted_sum.can_run,
+    can_run=weighted_layer_sum.can_run,
+    or_float32=("bias",),  # scores are float32, and autocast does not cast what is added to them
     reference=reference.layer_attention,
     flops=_per_element(2, 2),
     flops_backward=_per_element(3, 3),
@@ -144,7 +145,7 @@ def attention_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     """What the backward operator gives; but the gradients of the values are added to ``into`` where it is given."""
     grads = _allocate_attention_backward(*args, into=into)
-    attention.kernels[impl][1](*args, *grads, accumulate=into is not None)
+    layer_attention.kernels[impl][1](*args, *grads, accumulate=into is not None)
     return grads
 
 

@@ -398,18 +398,18 @@ def _attention_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[An
     query, values = inputs["query"], inputs["values"]
     query = query.expand(values[0].shape[0], *query.shape) if query.dim() == 2 else query
     sigmoid = inputs.get("activation") == "sigmoid"
-    return op.attention.calls(impl, query, inputs["keys"], values, inputs.get("bias"), 0.3, sigmoid)
+    return op.layer_attention.calls(impl, query, inputs["keys"], values, inputs.get("bias"), 0.3, sigmoid)
 
 
 def _sum_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    return op.weighted_sum.calls(impl, inputs["weights"], inputs["values"])
+    return op.weighted_layer_sum.calls(impl, inputs["weights"], inputs["values"])
 
 
 SPECS = (
     OpSpec(
         name="layer_attention",
         function=layer_attention,
-        implementations=op.attention.implementations("values"),
+        implementations=op.layer_attention.implementations("query"),
         autocast=partial(convert, keep=("bias",)),
         samples=ATTENTION_SAMPLES,
         bad_inputs=ATTENTION_BAD,
@@ -423,7 +423,7 @@ SPECS = (
     OpSpec(
         name="weighted_layer_sum",
         function=weighted_layer_sum,
-        implementations=op.weighted_sum.implementations("values"),
+        implementations=op.weighted_layer_sum.implementations("weights"),
         samples=SUM_SAMPLES,
         bad_inputs=SUM_BAD,
         fuzz=fuzz_sum,

@@ -66,7 +66,7 @@ class RelPosAttention2d(nn.Module):
             raise ValueError(f"size must be two positive numbers (H, W), got {size}")
         if not 0.0 <= dropout_p < 1.0:
             raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-        implementations = ("auto", *op.attention.can_run)
+        implementations = ("auto", *op.rel_attention_2d.can_run)
         if impl not in implementations:
             raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")
 

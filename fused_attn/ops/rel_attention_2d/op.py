@@ -17,7 +17,7 @@ from .._floor.operators import Operators, cpp, triton
 from . import reference
 
 
-def can_run_triton(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+def can_run_triton(query: Tensor, key: Tensor, value: Tensor, *_) -> str | None:
     if (reason := dispatch.triton_reason(query)) is not None:
         return reason
     depth, deepest = max(query.shape[-1], value.shape[-1]), 128 if query.dtype == torch.float32 else 256
@@ -34,10 +34,13 @@ def _allocate(query: Tensor, key: Tensor, value: Tensor, *_) -> tuple[Tensor, Te
 
 
 def _allocate_backward(grad_out, query, key, value, row, col, *_) -> tuple[Tensor, ...]:
-    grads = [empty_like_heads(tensor, tensor.shape[-1]) for tensor in (query, key, value)]
-    for term in (row, col):
-        grads.append(query.new_empty(0) if term is None else empty_contiguous(term))
-    return tuple(grads)
+    return (
+        empty_like_heads(query, query.shape[-1]),
+        empty_like_heads(key, key.shape[-1]),
+        empty_like_heads(value, value.shape[-1]),
+        query.new_empty(0) if row is None else empty_contiguous(row),
+        query.new_empty(0) if col is None else empty_contiguous(col),
+    )
 
 
 def _reference(query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed) -> Tensor:
@@ -71,7 +74,7 @@ def _flops_backward(grad_out, query, key, value, row, col, *_, **__) -> int:
     return 2 * products
 
 
-attention = Operators(
+rel_attention_2d = Operators(
     "rel_attention_2d",
     "(Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col, Scalar scale, Scalar rel_scale, "
     "bool key_minus_query, Scalar dropout_p, Tensor? seed) -> (Tensor out, Tensor statistics)",
@@ -85,9 +88,9 @@ attention = Operators(
         "triton": (triton(__package__, "forward"), triton(__package__, "backward")),
     },
     can_run={
-        "cpu": lambda query, key, value: dispatch.cpu_reason(query),
+        "cpu": dispatch.cpu_reason,
         "triton": can_run_triton,
-        "reference": lambda query, key, value: None,
+        "reference": dispatch.reference_reason,
     },
     reference=_reference,
     flops=_flops,

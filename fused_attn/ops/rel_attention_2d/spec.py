@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .._floor.declarations import BadInput, OpSpec, Sample, Shape
+from . import op
 from .api import decomposed_bias_attention, rel_attention_2d
-from .op import attention
 from .peers import BIAS_PEERS, REL_PEERS
 
 Grid = tuple[int, int]
@@ -541,14 +541,14 @@ def _operators(prefix: str, impl: str, inputs: Mapping[str, Any]) -> tuple[tuple
     dropout_p = inputs.get("dropout_p", 0.0)
     seed = torch.tensor([1234567890123], device=terms[0].device) if dropout_p else None
     key_minus_query = inputs.get("index", "key_minus_query") == "key_minus_query"
-    return attention.calls(impl, *terms, 0.3, 0.7, key_minus_query, dropout_p, seed)
+    return op.rel_attention_2d.calls(impl, *terms, 0.3, 0.7, key_minus_query, dropout_p, seed)
 
 
 SPECS = (
     OpSpec(
         name="rel_attention_2d",
         function=rel_attention_2d,
-        implementations=attention.implementations("query", "key", "value"),
+        implementations=op.rel_attention_2d.implementations("query", "key", "value"),
         samples=REL_SAMPLES,
         bad_inputs=REL_BAD,
         fuzz=fuzz_rel,
@@ -562,7 +562,7 @@ SPECS = (
     OpSpec(
         name="decomposed_bias_attention",
         function=decomposed_bias_attention,
-        implementations=attention.implementations("query", "key", "value"),
+        implementations=op.rel_attention_2d.implementations("query", "key", "value"),
         samples=BIAS_SAMPLES,
         bad_inputs=BIAS_BAD,
         fuzz=fuzz_bias,

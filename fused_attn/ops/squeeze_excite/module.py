@@ -60,7 +60,7 @@ class SqueezeExcite(nn.Module):
             raise ValueError(f"reduction must leave a hidden channel of channels={channels}, got {reduction}")
         if result_features < 0:
             raise ValueError(f"result_features must be at least 0, got {result_features}")
-        implementations = ("auto", *op.excite.can_run)
+        implementations = ("auto", *op.squeeze_excite.can_run)
         if impl not in implementations:
             raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")
         self.channels, self.reduction, self.result_features = channels, reduction, result_features

@@ -77,7 +77,7 @@ def _flops(x, fc1_weight, *_, **__) -> int:
     return 2 * x[0] * hidden * (columns + x[1])
 
 
-excite = Operators(
+squeeze_excite = Operators(
     "squeeze_excite",
     "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? result, "
     "Tensor? result_share, Tensor? residual, bool relu) -> (Tensor out, Tensor z, Tensor hidden, Tensor scale)",
@@ -91,7 +91,12 @@ excite = Operators(
         "cpu": (_forward, _backward),
         "triton": (triton(__package__, "forward"), triton(__package__, "backward")),
     },
-    can_run={"cpu": dispatch.cpu_reason, "triton": dispatch.triton_reason, "reference": lambda x: None},
+    can_run={
+        "cpu": dispatch.cpu_reason,
+        "triton": dispatch.triton_reason,
+        "reference": dispatch.reference_reason,
+    },
+    autocast=lambda x, residual, *parameters: dispatch.autocast_maps((x, residual), *parameters),
     reference=reference.squeeze_excite,
     flops=_flops,
     flops_backward=lambda grad_out, x, fc1_weight, *_, **__: 2 * _flops(x, fc1_weight),

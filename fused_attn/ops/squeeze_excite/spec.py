@@ -347,14 +347,14 @@ GROWTH = tuple(_shape(8, 64, n, n, 8, name=f"{n}x{n}, B 8, C 64") for n in (14, 
 
 def _operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
     names = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "result", "result_share", "residual")
-    return op.excite.calls(impl, *map(inputs.get, names), inputs.get("activation") == "relu")
+    return op.squeeze_excite.calls(impl, *map(inputs.get, names), inputs.get("activation") == "relu")
 
 
 SPECS = (
     OpSpec(
         name="squeeze_excite",
         function=squeeze_excite,
-        implementations=op.excite.implementations("x"),
+        implementations=op.squeeze_excite.implementations("x"),
         autocast=unchanged,
         samples=SAMPLES,
         bad_inputs=BAD_INPUTS,
