@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..bench import measure
 from ..ops._floor.declarations import (
-    BadInput,
     OpSpec,
     Shape,
     convert,
@@ -238,6 +238,16 @@ def check_refuses(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
     assert error is not None, f"impl={impl!r} ran, though {reason}"
     assert type(error) is RuntimeError, f"expected RuntimeError, got {error!r}"
     assert f"impl={impl!r} cannot run: {reason}" in str(error), f"the reason is missing from: {error}"
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """One invalid call, the exception it must raise and a regular expression its message must match."""
+
+    name: str
+    make: Callable[[], dict[str, Any]]
+    error: type[Exception]
+    match: str
 
 
 def check_bad_input(spec: OpSpec, bad: BadInput) -> None:

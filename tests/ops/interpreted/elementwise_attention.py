@@ -8,7 +8,7 @@ import torch
 
 from fused_attn.ops._floor.declarations import Sample
 from fused_attn.ops.elementwise_attention import op, reference, triton_launch
-from fused_attn.ops.elementwise_attention.spec import SPECS, make
+from fused_attn.ops.elementwise_attention.spec import SPECS, make_inputs
 from fused_attn.testing import checks
 from fused_attn.testing.numerics import mismatches
 
@@ -47,7 +47,7 @@ def _cases():
         ("elementwise_attention", "groups", GROUPS),
         ("elementwise_attention", "evaluation, tiles", TILES | {"heads": 1, "options": {"training": False}}),
     )
-    found = [(SPEC_OF[name], Sample(sample, partial(make, **settings))) for name, sample, settings in own]
+    found = [(SPEC_OF[name], Sample(sample, partial(make_inputs, **settings))) for name, sample, settings in own]
     for spec_name, names in (("row_col_softmax", SOFTMAX_SAMPLES), ("elementwise_attention", ATTENTION_SAMPLES)):
         samples = {sample.name: sample for sample in SPEC_OF[spec_name].samples}
         found += [(SPEC_OF[spec_name], samples[name]) for name in names]
