@@ -42,8 +42,8 @@ struct Head {
   }
 };
 
-void layer_weights_forward(Tensor query, std::vector<Tensor> keys, std::optional<Tensor> bias, double scale,
-                           bool sigmoid, Tensor weights) {
+void layer_attention_weights_forward(Tensor query, std::vector<Tensor> keys, std::optional<Tensor> bias, double scale,
+                                     bool sigmoid, Tensor weights) {
   const Head head(query, keys, bias, scale, sigmoid);
   float* to = floats_of(weights);
   auto run = [&](int64_t begin, int64_t end) {
@@ -76,8 +76,9 @@ void layer_weights_forward(Tensor query, std::vector<Tensor> keys, std::optional
 }
 
 // grad_scores (batch, groups, layers) holds the gradient of the weights and receives that of the scores.
-void layer_weights_backward(Tensor query, std::vector<Tensor> keys, double scale, bool sigmoid, Tensor weights,
-                            Tensor grad_scores, Tensor grad_query, std::vector<Tensor> grad_keys) {
+void layer_attention_weights_backward(Tensor query, std::vector<Tensor> keys, double scale, bool sigmoid,
+                                      Tensor weights, Tensor grad_scores, Tensor grad_query,
+                                      std::vector<Tensor> grad_keys) {
   const Head head(query, keys, std::nullopt, scale, sigmoid);
   const float* weight = floats_of(weights);
   float* grad = floats_of(grad_scores);
@@ -143,7 +144,7 @@ void fill_problem(Problem& p, const Tensor& weights, const Tensor& like, const P
   p.value_strides = values.strides.data();
 }
 
-void layer_sum_forward(Tensor weights, std::vector<Tensor> values, bool channels_last, Tensor out) {
+void weighted_layer_sum_forward(Tensor weights, std::vector<Tensor> values, bool channels_last, Tensor out) {
   if (out.numel() == 0) return;
   const Pointers pointers(values);
   Forward p;
@@ -153,8 +154,8 @@ void layer_sum_forward(Tensor weights, std::vector<Tensor> values, bool channels
   parallel(tasks_of(p), best_kernels().forward, p);
 }
 
-void layer_sum_backward(Tensor grad_out, Tensor weights, std::vector<Tensor> values, bool channels_last,
-                        bool accumulate, std::optional<Tensor> grad_weights, std::vector<Tensor> grad_values) {
+void weighted_layer_sum_backward(Tensor grad_out, Tensor weights, std::vector<Tensor> values, bool channels_last,
+                                 bool accumulate, std::optional<Tensor> grad_weights, std::vector<Tensor> grad_values) {
   const int64_t heads = weights.size(0) * weights.size(1), layers = weights.size(2);
   float* to = grad_weights ? floats_of(*grad_weights) : nullptr;
   if (to) std::fill(to, to + heads * layers, 0.0f);
@@ -185,22 +186,22 @@ void layer_sum_backward(Tensor grad_out, Tensor weights, std::vector<Tensor> val
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn_cpu, m) {
   m.def(
-      "layer_weights_forward(Tensor query, Tensor[] keys, Tensor? bias, float scale, bool sigmoid, "
+      "layer_attention_weights_forward(Tensor query, Tensor[] keys, Tensor? bias, float scale, bool sigmoid, "
       "Tensor(a!) weights) -> ()");
   m.def(
-      "layer_weights_backward(Tensor query, Tensor[] keys, float scale, bool sigmoid, Tensor weights, "
+      "layer_attention_weights_backward(Tensor query, Tensor[] keys, float scale, bool sigmoid, Tensor weights, "
       "Tensor(a!) grad_scores, Tensor(b!) grad_query, Tensor(c!)[] grad_keys) -> ()");
-  m.def("layer_sum_forward(Tensor weights, Tensor[] values, bool channels_last, Tensor(a!) out) -> ()");
+  m.def("weighted_layer_sum_forward(Tensor weights, Tensor[] values, bool channels_last, Tensor(a!) out) -> ()");
   m.def(
-      "layer_sum_backward(Tensor grad_out, Tensor weights, Tensor[] values, bool channels_last, bool accumulate, "
-      "Tensor(a!)? grad_weights, Tensor(b!)[] grad_values) -> ()");
+      "weighted_layer_sum_backward(Tensor grad_out, Tensor weights, Tensor[] values, bool channels_last, "
+      "bool accumulate, Tensor(a!)? grad_weights, Tensor(b!)[] grad_values) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_attn_cpu, CPU, m) {
-  m.impl("layer_weights_forward", TORCH_BOX(&layer_weights_forward));
-  m.impl("layer_weights_backward", TORCH_BOX(&layer_weights_backward));
-  m.impl("layer_sum_forward", TORCH_BOX(&layer_sum_forward));
-  m.impl("layer_sum_backward", TORCH_BOX(&layer_sum_backward));
+  m.impl("layer_attention_weights_forward", TORCH_BOX(&layer_attention_weights_forward));
+  m.impl("layer_attention_weights_backward", TORCH_BOX(&layer_attention_weights_backward));
+  m.impl("weighted_layer_sum_forward", TORCH_BOX(&weighted_layer_sum_forward));
+  m.impl("weighted_layer_sum_backward", TORCH_BOX(&weighted_layer_sum_backward));
 }
 
 }  // namespace fused_attn::layer_attention

@@ -93,7 +93,7 @@ def plain_function(
         def backward(ctx, grad_out):
             return None, None, *backward(ctx, grad_out, ctx.needs_input_grad[2:])
 
-    Plain.__name__ = Plain.__qualname__ = name
+    _rename(Plain, name)
 
     def run(args: tuple) -> tuple[Tensor, ...]:
         others = []
@@ -120,7 +120,7 @@ def _register(name: str, lists: Sequence[int], backward, save, forward_mode) -> 
         def backward(ctx, grad_out, *_):
             return None, *backward(ctx, grad_out, ctx.needs_input_grad[1:])
 
-    Reverse.__name__ = Reverse.__qualname__ = name
+    _rename(Reverse, name)
 
     class Call:
         """One call on its way through ``Reverse.apply``, which takes and returns tensors, not lists of them."""
@@ -144,6 +144,12 @@ def _register(name: str, lists: Sequence[int], backward, save, forward_mode) -> 
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _rename(function: type[_SingleLevelFunction], name: str) -> None:
+    """As if it was defined under this name, which its nodes in a graph then carry."""
+    function.__name__ = function.__qualname__ = name
+    function._backward_cls.__name__ = function._backward_cls.__qualname__ = f"{name}Backward"
 
 
 class _Recording:

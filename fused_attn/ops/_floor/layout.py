@@ -46,7 +46,9 @@ def memory_format(x: torch.Tensor) -> torch.memory_format:
 
 def in_format(tensor: torch.Tensor | None, form: torch.memory_format) -> torch.Tensor | None:
     """``tensor`` itself where it lies so already, else a copy."""
-    return None if tensor is None else tensor.contiguous(memory_format=form)
+    if tensor is None or tensor.is_contiguous(memory_format=form):
+        return tensor
+    return tensor.contiguous(memory_format=form)
 
 
 def dense_order(value: torch.Tensor) -> tuple[int, ...]:

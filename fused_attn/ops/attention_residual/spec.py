@@ -1,4 +1,4 @@
-"""Samples, bad inputs, benchmark shapes and peers of ``attention_residual``."""
+"""Samples, benchmark shapes and peers of ``attention_residual``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples, bad inputs, benchmark shapes and peers of ``row_col_softmax`` and ``elementwise_attention``."""
+"""Samples, benchmark shapes and peers of ``row_col_softmax`` and ``elementwise_attention``."""
 
 from __future__ import annotations
 

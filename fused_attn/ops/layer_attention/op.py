@@ -47,8 +47,8 @@ def _allocate_attention_backward(
 
 # --- C++ kernels ------------------------------------------------------------------------------------------------
 
-_weights_forward, _weights_backward = cpp("layer_weights_forward"), cpp("layer_weights_backward")
-_sum_forward, _sum_backward = cpp("layer_sum_forward"), cpp("layer_sum_backward")
+_weights_forward, _weights_backward = cpp("layer_attention_weights_forward"), cpp("layer_attention_weights_backward")
+_sum_forward, _sum_backward = cpp("weighted_layer_sum_forward"), cpp("weighted_layer_sum_backward")
 
 
 def _forward_sum(weights: Tensor, values: Sequence[Tensor], out: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Samples, bad inputs, benchmark shapes and peers of ``layer_attention`` and ``weighted_layer_sum``."""
+"""Samples, benchmark shapes and peers of ``layer_attention`` and ``weighted_layer_sum``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples, bad inputs, benchmark shapes and peers of ``rel_attention_2d`` and ``decomposed_bias_attention``."""
+"""Samples, benchmark shapes and peers of ``rel_attention_2d`` and ``decomposed_bias_attention``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples, bad inputs, benchmark shapes and peers of ``squeeze_excite``."""
+"""Samples, benchmark shapes and peers of ``squeeze_excite``."""
 
 from __future__ import annotations
 
