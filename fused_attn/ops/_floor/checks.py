@@ -92,6 +92,12 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
 
 
+def tensors(**values: object) -> None:
+    """Require floating-point tensors, by name; raises as :func:`tensor` does."""
+    for name, value in values.items():
+        tensor(name, value)
+
+
 def same_dtype(tensors: Mapping[str, Tensor | Sequence[Tensor] | None], or_float32: Collection[str] = ()) -> None:
     """Require tensors of one dtype, on one device.
 

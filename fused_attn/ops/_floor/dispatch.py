@@ -38,7 +38,7 @@ def _dtype_reason(tensor: torch.Tensor) -> str:
     return f"it computes float32, float16 and bfloat16, got {tensor.dtype} (impl='reference' computes any)"
 
 
-def cpu_reason(tensor: torch.Tensor, *_) -> str | None:
+def cpu_reason(tensor: torch.Tensor) -> str | None:
     """Why the C++ kernels cannot run on tensors of the device and dtype of this one; None when they can."""
     if not tensor.is_cpu:
         return f"it needs CPU tensors, got {tensor.device.type}"
@@ -47,17 +47,13 @@ def cpu_reason(tensor: torch.Tensor, *_) -> str | None:
     return None if _extension.available() else f"{_NO_EXTENSION} ({_extension.reason()})"
 
 
-def triton_reason(tensor: torch.Tensor, *_) -> str | None:
+def triton_reason(tensor: torch.Tensor) -> str | None:
     """Why the Triton kernels cannot run on tensors of the device and dtype of this one; None when they can."""
     if not _HAS_TRITON:
         return "the package triton is not installed"
     if tensor.device.type not in TRITON_DEVICES:
         return f"it needs CUDA tensors, got {tensor.device.type} (or TRITON_INTERPRET=1, which runs it slowly anywhere)"
     return None if tensor.dtype in KERNEL_DTYPES else _dtype_reason(tensor)
-
-
-def reference_reason(*_) -> None:
-    """The reference runs on whatever passes the checks."""
 
 
 def choose(op: str, impl: str, candidates: Mapping[str, CanRun], *inputs) -> str:

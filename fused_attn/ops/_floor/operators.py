@@ -21,6 +21,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ... import _extension
 from . import autograd, checks, dispatch
+from .declarations import OpSpec
+from .layout import empty_contiguous
 
 #: Fills outputs that it is given, behind the arguments of the operator.
 Kernel = Callable[..., None]
@@ -31,11 +33,15 @@ Derived = Callable[[Sequence[Any], Sequence[bool]], Any]
 DEVICES = {"cpu": ("cpu",), "triton": dispatch.TRITON_DEVICES, "cuda": ("cuda",)}
 
 
-def cpp(name: str) -> Kernel:
-    """The C++ function ``fused_attn_cpu::name``."""
+def cpp(name: str, *, dense: bool = False) -> Kernel:
+    """The C++ function ``fused_attn_cpu::name``.
+
+    With ``dense`` it gets contiguous copies of arguments that are not; the outputs must be contiguous.
+    """
 
     if _extension.available():
-        return getattr(torch.ops.fused_attn_cpu, name).default
+        function = getattr(torch.ops.fused_attn_cpu, name).default
+        return (lambda *args: function(*autograd.map_tensors(Tensor.contiguous, args))) if dense else function
 
     def missing(*_) -> None:
         raise RuntimeError(f"the C++ kernels are not available: {_extension.reason()}")
@@ -61,10 +67,12 @@ class Operators:
         backward_schema: of backward: ``grad_out``, then what it needs, by the names of forward's arguments and outputs
             and of ``derived``; its outputs are named ``grad_<argument>``.
         allocate: ``allocate(*arguments)``: a tuple of unwritten outputs; the fake kernel too.
-        allocate_backward: likewise, of the arguments of backward.
+        allocate_backward: likewise, of the arguments of backward; without it, every gradient is contiguous, in the
+            shape and dtype of its argument, which must be an argument of backward too; that of None is empty.
         kernels: implementation -> (forward, backward), which fill outputs that follow their arguments.
-        can_run: implementation -> why it cannot run on the tensors that :meth:`choose` gets, or None; in the order
-            ``auto`` prefers them.  The interpreter never wins over a real kernel.
+        can_run: implementation -> why it cannot run on the tensors that :meth:`choose` gets, or None; for those that
+            ask for more than device and dtype of the first one.  ``auto`` prefers them in the order of ``kernels``, the
+            reference last: the interpreter never wins over a real kernel.
         reference: forward's first output, or all outputs that a caller reads, in plain PyTorch.
         autocast: a rule of :mod:`dispatch` for all tensors that :meth:`choose` gets.
         or_float32: names of tensors that autocast leaves alone, and that may be float32 whatever the others are.
@@ -81,22 +89,25 @@ class Operators:
         backward_schema: str,
         *,
         allocate: Callable[..., tuple[Tensor, ...]],
-        allocate_backward: Callable[..., tuple],
         kernels: Mapping[str, tuple[Kernel, Kernel]],
-        can_run: Mapping[str, dispatch.CanRun],
         reference: Callable[..., Any],
         autocast: Callable[..., Sequence[Tensor | None]] = dispatch.autocast,
         or_float32: Collection[str] = (),
+        allocate_backward: Callable[..., tuple] | None = None,
+        can_run: Mapping[str, dispatch.CanRun] | None = None,
         flops: Callable[..., int] = lambda *shapes, **_: 0,
         flops_backward: Callable[..., int] = lambda *shapes, **_: 0,
         derived: Mapping[str, Derived] | None = None,
         complete: Callable[[tuple, tuple], tuple] | None = None,
         public: str | None = None,
     ) -> None:
-        self.name, self.can_run, self.reference, self.kernels = name, can_run, reference, kernels
+        self.name, self.reference, self.kernels = name, reference, kernels
+        usual = {impl: _USUAL_REASONS[impl] for impl in kernels if impl in _USUAL_REASONS}
+        self.can_run = {**usual, **(can_run or {}), "reference": lambda *tensors: None}
         self._autocast, self._or_float32 = autocast, or_float32
         self._complete, self._derived = complete, tuple((derived or {}).values())
         forward, backward = (torch._C.parse_schema(f"fused_attn::{name}{text}") for text in (schema, backward_schema))
+        self._arguments = [argument.name for argument in forward.arguments]
         self._lists = [place for place, argument in enumerate(forward.arguments) if autograd.is_list(argument)]
         # What backward needs is among the arguments and outputs of forward and what is derived of them, in this order.
         # It is saved as tensors, then lists of them, and kept if it is neither.
@@ -121,6 +132,9 @@ class Operators:
             ]
         )
         self._grads_of_lists = [grads.index(f"grad_{forward.arguments[place].name}") for place in self._lists]
+        if allocate_backward is None:
+            names = [argument.name for argument in backward.arguments]
+            allocate_backward = _like_arguments([names.index(grad.removeprefix("grad_")) for grad in grads])
         self._operators, self._direct, self._functions = {}, {}, {}
         for impl, (kernel, backward_kernel) in kernels.items():
             full = f"fused_attn::{name}_{impl}"
@@ -226,6 +240,22 @@ class Operators:
         arguments = self._in_order((torch.randn_like(outputs[0]), *tensors, *lists, *others))
         return (forward, tuple(args)), (backward, arguments)
 
+    def spec(self, function: Callable[..., Tensor], *, asked: Sequence[str] | None = None, **fields: Any) -> OpSpec:
+        """The spec of a public function that takes the operator's arguments, by the same names.
+
+        Args:
+            function: the public function.
+            asked: names of the inputs that ``can_run`` asks about; None: the first.
+            fields: of :class:`OpSpec`, beside those that follow.
+        """
+        return OpSpec(
+            name=self.name,
+            function=function,
+            implementations=self.implementations(*(asked or self._arguments[:1])),
+            operators=lambda impl, inputs: self.calls(impl, *map(inputs.get, self._arguments)),
+            **fields,
+        )
+
     def implementations(self, *names: str) -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
         """``OpSpec.implementations``, where ``can_run`` asks about the inputs of these names, its first."""
 
@@ -287,6 +317,24 @@ def _is_tensor(argument: torch._C.Argument) -> bool:
 def _first(args: Iterable[Any]) -> Tensor:
     first = next(iter(args))
     return first if isinstance(first, Tensor) else first[0]
+
+
+#: Implementation -> why it cannot run on the inputs at hand, where their first tensor decides.
+_USUAL_REASONS: dict[str, dispatch.CanRun] = {
+    "cpu": lambda *inputs: dispatch.cpu_reason(_first(inputs)),
+    "triton": lambda *inputs: dispatch.triton_reason(_first(inputs)),
+}
+
+
+def _like_arguments(places: Sequence[int]) -> Callable[..., tuple]:
+    """Allocates a gradient of each argument of backward at ``places``."""
+
+    def empty(like: Any, args: tuple) -> Any:
+        if like is None:
+            return _first(args).new_empty(0)
+        return empty_contiguous(like) if isinstance(like, Tensor) else [*map(empty_contiguous, like)]
+
+    return lambda *args: tuple(empty(args[place], args) for place in places)
 
 
 def _filled(allocate: Callable[..., tuple], kernel: Kernel) -> Callable[..., tuple]:

@@ -41,13 +41,6 @@ def _allocate_attention(x: Tensor, weight_row: Tensor, *_) -> tuple[Tensor, ...]
     return out, *_allocate_statistics(x, heads), mean, var
 
 
-def _allocate_backward(
-    grad_out, x: Tensor, weight_row: Tensor | None, weight_col: Tensor | None, *_
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = (x.new_empty(0) if weight is None else empty_contiguous(weight) for weight in (weight_row, weight_col))
-    return empty_contiguous(x), *grads
-
-
 _cpp_attention = cpp("elementwise_attention_forward")
 
 
@@ -83,20 +76,16 @@ def _per_element(factor: int, index: int = 0):
     return formula
 
 
-_CAN_RUN = {"cpu": dispatch.cpu_reason, "triton": dispatch.triton_reason, "reference": dispatch.reference_reason}
-
 row_col_softmax = Operators(
     "row_col_softmax",
     f"(Tensor x, Tensor? weight_row, Tensor? weight_col) -> (Tensor out, {_STATISTICS})",
     f"(Tensor grad_out, Tensor x, Tensor? weight_row, Tensor? weight_col, {_STATISTICS}) "
     "-> (Tensor grad_x, Tensor grad_weight_row, Tensor grad_weight_col)",
     allocate=_allocate_softmax,
-    allocate_backward=_allocate_backward,
     kernels={
         "cpu": (cpp("row_col_softmax_forward"), _unless_empty(cpp("row_col_softmax_backward"))),
         "triton": (triton(__package__, "softmax_forward"), _unless_empty(triton(__package__, "softmax_backward"))),
     },
-    can_run=_CAN_RUN,
     autocast=dispatch.autocast_softmax,
     reference=reference.row_col_softmax,
     flops=_per_element(SOFTMAX_FLOPS[0]),
@@ -111,12 +100,10 @@ elementwise_attention = Operators(
     f"(Tensor grad_out, Tensor x, Tensor weight_row, Tensor weight_col, {_STATISTICS}, Tensor mean_used, "
     "Tensor var_used, bool training, Scalar eps) -> (Tensor grad_x, Tensor grad_weight_row, Tensor grad_weight_col)",
     allocate=_allocate_attention,
-    allocate_backward=_allocate_backward,
     kernels={
         "cpu": (_attention, _unless_empty(cpp("elementwise_attention_backward"))),
         "triton": (triton(__package__, "attention_forward"), _unless_empty(triton(__package__, "attention_backward"))),
     },
-    can_run=_CAN_RUN,
     autocast=dispatch.autocast_softmax,
     reference=reference.elementwise_attention,
     flops=_per_element(ATTENTION_FLOPS[0]),

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._floor import dispatch
 from .._floor.layout import dense_order, empty_contiguous, empty_in_order, in_order, is_channels_last
 from .._floor.operators import Operators, cpp, triton
 from . import reference
@@ -107,11 +106,6 @@ weighted_layer_sum = Operators(
         "cpu": (_forward_sum, _backward_sum),
         "triton": (triton(__package__, "sum_forward"), triton(__package__, "sum_backward")),
     },
-    can_run={
-        "cpu": dispatch.cpu_reason,
-        "triton": dispatch.triton_reason,
-        "reference": dispatch.reference_reason,
-    },
     reference=reference.weighted_layer_sum,
     flops=_per_element(1, 2),
     flops_backward=_per_element(2, 3),
@@ -129,7 +123,6 @@ layer_attention = Operators(
         "cpu": (_forward_attention, _backward_attention),
         "triton": (triton(__package__, "attention_forward"), triton(__package__, "attention_backward")),
     },
-    can_run=weighted_layer_sum.can_run,
     or_float32=("bias",),  # scores are float32, and autocast does not cast what is added to them
     reference=reference.layer_attention,
     flops=_per_element(2, 2),

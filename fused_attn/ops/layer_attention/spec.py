@@ -261,10 +261,6 @@ def _attention_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[An
     return op.layer_attention.calls(impl, query, inputs["keys"], values, inputs.get("bias"), 0.3, sigmoid)
 
 
-def _sum_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    return op.weighted_layer_sum.calls(impl, inputs["weights"], inputs["values"])
-
-
 SPECS = (
     OpSpec(
         name="layer_attention",
@@ -279,13 +275,10 @@ SPECS = (
         make_shape=_shape,
         peers=ATTENTION_PEERS,
     ),
-    OpSpec(
-        name="weighted_layer_sum",
-        function=weighted_layer_sum,
-        implementations=op.weighted_layer_sum.implementations("weights"),
+    op.weighted_layer_sum.spec(
+        weighted_layer_sum,
         samples=SUM_SAMPLES,
         fuzz=fuzz_sum,
-        operators=_sum_operators,
         shapes=_shapes(make_sum_inputs)[:2],
         growth=_growth(make_sum_inputs),
         make_shape=partial(_shape, make=make_sum_inputs),

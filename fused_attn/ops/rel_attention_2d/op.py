@@ -91,11 +91,7 @@ rel_attention_2d = Operators(
         "cpu": (cpp("rel_attention_2d_forward"), cpp("rel_attention_2d_backward")),
         "triton": (triton(__package__, "forward"), triton(__package__, "backward")),
     },
-    can_run={
-        "cpu": dispatch.cpu_reason,
-        "triton": can_run_triton,
-        "reference": dispatch.reference_reason,
-    },
+    can_run={"triton": can_run_triton},
     reference=_reference,
     flops=_flops,
     flops_backward=_flops_backward,

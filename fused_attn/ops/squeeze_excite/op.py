@@ -91,11 +91,6 @@ squeeze_excite = Operators(
         "cpu": (_forward, _backward),
         "triton": (triton(__package__, "forward"), triton(__package__, "backward")),
     },
-    can_run={
-        "cpu": dispatch.cpu_reason,
-        "triton": dispatch.triton_reason,
-        "reference": dispatch.reference_reason,
-    },
     autocast=lambda x, residual, *parameters: dispatch.autocast_maps((x, residual), *parameters),
     reference=reference.squeeze_excite,
     flops=_flops,
