@@ -39,14 +39,15 @@ def cpp(name: str, *, dense: bool = False) -> Kernel:
     With ``dense`` it gets contiguous copies of arguments that are not; the outputs must be contiguous.
     """
 
-    if _extension.available():
-        function = getattr(torch.ops.fused_attn_cpu, name).default
-        return (lambda *args: function(*autograd.map_tensors(Tensor.contiguous, args))) if dense else function
+    function = getattr(torch.ops.fused_attn_cpu, name, None)
+    if function is None:  # the extension is missing, or was built without this op
 
-    def missing(*_) -> None:
-        raise RuntimeError(f"the C++ kernels are not available: {_extension.reason()}")
+        def missing(*_) -> None:
+            raise RuntimeError(f"fused_attn_cpu::{name} is not there: {_extension.reason() or 'it was not built'}")
 
-    return missing
+        return missing
+    kernel = function.default
+    return (lambda *args: kernel(*autograd.map_tensors(Tensor.contiguous, args))) if dense else kernel
 
 
 def triton(package: str, name: str) -> Kernel:
