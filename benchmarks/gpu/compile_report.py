@@ -152,13 +152,13 @@ def _table(header: list[str], rows: list[list[Any]], left: int) -> list[str]:
 
 def _resources(row: dict[str, Any]) -> list[Any]:
     if "error" in row:
-        return [row["warps"], row["stages"], f"does not compile: {row['error']}", "", "", "", ""]
+        return [row["warps"], row["stages"], f"does not compile: {row['error']}", "", "", "", "", ""]
     bound = f"{row['bound']} {row['clocks'][row['bound']]:.0f}" if "bound" in row else ""
     cells = (row["registers"], row["spills"], row["shared"], row.get("instructions", ""), bound)
-    return [row["warps"], row["stages"], *cells]
+    return [row["warps"], row["stages"], *cells, row.get("seconds", "")]
 
 
-_RESOURCES = ["warps", "stages", "registers", "spills", "shared (bytes)", "instructions", "bound"]
+_RESOURCES = ["warps", "stages", "registers", "spills", "shared (bytes)", "instructions", "bound", "compiled in s"]
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -175,6 +175,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"- Bound: what bounds the loop, and the clocks of one multiprocessor for {gpu_bounds.WORK:,} scores or bytes "
         "that follow from it, every unit at its peak and all at once: no schedule of that code is faster, the code may "
         "well be slower.",
+        "- Compiled in s: CPU time, of one core that may be shared; only the order of magnitude is meant.",
         "",
     ]
     for version, verdict in sorted(report["versions"].items()):
@@ -312,6 +313,8 @@ def main() -> int:
     sources = ["peers"] if options.peers else options.op or ops()
     narrowed = bool(options.arch or options.filter or options.quick)
     archs = options.arch or list(gpu_code.TARGETS)
+    if not options.check:
+        os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # a row from Triton's cache would report no seconds
     rows = compile_all(sources, archs, options.filter, options.quick, options.jobs)
     found = [] if options.peers else problems(rows)
     report = load()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import os
 import re
 import subprocess
 import tempfile
@@ -335,6 +336,11 @@ def measure_amd(compiled: Any) -> dict[str, Any]:
     }
 
 
+def _cpu_seconds() -> float:
+    """CPU time of this process and of the assemblers that it waited for."""
+    return sum(os.times()[:4])
+
+
 def measure_launch(launch: Any, arch: str) -> dict[str, Any]:
     """Compile for ``arch`` and measure; ``{"error": text}`` where it does not compile."""
     row = {
@@ -345,9 +351,11 @@ def measure_launch(launch: Any, arch: str) -> dict[str, Any]:
         "warps": launch.options["num_warps"],
         "stages": launch.options["num_stages"],
     }
+    began = _cpu_seconds()
     try:
         compiled = compile_launch(launch, TARGETS[arch])
     except Exception as error:
         last = (str(error).strip() or repr(error)).splitlines()[-1]
         return row | {"error": f"{type(error).__name__}: {last}"}
+    row["seconds"] = round(_cpu_seconds() - began, 1)
     return row | (measure_amd(compiled) if arch.startswith("gfx") else measure_nvidia(compiled, launch, arch))

@@ -6,61 +6,53 @@ plans; ``compile_cases`` gives the same plans over meta tensors to the compile r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from .._floor.launch import Launch, bucket, bucket_size, checked, compiler_options, strides
 from .._floor.layout import rows
 from . import triton_kernels
 
 #: Programs of the backward pass, and so partial sums of the score vector's gradient.  A fixed number: results do not
 #: depend on the device.  1,024 are several waves on any GPU, and their partial sums 1 % of what the pass reads and
-#: writes at 9 values of 8,192 tokens.
+#: writes at 9 values of 8,192 tokens.  Rows of fewer than 1,024 numbers take twice as many, as they have few warps.
 BACKWARD_PROGRAMS = 1024
 
 
-class Launch(NamedTuple):
-    """One kernel launch: ``kernel[(programs,)](**arguments, **options)``."""
+class TokenLaunch(Launch):
+    """A launch over tiles of tokens."""
 
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-    #: bytes that one tile of tokens moves between registers and global memory where all COUNT values are there
-    bytes_per_tile: int
+    __slots__ = ()
 
     @property
     def tile(self) -> str:
         a = self.arguments
         return f"{a['BLOCK_T']} tokens x {a['BLOCK_D']}, {a['COUNT']} values"
 
-    def run(self) -> None:
-        self.kernel[(self.programs,)](**self.arguments, **self.options)
+    @property
+    def bytes_per_tile(self) -> int:
+        """What one tile of tokens moves between registers and global memory where all COUNT values are there."""
+        a = self.arguments
+        tensors = (2 if "grad_out_ptr" in a else 1) * a["COUNT"] + 1
+        return a["BLOCK_T"] * a["D"] * a["query_ptr"].element_size() * tensors
 
 
+@functools.cache
 def _tile(depth: int, elements_per_thread: int) -> tuple[int, int, int]:
-    """(tokens, padded depth, warps) of a tile: whole rows, at least 1,024 numbers, but not square.
+    """(tokens, padded depth, warps) of a tile: one row of 256 numbers or more, else 1,024 numbers, but not square.
 
     Triton 3.6 does not compile the forward kernel for a tile of 32 x 32 by one warp and three values or more: a layout
     conversion that it moves up leaves the branch that defines its operand.
     """
     block_d = max(16, triton.next_power_of_2(depth))
-    block_t = 64 if block_d == 32 else max(1, 1024 // block_d)
+    block_t = 1 if block_d >= 256 else 64 if block_d == 32 else 1024 // block_d
     warps = max(1, min(16, block_t * block_d // (32 * elements_per_thread)))
     return block_t, block_d, warps
-
-
-def _padded(items: Sequence[Any]) -> tuple[Any, ...]:
-    """Repeats the first item up to a power of two: one compilation serves many lengths."""
-    return (*items, *[items[0]] * (triton.next_power_of_2(len(items)) - len(items)))
-
-
-def _strides(tensor: Tensor) -> tuple[int, int]:
-    """Of (outer, inner, D) without the last, 0 along dimensions of size 1: what they say there is arbitrary."""
-    return tuple(0 if tensor.shape[i] == 1 else tensor.stride(i) for i in (0, 1))
 
 
 def _common(values: Sequence[Tensor], query: Tensor, norm_weight: Tensor | None, tile) -> dict[str, Any]:
@@ -68,8 +60,8 @@ def _common(values: Sequence[Tensor], query: Tensor, norm_weight: Tensor | None,
     outer, inner, depth = values[0].shape
     block_t, block_d, _ = tile
     return {
-        "value_ptrs": _padded(values),
-        "value_strides": _padded([_strides(value) for value in values]),
+        "value_ptrs": bucket(values),
+        "value_strides": bucket([strides(value)[:2] for value in values]),
         "query_ptr": query,
         "norm_weight_ptr": norm_weight,
         "query_stride": query.stride(0),
@@ -78,20 +70,14 @@ def _common(values: Sequence[Tensor], query: Tensor, norm_weight: Tensor | None,
         "tokens": outer * inner,
         "inner_size": inner,
         "D": depth,
-        "COUNT": triton.next_power_of_2(len(values)),
+        "COUNT": bucket_size(len(values)),
         "BLOCK_T": block_t,
         "BLOCK_D": block_d,
     }
 
 
-def _bytes(arguments: dict[str, Any], tensors: int) -> int:
-    """Of one tile of each of ``tensors``."""
-    return arguments["BLOCK_T"] * arguments["D"] * arguments["query_ptr"].element_size() * tensors
-
-
-def _options(tile) -> dict[str, Any]:
-    # FMA contraction is the default up to Triton 3.9 and no longer after it.
-    return {"num_warps": tile[2], "num_stages": 1, "enable_fp_fusion": True}
+def _launch(kernel, programs: int, arguments: dict[str, Any], tile) -> Launch:
+    return TokenLaunch(kernel, checked(programs, "values make"), arguments, compiler_options(tile[2], 1))
 
 
 def plan_forward(values, query, norm_weight, eps, out, statistics) -> Launch:
@@ -100,45 +86,27 @@ def plan_forward(values, query, norm_weight, eps, out, statistics) -> Launch:
     arguments = _common(values, query, norm_weight, tile)
     arguments |= {"out_ptr": out, "statistics_ptr": statistics, "eps": eps}
     programs = -(-arguments["tokens"] // tile[0])
-    return Launch(
-        triton_kernels.attention_residual_fwd_kernel,
-        _checked(programs),
-        arguments,
-        _options(tile),
-        _bytes(arguments, arguments["COUNT"] + 1),
-    )
+    return _launch(triton_kernels.attention_residual_fwd_kernel, programs, arguments, tile)
 
 
 def plan_backward(grad_out, values, query, norm_weight, statistics, grad_values, partials) -> Launch:
     """The backward launch; writes ``grad_values`` (contiguous) and ``partials``, a row per program."""
-    # Many values leave few registers for each.
-    tile = _tile(values[0].shape[-1], 16 if len(values) <= 16 else 8)
+    tile = _tile(values[0].shape[-1], 16)
     arguments = _common(values, query, norm_weight, tile)
     arguments |= {
         "grad_out_ptr": grad_out,
-        "grad_out_strides": _strides(grad_out),
+        "grad_out_strides": strides(grad_out)[:2],
         "statistics_ptr": statistics,
-        "grad_value_ptrs": _padded(grad_values),
+        "grad_value_ptrs": bucket(grad_values),
         "partials_ptr": partials,
     }
-    return Launch(
-        triton_kernels.attention_residual_bwd_kernel,
-        partials.shape[0],
-        arguments,
-        _options(tile),
-        _bytes(arguments, 2 * arguments["COUNT"] + 1),
-    )
-
-
-def _checked(programs: int) -> int:
-    if programs >= 2**31:
-        raise ValueError(f"values make {programs} tiles of work, expected fewer than 2**31; split the batch")
-    return programs
+    return _launch(triton_kernels.attention_residual_bwd_kernel, partials.shape[0], arguments, tile)
 
 
 def _backward_programs(values: Sequence[Tensor]) -> int:
     outer, inner, depth = values[0].shape
-    return min(BACKWARD_PROGRAMS, -(-outer * inner // _tile(depth, 16)[0]))
+    programs = BACKWARD_PROGRAMS if depth >= 1024 else 2 * BACKWARD_PROGRAMS
+    return min(programs, -(-outer * inner // _tile(depth, 16)[0]))
 
 
 def forward(values, query, norm_weight, eps, out, statistics) -> None:

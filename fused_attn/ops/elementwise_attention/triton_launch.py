@@ -6,6 +6,7 @@ A launch is planned as data (:class:`Launch`) from shapes and strides alone.  Th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .._floor.launch import Launch, checked, compiler_options, strides
 from . import triton_kernels as kernels
 
 #: Elements of the largest plane that one program holds, and of a tile of a larger one.
@@ -22,21 +24,21 @@ TILE = 1024
 IMAGES = 32
 
 
-class Launch(NamedTuple):
-    """One kernel launch: ``kernel[(programs,)](**arguments, **options)``."""
+class PlaneLaunch(Launch):
+    """A launch over the tiles of planes."""
 
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-    bytes_per_tile: int
+    __slots__ = ()
 
     @property
     def tile(self) -> str:
         return f"{self.arguments['ROWS']}x{self.arguments['COLUMNS']}"
 
-    def run(self) -> None:
-        self.kernel[(self.programs,)](**self.arguments, **self.options)
+    @property
+    def bytes_per_tile(self) -> int:
+        """What crosses memory in one iteration; statistics, sums and gradients of x and weights are not counted."""
+        a = self.arguments
+        moved = (a.get(name) for name in ("grad_out_ptr", "x_ptr", "row_ptr", "col_ptr", "out_ptr"))
+        return a["ROWS"] * a["COLUMNS"] * sum(tensor.element_size() for tensor in moved if tensor is not None)
 
 
 class Tiling(NamedTuple):
@@ -52,6 +54,7 @@ class Tiling(NamedTuple):
         return min(max(self.rows * self.columns // 128, 1), 8)
 
 
+@functools.cache
 def tiling(height: int, width: int) -> Tiling:
     """Tiles of powers of two."""
     rows, columns = triton.next_power_of_2(height), triton.next_power_of_2(width)
@@ -62,22 +65,11 @@ def tiling(height: int, width: int) -> Tiling:
     return Tiling(rows, columns, -(-height // rows), False)
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, ...] | None:
-    """Strides, 0 along dimensions of size 1: what they say there is arbitrary."""
-    if tensor is None:
-        return None
-    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _launch(kernel, programs: int, tile: Tiling, moved: tuple[Tensor | None, ...], arguments: dict[str, Any]) -> Launch:
-    """``moved``: tensors of which a tile crosses memory in one iteration."""
-    if programs >= 2**31:
-        raise ValueError(f"x makes {programs} tiles of work, expected fewer than 2**31; split the batch")
-    arguments = {name: value for name, value in arguments.items() if name in kernel.arg_names}
+def _launch(kernel, programs: int, tile: Tiling, arguments: dict[str, Any]) -> Launch:
+    arguments = {name: arguments[name] for name in kernel.arg_names}
     once = tile.whole and "images" not in arguments and kernel is not kernels.row_col_bwd_x_kernel
-    options = {"num_warps": tile.warps, "num_stages": 1 if once else 2, "enable_fp_fusion": True}
-    moved_bytes = tile.rows * tile.columns * sum(tensor.element_size() for tensor in moved if tensor is not None)
-    return Launch(kernel, programs, arguments, options, moved_bytes)
+    options = compiler_options(tile.warps, 1 if once else 2)
+    return PlaneLaunch(kernel, checked(programs, "x makes"), arguments, options)
 
 
 def _common(x: Tensor, row: Tensor | None, col: Tensor | None, row_stats: Tensor, col_stats: Tensor) -> dict[str, Any]:
@@ -86,7 +78,7 @@ def _common(x: Tensor, row: Tensor | None, col: Tensor | None, row_stats: Tensor
     tile = tiling(height, width)
     return {
         "x_ptr": x, "row_ptr": row, "col_ptr": col, "row_stats_ptr": row_stats, "col_stats_ptr": col_stats,
-        "x_strides": _strides(x), "row_strides": _strides(row), "col_strides": _strides(col),
+        "x_strides": strides(x), "row_strides": strides(row), "col_strides": strides(col),
         "planes": batch * heads * channels, "batch": batch, "heads": heads, "channels": channels, "height": height,
         "width": width, "chunks": tile.chunks, "shift": 1.0 / (height * width),
         "ROWS": tile.rows, "COLUMNS": tile.columns, "WHOLE": tile.whole,
@@ -101,20 +93,19 @@ def plan_statistics(x, row, col, row_stats, col_partials, *, out=None, moments=N
     """Row statistics and those of the columns of each chunk, ``col_partials`` (chunks, ...); see the kernel."""
     common = _common(x, row, col, row_stats, col_partials) | {"out_ptr": out, "moments_ptr": moments}
     tile = tiling(*x.shape[2:])
-    moved = (x, row, col, out)
-    return _launch(kernels.row_col_stats_kernel, common["planes"] * tile.chunks, tile, moved, common)
+    return _launch(kernels.row_col_stats_kernel, common["planes"] * tile.chunks, tile, common)
 
 
 def plan_moments(x, row, col, row_stats, col_stats, moments) -> Launch:
     common = _common(x, row, col, row_stats, col_stats) | {"moments_ptr": moments}
     tile = tiling(*x.shape[2:])
-    return _launch(kernels.row_col_moments_kernel, common["planes"] * tile.chunks, tile, (x, row, col), common)
+    return _launch(kernels.row_col_moments_kernel, common["planes"] * tile.chunks, tile, common)
 
 
 def plan_output(x, row, col, out, row_stats, col_stats, mean=None, scale=None) -> Launch:
     common = _common(x, row, col, row_stats, col_stats) | {"out_ptr": out, "mean_ptr": mean, "scale_ptr": scale}
     tile = tiling(*x.shape[2:])
-    return _launch(kernels.row_col_output_kernel, common["planes"] * tile.chunks, tile, (x, row, col, out), common)
+    return _launch(kernels.row_col_output_kernel, common["planes"] * tile.chunks, tile, common)
 
 
 def _combine_columns(partials: Tensor, col_stats: Tensor) -> None:
@@ -191,7 +182,7 @@ class Normalisation(NamedTuple):
 def _backward(grad_out, x, row, col, row_stats, col_stats, norm, sums=(None, None)) -> dict[str, Any]:
     return _common(x, row, col, row_stats, col_stats) | {
         "grad_out_ptr": grad_out,
-        "grad_out_strides": _strides(grad_out),
+        "grad_out_strides": strides(grad_out),
         "mean_ptr": norm.mean,
         "scale_ptr": norm.scale,
         "grad_mean_ptr": norm.grad_mean,
@@ -204,22 +195,20 @@ def _backward(grad_out, x, row, col, row_stats, col_stats, norm, sums=(None, Non
 def plan_grad_moments(grad_out, x, row, col, row_stats, col_stats, norm, moments) -> Launch:
     arguments = _backward(grad_out, x, row, col, row_stats, col_stats, norm) | {"moments_ptr": moments}
     tile = tiling(*x.shape[2:])
-    moved = (grad_out, x, row, col)
-    return _launch(kernels.row_col_grad_moments_kernel, arguments["planes"] * tile.chunks, tile, moved, arguments)
+    return _launch(kernels.row_col_grad_moments_kernel, arguments["planes"] * tile.chunks, tile, arguments)
 
 
 def plan_sums(grad_out, x, row, col, row_stats, col_stats, norm, sums) -> Launch:
     arguments = _backward(grad_out, x, row, col, row_stats, col_stats, norm, sums)
     tile = tiling(*x.shape[2:])
-    moved = (grad_out, x, row, col)
-    return _launch(kernels.row_col_sums_kernel, arguments["planes"] * tile.chunks, tile, moved, arguments)
+    return _launch(kernels.row_col_sums_kernel, arguments["planes"] * tile.chunks, tile, arguments)
 
 
 def plan_grad_x(grad_out, x, row, col, row_stats, col_stats, norm, sums, grad_x) -> Launch:
     arguments = _backward(grad_out, x, row, col, row_stats, col_stats, norm, sums) | {"grad_x_ptr": grad_x}
     tile = tiling(*x.shape[2:])
     programs = x.shape[0] * x.shape[1] * tile.chunks
-    return _launch(kernels.row_col_bwd_x_kernel, programs, tile, (grad_out, x, row, col), arguments)
+    return _launch(kernels.row_col_bwd_x_kernel, programs, tile, arguments)
 
 
 def plan_grad_weight(grad_out, x, row, col, row_stats, col_stats, norm, sums, partials) -> Launch:
@@ -232,7 +221,7 @@ def plan_grad_weight(grad_out, x, row, col, row_stats, col_stats, norm, sums, pa
         "column_tiles": column_tiles,
     }
     programs = partials.shape[0] * row.shape[0] * x.shape[1] * tile.chunks * column_tiles
-    return _launch(kernels.row_col_bwd_weight_kernel, programs, tile, (grad_out, x, row, col), arguments)
+    return _launch(kernels.row_col_bwd_weight_kernel, programs, tile, arguments)
 
 
 def _run_backward(grad_out, x, row, col, row_stats, col_stats, norm, grad_x, grad_row, grad_col) -> None:

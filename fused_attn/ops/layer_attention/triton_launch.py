@@ -6,6 +6,7 @@ A launch is planned as data (:class:`Launch`) from shapes and strides alone.  Th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .._floor.launch import Launch, bucket, bucket_size, checked, compiler_options
 from .._floor.layout import dense_order, in_order, is_channels_last
 from . import triton_kernels
 
@@ -20,20 +22,45 @@ from . import triton_kernels
 MAX_LAYERS = 32
 
 
-class Launch(NamedTuple):
-    """One kernel launch: ``kernel[(programs,)](**arguments, **options)``."""
+class SumLaunch(Launch):
+    """A launch over the tiles of all images."""
 
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-    #: its shape in words
-    tile: str
-    #: bytes that have to cross global memory for one program, or one iteration of its loop over the depth
-    bytes_per_tile: int
+    __slots__ = ()
 
-    def run(self) -> None:
-        self.kernel[(self.programs,)](**self.arguments, **self.options)
+    @property
+    def tile(self) -> str:
+        a = self.arguments
+        return f"{a['ROWS']}x{a['COLUMNS']}, {a['layers']} layers of {a['LAYERS']}"
+
+    @property
+    def bytes_per_tile(self) -> int:
+        """What has to cross global memory for one program."""
+        a = self.arguments
+        if "grad_out_ptr" in a:
+            moved = 1 + (3 if a["ADD"] else 2) * a["layers"]
+        else:
+            moved = a["layers"] + (2 if a["ADD"] else 1)
+        return a["ROWS"] * a["COLUMNS"] * a["value_ptrs"][0].element_size() * moved
+
+
+class HeadLaunch(Launch):
+    """A launch over heads."""
+
+    __slots__ = ()
+
+    @property
+    def tile(self) -> str:
+        a = self.arguments
+        return "1 head" if a.get("GIVEN") else f"1 head, {a['layers']} layers of {a['LAYERS']}"
+
+    @property
+    def bytes_per_tile(self) -> int:
+        """What has to cross global memory for one iteration of the loop over the depth, or over the partial sums."""
+        a = self.arguments
+        if a.get("GIVEN"):
+            return min(a["BLOCK_P"], a["parts"] * a["span"]) * a["all_layers"] * 4
+        tensors = (2 if "grad_weights_ptr" in a else 1) * (a["layers"] + 1)
+        return a["BLOCK_D"] * a["query_ptr"].element_size() * tensors
 
 
 class Matrix(NamedTuple):
@@ -60,6 +87,7 @@ def as_matrix(shape: Sequence[int], groups: int, channels_last: bool) -> Matrix:
     return Matrix(groups, channels // groups * positions, groups, True)
 
 
+@functools.cache
 def tile_of(matrix: Matrix, all_layers: int) -> tuple[int, int]:
     """(rows, columns) of a tile, powers of two; the same in every launch of a call, as its partial sums are per tile.
 
@@ -87,33 +115,18 @@ def chunks(layers: int) -> list[tuple[int, int]]:
     return [(first, min(MAX_LAYERS, layers - first)) for first in range(0, layers, MAX_LAYERS)]
 
 
-def _bucket(tensors: Sequence[Any]) -> tuple[Any, ...]:
-    """The items, the first one repeated up to a power of two."""
-    return (*tensors, *[tensors[0]] * (triton.next_power_of_2(len(tensors)) - len(tensors)))
-
-
-def _options(warps: int) -> dict[str, Any]:
-    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
-
-
-def _checked(programs: int) -> int:
-    if programs >= 2**31:
-        raise ValueError(f"values make {programs} tiles of work, expected fewer than 2**31; split the batch")
-    return programs
-
-
 # --- the sum over layers ----------------------------------------------------------------------------------------------
 
 
-def _plan_sum(kernel, like: Tensor, matrix: Matrix, values, first, all_layers, add, arguments, moved: int) -> Launch:
-    """A launch over the tiles of all images; ``moved``: tensors of the values' size that it reads or writes."""
+def _plan_sum(kernel, like: Tensor, matrix: Matrix, values, first, all_layers, add, arguments) -> Launch:
+    """A launch over the tiles of all images."""
     rows, columns = tile_of(matrix, all_layers)
     if rows * matrix.columns >= 2**31:
         raise ValueError(f"values must have fewer than 2**31 elements in {rows} rows, got {matrix.columns} in each")
     tiles = -(-matrix.rows // rows) * -(-matrix.columns // columns)
     arguments |= {
-        "value_ptrs": _bucket(values),
-        "value_strides": _bucket([value.stride(0) for value in values]),
+        "value_ptrs": bucket(values),
+        "value_strides": bucket([value.stride(0) for value in values]),
         "rows": matrix.rows,
         "columns": matrix.columns,
         "groups": matrix.groups,
@@ -123,21 +136,15 @@ def _plan_sum(kernel, like: Tensor, matrix: Matrix, values, first, all_layers, a
         "all_layers": all_layers,
         "ROW_WEIGHTS": matrix.row_weights,
         "ADD": add,
-        "LAYERS": triton.next_power_of_2(len(values)),
+        "LAYERS": bucket_size(len(values)),
         "ROWS": rows,
         "COLUMNS": columns,
     }
     # 16 bytes of every layer to a thread; 8 where it holds those of all layers and as many weights.
     together = kernel is triton_kernels.layer_sum_fwd_kernel and not matrix.row_weights
     warps = max(1, min(8, rows * columns * like.element_size() // (256 if together else 512)))
-    return Launch(
-        kernel,
-        _checked(like.shape[0] * tiles),
-        arguments,
-        _options(warps),
-        f"{rows}x{columns}, {len(values)} layers of {arguments['LAYERS']}",
-        rows * columns * like.element_size() * moved,
-    )
+    programs = checked(like.shape[0] * tiles, "values make")
+    return SumLaunch(kernel, programs, arguments, compiler_options(warps, 1))
 
 
 def plan_sum_forward(weights: Tensor, values: Sequence[Tensor], out: Tensor, channels_last: bool) -> list[Launch]:
@@ -153,7 +160,6 @@ def plan_sum_forward(weights: Tensor, values: Sequence[Tensor], out: Tensor, cha
             len(values),
             first > 0,
             {"weights_ptr": weights, "out_ptr": out},
-            count + 1 + (first > 0),
         )
         for first, count in chunks(len(values))
     ]
@@ -191,11 +197,10 @@ def plan_sum_backward(
             {
                 "grad_out_ptr": grad_out,
                 "weights_ptr": weights,
-                "grad_value_ptrs": _bucket(grad_values[first : first + count]),
+                "grad_value_ptrs": bucket(grad_values[first : first + count]),
                 "partials_ptr": partials,
                 "grad_out_stride": grad_out.stride(0),
             },
-            1 + (3 if add else 2) * count,
         )
         for first, count in chunks(len(values))
     ]
@@ -207,7 +212,11 @@ def plan_sum_backward(
 def _head_blocks(layers: int, depth: int) -> dict[str, int]:
     # The keys of all layers of a launch are in registers together.
     most = 128 if layers <= 8 else 32
-    return {"BLOCK_L": triton.next_power_of_2(layers), "BLOCK_D": min(triton.next_power_of_2(depth), most)}
+    return {"BLOCK_L": bucket_size(layers), "BLOCK_D": min(bucket_size(depth), most)}
+
+
+def _launch_heads(kernel, heads: int, arguments: dict[str, Any]) -> Launch:
+    return HeadLaunch(kernel, checked(heads, "values make"), arguments, compiler_options(1, 1))
 
 
 def plan_weights(query, keys, bias, scale, sigmoid, weights) -> list[Launch]:
@@ -216,7 +225,7 @@ def plan_weights(query, keys, bias, scale, sigmoid, weights) -> list[Launch]:
     for first, count in chunks(len(keys)):
         arguments = {
             "query_ptr": query,
-            "key_ptrs": _bucket(keys[first : first + count]),
+            "key_ptrs": bucket(keys[first : first + count]),
             "bias_ptr": bias,
             "weights_ptr": weights,
             "query_strides": query.stride(),
@@ -230,19 +239,11 @@ def plan_weights(query, keys, bias, scale, sigmoid, weights) -> list[Launch]:
             "SIGMOID": sigmoid,
             "FIRST": first == 0,
             "LAST": first + count == len(keys),
-            "LAYERS": triton.next_power_of_2(count),
+            "LAYERS": bucket_size(count),
             **_head_blocks(len(keys), query.shape[2]),
         }
-        launches.append(
-            Launch(
-                triton_kernels.layer_weights_fwd_kernel,
-                _checked(query.shape[0] * query.shape[1]),
-                arguments,
-                _options(1),
-                f"1 head, {count} layers of {arguments['LAYERS']}",
-                arguments["BLOCK_D"] * query.element_size() * (count + 1),
-            )
-        )
+        heads = query.shape[0] * query.shape[1]
+        launches.append(_launch_heads(triton_kernels.layer_weights_fwd_kernel, heads, arguments))
     return launches
 
 
@@ -265,9 +266,9 @@ def plan_heads_backward(
             "weights_ptr": weights,
             "grad_weights_ptr": grad_weights,
             "query_ptr": query,
-            "key_ptrs": _bucket(keys[first : first + count]) if attention else None,
+            "key_ptrs": bucket(keys[first : first + count]) if attention else None,
             "grad_query_ptr": grad_query,
-            "grad_key_ptrs": _bucket(grad_keys[first : first + count]) if attention else None,
+            "grad_key_ptrs": bucket(grad_keys[first : first + count]) if attention else None,
             "query_strides": query.stride() if attention else None,
             "scale": float(scale),
             "groups": groups,
@@ -280,22 +281,12 @@ def plan_heads_backward(
             "GIVEN": attention is None,
             "SIGMOID": sigmoid,
             "FIRST": first == 0,
-            "LAYERS": triton.next_power_of_2(count),
+            "LAYERS": bucket_size(count),
             "BLOCK_P": max(4, min(32, 512 // blocks["BLOCK_L"])),
             **blocks,
         }
-        summed = min(arguments["BLOCK_P"], partials.shape[1] * span) * layers * 4
-        per_depth = blocks["BLOCK_D"] * query.element_size() * (2 * count + 2) if attention else summed
-        launches.append(
-            Launch(
-                triton_kernels.layer_heads_bwd_kernel,
-                _checked(weights.shape[0] * groups),
-                arguments,
-                _options(1),
-                f"1 head, {count} layers of {arguments['LAYERS']}" if attention else "1 head",
-                per_depth,
-            )
-        )
+        heads = weights.shape[0] * groups
+        launches.append(_launch_heads(triton_kernels.layer_heads_bwd_kernel, heads, arguments))
     return launches
 
 

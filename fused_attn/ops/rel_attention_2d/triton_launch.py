@@ -6,7 +6,7 @@ A launch is planned as data (:class:`Launch`) from shapes, strides and the archi
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from .._floor.dropout import threshold
+from .._floor.launch import Launch, alignment, architecture, bucket_size, checked, compiler_options, strides
 from . import triton_kernels
 from .relative_logits import relative_logits, relative_logits_backward
 
@@ -28,13 +29,10 @@ class Tile(NamedTuple):
     stages: int
 
 
-class Launch(NamedTuple):
-    """One kernel launch: ``kernel[(programs,)](**arguments, **options)``."""
+class AttentionLaunch(Launch):
+    """A launch over tiles of scores."""
 
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    options: dict[str, Any]
+    __slots__ = ()
 
     @property
     def tile(self) -> str:
@@ -48,8 +46,35 @@ class Launch(NamedTuple):
         queries = a["QUERY_ROWS"] * a["QUERY_W"] if "QUERY_W" in a else a["BLOCK_M"]
         return queries * a["ROWS"] * a["BLOCK_W"]
 
-    def run(self) -> None:
-        self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+class Terms(NamedTuple):
+    """What the logits and the output are made of; ``row`` and ``col`` are finished logits, not tables."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    row: Tensor | None
+    col: Tensor | None
+
+
+class Factors(NamedTuple):
+    """Scales of the logits' terms, and dropout."""
+
+    scale: float
+    row_scale: float
+    col_scale: float
+    dropout_p: float
+    seed: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """Of :class:`Terms`, to be written; ``row`` with one entry per column strip (:func:`strips`) in front."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    row: Tensor | None
+    col: Tensor | None
 
 
 # Kernel -> depth bucket -> tile; the bucket is the larger padded depth of key and value.  Chosen by
@@ -85,16 +110,6 @@ _TILES_FLOAT32 = {
 }
 
 
-def architecture(tensor: Tensor) -> str:
-    """``"sm_90"``, ``"gfx942"``, ...: what ``tensor`` lives on.  ``"sm_90"`` for the interpreter."""
-    if tensor.device.type != "cuda":
-        return "sm_90"
-    properties = torch.cuda.get_device_properties(tensor.device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
-
-
 def choose_tile(kernel: str, arch: str, dtype: torch.dtype, block_dk: int, block_dv: int) -> Tile:
     """Tile of ``kernel`` ("forward", "backward_dq" or "backward_dkv") on ``arch``."""
     bucket = max(32, block_dk, block_dv)
@@ -106,6 +121,7 @@ def choose_tile(kernel: str, arch: str, dtype: torch.dtype, block_dk: int, block
     return _TILES_BY_FAMILY.get((family, kernel, bucket), _TILES_NVIDIA[kernel][bucket])
 
 
+@functools.cache
 def key_tile(block_n: int, height: int, width: int) -> tuple[int, int]:
     """(rows, columns) of a key tile of at most ``block_n`` keys: powers of two, at least 16 keys together.
 
@@ -124,201 +140,173 @@ def key_tile(block_n: int, height: int, width: int) -> tuple[int, int]:
     return shape(min((2**i for i in range(widest.bit_length())), key=cost))
 
 
-def _depth_block(depth: int) -> int:
-    return max(16, triton.next_power_of_2(depth))
+@functools.cache
+def _blocks(kernel: str, arch: str, dtype: torch.dtype, d_k: int, d_v: int) -> tuple[Tile, int, int]:
+    """Tile of a kernel and the padded depths of key and value."""
+    block_dk, block_dv = (max(16, triton.next_power_of_2(depth)) for depth in (d_k, d_v))
+    return choose_tile(kernel, arch, dtype, block_dk, block_dv), block_dk, block_dv
 
 
 def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, ...] | None:
-    """Strides, 0 along dimensions of size 1: what they say there is arbitrary."""
-    if tensor is None:
-        return None
-    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _align(tensor: Tensor | None) -> int:
-    """Elements, up to 16 bytes, that divide the address and strides of a tensor whose depth is contiguous; else 1."""
-    strides = _strides(tensor)
-    if strides is None or strides[4] != 1:
-        return 1
-    itemsize = tensor.element_size()
-    address = 0 if tensor.is_meta else tensor.data_ptr()
-    return math.gcd(16 // itemsize, address // itemsize if address % itemsize == 0 else 1, *strides[:4])
-
-
-def _common(query, key, value, row, col, scale, row_scale, col_scale, dropout_p, seed, tile) -> dict[str, Any]:
-    """Arguments that all three kernels take, by name."""
-    heads, height, width, d_k = query.shape[1:]
-    block_dk, block_dv = _depth_block(d_k), _depth_block(value.shape[4])
-    rows, columns = key_tile(tile.block_n, *key.shape[2:4])
+def _common(terms: Terms, factors: Factors) -> dict[str, Any]:
+    """Arguments that all three kernels take, by name, but for those of the tile."""
+    query, key, value, row, col = terms
+    _, heads, _, width, d_k = query.shape
+    query_strides, row_strides, col_strides = strides(query), strides(row), strides(col)
     return {
         "query_ptr": query,
         "key_ptr": key,
         "value_ptr": value,
         "row_ptr": row,
         "col_ptr": col,
-        "seed_ptr": seed if dropout_p > 0.0 else None,
-        "query_strides": _strides(query),
-        "key_strides": _strides(key),
-        "value_strides": _strides(value),
-        "row_strides": _strides(row),
-        "col_strides": _strides(col),
+        "seed_ptr": factors.seed if factors.dropout_p > 0.0 else None,
+        "query_strides": query_strides,
+        "key_strides": strides(key),
+        "value_strides": strides(value),
+        "row_strides": row_strides,
+        "col_strides": col_strides,
         "heads": heads,
-        "queries": height * width,
         "query_width": width,
         "key_height": key.shape[2],
         "key_width": key.shape[3],
-        "scale": scale,
-        "row_scale": row_scale,
-        "col_scale": col_scale,
-        "threshold": threshold(dropout_p),
-        "keep_scale": 1.0 / (1.0 - dropout_p),
+        "scale": factors.scale,
+        "row_scale": factors.row_scale,
+        "col_scale": factors.col_scale,
+        "threshold": threshold(factors.dropout_p),
+        "keep_scale": 1.0 / (1.0 - factors.dropout_p),
         "D_K": d_k,
         "D_V": value.shape[4],
-        "BLOCK_DK": block_dk,
-        "BLOCK_DV": block_dv,
-        "BLOCK_M": max(16, min(tile.block_m, triton.next_power_of_2(height * width))),
-        "ROWS": rows,
-        "BLOCK_W": columns,
-        "QUERY_ALIGN": _align(query),
-        "ROW_ALIGN": _align(row),
-        "COL_ALIGN": _align(col),
+        "QUERY_ALIGN": alignment(query, query_strides),
+        "ROW_ALIGN": alignment(row, row_strides),
+        "COL_ALIGN": alignment(col, col_strides),
         "PRECISION": _precision(query.dtype),
     }
 
 
-def plan_forward(
-    query, key, value, row, col, out, statistics, scale, row_scale, col_scale, dropout_p, seed, *, arch: str
-) -> Launch:
-    """The forward launch over finished row and column logits; writes ``out`` and ``statistics``."""
-    block_dk, block_dv = _depth_block(query.shape[4]), _depth_block(value.shape[4])
-    tile = choose_tile("forward", arch, query.dtype, block_dk, block_dv)
-    arguments = _common(query, key, value, row, col, scale, row_scale, col_scale, dropout_p, seed, tile)
-    arguments |= {
-        "out_ptr": out,
-        "out_strides": _strides(out),
-        "statistics_ptr": statistics,
-        **_key_loop(key, value, arguments),
+def _launch_over_queries(name: str, kernel, common: dict[str, Any], arguments: dict[str, Any], arch: str) -> Launch:
+    """A launch of a kernel that owns queries and loops over keys."""
+    query, key, value = common["query_ptr"], common["key_ptr"], common["value_ptr"]
+    batch, heads, height, width, d_k = query.shape
+    key_height, key_width = key.shape[2:4]
+    tile, block_dk, block_dv = _blocks(name, arch, query.dtype, d_k, value.shape[4])
+    rows, columns = key_tile(tile.block_n, key_height, key_width)
+    queries = height * width
+    block_m = max(16, min(tile.block_m, bucket_size(queries)))
+    arguments = {
+        **common,
+        **arguments,
+        "queries": queries,
+        "BLOCK_DK": block_dk,
+        "BLOCK_DV": block_dv,
+        "BLOCK_M": block_m,
+        "ROWS": rows,
+        "BLOCK_W": columns,
+        "ONE_STRIP": key_width <= columns,
+        "EVEN_H": key_height % rows == 0,
+        "EVEN_W": key_width % columns == 0,
+        "KEY_ALIGN": alignment(key, common["key_strides"]),
+        "VALUE_ALIGN": alignment(value, common["value_strides"]),
     }
-    return _launch(triton_kernels.rel_attention_fwd_kernel, _query_programs(query, arguments), arguments, tile)
+    return _launch(kernel, batch * heads * -(-queries // block_m), arguments, tile)
 
 
-def plan_backward_dq(
-    grad_out, query, key, value, row, col, out, statistics, normaliser, grad_query, grad_row, grad_col, scale,
-    row_scale, col_scale, dropout_p, seed, *, arch: str, delta_only: bool = False,
-) -> Launch:  # fmt: skip
-    """The dQ launch; writes ``grad_query``, ``normaliser`` and, where the logits exist, ``grad_row`` and ``grad_col``.
-
-    ``grad_row`` has a leading dimension of one entry per column strip (:func:`strips`).  In float32 a launch with
-    ``delta_only`` has to precede it.
-    """
-    block_dk, block_dv = _depth_block(query.shape[4]), _depth_block(value.shape[4])
-    tile = choose_tile("backward_dq", arch, query.dtype, block_dk, block_dv)
-    arguments = _common(query, key, value, row, col, scale, row_scale, col_scale, dropout_p, seed, tile)
-    row_strides = None if grad_row is None else (*_strides(grad_row[0]), grad_row.stride(0))
-    arguments |= {
-        "grad_out_ptr": grad_out,
-        "grad_out_strides": _strides(grad_out),
-        "out_ptr": out,
-        "out_strides": _strides(out),
-        "statistics_ptr": statistics,
-        "planes": query.shape[0] * query.shape[1],
-        "normaliser_ptr": normaliser,
-        "grad_query_ptr": grad_query,
-        "grad_query_strides": _strides(grad_query),
-        "grad_row_ptr": grad_row,
-        "grad_row_strides": row_strides,
-        "grad_col_ptr": grad_col,
-        "grad_col_strides": _strides(grad_col),
-        "grad_scale": scale,
-        "grad_row_scale": row_scale,
-        "grad_col_scale": col_scale,
-        "DELTA_ONLY": delta_only,
-        **_key_loop(key, value, arguments),
-    }
-    return _launch(triton_kernels.rel_attention_bwd_dq_kernel, _query_programs(query, arguments), arguments, tile)
+def _launch(kernel, programs: int, arguments: dict[str, Any], tile: Tile) -> Launch:
+    # The tile table counts on FMA contraction.
+    return AttentionLaunch(
+        kernel, checked(programs, "query and key make"), arguments, compiler_options(tile.warps, tile.stages)
+    )
 
 
-def plan_backward_dkv(
-    grad_out, query, key, value, row, col, normaliser, grad_key, grad_value, scale, row_scale, col_scale,
-    dropout_p, seed, *, arch: str,
-) -> Launch:  # fmt: skip
-    """The dK/dV launch; reads the ``normaliser`` that the dQ launch wrote; writes ``grad_key`` and ``grad_value``."""
-    block_dk, block_dv = _depth_block(query.shape[4]), _depth_block(value.shape[4])
-    tile = choose_tile("backward_dkv", arch, query.dtype, block_dk, block_dv)
-    arguments = _common(query, key, value, row, col, scale, row_scale, col_scale, dropout_p, seed, tile)
-    query_rows, query_columns = key_tile(tile.block_m, *query.shape[2:4])
-    arguments |= {
-        "grad_out_ptr": grad_out,
-        "grad_out_strides": _strides(grad_out),
-        "planes": query.shape[0] * query.shape[1],
-        "normaliser_ptr": normaliser,
-        "grad_key_ptr": grad_key,
-        "grad_key_strides": _strides(grad_key),
-        "grad_value_ptr": grad_value,
-        "grad_value_strides": _strides(grad_value),
-        "grad_scale": scale,
-        "query_height": query.shape[2],
-        "QUERY_ROWS": query_rows,
-        "QUERY_W": query_columns,
-        "ONE_STRIP": query.shape[3] <= query_columns,
-        "EVEN_M": query.shape[2] % query_rows == 0 and query.shape[3] % query_columns == 0,
-        "GRAD_OUT_ALIGN": _align(grad_out),
-    }
-    del arguments["queries"], arguments["BLOCK_M"]
-    row_tiles = -(-key.shape[2] // arguments["ROWS"])
-    programs = query.shape[0] * query.shape[1] * row_tiles * -(-key.shape[3] // arguments["BLOCK_W"])
-    return _launch(triton_kernels.rel_attention_bwd_dkv_kernel, programs, arguments, tile)
+def plan_forward(terms: Terms, factors: Factors, out: Tensor, statistics: Tensor, arch: str) -> Launch:
+    """The forward launch; writes ``out`` and ``statistics``."""
+    outputs = {"out_ptr": out, "out_strides": strides(out), "statistics_ptr": statistics}
+    kernel = triton_kernels.rel_attention_fwd_kernel
+    return _launch_over_queries("forward", kernel, _common(terms, factors), outputs, arch)
 
 
 def plan_backward(
-    grad_out, query, key, value, row, col, out, statistics, normaliser, grads, scale, row_scale, col_scale, dropout_p,
-    seed, *, arch: str,
-) -> list[Launch]:  # fmt: skip
-    """The backward launches in order; ``grads`` as in op.py, but ``grad_row`` as in :func:`plan_backward_dq`."""
-    grad_query, grad_key, grad_value, grad_row, grad_col = grads
-    terms, factors = (grad_out, query, key, value, row, col), (scale, row_scale, col_scale, dropout_p, seed)
-    launches = [
-        plan_backward_dq(
-            *terms, out, statistics, normaliser, grad_query, grad_row, grad_col, *factors,
-            arch=arch, delta_only=delta_only,
-        )
-        for delta_only in ((True, False) if query.dtype == torch.float32 else (False,))
-    ]  # fmt: skip
-    return [*launches, plan_backward_dkv(*terms, normaliser, grad_key, grad_value, *factors, arch=arch)]
+    grad_out: Tensor,
+    terms: Terms,
+    factors: Factors,
+    out: Tensor,
+    statistics: Tensor,
+    normaliser: Tensor,
+    grads: Gradients,
+    arch: str,
+) -> list[Launch]:
+    """The backward launches in order: dQ, which also writes ``normaliser``, then dK and dV, which read it.
+
+    In float32 a launch of the dQ kernel that only sums delta precedes them.
+    """
+    common = _common(terms, factors)
+    common |= {
+        "grad_out_ptr": grad_out,
+        "grad_out_strides": strides(grad_out),
+        "planes": grad_out.shape[0] * grad_out.shape[1],
+        "normaliser_ptr": normaliser,
+        "grad_scale": factors.scale,
+    }
+    dq = _plan_dq(common, out, statistics, grads, factors, arch)
+    launches = [dq, _plan_dkv(common, grads, arch)]
+    if grad_out.dtype != torch.float32:
+        return launches
+    return [dq._replace(arguments={**dq.arguments, "DELTA_ONLY": True}), *launches]
+
+
+def _plan_dq(common: dict[str, Any], out, statistics, grads: Gradients, factors: Factors, arch: str) -> Launch:
+    row_strides = None if grads.row is None else (*strides(grads.row[0]), grads.row.stride(0))
+    arguments = {
+        "out_ptr": out,
+        "out_strides": strides(out),
+        "statistics_ptr": statistics,
+        "grad_query_ptr": grads.query,
+        "grad_query_strides": strides(grads.query),
+        "grad_row_ptr": grads.row,
+        "grad_row_strides": row_strides,
+        "grad_col_ptr": grads.col,
+        "grad_col_strides": strides(grads.col),
+        "grad_row_scale": factors.row_scale,
+        "grad_col_scale": factors.col_scale,
+        "DELTA_ONLY": False,
+    }
+    return _launch_over_queries("backward_dq", triton_kernels.rel_attention_bwd_dq_kernel, common, arguments, arch)
+
+
+def _plan_dkv(common: dict[str, Any], grads: Gradients, arch: str) -> Launch:
+    batch, heads, height, width, d_k = common["query_ptr"].shape
+    key_height, key_width = common["key_height"], common["key_width"]
+    grad_out = common["grad_out_ptr"]
+    tile, block_dk, block_dv = _blocks("backward_dkv", arch, grad_out.dtype, d_k, common["D_V"])
+    rows, columns = key_tile(tile.block_n, key_height, key_width)
+    query_rows, query_columns = key_tile(tile.block_m, height, width)
+    arguments = {
+        **common,
+        "grad_key_ptr": grads.key,
+        "grad_key_strides": strides(grads.key),
+        "grad_value_ptr": grads.value,
+        "grad_value_strides": strides(grads.value),
+        "query_height": height,
+        "BLOCK_DK": block_dk,
+        "BLOCK_DV": block_dv,
+        "QUERY_ROWS": query_rows,
+        "QUERY_W": query_columns,
+        "ROWS": rows,
+        "BLOCK_W": columns,
+        "ONE_STRIP": width <= query_columns,
+        "EVEN_M": height % query_rows == 0 and width % query_columns == 0,
+        "GRAD_OUT_ALIGN": alignment(grad_out, common["grad_out_strides"]),
+    }
+    programs = batch * heads * -(-key_height // rows) * -(-key_width // columns)
+    return _launch(triton_kernels.rel_attention_bwd_dkv_kernel, programs, arguments, tile)
 
 
 def strips(query: Tensor, key: Tensor, value: Tensor, arch: str) -> int:
     """Column strips that the dQ pass walks: the leading dimension of its ``grad_row``."""
-    tile = choose_tile("backward_dq", arch, query.dtype, _depth_block(query.shape[4]), _depth_block(value.shape[4]))
+    tile, _, _ = _blocks("backward_dq", arch, query.dtype, query.shape[4], value.shape[4])
     return -(-key.shape[3] // key_tile(tile.block_n, *key.shape[2:4])[1])
-
-
-def _key_loop(key: Tensor, value: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the kernels that loop over keys."""
-    height, width = key.shape[2:4]
-    return {
-        "ONE_STRIP": width <= arguments["BLOCK_W"],
-        "EVEN_H": height % arguments["ROWS"] == 0,
-        "EVEN_W": width % arguments["BLOCK_W"] == 0,
-        "KEY_ALIGN": _align(key),
-        "VALUE_ALIGN": _align(value),
-    }
-
-
-def _query_programs(query: Tensor, arguments: dict[str, Any]) -> int:
-    return query.shape[0] * query.shape[1] * -(-arguments["queries"] // arguments["BLOCK_M"])
-
-
-def _launch(kernel, programs: int, arguments: dict[str, Any], tile: Tile) -> Launch:
-    if programs >= 2**31:
-        raise ValueError(f"query and key make {programs} tiles of work, expected fewer than 2**31; split the batch")
-    # FMA contraction is the default up to Triton 3.9 and no longer after it; the tile table counts on it.
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    return Launch(kernel, programs, arguments, options)
 
 
 def _logits(query, term, key_length, axis, rel_scale, key_minus_query):
@@ -340,10 +328,8 @@ def forward(
     with torch.cuda.device_of(query):
         row, row_scale = _logits(query, row, key.shape[2], 2, rel_scale, key_minus_query)
         col, col_scale = _logits(query, col, key.shape[3], 3, rel_scale, key_minus_query)
-        plan_forward(
-            query, key, value, row, col, out, statistics, scale, row_scale, col_scale, dropout_p, seed,
-            arch=architecture(query),
-        ).run()  # fmt: skip
+        terms, factors = Terms(query, key, value, row, col), Factors(scale, row_scale, col_scale, dropout_p, seed)
+        plan_forward(terms, factors, out, statistics, architecture(query)).run()
 
 
 def backward(
@@ -365,16 +351,10 @@ def backward(
         d_col = grad_col if col is tables[3] else torch.empty_like(col, memory_format=torch.contiguous_format)
         count = strips(query, key, value, arch)
         strip_rows = d_row[None] if count == 1 else d_row.new_empty((count, *d_row.shape), dtype=torch.float32)
-        written = (
-            *grads[:3],
-            None if row is None else strip_rows,
-            None if col is None else d_col,
-        )
+        written = Gradients(*grads[:3], None if row is None else strip_rows, None if col is None else d_col)
         normaliser = statistics.new_empty((5, *query.shape[:4]))
-        for launch in plan_backward(
-            grad_out, query, key, value, row, col, out, statistics, normaliser, written, scale, row_scale, col_scale,
-            dropout_p, seed, arch=arch,
-        ):  # fmt: skip
+        terms, factors = Terms(query, key, value, row, col), Factors(scale, row_scale, col_scale, dropout_p, seed)
+        for launch in plan_backward(grad_out, terms, factors, out, statistics, normaliser, written, arch):
             launch.run()
         if row is not None and count > 1:
             d_row.copy_(strip_rows.sum(0))
@@ -444,14 +424,14 @@ def _plan_all(grid, d_k, d_v, dtype, arch, *, channels_first=False, dropout_p=0.
     statistics = empty(*lead, *grid, 2, dtype=torch.float32)
     normaliser = empty(5, *lead, *grid, dtype=torch.float32)
     seed = torch.empty(1, dtype=torch.int64, device="meta")
-    terms, factors = (query, key, value, row, col), (d_k**-0.5, 1.0, 1.0, dropout_p, seed)
+    terms, factors = Terms(query, key, value, row, col), Factors(d_k**-0.5, 1.0, 1.0, dropout_p, seed)
     d_row = None
     if logits:
         count = strips(query, key, value, arch)
         d_row = row[None] if count == 1 else empty(count, *row.shape, dtype=torch.float32)
     return [
-        plan_forward(*terms, out, statistics, *factors, arch=arch),
+        plan_forward(terms, factors, out, statistics, arch),
         *plan_backward(
-            grad_out, *terms, out, statistics, normaliser, (query, key, value, d_row, col), *factors, arch=arch
+            grad_out, terms, factors, out, statistics, normaliser, Gradients(query, key, value, d_row, col), arch
         ),
     ]

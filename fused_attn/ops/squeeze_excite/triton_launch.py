@@ -6,14 +6,16 @@ the plans; ``compile_cases`` gives the same plans over meta tensors to the compi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from .._floor.launch import Launch, checked, compiler_options
 from .._floor.layout import in_format, memory_format
 from . import triton_kernels
 
@@ -23,14 +25,10 @@ _TILE = 2048
 _POSITIONS, _CHANNELS = 1024, 128
 
 
-class Launch(NamedTuple):
-    """One kernel launch: ``kernel[(programs,)](**arguments, **options)``; ``maps`` are read or written by it."""
+class MapLaunch(Launch):
+    """A launch over the tiles of maps."""
 
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-    maps: tuple[Tensor, ...]
+    __slots__ = ()
 
     @property
     def tile(self) -> str:
@@ -39,27 +37,28 @@ class Launch(NamedTuple):
 
     @property
     def bytes_per_tile(self) -> int:
+        """Of the maps that are read or written."""
+        maps = (value for value in self.arguments.values() if isinstance(value, Tensor) and value.dim() == 4)
         elements = self.arguments["BLOCK_C"] * self.arguments["BLOCK_P"]
-        return elements * sum(tensor.element_size() for tensor in self.maps)
+        return elements * sum(tensor.element_size() for tensor in maps)
 
-    def run(self) -> None:
-        self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+@functools.cache
+def _blocks(channels: int, positions: int, channels_last: bool) -> tuple[int, int]:
+    """Channels and positions of a tile."""
+    if channels_last:
+        block_c = min(triton.next_power_of_2(channels), _CHANNELS)
+        return block_c, min(triton.next_power_of_2(positions), _TILE // block_c)
+    block_p = min(triton.next_power_of_2(positions), _POSITIONS)
+    return min(triton.next_power_of_2(channels), _TILE // block_p), block_p
 
 
 def _plan(kernel: Any, x: Tensor, arguments: dict[str, Any], *, all_positions: bool) -> Launch:
     """A launch over the tiles of ``x``; with ``all_positions`` a program walks over those of its channels."""
     batch, channels, height, width = x.shape
     positions, channels_last = height * width, memory_format(x) == torch.channels_last
-    if channels_last:
-        block_c = min(triton.next_power_of_2(channels), _CHANNELS)
-        block_p = min(triton.next_power_of_2(positions), _TILE // block_c)
-    else:
-        block_p = min(triton.next_power_of_2(positions), _POSITIONS)
-        block_c = min(triton.next_power_of_2(channels), _TILE // block_p)
-    programs = batch * triton.cdiv(channels, block_c) * (1 if all_positions else triton.cdiv(positions, block_p))
-    if programs >= 2**31:
-        raise ValueError(f"x makes {programs} tiles of work, expected fewer than 2**31; split the batch")
-    maps = tuple(value for value in arguments.values() if isinstance(value, Tensor) and value.dim() == 4)
+    block_c, block_p = _blocks(channels, positions, channels_last)
+    programs = batch * -(-channels // block_c) * (1 if all_positions else -(-positions // block_p))
     arguments = arguments | {
         "CHANNELS": channels,
         "POSITIONS": positions,
@@ -67,7 +66,7 @@ def _plan(kernel: Any, x: Tensor, arguments: dict[str, Any], *, all_positions: b
         "BLOCK_C": block_c,
         "BLOCK_P": block_p,
     }
-    return Launch(kernel, programs, arguments, {"num_warps": 4, "num_stages": 2}, maps)
+    return MapLaunch(kernel, checked(programs, "x makes"), arguments, compiler_options(4, 2))
 
 
 def plan_squeeze(x: Tensor, z: Tensor) -> Launch:
