@@ -129,9 +129,7 @@ def _tests(plan: Round) -> Iterator[Step]:
     files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
     reason = "there is no GPU" if plan.dry else None
     on_gpu = pytest(4, "-m", "gpu", *files)
-    yield Step(
-        "tests-gpu", "tests", on_gpu, 300, needs, environment=failures("tests-gpu"), reason=reason, beside=True
-    )
+    yield Step("tests-gpu", "tests", on_gpu, 300, needs, environment=failures("tests-gpu"), reason=reason, beside=True)
 
 
 def _cases(plan: Round, shapes: str, *arguments: object) -> tuple[str, ...]:
