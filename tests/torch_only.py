@@ -14,15 +14,15 @@ from fused_attn.testing.numerics import draw_grad_out, evaluate
 #: call of every public module
 MODULES = {
     "AttentionAugmentedConv2d": lambda m, x: m(8, 16, 3, 1, (8, 8), heads=2)(x),
-    "AttentionResidual": lambda m, x: m(8)([x, x], dim=1),
+    "AttentionResidual": lambda m, x: m(8)([x, x]),
     "DualSoftmax": lambda m, x: m()(x),
     "ElementwiseAttention": lambda m, x: m(8, (8, 8), 2)(x),
     "ElementwiseAttentionBlock": lambda m, x: m(8, (8, 8), 2)(x),
     "LayerAttention": lambda m, x: m([8, 8])([x, x]),
-    "MRLABase": lambda m, x: m(8, head_dim=4)(x, modules.LayerCache()),
-    "MRLALight": lambda m, x: m(8, head_dim=4)(x, x),
+    "MRLABase": lambda m, x: m(8, dim_per_head=4)(x, modules.LayerCache()),
+    "MRLALight": lambda m, x: m(8, dim_per_head=4)(x, x),
     "RelPosAttention2d": lambda m, x: m(8, 16, 16, 2, (8, 8))(x),
-    "SqueezeExcite": lambda m, x: m(8)(x),
+    "SqueezeExcite": lambda m, x: m(8, 2)(x),
 }
 
 
@@ -30,7 +30,9 @@ def run_ops() -> None:
     for spec in SPECS:
         inputs = spec.samples[0].inputs(torch.float32)
         grad_out = draw_grad_out(spec, inputs)
-        expected, found = (evaluate(partial(spec.function, impl=each), inputs, grad_out) for each in ("reference", "auto"))
+        expected, found = (
+            evaluate(partial(spec.function, impl=each), inputs, grad_out) for each in ("reference", "auto")
+        )
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
 
