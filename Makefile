@@ -44,12 +44,12 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	FUSED_ATTN_REQUIRE_EXTENSION=1 $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
 	touch $@
 
-# One wheel for every Python and torch, with the manylinux that its library is fit for; torch's own libraries, which
-# auditwheel lists as external, come with torch.
+# One wheel for every Python and torch, tagged with the manylinux that its library is fit for; torch's libraries stay out.
 wheel: $(VENV)/installed
-	rm -f dist/fused_attn-*
-	FUSED_ATTN_REQUIRE_EXTENSION=1 $(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
-	$(BIN)/auditwheel show dist/fused_attn-*-abi3-*.whl
+	rm -rf build/lib* build/wheel dist/fused_attn-*.whl
+	FUSED_ATTN_REQUIRE_EXTENSION=1 $(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	$(BIN)/auditwheel show dist/fused_attn-*.whl
 
 clean:
 	rm -rf build dist *.egg-info fused_attn/_C*.so

@@ -3,6 +3,7 @@ words where kernels or packages are missing."""
 
 import ast
 import importlib.metadata
+import inspect
 import os
 import re
 import shutil
@@ -18,7 +19,8 @@ from commands import TRAIN
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from fused_attn import _extension, _extras
+import fused_attn
+from fused_attn import _extension, _extras, modules
 from fused_attn.cli import EXTRA_OF
 
 ROOT = Path(__file__).parents[1]
@@ -391,6 +393,32 @@ def metadata() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
+def test_metadata_agree_and_travel_with_the_wheel(pure):
+    about = metadata()
+    assert about["version"] == fused_attn.__version__
+    assert f"\nversion: {fused_attn.__version__}\nlicense: {about['license']}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {fused_attn.__version__}, " in (ROOT / "CHANGELOG.md").read_text()
+    with zipfile.ZipFile(pure) as archive:
+        names = archive.namelist()
+        (text,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
+    assert "fused_attn/py.typed" in names
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert {"License-Expression: Apache-2.0", "Requires-Dist: torch>=2.11"} <= {*text.splitlines()}
+
+
+@pytest.mark.parametrize("module", [fused_attn, modules], ids=lambda module: module.__name__)
+def test_public_functions_and_modules_are_annotated(module):
+    """mypy, of ``make lint``, then looks at what they say."""
+    for name in module.__all__:
+        public = getattr(module, name)
+        methods = [getattr(public, each) for each in ("__init__", "forward") if each in vars(public)]
+        for function in methods if inspect.isclass(public) else [public]:
+            signature = inspect.signature(function)
+            parameters = [each for each in signature.parameters.values() if each.name != "self"]
+            assert signature.return_annotation is not signature.empty, name
+            assert all(each.annotation is not each.empty for each in parameters), name
+
+
 COMMAND = "from fused_attn import cli; sys.exit(cli.main(sys.argv[1:]))"
 
 
@@ -411,8 +439,8 @@ from fused_attn.train import train
     assert result.stdout.split() == ["2"] * len(EXTRA_OF)
     lines = [line for line in result.stderr.splitlines() if line.startswith("fused-attn: ")]
     for line, (command, extra) in zip(lines, EXTRA_OF.items(), strict=True):
-        modules = ", ".join(_extras.EXTRAS[extra])
-        assert line == f"fused-attn: error: fused-attn {command} needs {modules}: pip install 'fused-attn[{extra}]'"
+        missing = ", ".join(_extras.EXTRAS[extra])
+        assert line == f"fused-attn: error: fused-attn {command} needs {missing}: pip install 'fused-attn[{extra}]'"
     last = result.stderr.splitlines()[-1]
     assert last.startswith("fused_attn._extras.MissingExtraError: fused_attn.train needs accelerate, ")
 
@@ -420,8 +448,8 @@ from fused_attn.train import train
 def test_extras_are_those_of_the_metadata():
     names = {"pillow": "PIL", "scikit-learn": "sklearn"}
     optional = metadata()["optional-dependencies"]
-    for extra, modules in _extras.EXTRAS.items():
-        assert [names.get(package, package) for package in optional[extra]] == [*modules]
+    for extra, expected in _extras.EXTRAS.items():
+        assert [names.get(package, package) for package in optional[extra]] == [*expected]
     assert optional["all"] == [f"fused-attn[{','.join(_extras.EXTRAS)}]"]
 
 
