@@ -5,6 +5,7 @@ environment that it installs into, which an isolated one hides, and asks for ano
 """
 
 import importlib.metadata
+import os
 import re
 import site
 import sys
@@ -32,7 +33,9 @@ if TORCH is not None and TORCH not in sys.path:
 
 
 def get_requires_for_build_wheel(config_settings=None) -> list[str]:
-    return [] if TORCH is not None else [f"torch>={'.'.join(map(str, OLDEST))}"]
+    if TORCH is not None or os.environ.get("FUSED_ATTN_NO_EXTENSION") == "1":
+        return []
+    return [f"torch>={'.'.join(map(str, OLDEST))}"]
 
 
 def get_requires_for_build_sdist(config_settings=None) -> list[str]:

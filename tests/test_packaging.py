@@ -323,6 +323,8 @@ def test_isolated_build_asks_for_torch_where_there_is_none(unpacked, isolated):
     code = f"{NO_TORCH}import build_backend; print(*(getattr(build_backend, hook)() for hook in {hooks}))"
     result = run(sys.executable, "-c", code, cwd=unpacked, **isolated)
     assert result.stdout == "['torch>=2.11'] ['torch>=2.11'] []\n"
+    result = run(sys.executable, "-c", code, cwd=unpacked, FUSED_ATTN_NO_EXTENSION="1", **isolated)
+    assert result.stdout == "[] [] []\n"
 
 
 def test_source_archive_takes_no_torch(unpacked, tmp_path, isolated):
