@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 
+import numpy as np
 from triton.language import core
 from triton.runtime import interpreter
 
@@ -57,3 +58,43 @@ assert not interpreter.interpreter_builder.options.debug
 interpreter.interpreter_builder.options = dataclasses.replace(
     interpreter.interpreter_builder.options, sanitize_overflow=False
 )
+
+#: What a GPU computes by an approximate instruction in float32, and the largest relative error of it (PTX ISA 8.7:
+#: ex2.approx, lg2.approx, sqrt.approx, rsqrt.approx; of div.full.f32, which "/" is, 2 units in the last place).
+APPROXIMATE = {
+    "create_exp2": 2**-22,
+    "create_log2": 2**-22,
+    "create_sqrt": 2**-23,
+    "create_rsqrt": 2**-22.9,
+    "create_fdiv": 2**-22,
+}
+
+
+def approximate(builder, seed):
+    """Lets the interpreter's ``builder`` err in these as much as a GPU may, up or down: which, the bits of the result
+    and ``seed`` decide, so that equal operands have equal results.  To stay: for a process of its own.
+
+    ``tl.exp`` and ``tl.log`` are of a product with log2(e) or log(2) that is rounded as well.
+    """
+
+    def rough(exact, largest):
+        def compute(*operands):
+            result = exact(*operands)
+            if result.data.dtype != np.float32:
+                return result
+            bits = np.atleast_1d(result.data).view(np.uint32).reshape(result.data.shape) ^ np.uint32(seed)
+            up = (bits * np.uint32(2654435761)) >> np.uint32(31)
+            with np.errstate(all="ignore"):
+                result.data = (result.data.astype(np.float64) * (1 + largest * (2.0 * up - 1))).astype(np.float32)
+            return result
+
+        return compute
+
+    def with_factor(argument, factor):
+        product = argument.data * argument.data.dtype.type(factor)
+        return interpreter.TensorHandle(product, argument.dtype.scalar)
+
+    for name, largest in APPROXIMATE.items():
+        setattr(builder, name, rough(getattr(builder, name), largest))
+    builder.create_exp = lambda argument: builder.create_exp2(with_factor(argument, 1.4426950408889634))
+    builder.create_log = lambda argument: with_factor(builder.create_log2(argument), 0.6931471805599453)

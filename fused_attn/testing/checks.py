@@ -84,7 +84,8 @@ def nan_in_unwritten_memory():
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    # What has one element or none is contiguous whatever its strides, with which it cannot be viewed as bytes.
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _require(found: list[str]) -> None:
@@ -109,7 +110,11 @@ def check_numerics(spec: OpSpec, impl: str, *calls: Mapping[str, Any]) -> None:
 
 
 def check_grad_out_layouts(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
-    """The gradient of the output may come expanded (as from ``sum()``), permuted or strided in memory."""
+    """The gradient of the output may come expanded (as from ``sum()``), permuted or strided in memory.
+
+    What is looked for are elements taken for others.  One draw of a small shape can exceed the bar for the numerics of
+    several by luck, so twice that is allowed.
+    """
     grad_out = draw_grad_out(spec, inputs)
     axes = list(range(grad_out.dim()))
     layouts = {
@@ -120,7 +125,7 @@ def check_grad_out_layouts(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -
     for name, value in layouts.items():
         oracle = evaluate(bound(spec, "reference"), convert(inputs, torch.float64), value.double())
         same_dtype = evaluate(bound(spec, "reference"), inputs, value)
-        found = mismatches(evaluate(bound(spec, impl), inputs, value), same_dtype, oracle)
+        found = mismatches(evaluate(bound(spec, impl), inputs, value), same_dtype, oracle, factor=4.0)
         _require([f"grad_out {name}: {text}" for text in found])
 
 

@@ -6,18 +6,25 @@ import triton.language as tl
 
 @triton.jit
 def exp_nonpositive(x):
-    """e**x of a float32 x <= 0 to 3 ulp.  ``tl.exp`` rounds x * log2(e): on a GPU it loses half an ulp for every unit
-    of x besides the 2 of its instruction, and float32 gradients of a softmax show it.
+    """e**x of a float32 x <= 0 to 1 ulp, with additions and products only.  ``tl.exp`` rounds x * log2(e): on a GPU it
+    loses half an ulp for every unit of x besides the 2 of its instruction, and float32 gradients of a softmax show
+    both.
 
-    x = n * log(2) + r, with n in the low bits of a number so large that its last digit is 1.  Below -88 the result is
-    0, of -inf too; NaN stays.
+    x = n * log(2) + r, with n in the low bits of a number so large that its last digit is 1, and e**r as a polynomial
+    (coefficients: Cephes' expf).  Below -88 the result is 0, of -inf too; NaN stays.
     """
-    n_in_bits = tl.maximum(x, -88.0) * 1.4426950408889634 + 12583039.0  # 1.5 * 2**23 + the exponent's bias
+    x = tl.maximum(x, -88.0, propagate_nan=tl.PropagateNan.ALL)
+    n_in_bits = x * 1.4426950408889634 + 12583039.0  # 1.5 * 2**23 + the exponent's bias
     n = n_in_bits - 12583039.0
     r = x - n * 0.693359375  # 9 bits of log(2): the product is exact
     r -= n * -2.12194440e-4
+    tail = tl.fma(r, 1.9875691500e-4, 1.3981999507e-3)
+    tail = tl.fma(r, tail, 8.3334519073e-3)
+    tail = tl.fma(r, tail, 4.1665795894e-2)
+    tail = tl.fma(r, tail, 1.6666665459e-1)
+    tail = tl.fma(r, tail, 5.0000001201e-1)
     power = (n_in_bits.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
-    return tl.math.exp2(r * 1.4426950408889634) * power
+    return (tl.fma(tail, r * r, r) + 1.0) * power
 
 
 @triton.jit

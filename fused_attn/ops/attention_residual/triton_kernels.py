@@ -33,8 +33,8 @@ def _score(query_ptr, norm_weight_ptr, query_stride, norm_weight_stride, columns
 
 @triton.jit
 def _unit(score):
-    """The power of two below the largest number of ``score``: divided by it, no digit of a product changes, but the
-    product with a value is finite wherever the logit is."""
+    """The power of two below the largest number of ``score``: divided by it, but not by ``/``, which is rounded, no
+    digit of a product changes, and the product with a value is finite wherever the logit is."""
     bits = tl.max(tl.max(tl.abs(score), 1), 0).to(tl.int32, bitcast=True) & 0x7F800000
     bits = tl.where((bits == 0) | (bits == 0x7F800000), 0x3F800000, bits)
     return bits.to(tl.float32, bitcast=True)
@@ -75,7 +75,7 @@ def attention_residual_fwd_kernel(
 
     score = _score(query_ptr, norm_weight_ptr, query_stride, norm_weight_stride, columns, D)
     unit = _unit(score)
-    score /= unit
+    score = tl.div_rn(score, unit)
     maximum = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
