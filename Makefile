@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml constraints.txt build_backend.py $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu lint format clean
+.PHONY: demo test bench gpu lint format wheel clean
 
 # What a newcomer sees: build, train, compare.
 demo: $(VENV)/installed
@@ -27,6 +27,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc examples -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/mypy
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
@@ -36,12 +37,19 @@ format: $(VENV)/installed
 # torch comes first and pinned: with it present, nothing that follows fetches another build of it.
 $(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch numpy setuptools wheel ninja
+	$(BIN)/pip install --quiet -c constraints.txt torch numpy setuptools ninja
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	FUSED_ATTN_REQUIRE_EXTENSION=1 $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e '.[test,lint]'
+	FUSED_ATTN_REQUIRE_EXTENSION=1 $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
 	touch $@
+
+# One wheel for every Python and torch, tagged with the manylinux that its library is fit for; torch's libraries stay out.
+wheel: $(VENV)/installed
+	rm -rf build/lib* build/wheel dist/fused_attn-*.whl
+	FUSED_ATTN_REQUIRE_EXTENSION=1 $(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	$(BIN)/auditwheel show dist/fused_attn-*.whl
 
 clean:
 	rm -rf build dist *.egg-info fused_attn/_C*.so

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 #: Lowest first; the innermost that is named holds a module.  "ops.OP" is any op, which stands beside the others.
 FLOORS = (
-    ("_extension", "options"),
+    ("_extension", "_extras", "options"),
     ("ops._floor",),
     ("ops.OP",),
     ("ops",),

@@ -12,6 +12,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -136,9 +137,7 @@ def autocast_softmax(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None
     return _cast(tensors, _widest(tensors) if tensors[0].device.type == "cpu" else torch.float32)
 
 
-def autocast_maps(
-    maps: Sequence[torch.Tensor | None], *parameters: torch.Tensor | None
-) -> tuple[torch.Tensor | None, ...]:
+def autocast_maps(maps: Sequence[torch.Tensor | None], *parameters: torch.Tensor | None) -> tuple[Any, ...]:
     """Autocast of sums and products element by element: the maps keep their dtype, the widest of them for all.
 
     Args:
