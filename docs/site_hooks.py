@@ -1,8 +1,8 @@
 """What MkDocs does not do by itself: pages that hold a file of the repository, and links that leave ``docs/``.
 
-``<!-- include PATH -->`` stands for that Markdown file.  A link to a page's included file leads to the page; any other file
-that a page links becomes a part of the site, below ``repository/``: pictures as they are, Markdown as a page, other text
-as a page of code, a folder as a list.
+``<!-- include PATH -->`` stands for that Markdown file.  A link to a file that a page includes leads to the page.
+Any other file that a page links becomes a part of the site, below ``repository/``: pictures as they are, Markdown as a
+page, other text as a page of code, a folder as a list.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path, PurePosixPath
 
 from mkdocs.structure.files import File
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benchmarks" / "report"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "report"))
 
 import links
 
+ROOT = Path(__file__).parents[1]
 INCLUDE = re.compile(r"^<!-- include (\S+) -->$", re.MULTILINE)
 PICTURES = {".png", ".svg"}
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 # Runs from a clone without installation too.
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import links
 import picture

@@ -7,9 +7,12 @@ from documents import DOCUMENTS, blocks, documents_with, read, run
 MIGRATIONS = [document for document in DOCUMENTS if document.startswith("docs/migrate/")]
 #: Given to an example that is a fragment of a network.
 FRAGMENTS = {
-    "fused_attn/ops/attention_residual/README.md": (
-        "import torch\ndim = 16\nembedding = torch.randn(2, 5, dim)\nlayers = [torch.nn.Linear(dim, dim) for _ in range(3)]"
-    )
+    "fused_attn/ops/attention_residual/README.md": """
+import torch
+dim = 16
+embedding = torch.randn(2, 5, dim)
+layers = [torch.nn.Linear(dim, dim) for _ in range(3)]
+"""
 }
 
 
