@@ -1,7 +1,9 @@
 """A backbone for dense prediction: a CIFAR ResNet's maps, a small pyramid on top, and a mask for every pixel.
 
-The task: find the flower in crops of scikit-learn's sample image, whose petals are told from leaves by their colour.  The
-network sees grey images, so that it must learn shape and texture.  Run: ``python examples/dense_prediction.py --out mask.png``
+The task: find the petals in scikit-learn's sample image of a flower.  Their colour makes the labels; the network sees
+grey images, so that it must learn shape and texture.
+
+Run: ``python examples/dense_prediction.py --out mask.png``
 """
 
 import argparse

@@ -1,7 +1,9 @@
 """Dual-softmax matching of two views of a photograph, as in LoFTR; draws the matches.
 
-The second view of scikit-learn's sample image is shifted, turned, darker and noisy.  Where its points belong is known, so
-that the matches can be judged.  Run: ``python examples/match_images.py --out matches.png``
+The second view of scikit-learn's sample image is shifted, turned, darker and noisy.  Where its points belong is known,
+so that the matches can be judged.
+
+Run: ``python examples/match_images.py --out matches.png``
 """
 
 import argparse
@@ -63,7 +65,9 @@ def main() -> None:
     points_0, points_1 = centers_0[pairs[:, 0]], centers_1[pairs[:, 1]]
     apart = places_0[points_0[:, 1], points_0[:, 0]] - places_1[points_1[:, 1], points_1[:, 0]]
     right = apart.norm(dim=1) <= STEP
-    print(f"{len(pairs)} matches among {len(features_0)} and {len(features_1)} patches, {right.float().mean():.1%} right")
+    print(
+        f"{len(pairs)} matches among {len(features_0)} and {len(features_1)} patches, {right.float().mean():.1%} right"
+    )
 
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()

@@ -1,7 +1,9 @@
 """Fine-tuning only what a network attends with: relative position tables and squeeze-excite gates.
 
-A network learns digits, then meets the same digits turned by 90 degrees.  All convolutions, norms and the classifier stay
-as they are.  Run: ``python examples/tune_tables_and_gates.py``
+A network learns digits, then meets the same digits turned by 90 degrees.  All convolutions, norms and the classifier
+stay as they are.
+
+Run: ``python examples/tune_tables_and_gates.py``
 """
 
 import argparse
@@ -19,7 +21,8 @@ class Network(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), nn.GroupNorm(4, channels), nn.ReLU())
         self.attentions = nn.ModuleList(
-            RelPosAttention2d(channels, key_channels=64, value_channels=channels, heads=4, size=(8, 8)) for _ in range(3)
+            RelPosAttention2d(channels, key_channels=64, value_channels=channels, heads=4, size=(8, 8))
+            for _ in range(3)
         )
         self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3))
         self.gates = nn.ModuleList(SqueezeExcite(channels, reduction=2) for _ in range(3))

@@ -21,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import command_line
 import links
 import picture
 
@@ -158,6 +159,7 @@ def main() -> int:
     for name, text in tables().items():
         (RESULTS / name).write_text(text)
     picture.draw()
+    command_line.PAGE.write_text(command_line.render())
     for page in pages():
         page.write_text(fill(page.read_text(), page))
     return 0

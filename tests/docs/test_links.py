@@ -35,9 +35,8 @@ def broken(document: str, text: str) -> list[str]:
                 found.append(path)
             continue
         target = links.resolve(path, folder) if path else document
-        if target.startswith("..") or not (ROOT / target).exists():
-            found.append(path + anchor)
-        elif anchor and (not target.endswith(".md") or anchor[1:] not in anchors(target)):
+        exists = not target.startswith("..") and (ROOT / target).exists()
+        if not exists or (anchor and (not target.endswith(".md") or anchor[1:] not in anchors(target))):
             found.append(path + anchor)
     return found
 
