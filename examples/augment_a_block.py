@@ -52,7 +52,7 @@ def main() -> None:
         model = network(attention)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         for _ in range(steps):
-            batch = torch.randint(0, 1300, (64,))
+            batch = torch.randint(0, 1300, (32,))
             loss = F.cross_entropy(model(images[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()

@@ -68,7 +68,7 @@ def main() -> None:
         model = VisionTransformer(block=block)
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
         for _ in range(steps):
-            batch = torch.randint(0, 1300, (64,))
+            batch = torch.randint(0, 1300, (32,))
             loss = F.cross_entropy(model(images[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()

@@ -44,7 +44,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int, rate: fl
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=rate)
     for _ in range(steps):
-        batch = torch.randint(0, 1300, (64,))
+        batch = torch.randint(0, 1300, (32,))
         loss = F.cross_entropy(model(images[batch]), labels[batch])
         optimizer.zero_grad()
         loss.backward()
