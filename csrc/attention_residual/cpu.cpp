@@ -10,8 +10,6 @@
 namespace fused_attn::attention_residual {
 namespace {
 
-using torch::stable::Tensor;
-
 constexpr int64_t kElementsToAThread = 256;  // at least, where the partial sums are added
 
 std::vector<TensorView> views_of(const std::vector<Tensor>& tensors) {
@@ -64,18 +62,10 @@ void attention_residual_backward(Tensor grad_out, std::vector<Tensor> values, Te
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn_cpu, m) {
-  m.def(
-      "attention_residual_forward(Tensor[] values, Tensor query, Tensor? norm_weight, float eps, Tensor(a!) out, "
-      "Tensor(b!) statistics) -> ()");
-  m.def(
-      "attention_residual_backward(Tensor grad_out, Tensor[] values, Tensor query, Tensor? norm_weight, "
-      "Tensor statistics, Tensor(a!)[] grad_values, Tensor(b!) grad_query, Tensor(c!) grad_norm_weight) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fused_attn_cpu, CPU, m) {
-  m.impl("attention_residual_forward", TORCH_BOX(&attention_residual_forward));
-  m.impl("attention_residual_backward", TORCH_BOX(&attention_residual_backward));
-}
+FUSED_ATTN_REGISTER(
+    attention_residual,
+    "(Tensor[] values, Tensor query, Tensor? norm_weight, float eps, Tensor(a!) out, Tensor(b!) statistics)",
+    "(Tensor grad_out, Tensor[] values, Tensor query, Tensor? norm_weight, Tensor statistics, "
+    "Tensor(a!)[] grad_values, Tensor(b!) grad_query, Tensor(c!) grad_norm_weight)")
 
 }  // namespace fused_attn::attention_residual

@@ -37,9 +37,9 @@ struct Backward : Problem {
 };
 
 struct Kernels {
-  void (*forward)(const Forward&, int64_t begin, int64_t end);        // tasks
-  void (*backward)(const Backward&, int64_t begin, int64_t end);      // tasks
-  void (*sum_partials)(const Backward&, int64_t begin, int64_t end);  // elements of dim
+  Kernel<Forward> forward;        // tasks
+  Kernel<Backward> backward;      // tasks
+  Kernel<Backward> sum_partials;  // elements of dim
 };
 
 FUSED_ATTN_DECLARE_KERNELS()

@@ -6,8 +6,23 @@
 #include "common/cpu_capability.h"
 #include "common/tensor_view.h"
 
-// In the namespace of the op, after its `struct Kernels`, a table of functions: declares the table of every instruction
-// set, which kernels.cpp defines, and best_kernels(), the table of the set in use.
+namespace fused_attn {
+
+// Runs tasks [begin, end) of a problem.
+template <class Problem>
+using Kernel = void (*)(const Problem&, int64_t begin, int64_t end);
+
+// The kernels of an op that has one for each pass.
+template <class Forward, class Backward = Forward>
+struct KernelPair {
+  Kernel<Forward> forward;
+  Kernel<Backward> backward;
+};
+
+}  // namespace fused_attn
+
+// In the namespace of the op, after its `Kernels`, a table of functions: declares the table of every instruction set,
+// which kernels.cpp defines, and best_kernels(), the table of the set in use.
 #if defined(__x86_64__)
 #define FUSED_ATTN_DECLARE_KERNELS()                         \
   namespace avx512 {                                         \

@@ -15,10 +15,13 @@ namespace portable {
 #include "common/with_element.h"
 }
 
+constexpr int64_t kMostStrides = 5;
+
+// Of a tensor of more dimensions, which is dense, the data alone count.
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::float32;
-  int64_t stride[5] = {0, 0, 0, 0, 0};  // in elements
+  int64_t stride[kMostStrides] = {};  // in elements
 
   explicit operator bool() const { return data != nullptr; }
 };

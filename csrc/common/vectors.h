@@ -21,7 +21,7 @@ FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 FA_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 FA_INLINE int64_t vectors_of(int64_t count) { return (count + L - 1) / L; }
 
-// Elements of dense memory, from `offset` on.
+// Elements of dense memory, from `offset` on; of a view, whatever it is of.
 template <class T>
 FA_INLINE const T* at(const void* base, int64_t offset) {
   return static_cast<const T*>(base) + offset;
@@ -29,6 +29,11 @@ FA_INLINE const T* at(const void* base, int64_t offset) {
 template <class T>
 FA_INLINE T* at(void* base, int64_t offset) {
   return static_cast<T*>(base) + offset;
+}
+
+template <class T>
+FA_INLINE T* at(const TensorView& view, int64_t offset) {
+  return static_cast<T*>(view.data) + offset;
 }
 
 FA_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
@@ -68,6 +73,19 @@ FA_INLINE vf value_of(vf x) { return x; }
 FA_INLINE vf value_of(Product x) { return x.a * x.b; }
 FA_INLINE vf plus(vf sum, vf x) { return sum + x; }
 FA_INLINE vf plus(vf sum, Product x) { return fused(x.a, x.b, sum); }
+
+// A sum of any number of vectors, in chains of at most kLongestChain additions.
+struct Sum {
+  vf part = {}, whole = {};
+  int64_t chain = 0;
+
+  template <class Term>
+  FA_INLINE void add(Term x) {
+    part = plus(part, x);
+    if (++chain == kLongestChain) whole += part, part = vf{}, chain = 0;
+  }
+  FA_INLINE vf total() const { return whole + part; }
+};
 
 // Keeps an array out of the registers, which then are left to the innermost loop.
 FA_INLINE void leave_in_memory(float* x) { asm volatile("" : : "r"(x) : "memory"); }

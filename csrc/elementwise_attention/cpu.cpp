@@ -12,8 +12,6 @@
 namespace fused_attn::elementwise_attention {
 namespace {
 
-using torch::stable::Tensor;
-
 // (B, heads*C, H, W) or (B, C, H, W) becomes (batch, head, channel, y, x).
 TensorView view_by_head(const Tensor& tensor, int64_t channels) {
   TensorView view = view_of(tensor);
@@ -187,29 +185,18 @@ void elementwise_attention_backward(Tensor grad_out, Tensor x, Tensor weight_row
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn_cpu, m) {
-  m.def(
-      "row_col_softmax_forward(Tensor x, Tensor? weight_row, Tensor? weight_col, Tensor(a!) out, "
-      "Tensor(b!) row_statistics, Tensor(c!) col_statistics) -> ()");
-  m.def(
-      "row_col_softmax_backward(Tensor grad_out, Tensor x, Tensor? weight_row, Tensor? weight_col, Tensor "
-      "row_statistics, "
-      "Tensor col_statistics, Tensor(a!) grad_x, Tensor(b!) grad_weight_row, Tensor(c!) grad_weight_col) -> ()");
-  m.def(
-      "elementwise_attention_forward(Tensor x, Tensor weight_row, Tensor weight_col, bool training, float eps, "
-      "Tensor(a!) out, Tensor(b!) row_statistics, Tensor(c!) col_statistics, Tensor(d!) mean, Tensor(e!) var) -> ()");
-  m.def(
-      "elementwise_attention_backward(Tensor grad_out, Tensor x, Tensor weight_row, Tensor weight_col, "
-      "Tensor row_statistics, Tensor col_statistics, Tensor mean, Tensor var, bool training, float eps, Tensor(a!) "
-      "grad_x, "
-      "Tensor(b!) grad_weight_row, Tensor(c!) grad_weight_col) -> ()");
-}
+FUSED_ATTN_REGISTER(row_col_softmax,
+                    "(Tensor x, Tensor? weight_row, Tensor? weight_col, Tensor(a!) out, Tensor(b!) row_statistics, "
+                    "Tensor(c!) col_statistics)",
+                    "(Tensor grad_out, Tensor x, Tensor? weight_row, Tensor? weight_col, Tensor row_statistics, "
+                    "Tensor col_statistics, Tensor(a!) grad_x, Tensor(b!) grad_weight_row, Tensor(c!) grad_weight_col)")
 
-STABLE_TORCH_LIBRARY_IMPL(fused_attn_cpu, CPU, m) {
-  m.impl("row_col_softmax_forward", TORCH_BOX(&row_col_softmax_forward));
-  m.impl("row_col_softmax_backward", TORCH_BOX(&row_col_softmax_backward));
-  m.impl("elementwise_attention_forward", TORCH_BOX(&elementwise_attention_forward));
-  m.impl("elementwise_attention_backward", TORCH_BOX(&elementwise_attention_backward));
-}
+FUSED_ATTN_REGISTER(
+    elementwise_attention,
+    "(Tensor x, Tensor weight_row, Tensor weight_col, bool training, float eps, Tensor(a!) out, "
+    "Tensor(b!) row_statistics, Tensor(c!) col_statistics, Tensor(d!) mean, Tensor(e!) var)",
+    "(Tensor grad_out, Tensor x, Tensor weight_row, Tensor weight_col, Tensor row_statistics, Tensor col_statistics, "
+    "Tensor mean, Tensor var, bool training, float eps, Tensor(a!) grad_x, Tensor(b!) grad_weight_row, "
+    "Tensor(c!) grad_weight_col)")
 
 }  // namespace fused_attn::elementwise_attention

@@ -48,25 +48,25 @@ struct Backward : Problem {
 };
 
 struct WholePlaneKernels {
-  void (*statistics)(const Forward&, int64_t begin, int64_t end);  // tasks; and what Forward::also says
-  void (*gradients)(const Backward&, int64_t begin, int64_t end);  // tasks
+  Kernel<Forward> statistics;  // tasks; and what Forward::also says
+  Kernel<Backward> gradients;  // tasks
 };
 
 struct TiledPlaneKernels {
-  void (*statistics)(const Forward&, int64_t begin, int64_t end);       // tasks
-  void (*combine_columns)(const Forward&, int64_t begin, int64_t end);  // planes
-  void (*moments)(const Forward&, int64_t begin, int64_t end);          // tasks
-  void (*sums)(const Backward&, int64_t begin, int64_t end);            // tasks
-  void (*combine_sums)(const Backward&, int64_t begin, int64_t end);    // planes
-  void (*gradients)(const Backward&, int64_t begin, int64_t end);       // tasks
+  Kernel<Forward> statistics;       // tasks
+  Kernel<Forward> combine_columns;  // planes
+  Kernel<Forward> moments;          // tasks
+  Kernel<Backward> sums;            // tasks
+  Kernel<Backward> combine_sums;    // planes
+  Kernel<Backward> gradients;       // tasks
 };
 
 struct Kernels {
   WholePlaneKernels whole;
   TiledPlaneKernels tiled;
-  void (*output)(const Forward&, int64_t begin, int64_t end);         // tasks
-  void (*grad_moments)(const Backward&, int64_t begin, int64_t end);  // tasks
-  void (*sum_weights)(const Backward&, int64_t begin, int64_t end);   // (weight, head, channel, y) rows
+  Kernel<Forward> output;         // tasks
+  Kernel<Backward> grad_moments;  // tasks
+  Kernel<Backward> sum_weights;   // (weight, head, channel, y) rows
 };
 
 FUSED_ATTN_DECLARE_KERNELS()

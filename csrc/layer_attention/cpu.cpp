@@ -13,8 +13,6 @@
 namespace fused_attn::layer_attention {
 namespace {
 
-using torch::stable::Tensor;
-
 // --- the weights --------------------------------------------------------------------------------------------------
 
 // One (image, group): sums in double, as they are few and everything else follows from them.
@@ -183,24 +181,13 @@ void layer_sum_backward(Tensor grad_out, Tensor weights, std::vector<Tensor> val
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn_cpu, m) {
-  m.def(
-      "layer_weights_forward(Tensor query, Tensor[] keys, Tensor? bias, float scale, bool sigmoid, "
-      "Tensor(a!) weights) -> ()");
-  m.def(
-      "layer_weights_backward(Tensor query, Tensor[] keys, float scale, bool sigmoid, Tensor weights, "
-      "Tensor(a!) grad_scores, Tensor(b!) grad_query, Tensor(c!)[] grad_keys) -> ()");
-  m.def("layer_sum_forward(Tensor weights, Tensor[] values, bool channels_last, Tensor(a!) out) -> ()");
-  m.def(
-      "layer_sum_backward(Tensor grad_out, Tensor weights, Tensor[] values, bool channels_last, bool accumulate, "
-      "Tensor(a!)? grad_weights, Tensor(b!)[] grad_values) -> ()");
-}
+FUSED_ATTN_REGISTER(layer_weights,
+                    "(Tensor query, Tensor[] keys, Tensor? bias, float scale, bool sigmoid, Tensor(a!) weights)",
+                    "(Tensor query, Tensor[] keys, float scale, bool sigmoid, Tensor weights, Tensor(a!) grad_scores, "
+                    "Tensor(b!) grad_query, Tensor(c!)[] grad_keys)")
 
-STABLE_TORCH_LIBRARY_IMPL(fused_attn_cpu, CPU, m) {
-  m.impl("layer_weights_forward", TORCH_BOX(&layer_weights_forward));
-  m.impl("layer_weights_backward", TORCH_BOX(&layer_weights_backward));
-  m.impl("layer_sum_forward", TORCH_BOX(&layer_sum_forward));
-  m.impl("layer_sum_backward", TORCH_BOX(&layer_sum_backward));
-}
+FUSED_ATTN_REGISTER(layer_sum, "(Tensor weights, Tensor[] values, bool channels_last, Tensor(a!) out)",
+                    "(Tensor grad_out, Tensor weights, Tensor[] values, bool channels_last, bool accumulate, "
+                    "Tensor(a!)? grad_weights, Tensor(b!)[] grad_values)")
 
 }  // namespace fused_attn::layer_attention

@@ -52,10 +52,7 @@ inline int64_t tasks_of(const Problem& p) {
   return p.channels_last ? p.batch * parts_of_image(p) : p.batch * p.groups * parts_of_row(p);
 }
 
-struct Kernels {
-  void (*forward)(const Forward&, int64_t begin, int64_t end);    // tasks
-  void (*backward)(const Backward&, int64_t begin, int64_t end);  // tasks
-};
+using Kernels = KernelPair<Forward, Backward>;  // of tasks
 
 FUSED_ATTN_DECLARE_KERNELS()
 

@@ -12,8 +12,6 @@
 namespace fused_attn::rel_attention_2d {
 namespace {
 
-using torch::stable::Tensor;
-
 // Tables become (head, position, depth); a shared one gets a head stride of 0.
 TensorView term_view(const std::optional<Tensor>& term) {
   if (!term || term->numel() == 0) return {};
@@ -93,22 +91,12 @@ void attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor val
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn_cpu, m) {
-  m.def(
-      "attention_2d_forward(Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col, float scale, "
-      "float rel_scale, bool key_minus_query, float dropout_p, Tensor? seed, Tensor(a!) out, Tensor(b!) statistics) -> "
-      "()");
-  m.def(
-      "attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col, "
-      "Tensor out, Tensor statistics, float scale, float rel_scale, bool key_minus_query, float dropout_p, Tensor? "
-      "seed, "
-      "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) grad_row, "
-      "Tensor(e!) grad_col) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fused_attn_cpu, CPU, m) {
-  m.impl("attention_2d_forward", TORCH_BOX(&attention_2d_forward));
-  m.impl("attention_2d_backward", TORCH_BOX(&attention_2d_backward));
-}
+FUSED_ATTN_REGISTER(
+    attention_2d,
+    "(Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col, float scale, float rel_scale, "
+    "bool key_minus_query, float dropout_p, Tensor? seed, Tensor(a!) out, Tensor(b!) statistics)",
+    "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col, Tensor out, "
+    "Tensor statistics, float scale, float rel_scale, bool key_minus_query, float dropout_p, Tensor? seed, "
+    "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) grad_row, Tensor(e!) grad_col)")
 
 }  // namespace fused_attn::rel_attention_2d

@@ -47,10 +47,10 @@ struct Backward : Problem {
 };
 
 struct Kernels {
-  void (*forward)(const Forward&, int64_t begin, int64_t end);              // tasks
-  void (*backward)(const Backward&, int64_t begin, int64_t end);            // tasks
-  void (*sum_query_partials)(const Backward&, int64_t begin, int64_t end);  // (batch, head) pairs
-  void (*sum_table_partials)(const Backward&, int64_t begin, int64_t end);  // table rows, over all heads
+  Kernel<Forward> forward;              // tasks
+  Kernel<Backward> backward;            // tasks
+  Kernel<Backward> sum_query_partials;  // (batch, head) pairs
+  Kernel<Backward> sum_table_partials;  // table rows, over all heads
 };
 
 FUSED_ATTN_DECLARE_KERNELS()

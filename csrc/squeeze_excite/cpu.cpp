@@ -12,8 +12,6 @@
 namespace fused_attn::squeeze_excite {
 namespace {
 
-using torch::stable::Tensor;
-
 constexpr int64_t kChunkBytes = 1 << 21;  // of the maps of one chunk of samples
 constexpr int64_t kSerialPack = 1 << 17;  // numbers that one thread packs sooner than several wake up
 
@@ -132,21 +130,14 @@ void squeeze_excite_backward(Tensor grad_out, Tensor x, Tensor fc1_weight, Tenso
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn_cpu, m) {
-  m.def(
-      "squeeze_excite_forward(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
-      "Tensor? result, Tensor? result_share, Tensor? residual, bool relu, bool channels_last, Tensor(a!) out, "
-      "Tensor(b!) z, Tensor(c!) hidden, Tensor(d!) scale) -> ()");
-  m.def(
-      "squeeze_excite_backward(Tensor grad_out, Tensor x, Tensor fc1_weight, Tensor fc2_weight, Tensor? result, "
-      "Tensor? out, Tensor z, Tensor hidden, Tensor scale, bool channels_last, Tensor(a!) grad_x, "
-      "Tensor(b!) grad_fc1_weight, Tensor(c!) grad_fc1_bias, Tensor(d!) grad_fc2_weight, Tensor(e!) grad_fc2_bias, "
-      "Tensor(f!) grad_result, Tensor(g!) grad_result_share, Tensor(h!) grad_residual) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fused_attn_cpu, CPU, m) {
-  m.impl("squeeze_excite_forward", TORCH_BOX(&squeeze_excite_forward));
-  m.impl("squeeze_excite_backward", TORCH_BOX(&squeeze_excite_backward));
-}
+FUSED_ATTN_REGISTER(
+    squeeze_excite,
+    "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? result, "
+    "Tensor? result_share, Tensor? residual, bool relu, bool channels_last, Tensor(a!) out, Tensor(b!) z, "
+    "Tensor(c!) hidden, Tensor(d!) scale)",
+    "(Tensor grad_out, Tensor x, Tensor fc1_weight, Tensor fc2_weight, Tensor? result, Tensor? out, Tensor z, "
+    "Tensor hidden, Tensor scale, bool channels_last, Tensor(a!) grad_x, Tensor(b!) grad_fc1_weight, "
+    "Tensor(c!) grad_fc1_bias, Tensor(d!) grad_fc2_weight, Tensor(e!) grad_fc2_bias, Tensor(f!) grad_result, "
+    "Tensor(g!) grad_result_share, Tensor(h!) grad_residual)")
 
 }  // namespace fused_attn::squeeze_excite

@@ -53,11 +53,11 @@ constexpr int64_t kRowGroup = 16;  // rows of a weight's gradient to a task; a m
 inline int64_t padded(int64_t count) { return (count + kRowGroup - 1) / kRowGroup * kRowGroup; }
 
 struct Kernels {
-  int64_t panel;                                                      // columns to a panel
-  void (*pack)(const Pack&, int64_t begin, int64_t end);              // panels
-  void (*forward)(const Forward&, int64_t begin, int64_t end);        // chunks of samples
-  void (*backward)(const Backward&, int64_t begin, int64_t end);      // chunks of samples
-  void (*weight_grads)(const Backward&, int64_t begin, int64_t end);  // groups of rows: of fc1, then of fc2
+  int64_t panel;                  // columns to a panel
+  Kernel<Pack> pack;              // panels
+  Kernel<Forward> forward;        // chunks of samples
+  Kernel<Backward> backward;      // chunks of samples
+  Kernel<Backward> weight_grads;  // groups of rows: of fc1, then of fc2
 };
 
 FUSED_ATTN_DECLARE_KERNELS()

@@ -84,7 +84,8 @@ def nan_in_unwritten_memory():
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    # What has one element or none is contiguous whatever its strides, with which it cannot be viewed as bytes.
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _require(found: list[str]) -> None:

@@ -91,6 +91,12 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
 
 
+def tensors(**values: object) -> None:
+    """Require floating-point tensors, by name; raises as :func:`tensor` does."""
+    for name, value in values.items():
+        tensor(name, value)
+
+
 def same_dtype(of: str, first: Tensor, **others: Tensor | None) -> None:
     """Require tensors of one dtype, on one device.
 

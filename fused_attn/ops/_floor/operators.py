@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from . import autograd, dispatch
+from .declarations import OpSpec
 
 #: Fills outputs that it is given, behind the arguments of the operator.
 Kernel = Callable[..., None]
@@ -29,13 +30,18 @@ Derived = Callable[[Sequence[Any], Sequence[bool]], Any]
 DEVICES = {"cpu": ("cpu",), "triton": dispatch.TRITON_DEVICES, "cuda": ("cuda",)}
 
 
-def cpp(name: str) -> Kernel:
-    """The C++ function ``fused_attn_cpu::name``, looked up when it is called: the extension may be missing."""
+def cpp(name: str, *, dense: bool = False) -> Kernel:
+    """The C++ function ``fused_attn_cpu::name``, looked up when it is called: the extension may be missing.
+
+    With ``dense`` it gets contiguous copies of arguments that are not; the outputs must be contiguous.
+    """
 
     @functools.cache
     def operator():
         return getattr(torch.ops.fused_attn_cpu, name).default
 
+    if dense:
+        return lambda *args: operator()(*autograd.map_tensors(Tensor.contiguous, args))
     return lambda *args: operator()(*args)
 
 
@@ -57,9 +63,11 @@ class Operators:
         backward_schema: of backward: ``grad_out``, then what it needs, by the names of forward's arguments and outputs
             and of ``derived``; its outputs are named ``grad_<argument>``.
         allocate: ``allocate(*arguments)``: a tuple of unwritten outputs; the fake kernel too.
-        allocate_backward: likewise, of the arguments of backward.
+        allocate_backward: likewise, of the arguments of backward; without it, every gradient is contiguous, in the
+            shape and dtype of its argument, which must be an argument of backward too; that of None is empty.
         kernels: implementation -> (forward, backward), which fill outputs that follow their arguments.
-        can_run: implementation -> why it cannot run on some inputs, or None; in the order ``auto`` prefers them.  The
+        can_run: implementation -> why it cannot run on some inputs, or None; for those that ask for more than device
+            and dtype of the first tensor.  ``auto`` prefers them in the order of ``kernels``, the reference last: the
             interpreter never wins over a real kernel.
         reference: forward's first output, or all outputs that a caller reads, in plain PyTorch.
         flops, flops_backward: of the shapes of forward's and backward's arguments; 0 for an op without products.
@@ -75,21 +83,23 @@ class Operators:
         backward_schema: str,
         *,
         allocate: Callable[..., tuple[Tensor, ...]],
-        allocate_backward: Callable[..., tuple],
         kernels: Mapping[str, tuple[Kernel, Kernel]],
-        can_run: Mapping[str, dispatch.CanRun],
         reference: Callable[..., Any],
+        allocate_backward: Callable[..., tuple] | None = None,
+        can_run: Mapping[str, dispatch.CanRun] | None = None,
         flops: Callable[..., int] = lambda *shapes, **_: 0,
         flops_backward: Callable[..., int] = lambda *shapes, **_: 0,
         derived: Mapping[str, Derived] | None = None,
         complete: Callable[[tuple, tuple], tuple] = lambda arguments, grads: grads,
         public: str | None = None,
     ) -> None:
-        self.name, self.can_run, self.reference, self.kernels = name, can_run, reference, kernels
+        self.name, self.reference, self.kernels = name, reference, kernels
+        usual = {impl: _USUAL_REASONS[impl] for impl in kernels if impl in _USUAL_REASONS}
+        self.can_run = {**usual, **(can_run or {}), "reference": lambda *inputs: None}
         self._complete = complete
         forward, backward = (torch._C.parse_schema(f"fused_attn::{name}{text}") for text in (schema, backward_schema))
         names = [argument.name for argument in (*forward.arguments, *forward.returns)]
-        self._inputs = len(forward.arguments)
+        self._arguments = [argument.name for argument in forward.arguments]
         #: of every argument of backward but grad_out, its place among forward's arguments and outputs, or its function
         self._sources = [
             derived[argument.name] if derived and argument.name in derived else names.index(argument.name)
@@ -101,6 +111,9 @@ class Operators:
             grads.index(f"grad_{argument.name}") if f"grad_{argument.name}" in grads else None
             for argument in forward.arguments
         ]
+        if allocate_backward is None:
+            names = [argument.name for argument in backward.arguments]
+            allocate_backward = _like_arguments([names.index(grad.removeprefix("grad_")) for grad in grads])
         self._operators, self._direct, self._functions = {}, {}, {}
         for impl, (kernel, backward_kernel) in kernels.items():
             full = f"fused_attn::{name}_{impl}"
@@ -169,8 +182,24 @@ class Operators:
         with torch.no_grad():
             outputs = forward(*detached)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        needed = self._needed((*detached, *outputs), [True] * self._inputs)
+        needed = self._needed((*detached, *outputs), [True] * len(self._arguments))
         return (forward, tuple(args)), (backward, (torch.randn_like(outputs[0]), *needed))
+
+    def spec(self, function: Callable[..., Tensor], *, asked: Sequence[str] | None = None, **fields: Any) -> OpSpec:
+        """The spec of a public function that takes the operator's arguments, by the same names.
+
+        Args:
+            function: the public function.
+            asked: names of the inputs that ``can_run`` asks about; None: the first.
+            fields: of :class:`OpSpec`, beside those that follow.
+        """
+        return OpSpec(
+            name=self.name,
+            function=function,
+            implementations=self.implementations(*(asked or self._arguments[:1])),
+            operators=lambda impl, inputs: self.calls(impl, *map(inputs.get, self._arguments)),
+            **fields,
+        )
 
     def implementations(self, *names: str) -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
         """``OpSpec.implementations``, where ``can_run`` asks about the inputs of these names."""
@@ -205,6 +234,24 @@ class Operators:
 def _first(args: Sequence[Any]) -> Tensor:
     first = args[0]
     return first if isinstance(first, Tensor) else first[0]
+
+
+#: Implementation -> why it cannot run on the inputs at hand, where their first tensor decides.
+_USUAL_REASONS: dict[str, dispatch.CanRun] = {
+    "cpu": lambda *inputs: dispatch.cpu_reason(_first(inputs)),
+    "triton": lambda *inputs: dispatch.triton_reason(_first(inputs)),
+}
+
+
+def _like_arguments(places: Sequence[int]) -> Callable[..., tuple]:
+    """Allocates a gradient of each argument of backward at ``places``."""
+
+    def empty(like: Any, args: tuple) -> Any:
+        if like is None:
+            return _first(args).new_empty((0,))
+        return like.new_empty(like.shape) if isinstance(like, Tensor) else [each.new_empty(each.shape) for each in like]
+
+    return lambda *args: tuple(empty(args[place], args) for place in places)
 
 
 def _filled(allocate: Callable[..., tuple], kernel: Kernel) -> Callable[..., tuple]:

@@ -35,11 +35,6 @@ def _allocate(values: Sequence[Tensor], *_) -> tuple[Tensor, Tensor]:
     return values[0].new_empty(shape), values[0].new_empty((*shape[:-1], len(values), 2), dtype=torch.float32)
 
 
-def _allocate_backward(grad_out, values, query, norm_weight, statistics) -> tuple[list[Tensor], Tensor, Tensor]:
-    grad_norm_weight = query.new_empty((0,) if norm_weight is None else query.shape)
-    return [value.new_empty(value.shape) for value in values], query.new_empty(query.shape), grad_norm_weight
-
-
 _cpp_forward, _cpp_backward = cpp("attention_residual_forward"), cpp("attention_residual_backward")
 
 
@@ -68,16 +63,11 @@ attention = Operators(
     "(Tensor grad_out, Tensor[] values, Tensor query, Tensor? norm_weight, Tensor statistics) "
     "-> (Tensor[] grad_values, Tensor grad_query, Tensor grad_norm_weight)",
     allocate=_allocate,
-    allocate_backward=_allocate_backward,
     kernels={
         "cpu": (_forward, _backward),
         "triton": (triton(__package__, "forward"), triton(__package__, "backward")),
     },
-    can_run={
-        "cpu": lambda values, query: dispatch.cpu_reason(query),
-        "triton": can_run_triton,
-        "reference": lambda values, query: None,
-    },
+    can_run={"triton": can_run_triton},
     reference=reference.attention_residual,
     flops=_flops,
     flops_backward=_flops_backward,

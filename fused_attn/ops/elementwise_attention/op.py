@@ -10,7 +10,6 @@ import math
 import torch
 from torch import Tensor
 
-from .._floor import dispatch
 from .._floor.operators import Operators, cpp, triton
 from . import reference
 
@@ -38,11 +37,6 @@ def _allocate_attention(x: Tensor, weight_row: Tensor, *_) -> tuple[Tensor, ...]
     out = x.new_empty((batch, heads * channels, height, width))
     mean, var = (x.new_empty((heads * channels,), dtype=torch.float32) for _ in range(2))
     return out, *_allocate_statistics(x, heads), mean, var
-
-
-def _allocate_backward(grad_out, x: Tensor, weight_row: Tensor | None, *_) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (0,) if weight_row is None else weight_row.shape
-    return x.new_empty(x.shape), x.new_empty(shape), x.new_empty(shape)
 
 
 _cpp_attention = cpp("elementwise_attention_forward")
@@ -80,20 +74,16 @@ def _per_element(factor: int, index: int = 0):
     return formula
 
 
-_CAN_RUN = {"cpu": dispatch.cpu_reason, "triton": dispatch.triton_reason, "reference": lambda x: None}
-
 softmax = Operators(
     "row_col_softmax",
     f"(Tensor x, Tensor? weight_row, Tensor? weight_col) -> (Tensor out, {_STATISTICS})",
     f"(Tensor grad_out, Tensor x, Tensor? weight_row, Tensor? weight_col, {_STATISTICS}) "
     "-> (Tensor grad_x, Tensor grad_weight_row, Tensor grad_weight_col)",
     allocate=_allocate_softmax,
-    allocate_backward=_allocate_backward,
     kernels={
         "cpu": (cpp("row_col_softmax_forward"), _unless_empty(cpp("row_col_softmax_backward"))),
         "triton": (triton(__package__, "softmax_forward"), _unless_empty(triton(__package__, "softmax_backward"))),
     },
-    can_run=_CAN_RUN,
     reference=reference.row_col_softmax,
     flops=_per_element(SOFTMAX_FLOPS[0]),
     flops_backward=_per_element(SOFTMAX_FLOPS[1], 1),
@@ -107,12 +97,10 @@ attention = Operators(
     f"(Tensor grad_out, Tensor x, Tensor weight_row, Tensor weight_col, {_STATISTICS}, Tensor mean_used, "
     "Tensor var_used, bool training, Scalar eps) -> (Tensor grad_x, Tensor grad_weight_row, Tensor grad_weight_col)",
     allocate=_allocate_attention,
-    allocate_backward=_allocate_backward,
     kernels={
         "cpu": (_attention, _unless_empty(cpp("elementwise_attention_backward"))),
         "triton": (triton(__package__, "attention_forward"), _unless_empty(triton(__package__, "attention_backward"))),
     },
-    can_run=_CAN_RUN,
     reference=reference.elementwise_attention,
     flops=_per_element(ATTENTION_FLOPS[0]),
     flops_backward=_per_element(ATTENTION_FLOPS[1], 1),

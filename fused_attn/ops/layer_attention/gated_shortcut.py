@@ -33,8 +33,7 @@ def gated_shortcut(gate: Tensor, value: Tensor, weight: Tensor, shortcut: Tensor
     gate = sigmoid(scale * query.key) of the current layer, one step of the recurrence over layers.
     """
     inputs = {"gate": gate, "value": value, "weight": weight, "shortcut": shortcut}
-    for name, tensor in inputs.items():
-        checks.tensor(name, tensor)
+    checks.tensors(**inputs)
     if value.dim() < 2:
         raise ValueError(f"value must have shape (B, C, *spatial), got {tuple(value.shape)}")
     batch, channels = value.shape[:2]

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._floor import dispatch
 from .._floor.layout import dense_order, empty_in_order, in_order, is_channels_last
 from .._floor.operators import Operators, cpp, triton
 from . import reference
@@ -107,11 +106,6 @@ weighted_sum = Operators(
         "cpu": (_forward_sum, _backward_sum),
         "triton": (triton(__package__, "sum_forward"), triton(__package__, "sum_backward")),
     },
-    can_run={
-        "cpu": lambda values: dispatch.cpu_reason(values[0]),
-        "triton": lambda values: dispatch.triton_reason(values[0]),
-        "reference": lambda values: None,
-    },
     reference=reference.weighted_layer_sum,
     flops=_per_element(1, 2),
     flops_backward=_per_element(2, 3),
@@ -129,7 +123,6 @@ attention = Operators(
         "cpu": (_forward_attention, _backward_attention),
         "triton": (triton(__package__, "attention_forward"), triton(__package__, "attention_backward")),
     },
-    can_run=weighted_sum.can_run,
     reference=reference.layer_attention,
     flops=_per_element(2, 2),
     flops_backward=_per_element(3, 3),

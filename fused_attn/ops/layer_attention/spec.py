@@ -401,10 +401,6 @@ def _attention_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[An
     return op.attention.calls(impl, query, inputs["keys"], values, inputs.get("bias"), 0.3, sigmoid)
 
 
-def _sum_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    return op.weighted_sum.calls(impl, inputs["weights"], inputs["values"])
-
-
 SPECS = (
     OpSpec(
         name="layer_attention",
@@ -420,14 +416,12 @@ SPECS = (
         make_shape=_shape,
         peers=ATTENTION_PEERS,
     ),
-    OpSpec(
-        name="weighted_layer_sum",
-        function=weighted_layer_sum,
-        implementations=op.weighted_sum.implementations("values"),
+    op.weighted_sum.spec(
+        weighted_layer_sum,
+        asked=("values",),
         samples=SUM_SAMPLES,
         bad_inputs=SUM_BAD,
         fuzz=fuzz_sum,
-        operators=_sum_operators,
         shapes=_shapes(make_sum)[:2],
         growth=_growth(make_sum),
         make_shape=partial(_shape, make=make_sum),

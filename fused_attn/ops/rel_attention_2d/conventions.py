@@ -54,8 +54,7 @@ def sam_relative_logits(
 
     Source: Li et al. 2022, "MViTv2", section 4.1; Kirillov et al. 2023, "Segment Anything", whose code resizes.
     """
-    for name, tensor in (("query", query), ("rel_h", rel_h), ("rel_w", rel_w)):
-        checks.tensor(name, tensor)
+    checks.tensors(query=query, rel_h=rel_h, rel_w=rel_w)
     if query.dim() != 5:
         raise ValueError(f"query must have 5 dimensions (B, heads, Hq, Wq, d_k), got shape {tuple(query.shape)}")
     if query.shape[2] < 1 or query.shape[3] < 1:

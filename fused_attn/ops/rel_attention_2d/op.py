@@ -84,11 +84,7 @@ attention = Operators(
         "cpu": (cpp("attention_2d_forward"), cpp("attention_2d_backward")),
         "triton": (triton(__package__, "forward"), triton(__package__, "backward")),
     },
-    can_run={
-        "cpu": lambda query, key, value: dispatch.cpu_reason(query),
-        "triton": can_run_triton,
-        "reference": lambda query, key, value: None,
-    },
+    can_run={"triton": can_run_triton},
     reference=_reference,
     flops=_flops,
     flops_backward=_flops_backward,

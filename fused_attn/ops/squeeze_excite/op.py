@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._floor import dispatch
 from .._floor.layout import in_format, memory_format
 from .._floor.operators import Operators, cpp, triton
 from . import reference
@@ -91,7 +90,6 @@ excite = Operators(
         "cpu": (_forward, _backward),
         "triton": (triton(__package__, "forward"), triton(__package__, "backward")),
     },
-    can_run={"cpu": dispatch.cpu_reason, "triton": dispatch.triton_reason, "reference": lambda x: None},
     reference=reference.squeeze_excite,
     flops=_flops,
     flops_backward=lambda grad_out, x, fc1_weight, *_, **__: 2 * _flops(x, fc1_weight),

@@ -1,0 +1,3 @@
+from .api import scale_rows
+
+__all__ = ["scale_rows"]
