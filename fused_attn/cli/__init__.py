@@ -103,7 +103,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    """Train a model on CPU or GPU; alone, or on several processes under torchrun."""
+    """Train a model on CPU or GPU, in one process or, under torchrun, in several."""
     out = _option(arguments, "--out")
     if "--resume" in arguments and out is not None:  # the run's settings, so that --resume --out DIR is enough
         settings = vars(resumed_config(Path(out))) | {"out": tyro.MISSING, "resume": False}
