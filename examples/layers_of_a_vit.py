@@ -32,15 +32,15 @@ def mlp(dim: int) -> nn.Module:
 class VisionTransformer(nn.Module):
     """Patches of 2x2 of an 8x8 image; ``block`` layers to a sum, or plain residual connections when None."""
 
-    def __init__(self, dim: int = 48, depth: int = 4, block: int | None = 1) -> None:
+    def __init__(self, dim: int = 32, depth: int = 3, block: int | None = 1) -> None:
         super().__init__()
         self.embed = nn.Conv2d(1, dim, 2, stride=2)
-        self.position = nn.Parameter(0.02 * torch.randn(16, dim))
+        self.position = nn.Parameter(0.1 * torch.randn(16, dim))
         self.layers = nn.ModuleList(layer for _ in range(depth) for layer in (Attention(dim, 4), mlp(dim)))
         self.block = block
         if block is not None:
             self.residuals = nn.ModuleList(AttentionResidual(dim) for _ in range(2 * depth + 1))
-        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 10))
+        self.head = nn.Sequential(nn.LayerNorm(16 * dim), nn.Linear(16 * dim, 10))
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.embed(images).flatten(2).transpose(1, 2) + self.position
@@ -52,7 +52,7 @@ class VisionTransformer(nn.Module):
             for layer, residual in zip(self.layers, self.residuals[:-1], strict=True):
                 values.append(layer(residual(values)))
             x = self.residuals[-1](values)
-        return self.head(x.mean(1))
+        return self.head(x.flatten(1))
 
 
 def main() -> None:
@@ -66,9 +66,9 @@ def main() -> None:
     for name, block in (("sums of all layers", None), ("attention over layers", 1), ("attention over pairs", 2)):
         torch.manual_seed(0)
         model = VisionTransformer(block=block)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
         for _ in range(steps):
-            batch = torch.randint(0, 1300, (32,))
+            batch = torch.randint(0, 1300, (64,))
             loss = F.cross_entropy(model(images[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()

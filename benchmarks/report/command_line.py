@@ -26,8 +26,8 @@ HEAD = """# Command line
 fused-attn info
 ```
 
-says which kernels are there, which implementation each op would use, and which models and recipes there are. The options
-below are those of `--help`. A command that fails says why in one line, and its
+says which kernels are there, which implementation each op would use, and which models and recipes there are. The
+options below are those of `--help`. A command that fails says why in one line, and its
 [exit status](training.md#losses-that-are-not-finite-and-exit-statuses) says whose fault it was."""
 
 

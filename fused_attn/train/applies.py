@@ -58,7 +58,9 @@ _NOTHING = {"momentum": 0.0, "nesterov": False, "skip_unreadable": False}
 
 
 def check(config: TrainConfig, before: TrainConfig | None = None) -> None:
-    """Refuse options that were given and have no effect.  A value counts as given unless it is the default or the recipe's.
+    """Refuse options that were given and have no effect.
+
+    A value counts as given unless it is the default or the recipe's.
 
     Args:
         config: of the run.
