@@ -1,6 +1,6 @@
 """What MkDocs does not do by itself: pages that hold a file of the repository, and links that leave ``docs/``.
 
-``<!-- include PATH -->`` stands for that Markdown file.  A link to a file that a page includes leads to the page.
+In place of a line ``[...](FILE.md) <!-- include -->`` the page holds the file.  A link to that file leads to the page.
 Any other file that a page links becomes a part of the site, below ``repository/``: pictures as they are, Markdown as a
 page, other text as a page of code, a folder as a list.
 """
@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path, PurePosixPath
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "report"))
@@ -19,12 +20,14 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "report"))
 import links
 
 ROOT = Path(__file__).parents[1]
-INCLUDE = re.compile(r"^<!-- include (\S+) -->$", re.MULTILINE)
+INCLUDE = re.compile(r"^\[[^\]]*\]\((\S+)\) <!-- include -->$", re.MULTILINE)
 PICTURES = {".png", ".svg"}
 
 #: Uri in the site of files that lie outside docs/, and where such a page's links start.
 _uris: dict[str, str] = {}
 _folders: dict[str, str] = {}
+#: What a page would fetch from a server.
+_REMOTE = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//[^>]*>""")
 
 
 def _text(page: Path) -> str:
@@ -32,7 +35,8 @@ def _text(page: Path) -> str:
     folder = page.parent.relative_to(ROOT).as_posix()
 
     def included(match: re.Match) -> str:
-        return links.relocate((ROOT / match[1]).read_text(), str(PurePosixPath(match[1]).parent), folder)
+        source = links.resolve(match[1], folder)
+        return links.relocate((ROOT / source).read_text(), str(PurePosixPath(source).parent), folder)
 
     return INCLUDE.sub(included, page.read_text())
 
@@ -65,9 +69,10 @@ def on_files(files, config):
     waiting: set[str] = set()
     for file in files.documentation_pages():
         page = Path(file.abs_src_path)
+        folder = page.parent.relative_to(ROOT).as_posix()
         for path in INCLUDE.findall(page.read_text()):
-            _uris[path] = file.src_uri
-        waiting |= _outside(_text(page), page.parent.relative_to(ROOT).as_posix())
+            _uris[links.resolve(path, folder)] = file.src_uri
+        waiting |= _outside(_text(page), folder)
     done: set[str] = set()
     while waiting:
         path = waiting.pop()
@@ -96,3 +101,9 @@ def on_page_markdown(markdown, page, config, files):
         return path if inside is None else os.path.relpath(inside, here or ".")
 
     return links.replace(markdown, new)
+
+
+def on_post_page(output, page, config):
+    if remote := _REMOTE.search(output):
+        raise PluginError(f"{page.file.src_uri}: the site must need no network, found {remote[0]}")
+    return output

@@ -11,12 +11,13 @@ from documents import DOCUMENTS, read
 links = tool("report/links")
 RESULTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks/results").glob("*.md"))
 _CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
-_INCLUDE = re.compile(r"^<!-- include (\S+) -->$", re.MULTILINE)
+_INCLUDE = re.compile(r"^\[[^\]]*\]\((\S+)\) <!-- include -->$", re.MULTILINE)
 
 
 def text_of(document: str) -> str:
     """With what the site puts in; its links are those of the file that it comes from."""
-    return _INCLUDE.sub(lambda match: read(match[1]), read(document))
+    folder = str(PurePosixPath(document).parent)
+    return _INCLUDE.sub(lambda match: read(links.resolve(match[1], folder)), read(document))
 
 
 def anchors(document: str) -> set[str]:
