@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt build_backend.py $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu lint format wheel clean
+.PHONY: demo test bench gpu docs lint format wheel clean
 
 # What a newcomer sees: build, train, compare.
 demo: $(VENV)/installed
@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/pytest -n 2 --dist worksteal
 
-# Renders committed results; `fused-attn bench --out benchmarks/results` measures.
+# Renders committed results, and the pages that show them; `fused-attn bench --out benchmarks/results` measures.
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/report/readme.py
 
@@ -22,6 +22,10 @@ OUT ?= benchmarks/gpu-round
 gpu:
 	$(PYTHON) benchmarks/gpu/gpu_round.py --out '$(OUT)' $(if $(SLICE),--slice $(SLICE)) \
 		$(if $(BUDGET),--budget $(BUDGET)) $(if $(DATA),--data '$(DATA)') $(if $(RETRY),--retry) $(if $(DRY_RUN),--dry-run)
+
+# The documentation as a site that needs no network: site/index.html.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -52,4 +56,4 @@ wheel: $(VENV)/installed
 	$(BIN)/auditwheel show dist/fused_attn-*.whl
 
 clean:
-	rm -rf build dist *.egg-info fused_attn/_C*.so
+	rm -rf build dist site *.egg-info fused_attn/_C*.so

@@ -105,7 +105,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    """Train a model on CPU or GPU; alone, or on several processes under torchrun."""
+    """Train a model on CPU or GPU, in one process or, under torchrun, in several."""
     import tyro
 
     from ..train.config import TrainConfig, resumed_config

@@ -112,8 +112,8 @@ def check_numerics(spec: OpSpec, impl: str, *calls: Mapping[str, Any]) -> None:
 def check_grad_out_layouts(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
     """The gradient of the output may come expanded (as from ``sum()``), permuted or strided in memory.
 
-    What is looked for are elements taken for others.  One draw of a small shape can exceed the bar for the numerics of
-    several by luck, so twice that is allowed.
+    The check looks for elements read from the wrong place.  The bar is meant for several draws; a single one of a small
+    shape can exceed it by chance, so twice the bar is allowed.
     """
     grad_out = draw_grad_out(spec, inputs)
     axes = list(range(grad_out.dim()))

@@ -81,15 +81,15 @@ def mismatches(
 
     The bar: the root mean square error against ``oracle`` (the reference in float64) is at most ``factor`` times that
     of ``same_dtype`` (the reference in the dtype of ``actual``) plus 2 ulp of the largest value, and the largest error
-    at most twice that multiple.  The worst of a few elements is luck: over 4,000 gradients of random shapes a kernel
-    whose mean square errors never reached twice the reference's exceeded its largest error twofold in one of 200,
-    threefold in one of 4,000.
+    at most twice that multiple.  The worst of a few elements depends on chance: over 4,000 gradients of random shapes a
+    kernel whose mean square errors never reached twice the reference's exceeded its largest error twofold in one of
+    200, threefold in one of 4,000.
 
     The largest value is that of the tensor.  One that cancels to less than a thousandth of the call's largest (the
     gradient of the query when there is one key) has no scale of its own: there it is the call's.
 
-    Where ``same_dtype`` is NaN or infinite, so must be the output, exactly, and a gradient, in either way: whether
-    infinities cancel there depends on the order of a sum.
+    Where ``same_dtype`` is NaN or infinite, the output must have the same value.  A gradient may be either of the two
+    there: whether infinities cancel depends on the order of a sum.
     """
     found = []
     scale = max((_largest(tensor.nan_to_num(0.0, 0.0, 0.0)) for tensor in oracle.values()), default=0.0)
@@ -140,9 +140,9 @@ def numeric_mismatches(
 ) -> list[str]:
     """:func:`mismatches` of ``function`` (an implementation or a peer of ``spec``), over all ``calls`` together.
 
-    The calls are draws of the same sample: the largest error of a single call on a small tensor is half luck.  One call
-    alone is differentiated with three gradients of its output.  What the reference gives depends on ``spec`` and the
-    bits of ``calls`` only: ``remember(key, compute)`` may return what it returned for an equal key.
+    The calls are draws of the same sample: the largest error of a single call on a small tensor is largely chance.
+    One call alone is differentiated with three gradients of its output.  What the reference gives depends on ``spec``
+    and the bits of ``calls`` only: ``remember(key, compute)`` may return what it returned for an equal key.
     """
 
     def reference(**kwargs):

@@ -395,7 +395,7 @@ class Run:
     # --- state --------------------------------------------------------------------------------------------------
 
     def _note_unreadable(self) -> None:
-        """Log which images were passed over since the last time, on any of the processes."""
+        """Log which images were skipped since the last time, on any of the processes."""
         if not self.config.skip_unreadable:
             return
         for name, why in sorted(gather_object(list(self.dataset.skipped.copy().items()))):
