@@ -77,6 +77,8 @@ def test_command_exists(command, document, parsed, capsys):
         paths = [word for word in words[1:] if "/" in word or word.endswith(".py") or word == "benchmarks"]
         assert paths
         assert all((ROOT / path).exists() for path in paths)
+    elif words[0].startswith("."):
+        assert (ROOT / words[0]).exists()
     else:
         assert words[0] in ("cp", "cd", "git", "pre-commit"), f"{document}: is this a command? {command}"
 
