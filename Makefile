@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml constraints.txt build_backend.py $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu lint format clean
+.PHONY: demo test bench gpu docs lint format wheel clean
 
 # What a newcomer sees: build, train, compare.
 demo: $(VENV)/installed
@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/pytest -n 2 --dist worksteal
 
-# Renders committed results; `fused-attn bench --out benchmarks/results` measures.
+# Renders committed results, and the pages that show them; `fused-attn bench --out benchmarks/results` measures.
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/report/readme.py
 
@@ -23,10 +23,15 @@ gpu:
 	$(PYTHON) benchmarks/gpu/gpu_round.py --out '$(OUT)' $(if $(SLICE),--slice $(SLICE)) \
 		$(if $(BUDGET),--budget $(BUDGET)) $(if $(DATA),--data '$(DATA)') $(if $(RETRY),--retry) $(if $(DRY_RUN),--dry-run)
 
+# The documentation as a site that needs no network: site/index.html.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc examples -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/mypy
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
@@ -36,12 +41,19 @@ format: $(VENV)/installed
 # torch comes first and pinned: with it present, nothing that follows fetches another build of it.
 $(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch numpy setuptools wheel ninja
+	$(BIN)/pip install --quiet -c constraints.txt torch numpy setuptools ninja
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	FUSED_ATTN_REQUIRE_EXTENSION=1 $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e '.[test,lint]'
+	FUSED_ATTN_REQUIRE_EXTENSION=1 $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
 	touch $@
 
+# One wheel for every Python and torch, tagged with the manylinux that its library is fit for; torch's libraries stay out.
+wheel: $(VENV)/installed
+	rm -rf build/lib* build/wheel dist/fused_attn-*.whl
+	FUSED_ATTN_REQUIRE_EXTENSION=1 $(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	$(BIN)/auditwheel show dist/fused_attn-*.whl
+
 clean:
-	rm -rf build dist *.egg-info fused_attn/_C*.so
+	rm -rf build dist site *.egg-info fused_attn/_C*.so

@@ -1,11 +1,12 @@
 """Builds the C++ kernels against the LibTorch stable ABI, so that one wheel serves torch 2.11 and everything after it.
 
-Build with ``pip install --no-build-isolation .`` in an environment that has torch: an isolated build would fetch
-another one.  Where no C++ compiler is there, or with FUSED_ATTN_NO_EXTENSION=1, the Python part is built alone, as a
-pure wheel; ``fused-attn info`` and the first call that wants a kernel then say so.  FUSED_ATTN_REQUIRE_EXTENSION=1
-makes that an error; a compiler that fails always is one.
+``pip install .`` builds with the torch that is installed, or with one that pip fetches: see build_backend.py.  Where
+no C++ compiler is there, or with FUSED_ATTN_NO_EXTENSION=1, the Python part is built alone, as a pure wheel; the build,
+the first call that wants a kernel and ``fused-attn info`` say so.  FUSED_ATTN_REQUIRE_EXTENSION=1 makes that an error;
+a compiler that fails always is one.
 """
 
+import contextlib
 import copy
 import os
 import shlex
@@ -14,8 +15,14 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+try:
+    from torch import __version__ as torch_version
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError:
+    torch_version, BuildExtension, CppExtension = None, build_ext, None
 
 TORCH_2_11 = "0x020b000000000000"
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
@@ -59,6 +66,9 @@ def use_compiler() -> str | None:
 class BuildKernels(BuildExtension):
     """Compiles every kernels.cpp once per instruction set.  A failed build says how to install without the kernels."""
 
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, no_python_abi_suffix=True, **kwargs)
+
     def build_extension(self, extension) -> None:
         whole = copy.copy(extension)
         whole.depends = [*extension.depends, *extension.sources]
@@ -91,10 +101,18 @@ class BuildKernels(BuildExtension):
             ) from error
 
 
-def kernels() -> list[CppExtension]:
+def kernels() -> list:
     """The extension; none where it cannot or shall not be built, which makes the wheel a pure one."""
+    if "sdist" in sys.argv:  # MANIFEST.in has the sources: neither torch nor a compiler is needed
+        return []
     left_out = use_compiler()
     if left_out is None:
+        if torch_version is None or [*map(int, torch_version.split(".")[:2])] < [2, 11]:
+            sys.exit(
+                f"fused-attn: building the C++ kernels takes torch>=2.11, and here is {torch_version or 'none'}: "
+                "pip install 'torch>=2.11' first, or leave out --no-build-isolation. FUSED_ATTN_NO_EXTENSION=1 "
+                "installs without the kernels."
+            )
         return [
             CppExtension(
                 "fused_attn._C",
@@ -108,12 +126,20 @@ def kernels() -> list[CppExtension]:
         ]
     if asked("FUSED_ATTN_REQUIRE_EXTENSION"):
         sys.exit(f"fused-attn: FUSED_ATTN_REQUIRE_EXTENSION=1 is set, but {left_out}")
-    print(f"fused-attn: the C++ kernels are left out: {left_out}", file=sys.stderr)
+    warn(f"fused-attn: the C++ kernels are left out: {left_out}; on the CPU, ops run the slower PyTorch reference")
     return []
+
+
+def warn(text: str) -> None:
+    print(text, file=sys.stderr)
+    if not sys.stderr.isatty() and {"bdist_wheel", "editable_wheel"} & {*sys.argv}:
+        # pip shows what a build prints only with -v, but it does not hide the terminal.
+        with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
+            print(f"\n{text}", file=terminal)
 
 
 setup(
     ext_modules=kernels(),
-    cmdclass={"build_ext": BuildKernels.with_options(no_python_abi_suffix=True)},
+    cmdclass={"build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

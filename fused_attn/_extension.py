@@ -11,7 +11,7 @@ import torch
 NOT_BUILT = "it was not built: that takes a C++ compiler at installation, and FUSED_ATTN_NO_EXTENSION not set to 1"
 #: What to do about a missing extension.
 REMEDY = """To build it where a C++20 compiler is:
-  pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir SOURCE
+  pip install --no-deps --force-reinstall --no-cache-dir SOURCE
 SOURCE is the folder, archive or address that the package came from. Without --no-cache-dir, pip may take a wheel
 without kernels that it built earlier."""
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -55,3 +56,20 @@ def serve(function: Callable[[list[str]], None]) -> None:
         status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         if status != 0:
             print(json.dumps({"error": f"exit status {status}"}), flush=True)
+
+
+def captured(function: Callable[[], Any]) -> tuple[Any, str]:
+    """What ``function`` returns, and what it and the processes that it starts write meanwhile."""
+    streams = {stream: os.dup(stream) for stream in (1, 2)}
+    with tempfile.TemporaryFile("w+") as file:
+        for stream in streams:
+            os.dup2(file.fileno(), stream)
+        try:
+            result = function()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for stream, before in streams.items():
+                os.dup2(before, stream)
+        file.seek(0)
+        return result, file.read()

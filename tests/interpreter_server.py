@@ -3,8 +3,6 @@
 import gc
 import json
 import os
-import sys
-import tempfile
 
 import commands
 import fork_server
@@ -18,17 +16,8 @@ def run(*arguments: str) -> tuple[int, str]:
 
 
 def _pytest(arguments: list[str]) -> None:
-    answers = os.dup(1)
-    with tempfile.TemporaryFile("w+") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-        os.chdir(commands.ROOT)
-        status = int(pytest.main(["-n0", *arguments]))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        file.seek(0)
-        output = file.read()
-    os.dup2(answers, 1)
+    os.chdir(commands.ROOT)
+    status, output = fork_server.captured(lambda: int(pytest.main(["-n0", *arguments])))
     print(json.dumps({"status": status, "output": output}))
 
 

@@ -1,13 +1,17 @@
 """Small runs on scikit-learn's digits, at 8x8 pixels: a step takes milliseconds.
 
-As a script, one process of a run of several: ``runs.py OUT SETTINGS POISONED``.
+As a script, the server of ``two_processes``.
 """
 
 import json
 import math
-import sys
+import multiprocessing
+import os
+import socket
 from pathlib import Path
 
+import commands
+import fork_server
 import pytest
 import torch
 from torch import nn
@@ -102,15 +106,44 @@ def poison(monkeypatch, *steps, value=math.nan, gradient=False, where=lambda run
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
-def two_processes(command, out, poisoned=(), **settings):
+def two_processes(out, poisoned=(), **settings):
     """Train the linear model in two processes; ``poisoned`` steps have a loss of nan in one of them."""
-    process = command(*TORCHRUN, __file__, out, json.dumps({**PLAIN, **settings}), json.dumps(poisoned))
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
+    arguments = [str(out), json.dumps({**PLAIN, **settings}), json.dumps(poisoned)]
+    result = fork_server.ask(__file__, commands.environment(), arguments)
+    assert result.get("statuses") == [0, 0], result
+
+
+def _two_processes(arguments):
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=_process, args=(rank, port, *arguments)) for rank in range(2)]
+
+    def run():
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+
+    _, output = fork_server.captured(run)
+    print(json.dumps({"statuses": [process.exitcode for process in processes], "output": output}))
+
+
+def _process(rank, port, out, settings, poisoned):
+    """What torchrun tells a process, and the training."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    loop.build_network = linear
+    steps = json.loads(poisoned)
+    poison(pytest.MonkeyPatch(), *steps, where=lambda run: run.accelerator.process_index == run.step % 2)
+    train(small(Path(out), **json.loads(settings)))
 
 
 if __name__ == "__main__":
-    loop.build_network = linear
-    steps = json.loads(sys.argv[3])
-    poison(pytest.MonkeyPatch(), *steps, where=lambda run: run.accelerator.process_index == run.step % 2)
-    train(small(Path(sys.argv[1]), **json.loads(sys.argv[2])))
+    # What a run imports when it needs it, which takes longer than its steps.
+    import kornia.augmentation  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import sklearn.datasets  # noqa: F401
+    import torch._dynamo
+
+    fork_server.serve(_two_processes)

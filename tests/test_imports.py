@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 #: Lowest first; the innermost that is named holds a module.  "ops.OP" is any op, which stands beside the others.
 FLOORS = (
-    ("_extension", "options"),
+    ("_extension", "_extras", "options"),
     ("ops._floor",),
     ("ops.OP",),
     ("ops",),
@@ -29,7 +29,6 @@ FLOORS = (
 BETWEEN_OPS = {("ops.squeeze_excite.module", "ops.layer_attention")}
 
 Arrows = dict[str, set[str]]
-_parsed = functools.cache(ast.parse)
 
 
 def sources() -> dict[str, str]:
@@ -41,34 +40,40 @@ def sources() -> dict[str, str]:
 
 def arrows(texts: dict[str, str]) -> Arrows:
     """Modules that each one imports."""
-    return {name: set(_imported(name, _parsed(text), texts)) for name, text in texts.items()}
+    names = frozenset(texts)
+    return {name: _targets(name, text, names) for name, text in texts.items()}
 
 
-def _imported(name: str, tree: ast.AST, texts: dict[str, str]):
+@functools.cache
+def _targets(name: str, text: str, names: frozenset[str]) -> set[str]:
+    return set(_imported(name, ast.parse(text), names))
+
+
+def _imported(name: str, tree: ast.AST, names: frozenset[str]):
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-            yield from (target for child in node.orelse for target in _imported(name, child, texts))
+            yield from (target for child in node.orelse for target in _imported(name, child, names))
         elif isinstance(node, ast.Import):
             yield from (_inside(alias.name) for alias in node.names if alias.name.split(".")[0] == "fused_attn")
         elif isinstance(node, ast.ImportFrom):
-            base = _base(name, node, texts)
+            base = _base(name, node, names)
             if base is not None:
                 inside = [f"{base}.{alias.name}".lstrip(".") for alias in node.names]
-                yield from (target if target in texts else base for target in inside)
+                yield from (target if target in names else base for target in inside)
         else:
-            yield from _imported(name, node, texts)
+            yield from _imported(name, node, names)
 
 
 def _inside(full: str) -> str:
     return full.removeprefix("fused_attn").lstrip(".")
 
 
-def _base(name: str, node: ast.ImportFrom, texts: dict[str, str]) -> str | None:
+def _base(name: str, node: ast.ImportFrom, names: frozenset[str]) -> str | None:
     """What names are imported from; None: nothing of ours."""
     if node.level == 0:
         return _inside(node.module) if node.module.split(".")[0] == "fused_attn" else None
     parts = name.split(".") if name else []
-    is_package = not name or any(other.startswith(f"{name}.") for other in texts)
+    is_package = not name or any(other.startswith(f"{name}.") for other in names)
     parts = parts[: len(parts) + is_package - node.level]
     return ".".join(parts + ([node.module] if node.module else []))
 

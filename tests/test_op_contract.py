@@ -4,6 +4,7 @@ An implementation is left out only where its own ``can_run`` gives a reason.  Th
 where a compiler is: ``test_extension_is_loaded`` fails then.
 """
 
+import contextlib
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ from functools import partial
 import memory_server
 import pytest
 import torch
+from bad_inputs import BAD_INPUTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -121,7 +123,8 @@ def test_every_implementation_but_the_reference_has_operators(spec):
 @specs
 def test_samples_are_named_apart_and_repeat(spec):
     assert len({sample.name for sample in spec.samples}) == len(spec.samples)
-    assert len({bad.name for bad in spec.bad_inputs}) == len(spec.bad_inputs)
+    bad_inputs = BAD_INPUTS.get(spec.name, ())
+    assert len({bad.name for bad in bad_inputs}) == len(bad_inputs)
     sample = spec.samples[0]
     first, second = tensors(sample.inputs(FAST)), tensors(sample.inputs(FAST))
     for name, tensor in first.items():
@@ -131,30 +134,32 @@ def test_samples_are_named_apart_and_repeat(spec):
 # --- numbers ----------------------------------------------------------------------------------------------------
 
 
-@cases()
-def test_numerics(spec, impl, make):
-    checks.check_numerics(spec, impl, *(make(draw=draw) for draw in range(DRAWS)))
-
-
-@pytest.mark.skipif(not _extension.available(), reason=f"C++ kernels: {_extension.reason()}")
-@pytest.mark.parametrize("capability", _extension.CPU_CAPABILITIES)
-@specs
-def test_numerics_of_every_instruction_set(spec, capability):
+@contextlib.contextmanager
+def instruction_set(capability: str):
+    """The C++ kernels compiled for ``capability``, where this processor has it."""
     best = _extension.cpu_capability()
-    try:
-        _extension.set_cpu_capability(capability)
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    _extension.set_cpu_capability(capability)
     try:
         assert _extension.cpu_capability() == capability
-        for dtype in spec.dtypes:
-            for sample in spec.samples:
-                try:
-                    checks.check_numerics(spec, "cpu", *(sample.inputs(dtype, draw=draw) for draw in range(DRAWS)))
-                except AssertionError as error:
-                    raise AssertionError(f"{_name(dtype)}, {sample.name}: {error}") from None
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{capability}: {error}") from None
     finally:
         _extension.set_cpu_capability(best)
+
+
+@cases()
+def test_numerics(spec, impl, make):
+    """The C++ kernels, of every instruction set: what the reference gives is computed once for all."""
+    calls = [make(draw=draw) for draw in range(DRAWS)]
+    capabilities = _extension.CPU_CAPABILITIES
+    if impl == "cpu":
+        # Each processor has all below its own.
+        for capability in capabilities[: capabilities.index(_extension.cpu_capability()) + 1]:
+            with instruction_set(capability):
+                checks.check_numerics(spec, impl, *calls)
+    else:
+        checks.check_numerics(spec, impl, *calls)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
@@ -164,14 +169,18 @@ def test_numerics_of_random_shapes(spec, impl, dtype):
     @given(rng=st.randoms(use_true_random=False))
     def fuzz(rng: random.Random):
         sample = spec.fuzz(rng)
+
+        def calls(number: int):
+            return [sample.inputs(dtype, device_of(impl), draw) for draw in range(number)]
+
         try:
-            calls = [sample.inputs(dtype, device_of(impl), draw) for draw in range(8 * DRAWS)]
-            if spec.reason(impl, calls[0]) is None:
+            few = calls(DRAWS)
+            if spec.reason(impl, few[0]) is None:
                 try:
-                    checks.check_numerics(spec, impl, *calls[:DRAWS])
+                    checks.check_numerics(spec, impl, *few)
                 except AssertionError:
                     # Among so many shapes and gradients the worst of a few elements is bad luck now and then.
-                    checks.check_numerics(spec, impl, *calls)
+                    checks.check_numerics(spec, impl, *calls(8 * DRAWS))
         except Exception as error:
             error.add_note(f"sample: {sample.name}") if hasattr(error, "add_note") else print(sample.name)
             raise
@@ -244,7 +253,7 @@ def test_missing_extension_is_an_error_not_a_fallback(spec, monkeypatch):
 
 @pytest.mark.parametrize(
     ("spec", "bad"),
-    [pytest.param(spec, bad, id=f"{spec.name}-{bad.name}") for spec in SPECS for bad in spec.bad_inputs],
+    [pytest.param(spec, bad, id=f"{spec.name}-{bad.name}") for spec in SPECS for bad in BAD_INPUTS.get(spec.name, ())],
 )
 def test_bad_input(spec, bad):
     checks.check_bad_input(spec, bad)

@@ -1,5 +1,9 @@
-"""What users get: a source archive that builds, wheels with the right tag, plain words where kernels are missing."""
+"""What users get: a source archive that builds, wheels with the right tag, a package that works with torch alone, plain
+words where kernels or packages are missing."""
 
+import ast
+import importlib.metadata
+import inspect
 import os
 import re
 import shutil
@@ -11,12 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import TRAIN
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from fused_attn import _extension
+import fused_attn
+from fused_attn import _extension, _extras, modules
+from fused_attn.cli import EXTRA_OF
 
 ROOT = Path(__file__).parents[1]
 BUILT = ROOT / "fused_attn" / "_C.so"
-HOOK = "import sys; from setuptools import build_meta; print(build_meta.{}(sys.argv[1]))"
+HOOK = "import sys, build_backend; print(build_backend.{}(sys.argv[1]))"
 CALL = """
 import torch, fused_attn
 from fused_attn import _extension, rel_attention_2d
@@ -35,7 +44,13 @@ pytestmark = pytest.mark.long
 def run(*command, cwd=ROOT.parent, check=True, **environment):
     variables = {name: value for name, value in os.environ.items() if not name.startswith("FUSED_ATTN_")}
     return subprocess.run(
-        command, check=check, capture_output=True, text=True, cwd=cwd, env={**variables, **environment}
+        command,
+        check=check,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**variables, **environment},
+        start_new_session=True,  # a build's warning goes to the terminal, if there is one
     )
 
 
@@ -194,7 +209,7 @@ def test_wheel_without_a_compiler_is_pure_and_says_so_once(pure, tmp_path):
     assert agrees == ["True", "True"]
     assert result.stderr.count("UserWarning") == 1
     assert "fused_attn runs the PyTorch reference" in result.stderr
-    assert "pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir" in result.stderr
+    assert "pip install --no-deps --force-reinstall --no-cache-dir" in result.stderr
 
 
 def test_warning_comes_with_the_first_call_that_wants_a_kernel(pure, tmp_path):
@@ -217,7 +232,7 @@ def test_info_says_how_to_get_the_kernels_and_blames_no_compiler(pure, tmp_path)
     text = import_from(pure, tmp_path / "site", "from fused_attn.cli.info import report; print(report())").stdout
     (line,) = (line for line in text.splitlines() if line.startswith("C++ kernels:"))
     assert line == f"C++ kernels: not available: {_extension.NOT_BUILT}"
-    assert text.count("pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir SOURCE") == 1
+    assert text.count("pip install --no-deps --force-reinstall --no-cache-dir SOURCE") == 1
     assert "rel_attention_2d: auto runs 'reference'" in text
 
 
@@ -267,3 +282,211 @@ def test_reinstalling_as_told_does_not_take_the_wheel_that_pip_kept(sdist, tmp_p
     anew = run(*pip, "--no-cache-dir", str(sdist), check=False, CXX=broken_compiler, **environment)
     assert anew.returncode != 0
     assert "FUSED_ATTN_NO_EXTENSION=1" in anew.stderr
+
+
+# --- builds in an environment of their own ----------------------------------------------------------------------
+
+
+#: Leaves of the installed packages what a build asks for, as pip's isolation does.
+ISOLATE = """
+import sys
+sys.path[:] = [path for path in sys.path if not path.endswith(("site-packages", "dist-packages"))]
+"""
+NO_TORCH = "import site; site.getsitepackages = lambda: []; site.getusersitepackages = lambda: ''; "
+
+
+@pytest.fixture
+def isolated(tmp_path) -> dict[str, str]:
+    """Environment of a process that finds no installed package but setuptools."""
+    overlay = tmp_path / "overlay"
+    overlay.mkdir()
+    (overlay / "sitecustomize.py").write_text(ISOLATE)
+    distribution = importlib.metadata.distribution("setuptools")
+    for name in {path.parts[0] for path in distribution.files} - {"..", "distutils-precedence.pth"}:
+        (overlay / name).symlink_to(distribution.locate_file(name))
+    return {"PYTHONPATH": str(overlay)}
+
+
+def test_isolated_build_takes_the_torch_of_the_environment(unpacked, tmp_path, isolated):
+    assert run(sys.executable, "-c", "import torch", check=False, **isolated).returncode != 0
+    code = "import build_backend; print(build_backend.get_requires_for_build_wheel())"
+    assert run(sys.executable, "-c", code, cwd=unpacked, **isolated).stdout == "[]\n"
+    build(
+        unpacked, tmp_path / "wheel", FUSED_ATTN_REQUIRE_EXTENSION="1", **isolated, **earlier_build(unpacked, tmp_path)
+    )
+    (wheel,) = (tmp_path / "wheel").iterdir()
+    assert wheel.name.endswith("-cp310-abi3-linux_x86_64.whl")
+
+
+def test_isolated_build_asks_for_torch_where_there_is_none(unpacked, isolated):
+    hooks = ("get_requires_for_build_wheel", "get_requires_for_build_editable", "get_requires_for_build_sdist")
+    code = f"{NO_TORCH}import build_backend; print(*(getattr(build_backend, hook)() for hook in {hooks}))"
+    result = run(sys.executable, "-c", code, cwd=unpacked, **isolated)
+    assert result.stdout == "['torch>=2.11'] ['torch>=2.11'] []\n"
+    result = run(sys.executable, "-c", code, cwd=unpacked, FUSED_ATTN_NO_EXTENSION="1", **isolated)
+    assert result.stdout == "[] [] []\n"
+
+
+def test_source_archive_takes_no_torch(unpacked, tmp_path, isolated):
+    run(sys.executable, "-c", NO_TORCH + HOOK.format("build_sdist"), str(tmp_path), cwd=unpacked, **isolated)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        assert any(name.endswith("/csrc/common/simd.h") for name in archive.getnames())
+
+
+def test_kernels_without_torch_are_an_error_of_one_line(unpacked, tmp_path, isolated):
+    command = (sys.executable, "-c", NO_TORCH + HOOK.format("build_wheel"), str(tmp_path))
+    result = run(*command, cwd=unpacked, check=False, **isolated, **earlier_build(unpacked, tmp_path))
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        "fused-attn: building the C++ kernels takes torch>=2.11, and here is none: pip install 'torch>=2.11' first, or "
+        "leave out --no-build-isolation. FUSED_ATTN_NO_EXTENSION=1 installs without the kernels."
+    ]
+
+
+def test_build_without_kernels_warns_on_the_terminal_although_pip_hides_its_output(unpacked, tmp_path):
+    command = f"exec {sys.executable} -c '{HOOK.format('build_wheel')}' {tmp_path} > {tmp_path}/hidden 2>&1"
+    code = f"import pty; pty.spawn(['/bin/sh', '-c', {command!r}])"
+    result = run(sys.executable, "-c", code, cwd=unpacked, CXX="no-compiler")
+    warning = "fused-attn: the C++ kernels are left out: there is no C++ compiler: no-compiler not found; "
+    assert result.stdout.count(warning) == 1
+    assert warning in (tmp_path / "hidden").read_text()
+
+
+# --- torch alone, and extras ------------------------------------------------------------------------------------
+
+
+#: Makes this process one where the modules of its first argument, separated by commas, are not installed.
+HIDE = """
+import sys
+from importlib.machinery import PathFinder
+
+hidden = set(sys.argv.pop(1).split(","))
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in hidden else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+"""
+
+
+def hidden_beside(*requirements: str) -> str:
+    """The installed modules that belong to none of the packages and none of what these need."""
+    kept, waiting = {"fused-attn"}, [Requirement(text) for text in requirements]
+    while waiting:
+        name = canonicalize_name(waiting.pop().name)
+        if name not in kept:
+            kept.add(name)
+            needs = map(Requirement, importlib.metadata.requires(name) or ())
+            waiting += [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    packages = importlib.metadata.packages_distributions().items()
+    return ",".join(name for name, owners in packages if kept.isdisjoint(map(canonicalize_name, owners)))
+
+
+def with_only(packages: tuple[str, ...], code: str, *arguments: str, cwd: Path, check=True):
+    command = (sys.executable, "-c", HIDE + code, hidden_beside(*packages), *arguments)
+    return run(*command, cwd=cwd, check=check, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+
+
+def metadata() -> dict:
+    """The table [project] of pyproject.toml."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_metadata_agree_and_travel_with_the_wheel(pure):
+    about = metadata()
+    assert about["version"] == fused_attn.__version__
+    assert f"\nversion: {fused_attn.__version__}\nlicense: {about['license']}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {fused_attn.__version__}, " in (ROOT / "CHANGELOG.md").read_text()
+    with zipfile.ZipFile(pure) as archive:
+        names = archive.namelist()
+        (text,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
+    assert "fused_attn/py.typed" in names
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert {"License-Expression: Apache-2.0", "Requires-Dist: torch>=2.11"} <= {*text.splitlines()}
+
+
+@pytest.mark.parametrize("module", [fused_attn, modules], ids=lambda module: module.__name__)
+def test_public_functions_and_modules_are_annotated(module):
+    """mypy, of ``make lint``, then looks at what they say."""
+    for name in module.__all__:
+        public = getattr(module, name)
+        methods = [getattr(public, each) for each in ("__init__", "forward") if each in vars(public)]
+        for function in methods if inspect.isclass(public) else [public]:
+            signature = inspect.signature(function)
+            parameters = [each for each in signature.parameters.values() if each.name != "self"]
+            assert signature.return_annotation is not signature.empty, name
+            assert all(each.annotation is not each.empty for each in parameters), name
+
+
+COMMAND = "from fused_attn import cli; sys.exit(cli.main(sys.argv[1:]))"
+
+
+def test_ops_modules_models_and_info_work_with_torch_alone(tmp_path):
+    assert metadata()["dependencies"] == ["torch>=2.11"]
+    code = f"import runpy; runpy.run_path({str(ROOT / 'tests/torch_only.py')!r}, run_name='__main__')"
+    result = with_only(("torch",), code, cwd=tmp_path)
+    assert "rel_attention_2d: auto runs" in result.stdout
+
+
+def test_a_command_that_lacks_an_extra_says_what_to_type(tmp_path):
+    code = """
+from fused_attn import cli
+print(*(cli.main([command]) for command in sys.argv[1:]))
+from fused_attn.train import train
+"""
+    result = with_only(("torch",), code, *EXTRA_OF, cwd=tmp_path, check=False)
+    assert result.stdout.split() == ["2"] * len(EXTRA_OF)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("fused-attn: ")]
+    for line, (command, extra) in zip(lines, EXTRA_OF.items(), strict=True):
+        missing = ", ".join(_extras.EXTRAS[extra])
+        assert line == f"fused-attn: error: fused-attn {command} needs {missing}: pip install 'fused-attn[{extra}]'"
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("fused_attn._extras.MissingExtraError: fused_attn.train needs accelerate, ")
+
+
+def test_extras_are_those_of_the_metadata():
+    names = {"pillow": "PIL", "scikit-learn": "sklearn"}
+    optional = metadata()["optional-dependencies"]
+    for extra, expected in _extras.EXTRAS.items():
+        assert [names.get(package, package) for package in optional[extra]] == [*expected]
+    assert optional["all"] == [f"fused-attn[{','.join(_extras.EXTRAS)}]"]
+
+
+BENCH = ["bench", "squeeze_excite", "--shape", "B=1,C=8,H=2,W=2,hidden=2"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "command"),
+    [
+        ("train", [*TRAIN, "--max-steps", "1", "--model", "wrn_10_1", "--out", "run"]),
+        ("bench", [*BENCH, "--providers", "cpu", "--seconds", "0", "--out", "."]),
+    ],
+)
+def test_extra_has_all_that_a_command_needs(tmp_path, extra, command):
+    packages = ("torch", *metadata()["optional-dependencies"][extra])
+    with_only(packages, COMMAND, *command, cwd=tmp_path)
+    assert list(tmp_path.rglob("*.png"))
+
+
+def third_party(folder: str) -> set[str]:
+    """Packages that the modules of a folder of fused_attn import, within functions too."""
+    found = set()
+    for path in (ROOT / "fused_attn").glob(folder):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names - {"torch", "fused_attn"}
+
+
+def test_nothing_is_imported_that_no_extra_has():
+    extras = {extra: {*modules} for extra, modules in _extras.EXTRAS.items()}
+    assert third_party("models/*.py") == third_party("modules.py") == third_party("testing/*.py") == set()
+    # Peers name what they need themselves.
+    assert third_party("ops/**/*.py") - third_party("ops/*/peers.py") == {"triton"}
+    assert third_party("cli/*.py") | third_party("train/*.py") == extras["train"]
+    assert third_party("bench/*.py") == extras["bench"]

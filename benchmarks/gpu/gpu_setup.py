@@ -120,9 +120,9 @@ def environment(out: Path) -> None:
 def dependencies() -> dict[str, str | None]:
     """Each package that pyproject.toml names, for running and for the tests -> version; None where it is missing."""
     text = (ROOT / "pyproject.toml").read_text()
-    listed = re.search(r"^dependencies = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE).group(1)
-    listed += re.search(r"^test = \[(.*?)\]", text, re.DOTALL | re.MULTILINE).group(1)
-    return {name: _version(name) for name in re.findall(r'"([A-Za-z0-9_-]+)', listed)}
+    lists = re.findall(r"^(?:dependencies|train|bench|triton|test) = \[(.*?)\]$", text, re.DOTALL | re.MULTILINE)
+    names = re.findall(r'"([A-Za-z0-9_-]+)', "".join(lists))
+    return {name: _version(name) for name in dict.fromkeys(names) if name != "fused-attn"}
 
 
 def _version(package: str) -> str | None:

@@ -60,7 +60,7 @@ def report(seconds: dict[str, float], demo: Path) -> None:
         "",
         f"The demo's network reached {metrics['test_accuracy']:.1%} test accuracy in {metrics['seconds']:.0f} s; "
         f"forward + backward of the op took {fused:.0f} ms, of eager PyTorch {eager:.0f} ms "
-        "([curves](benchmarks/results/demo/curves.png), [comparison](benchmarks/results/demo/comparison.png)).",
+        "([curves](demo/curves.png), [comparison](demo/comparison.png)).",
     ]
     (RESULTS / "commands.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

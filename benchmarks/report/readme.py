@@ -1,10 +1,11 @@
-"""Renders the committed results (``make bench``): Markdown and pictures from JSON, and the README's tables from those.
+"""Renders the committed results (``make bench``): Markdown and pictures from JSON, and from those the tables of the
+README and of ``docs/``.
 
-Nothing is measured here, so no figure in the README can differ from its source: a block between
+Nothing is measured here, so no figure of a page can differ from its source: a block between
 ``<!-- from benchmarks/results/NAME.md -->`` and ``<!-- end -->`` is replaced by that file.
 
 Run from the repository root: ``python benchmarks/report/readme.py`` (``--check``: change nothing, fail if it would
-change the README or a table).
+change a page or a table).
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ from typing import Any
 
 # Runs from a clone without installation too.
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import command_line
+import links
+import picture
 
 from fused_attn.bench import networks, report
 
@@ -43,22 +49,119 @@ def summaries(folder: Path = RESULTS) -> dict[str, str]:
     }
 
 
-def fill(text: str, root: Path = ROOT) -> str:
-    """The README with every block as its source file has it."""
-    return BLOCK.sub(lambda block: f"{block[1]}{(root / block['source']).read_text().strip()}\n{block[3]}", text)
+#: What people write today, what takes its place, and the op that was measured.
+REPLACEMENTS = (
+    (
+        "relative position logits of AA-Conv, BoTNet, timm's Bottleneck and Halo: skew, softmax, `@ value`",
+        "rel_attention_2d(query, key, value, rel_h, rel_w)",
+        "rel_attention_2d",
+        "docs/migrate/aa_conv_botnet.md",
+    ),
+    (
+        "`add_decomposed_rel_pos` of SAM, ViTDet, MViTv2, softmax, `@ value`",
+        "decomposed_bias_attention(query, key, value, bias_h, bias_w)",
+        "decomposed_bias_attention",
+        "docs/migrate/sam_vitdet_mvitv2.md",
+    ),
+    (
+        "MRLA's keys and values, concatenated at every layer",
+        "layer_attention(query, keys, values)",
+        "layer_attention",
+        "docs/migrate/mrla.md",
+    ),
+    (
+        "`torch.stack` of earlier layers, softmax per token, weighted sum",
+        "attention_residual(values, query)",
+        "attention_residual",
+        "docs/ops/attention_residual.md",
+    ),
+    (
+        "`x.softmax(-1) * x.softmax(-2)`, the dual softmax of LoFTR",
+        "row_col_softmax(x)",
+        "row_col_softmax",
+        "docs/migrate/loftr.md",
+    ),
+    (
+        "the same with weights, batch norm, `* x`: element-wise attention",
+        "elementwise_attention(x, weight_row, weight_col, ...)",
+        "elementwise_attention",
+        "docs/ops/elementwise_attention.md",
+    ),
+    (
+        "`relu(x * gate(x) + residual)` of SE-ResNet",
+        'squeeze_excite(x, ..., residual=residual, activation="relu")',
+        "squeeze_excite",
+        "docs/migrate/squeeze_excite.md",
+    ),
+)
+
+
+def replacements(folder: Path = RESULTS) -> str:
+    """One line for each op: what it replaces, and time and memory of the fastest peer over the fused op's."""
+    lines = []
+    for old, new, op, page in REPLACEMENTS:
+        result = json.loads((folder / f"{op}.json").read_text())
+        steps = [row for row in result["rows"] if (row["kind"], row["pass"], row["status"]) == ("shape", "both", "ok")]
+        speed, memory = [], []
+        for mine in (row for row in steps if row["fused"]):
+            peer = next(row for row in steps if (row["shape"], row["provider"]) == (mine["shape"], mine["best_peer"]))
+            speed.append(mine["best_peer_over_this"])
+            memory.append(peer["extra_bytes"] / mine["extra_bytes"])
+        if not lines:
+            environment = result["environment"]
+            lines = [
+                f"{environment['threads']} cores of {environment['cpu']}, torch {environment['torch']}, float32, "
+                "forward + backward: time and peak extra memory of the fastest of eager PyTorch, `torch.compile` and "
+                "SDPA, over the fused op's; least and most of the benchmark's shapes.",
+                "",
+                "| replace this | by that | time | memory |",
+                "| --- | --- | ---: | ---: |",
+            ]
+        lines.append(f"| [{old}](../../{page}) | `{new}` | {_between(speed)} | {_between(memory)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _between(ratios: list[float]) -> str:
+    least, most = (f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x" for ratio in (min(ratios), max(ratios)))
+    return least if least == most else f"{least} – {most}"
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    """What holds tables: the README and every page of the documentation."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+
+
+def fill(text: str, page: Path = ROOT / "README.md", root: Path = ROOT) -> str:
+    """A page with every block as its source file has it."""
+    folder = page.parent.relative_to(root).as_posix()
+
+    def block(match: re.Match) -> str:
+        source = root / match["source"]
+        table = links.relocate(source.read_text().strip(), source.parent.relative_to(root).as_posix(), folder)
+        return f"{match[1]}{table}\n{match[3]}"
+
+    return BLOCK.sub(block, text)
+
+
+def tables() -> dict[str, str]:
+    """Those of several results, by file name."""
+    return {**summaries(), "replacements.md": replacements()}
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
     if "--check" in sys.argv[1:]:
-        tables = all(path.with_suffix(".md").read_text() == kind.markdown(result) for path, result, kind in results())
-        tables = tables and all((RESULTS / name).read_text() == text for name, text in summaries().items())
-        return int(not tables or fill(readme.read_text()) != readme.read_text())
+        current = all(path.with_suffix(".md").read_text() == kind.markdown(result) for path, result, kind in results())
+        current = current and all((RESULTS / name).read_text() == text for name, text in tables().items())
+        current = current and all(fill(page.read_text(), page) == page.read_text() for page in pages())
+        return int(not current)
     for _, result, kind in results():
         kind.render(result, RESULTS)
-    for name, text in summaries().items():
+    for name, text in tables().items():
         (RESULTS / name).write_text(text)
-    readme.write_text(fill(readme.read_text()))
+    picture.draw()
+    command_line.PAGE.write_text(command_line.render())
+    for page in pages():
+        page.write_text(fill(page.read_text(), page))
     return 0
 
 

@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--reference", type=Path)
     options = parser.parse_args()
-    results, link = RESULTS / options.name, f"benchmarks/results/{options.name}"
+    results, link = RESULTS / options.name, options.name
     folders = [keep(run, results / run.name) for run in options.runs]
     paper = results / "paper.json"
     reported = json.loads(paper.read_text()) if paper.exists() else {}

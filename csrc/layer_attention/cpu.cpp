@@ -40,8 +40,8 @@ struct Head {
   }
 };
 
-void layer_weights_forward(Tensor query, std::vector<Tensor> keys, std::optional<Tensor> bias, double scale,
-                           bool sigmoid, Tensor weights) {
+void layer_attention_weights_forward(Tensor query, std::vector<Tensor> keys, std::optional<Tensor> bias, double scale,
+                                     bool sigmoid, Tensor weights) {
   const Head head(query, keys, bias, scale, sigmoid);
   float* to = floats_of(weights);
   auto run = [&](int64_t begin, int64_t end) {
@@ -74,8 +74,9 @@ void layer_weights_forward(Tensor query, std::vector<Tensor> keys, std::optional
 }
 
 // grad_scores (batch, groups, layers) holds the gradient of the weights and receives that of the scores.
-void layer_weights_backward(Tensor query, std::vector<Tensor> keys, double scale, bool sigmoid, Tensor weights,
-                            Tensor grad_scores, Tensor grad_query, std::vector<Tensor> grad_keys) {
+void layer_attention_weights_backward(Tensor query, std::vector<Tensor> keys, double scale, bool sigmoid,
+                                      Tensor weights, Tensor grad_scores, Tensor grad_query,
+                                      std::vector<Tensor> grad_keys) {
   const Head head(query, keys, std::nullopt, scale, sigmoid);
   const float* weight = floats_of(weights);
   float* grad = floats_of(grad_scores);
@@ -141,7 +142,7 @@ void fill_problem(Problem& p, const Tensor& weights, const Tensor& like, const P
   p.value_strides = values.strides.data();
 }
 
-void layer_sum_forward(Tensor weights, std::vector<Tensor> values, bool channels_last, Tensor out) {
+void weighted_layer_sum_forward(Tensor weights, std::vector<Tensor> values, bool channels_last, Tensor out) {
   if (out.numel() == 0) return;
   const Pointers pointers(values);
   Forward p;
@@ -151,8 +152,8 @@ void layer_sum_forward(Tensor weights, std::vector<Tensor> values, bool channels
   parallel(tasks_of(p), best_kernels().forward, p);
 }
 
-void layer_sum_backward(Tensor grad_out, Tensor weights, std::vector<Tensor> values, bool channels_last,
-                        bool accumulate, std::optional<Tensor> grad_weights, std::vector<Tensor> grad_values) {
+void weighted_layer_sum_backward(Tensor grad_out, Tensor weights, std::vector<Tensor> values, bool channels_last,
+                                 bool accumulate, std::optional<Tensor> grad_weights, std::vector<Tensor> grad_values) {
   const int64_t heads = weights.size(0) * weights.size(1), layers = weights.size(2);
   float* to = grad_weights ? floats_of(*grad_weights) : nullptr;
   if (to) std::fill(to, to + heads * layers, 0.0f);
@@ -181,12 +182,12 @@ void layer_sum_backward(Tensor grad_out, Tensor weights, std::vector<Tensor> val
 
 }  // namespace
 
-FUSED_ATTN_REGISTER(layer_weights,
+FUSED_ATTN_REGISTER(layer_attention_weights,
                     "(Tensor query, Tensor[] keys, Tensor? bias, float scale, bool sigmoid, Tensor(a!) weights)",
                     "(Tensor query, Tensor[] keys, float scale, bool sigmoid, Tensor weights, Tensor(a!) grad_scores, "
                     "Tensor(b!) grad_query, Tensor(c!)[] grad_keys)")
 
-FUSED_ATTN_REGISTER(layer_sum, "(Tensor weights, Tensor[] values, bool channels_last, Tensor(a!) out)",
+FUSED_ATTN_REGISTER(weighted_layer_sum, "(Tensor weights, Tensor[] values, bool channels_last, Tensor(a!) out)",
                     "(Tensor grad_out, Tensor weights, Tensor[] values, bool channels_last, bool accumulate, "
                     "Tensor(a!)? grad_weights, Tensor(b!)[] grad_values)")
 

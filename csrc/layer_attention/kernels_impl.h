@@ -266,7 +266,7 @@ void forward_rows(const Forward& p, int64_t begin, int64_t end) {
 }
 
 // P positions from `offset` on, of `count` channels of one layer: sum += grad_out * value, and grad_value = weight *
-// grad_out (or added to it).  Weights and sums do not fit the first-level cache; P positions share a look at them.
+// grad_out (or added to it).  Weights and sums do not fit the first-level cache: each is loaded once for P positions.
 template <int P, bool Values, bool Dots, Write how, class T>
 FA_INLINE void backward_positions(const Backward& p, int64_t l, int64_t b, int64_t offset, int64_t count,
                                   const float* weight, float* sum) {

@@ -23,25 +23,25 @@ TensorView term_view(const std::optional<Tensor>& term) {
 }
 
 void fill_problem(Problem& p, const Tensor& query, const Tensor& key, const Tensor& value,
-                  const std::optional<Tensor>& row, const std::optional<Tensor>& col, double scale, double rel_scale,
-                  bool key_minus_query, double dropout_p, const std::optional<Tensor>& seed) {
+                  const std::optional<Tensor>& row_term, const std::optional<Tensor>& col_term, double scale,
+                  double rel_scale, bool key_minus_query, double dropout_p, const std::optional<Tensor>& seed) {
   p.batch = query.size(0), p.heads = query.size(1), p.hq = query.size(2), p.wq = query.size(3);
   p.hk = key.size(2), p.wk = key.size(3), p.dk = query.size(4), p.dv = value.size(4);
   p.scale = static_cast<float>(scale), p.rel_scale = static_cast<float>(rel_scale);
-  p.tables = (row && row->dim() < 5) || (col && col->dim() < 5);
+  p.tables = (row_term && row_term->dim() < 5) || (col_term && col_term->dim() < 5);
   p.key_minus_query = key_minus_query;
   p.drop_below = seed ? static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 4294967296.0), 4294967295.0)) : 0;
   p.keep_scale = seed ? static_cast<float>(1.0 / (1.0 - dropout_p)) : 1.0f;
   p.seed = seed ? static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr())) : 0;
   p.query = view_of(query), p.key = view_of(key), p.value = view_of(value);
-  p.row_term = term_view(row), p.col_term = term_view(col);
+  p.row_term = term_view(row_term), p.col_term = term_view(col_term);
 }
 
-void attention_2d_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> row, std::optional<Tensor> col,
-                          double scale, double rel_scale, bool key_minus_query, double dropout_p,
-                          std::optional<Tensor> seed, Tensor out, Tensor statistics) {
+void rel_attention_2d_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> row_term,
+                              std::optional<Tensor> col_term, double scale, double rel_scale, bool key_minus_query,
+                              double dropout_p, std::optional<Tensor> seed, Tensor out, Tensor statistics) {
   Forward p;
-  fill_problem(p, query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed);
+  fill_problem(p, query, key, value, row_term, col_term, scale, rel_scale, key_minus_query, dropout_p, seed);
   p.out = view_of(out);
   p.statistics = floats_of(statistics);
   if (p.queries() == 0) return;
@@ -55,16 +55,17 @@ void attention_2d_forward(Tensor query, Tensor key, Tensor value, std::optional<
   parallel(p.tasks(), best_kernels().forward, p);
 }
 
-void attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, std::optional<Tensor> row,
-                           std::optional<Tensor> col, Tensor out, Tensor statistics, double scale, double rel_scale,
-                           bool key_minus_query, double dropout_p, std::optional<Tensor> seed, Tensor grad_query,
-                           Tensor grad_key, Tensor grad_value, Tensor grad_row, Tensor grad_col) {
+void rel_attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, std::optional<Tensor> row_term,
+                               std::optional<Tensor> col_term, Tensor out, Tensor statistics, double scale,
+                               double rel_scale, bool key_minus_query, double dropout_p, std::optional<Tensor> seed,
+                               Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_row_term,
+                               Tensor grad_col_term) {
   Backward p;
-  fill_problem(p, query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed);
+  fill_problem(p, query, key, value, row_term, col_term, scale, rel_scale, key_minus_query, dropout_p, seed);
   p.grad_out = view_of(grad_out), p.out = view_of(out);
   p.statistics = floats_of(statistics);
   p.grad_query = view_of(grad_query), p.grad_key = view_of(grad_key), p.grad_value = view_of(grad_value);
-  p.grad_row_term = term_view(grad_row), p.grad_col_term = term_view(grad_col);
+  p.grad_row_term = term_view(grad_row_term), p.grad_col_term = term_view(grad_col_term);
 
   // The split of the keys changes the order of summation, so it follows the shape alone: enough tasks for many threads
   // where the image is large, at the cost of one float32 copy of grad_query for every further part.
@@ -92,11 +93,12 @@ void attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor val
 }  // namespace
 
 FUSED_ATTN_REGISTER(
-    attention_2d,
-    "(Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col, float scale, float rel_scale, "
+    rel_attention_2d,
+    "(Tensor query, Tensor key, Tensor value, Tensor? row_term, Tensor? col_term, float scale, float rel_scale, "
     "bool key_minus_query, float dropout_p, Tensor? seed, Tensor(a!) out, Tensor(b!) statistics)",
-    "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col, Tensor out, "
+    "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? row_term, Tensor? col_term, Tensor out, "
     "Tensor statistics, float scale, float rel_scale, bool key_minus_query, float dropout_p, Tensor? seed, "
-    "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) grad_row, Tensor(e!) grad_col)")
+    "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) grad_row_term, "
+    "Tensor(e!) grad_col_term)")
 
 }  // namespace fused_attn::rel_attention_2d

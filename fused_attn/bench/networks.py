@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..models import create_model
 from ..options import check, make_folder
 from ..testing.numerics import mismatches
-from ..train.checkpoint import write_text
+from ..train.atomic import write_text
 from ..train.environment import describe
 from ..train.json_files import dumps
 from . import BenchError, measure

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..train.checkpoint import write_text
+from ..train.atomic import write_text
 from ..train.json_files import dumps
 from . import plots
 from .rows import MIB, PASS_TITLES, Report, Row, machine, pages_come_anew, unique

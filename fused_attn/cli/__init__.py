@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import select
 import signal
@@ -11,18 +12,17 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-import tyro
 
+from .._extras import MissingExtraError, require
 from ..bench import BenchError
-from ..train.config import TrainConfig, resumed_config
 from ..train.errors import NonFiniteError, TrainError
 from ..train.recipes import RECIPES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 (the machine failed), 2 (a setting, the data or a file of the run
-    is not usable), 3 (the training came to a loss, gradient or weight that is inf or nan), 130 (interrupted) or 141
-    (the reader of its output has closed it, as ``head`` does)."""
+    is not usable, or an extra is not installed), 3 (the training came to a loss, gradient or weight that is inf or
+    nan), 130 (interrupted) or 141 (the reader of its output has closed it, as ``head`` does)."""
     try:
         try:
             return _run(list(sys.argv[1:] if arguments is None else arguments))
@@ -49,10 +49,12 @@ def _run(arguments: list[str]) -> int:
         print(usage, file=sys.stdout if wants_help else sys.stderr)
         return 0 if wants_help else 2
     try:
+        if arguments[0] in EXTRA_OF:
+            require(EXTRA_OF[arguments[0]], f"fused-attn {arguments[0]}")
         return COMMANDS[arguments[0]](arguments[1:])
     except NonFiniteError as error:
         return _failed(error, 3)
-    except (TrainError, BenchError) as error:
+    except (TrainError, BenchError, MissingExtraError) as error:
         return _failed(error, 2)
     except BrokenPipeError:
         raise
@@ -103,7 +105,11 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    """Train a model on CPU or GPU; alone, or on several processes under torchrun."""
+    """Train a model on CPU or GPU, in one process or, under torchrun, in several."""
+    import tyro
+
+    from ..train.config import TrainConfig, resumed_config
+
     out = _option(arguments, "--out")
     if "--resume" in arguments and out is not None:  # the run's settings, so that --resume --out DIR is enough
         settings = vars(resumed_config(Path(out))) | {"out": tyro.MISSING, "resume": False}
@@ -145,19 +151,17 @@ def _recipe_settings(arguments: Sequence[str]) -> dict:
 
 def _info(arguments: Sequence[str]) -> int:
     """Say what is installed, and which implementation each op would use here and why not the others."""
-    tyro.cli(_no_options, args=arguments, prog="fused-attn info", description=_info.__doc__)
+    argparse.ArgumentParser(prog="fused-attn info", description=_info.__doc__).parse_args(arguments)
     from .info import report
 
     print(report())
     return 0
 
 
-def _no_options() -> None:
-    pass
-
-
 def _inspect(arguments: Sequence[str]) -> int:
     """Draw what the element-wise attention layers of a run, or of a model, do to one image."""
+    import tyro
+
     from .draw_elementwise import run
 
     return tyro.cli(run, args=arguments, prog="fused-attn inspect")
@@ -165,6 +169,8 @@ def _inspect(arguments: Sequence[str]) -> int:
 
 def _demo(arguments: Sequence[str]) -> int:
     """Train a small attention-augmented network on real images, and compare the fused op with eager PyTorch."""
+    import tyro
+
     from .demo import run
 
     return tyro.cli(run, args=arguments, prog="fused-attn demo")
@@ -172,6 +178,8 @@ def _demo(arguments: Sequence[str]) -> int:
 
 def _bench(arguments: Sequence[str]) -> int:
     """Measure speed and memory of ops, or of whole networks, beside what you would use instead."""
+    import tyro
+
     # A time limit that ends the command ends it as Ctrl-C does: what was measured is kept.
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -188,6 +196,8 @@ def _bench(arguments: Sequence[str]) -> int:
 
 def _scales(arguments: Sequence[str]) -> int:
     """Plot how much the squeeze-excite gates of trained networks differ between channels."""
+    import tyro
+
     from .draw_scales import ScalesConfig, run
 
     return run(tyro.cli(ScalesConfig, args=arguments, prog="fused-attn scales"))
@@ -201,3 +211,5 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "scales": _scales,
     "info": _info,
 }
+#: command -> extra of the package that it needs
+EXTRA_OF = {"train": "train", "inspect": "train", "demo": "train", "bench": "bench", "scales": "train"}

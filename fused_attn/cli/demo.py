@@ -10,7 +10,7 @@ import torch
 
 from ..bench import measure
 from ..options import check
-from ..train.checkpoint import write_text
+from ..train.atomic import write_text
 from ..train.config import TrainConfig
 from ..train.environment import describe
 from ..train.errors import TrainError

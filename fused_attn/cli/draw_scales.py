@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..modules import SqueezeExcite
 from ..options import check, make_folder
-from ..train.checkpoint import write_text
+from ..train.atomic import write_text
 from ..train.environment import describe
 from ..train.errors import TrainError
 from ..train.json_files import dumps

@@ -100,7 +100,7 @@ def create_model(
         raise TypeError(f"{name} has no option {', '.join(map(repr, unknown))}; its options are {public}")
     if "impl" in accepted:
         options["impl"] = impl
-    numbers = map(int, family.pattern.fullmatch(name).groups())
+    numbers = map(int, family.pattern.fullmatch(name).groups())  # type: ignore[union-attr]  # _find has matched it
     return family.build(*numbers, num_classes=num_classes, in_chans=in_chans, **{**family.defaults, **options})
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from typing import Any
 
 from .attention_residual import attention_residual
 from .elementwise_attention import elementwise_attention, row_col_softmax
@@ -23,7 +24,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Samples and peers are for tests and benchmarks; importing the package does not build them.
     if name == "SPECS":
         folders = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "_floor")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..bench import measure
 from ..ops._floor.declarations import (
-    BadInput,
     OpSpec,
     Shape,
     convert,
@@ -112,8 +112,8 @@ def check_numerics(spec: OpSpec, impl: str, *calls: Mapping[str, Any]) -> None:
 def check_grad_out_layouts(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
     """The gradient of the output may come expanded (as from ``sum()``), permuted or strided in memory.
 
-    What is looked for are elements taken for others.  One draw of a small shape can exceed the bar for the numerics of
-    several by luck, so twice that is allowed.
+    The check looks for elements read from the wrong place.  The bar is meant for several draws; a single one of a small
+    shape can exceed it by chance, so twice the bar is allowed.
     """
     grad_out = draw_grad_out(spec, inputs)
     axes = list(range(grad_out.dim()))
@@ -243,6 +243,16 @@ def check_refuses(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
     assert error is not None, f"impl={impl!r} ran, though {reason}"
     assert type(error) is RuntimeError, f"expected RuntimeError, got {error!r}"
     assert f"impl={impl!r} cannot run: {reason}" in str(error), f"the reason is missing from: {error}"
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """One invalid call, the exception it must raise and a regular expression its message must match."""
+
+    name: str
+    make: Callable[[], dict[str, Any]]
+    error: type[Exception]
+    match: str
 
 
 def check_bad_input(spec: OpSpec, bad: BadInput) -> None:

@@ -1,14 +1,29 @@
 """Training: ``fused-attn train``, or :func:`train` with a :class:`TrainConfig`."""
 
-from .config import TrainConfig
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .._extras import require
 from .errors import TrainError
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+    from .loop import train
 
 __all__ = ["TrainConfig", "TrainError", "train"]
 
 
-def __getattr__(name: str):
-    # Accelerate and torchmetrics take seconds to import: not for a look at the settings.
+def __getattr__(name: str) -> Any:
+    # Errors, recipes and the description of the machine work without the extra.  Accelerate and torchmetrics take
+    # seconds to import: not for a look at the settings.
+    if name == "TrainConfig":
+        require("train", "fused_attn.train")
+        from .config import TrainConfig
+
+        return TrainConfig
     if name == "train":
+        require("train", "fused_attn.train")
         from .loop import train
 
         return train

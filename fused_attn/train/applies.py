@@ -1,4 +1,4 @@
-"""Options that have no say in a run: given all the same, they are an error and not passed over."""
+"""Options that have no effect in a run: giving one is an error, so that nobody believes it was heeded."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _evaluation(config: TrainConfig) -> str | None:
     return None if config.eval_every else "nothing is evaluated with eval_every 0"
 
 
-#: Option -> why it has no say in a run; None where it has.
+#: Option -> why it has no effect in a run; None where it has one.
 _WHY_NOT: dict[str, Callable[[TrainConfig], str | None]] = {
     "momentum": _momentum,
     "nesterov": _momentum,
@@ -53,12 +53,14 @@ _WHY_NOT: dict[str, Callable[[TrainConfig], str | None]] = {
     "skip_unreadable": _skip_unreadable,
     "eval_batch_size": _evaluation,
 }
-#: Values that ask for nothing, and so are true of a run in which the option has no say.
+#: Values that ask for nothing: they are right in a run in which the option has no effect.
 _NOTHING = {"momentum": 0.0, "nesterov": False, "skip_unreadable": False}
 
 
 def check(config: TrainConfig, before: TrainConfig | None = None) -> None:
-    """Refuse options that were given and have no say.  Given is what is neither the default nor the recipe's.
+    """Refuse options that were given and have no effect.
+
+    A value counts as given unless it is the default or the recipe's.
 
     Args:
         config: of the run.

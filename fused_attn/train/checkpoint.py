@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .atomic import flush
 from .errors import TrainError, reason
 from .json_files import dumps, read_object
 
@@ -51,10 +52,10 @@ def save(folder: Path, step: int, weights: Mapping[str, Mapping[str, Tensor]], s
         checksums = {path.name: checksum(path) for path in sorted(temporary.iterdir())}
         (temporary / "checksums.json").write_text(dumps(checksums, indent=1))
         for path in temporary.iterdir():
-            _flush(path)
-        _flush(temporary)
+            flush(path)
+        flush(temporary)
         os.rename(temporary, final)
-        _flush(folder)
+        flush(folder)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         kept = find(folder)
@@ -117,15 +118,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write one safetensors file, complete or not at all."""
     temporary = path.with_name(f".{path.name}.writing")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-    _flush(temporary)
-    os.replace(temporary, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file, complete or not at all."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text)
-    _flush(temporary)
+    flush(temporary)
     os.replace(temporary, path)
 
 
@@ -136,11 +129,3 @@ def checksum(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -64,12 +64,12 @@ class TrainConfig:
     validation: int = 0
     """Training images held out, the same ones for every seed; the test set is then read once, at the end."""
     train_images: int | None = None
-    """Use only so many training images, as equal a number of every class as there are: the first of each, the second of
-    each, and so on.  The same ones for every seed; fewer are among more."""
+    """Use only this many training images, spread evenly over the classes: the first of each, the second of
+    each, and so on.  The same ones for every seed; a smaller set is part of a larger one."""
     label_column: str | None = None
     """Column of the labels in a data set of the hub; ``label``, or the only column of classes, when not given."""
     skip_unreadable: bool = False
-    """Pass over images that cannot be decoded, instead of stopping: another of the same step stands in for a training
+    """Skip images that cannot be decoded, instead of stopping: another of the same step stands in for a training
     image, and the test set has one fewer.  The log names each, and the metrics count them."""
 
     model_options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()

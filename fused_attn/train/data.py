@@ -129,7 +129,7 @@ def load(
             are resized and cropped: 224 when None, for ``imagefolder``.
         label_column: of the labels in a data set of the hub: classes, integers or strings.  Where it is None, they are
             in ``label``, or in the only column of classes.
-        skip_unreadable: pass over images that cannot be decoded; ``skipped`` of what is returned then holds them.
+        skip_unreadable: skip images that cannot be decoded; ``skipped`` of what is returned then holds them.
 
     Every image is decoded by :func:`.decode.decode`.  Sets in memory have one channel where all their images are
     grey by their mode, and three where one is not; files always have three.
@@ -187,8 +187,8 @@ def hold_out(train: Images | ImageFiles, count: int) -> tuple[Images | ImageFile
 
 
 def take(train: Images | ImageFiles, count: int) -> Images | ImageFiles:
-    """``count`` images, as equal a number of every class as there are: the first of each, the second of each, and so
-    on.  The same for every run; fewer are among more."""
+    """``count`` images, spread evenly over the classes: the first of each, the second of each, and so
+    on.  The same for every run; a smaller set is part of a larger one."""
     if count > len(train):
         raise TrainError(f"train_images must be at most {len(train)}, got {count}")
     by_class = torch.argsort(train.labels, stable=True)

@@ -19,7 +19,7 @@ from .decode import Encoded, UnreadableImage, decode
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: Why an image was passed over, by its name.
+#: Why an image was skipped, by its name.
 Skipped = dict[str, str]
 
 

@@ -32,7 +32,7 @@ def read(data_dir: Path | None) -> tuple[Split, Split, list[str]]:
 
     The class of an image is the first folder below that of its split; further folders say nothing.  Classes are
     numbered as their names in train sort.  Names that begin with a dot, and files without one of the ``EXTENSIONS``,
-    are passed over; links are followed, except those that lead back to where they are.  Of a test and a
+    are skipped; links are followed, except those that lead back to where they are.  Of a test and a
     validation set that both have labels, test is used; one without any folder of a class in train has none.
 
     Raises:

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import write_text
+from .atomic import write_text
 from .errors import TrainError, reason
 from .json_files import dumps, loads
 

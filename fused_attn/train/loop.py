@@ -23,7 +23,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
 from .. import create_model
-from . import applies, augment, checkpoint, data, folder, identity, weights
+from . import applies, atomic, augment, checkpoint, data, folder, identity, weights
 from .config import MAY_GROW, TrainConfig
 from .environment import describe
 from .errors import NonFiniteError, TrainError, reason
@@ -126,7 +126,7 @@ class Run:
             self.log.rewind(0)
             print(f"{config.out} has no checkpoint yet: starting from the beginning", flush=True)
         if self.accelerator.is_main_process:
-            checkpoint.write_text(config.out / "config.json", dumps(config.as_json(), indent=1) + "\n")
+            atomic.write_text(config.out / "config.json", dumps(config.as_json(), indent=1) + "\n")
 
     def _last_step(self, config: TrainConfig) -> int:
         steps = config.epochs * self.steps_per_epoch
@@ -395,7 +395,7 @@ class Run:
     # --- state --------------------------------------------------------------------------------------------------
 
     def _note_unreadable(self) -> None:
-        """Log which images were passed over since the last time, on any of the processes."""
+        """Log which images were skipped since the last time, on any of the processes."""
         if not self.config.skip_unreadable:
             return
         for name, why in sorted(gather_object(list(self.dataset.skipped.copy().items()))):
@@ -532,7 +532,7 @@ class Run:
         if self.accelerator.is_main_process:
             evaluated = self.average.module if self.average is not None else self.network
             checkpoint.write_weights(self.config.out / "model.safetensors", evaluated.state_dict())
-            checkpoint.write_text(self.config.out / "metrics.json", dumps(metrics, indent=1) + "\n")
+            atomic.write_text(self.config.out / "metrics.json", dumps(metrics, indent=1) + "\n")
         self.accelerator.wait_for_everyone()
         return metrics
 

@@ -387,8 +387,8 @@ def test_a_network_with_a_wrong_op_is_noticed(monkeypatch):
 
     config = networks._complete(networks.NetworksConfig(model="aa_wrn_10_1", batch_size=2))
     assert networks.errors(config, "stage 3, first block") == []
-    outputs = op.attention.outputs
-    monkeypatch.setattr(op.attention, "outputs", lambda *args: (outputs(*args)[0] * 1.01,))
+    outputs = op.rel_attention_2d.outputs
+    monkeypatch.setattr(op.rel_attention_2d, "outputs", lambda *args: (outputs(*args)[0] * 1.01,))
     if _extension.available():
         assert networks.errors(config, "stage 3, first block")
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attn import _extension, squeeze_excite
 from fused_attn.ops import SPECS
+from fused_attn.ops._floor.declarations import leaves, with_tensors
 from fused_attn.ops._floor.operators import is_plain
 from fused_attn.testing.numerics import draw_grad_out, evaluate
 
@@ -152,3 +153,80 @@ def test_gradients_that_nobody_asks_for():
         ).sum().backward()
         assert call[which].grad is not None
         assert call[1 - which].grad is None
+
+
+class Silent(torch.autograd.Function):
+    """Passes its input on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def both_ways(function):
+    """What ``function`` gives for plain calls and for those through PyTorch's dispatcher."""
+    plain = function()
+    with PassThrough():
+        return plain, function()
+
+
+@needs_cpu
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_what_is_saved_is_the_same_and_guarded(spec):
+    inputs = spec.samples[0].inputs(torch.float32)
+
+    def recorded():
+        saved, variables = [], leaves(inputs)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            spec.function(**with_tensors(inputs, variables), impl="cpu")
+        return [(tuple(tensor.shape), tensor.dtype) for tensor in saved]
+
+    plain, dispatched = both_ways(recorded)
+    assert plain == dispatched
+    assert plain
+
+    for name in leaves(inputs):
+        plain, dispatched = both_ways(lambda: error_after_changing(spec, inputs, name))  # noqa: B023 - called at once
+        assert plain == dispatched
+    assert "modified by an inplace operation" in error_after_changing(spec, inputs, next(iter(leaves(inputs))))
+
+
+def error_after_changing(spec, inputs, name):
+    """What the backward pass says when an argument was changed after the call; None: it was not saved."""
+    variables = {other: leaf * 1 for other, leaf in leaves(inputs).items()}
+    out = spec.function(**with_tensors(inputs, variables), impl="cpu")
+    with torch.no_grad():
+        variables[name].add_(1)
+    try:
+        out.sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+@needs_cpu
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_a_gradient_that_nobody_gives_is_zeros(spec):
+    inputs = spec.samples[0].inputs(torch.float32)
+
+    def gradients():
+        variables = leaves(inputs)
+        Silent.apply(spec.function(**with_tensors(inputs, variables), impl="cpu")).sum().backward()
+        return {name: leaf.grad for name, leaf in variables.items()}
+
+    plain, dispatched = both_ways(gradients)
+    for name, grad in plain.items():
+        assert (grad is None) == (dispatched[name] is None)
+        assert grad is None or (torch.equal(grad, dispatched[name]) and not grad.any())
+
+
+@needs_cpu
+def test_operators_are_named_in_the_graph():
+    spec = next(spec for spec in SPECS if spec.name == "squeeze_excite")
+    inputs = spec.samples[0].inputs(torch.float32)
+    names = both_ways(lambda: spec.function(**with_tensors(inputs, leaves(inputs)), impl="cpu").grad_fn.name())
+    assert set(names) == {"squeeze_excite_cpuBackward"}

@@ -224,8 +224,8 @@ def test_dropout_drops_single_weights_and_keeps_the_mean(impl):
 def test_auto_takes_the_kernel_where_it_can(monkeypatch):
     query, key, value = draw(*[(1, 1, 2, 3, 4)] * 3)
     ran = []
-    outputs = op.attention.outputs
-    monkeypatch.setattr(op.attention, "outputs", lambda impl, *args: ran.append(impl) or outputs(impl, *args))
+    outputs = op.rel_attention_2d.outputs
+    monkeypatch.setattr(op.rel_attention_2d, "outputs", lambda impl, *args: ran.append(impl) or outputs(impl, *args))
     rel_attention_2d(query, key, value)
     assert ran == ["cpu"]
     out = rel_attention_2d(query.double(), key.double(), value.double())

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "scale_rows"
 #: Lines that are the same in every op, but for names: imports and includes, namespaces, tables, registration.
 BOILERPLATE = re.compile(
-    r"(from|import) |__all__|operators = Operators\(|SPECS = |operators\.spec\(|\),?$"
+    r"(from|import) |__all__|\w+ = operators\.Operators\(|SPECS = |op\.\w+\.spec\(|\),?$"
     r"|#(pragma|include|define) |namespace |}  // namespace|using Kernels |extern const Kernels |FUSED_ATTN_\w+\("
 )
 

@@ -11,13 +11,13 @@ SLOWER = """
 import time
 from fused_attn.ops.rel_attention_2d import op
 
-outputs = op.attention.outputs
+outputs = op.rel_attention_2d.outputs
 
 def slower(*args):
     time.sleep(0.02)
     return outputs(*args)
 
-op.attention.outputs = slower
+op.rel_attention_2d.outputs = slower
 """
 
 

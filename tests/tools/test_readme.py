@@ -1,4 +1,4 @@
-"""READMEs: figures are those of the committed result files, examples run, commands name networks that exist."""
+"""README and pages: figures are those of the committed result files, one screen, commands name networks that exist."""
 
 import re
 import shlex
@@ -19,9 +19,39 @@ README = (ROOT / "README.md").read_text()
 ABLATIONS = re.findall(r"`R (--[^`]+)`", (ROOT / "fused_attn/ops/squeeze_excite/README.md").read_text())
 
 
-def test_tables_are_those_of_the_result_files():
-    assert len(readme.BLOCK.findall(README)) == README.count("<!-- from ")
-    assert readme.fill(README) == README
+def page_ids(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", readme.pages(), ids=page_ids)
+def test_tables_are_those_of_the_result_files(page):
+    text = page.read_text()
+    assert len(readme.BLOCK.findall(text)) == text.count("<!-- from ")
+    assert readme.fill(text, page) == text, "make bench renders it anew"
+
+
+def test_pages_hold_tables():
+    filled = [page for page in readme.pages() if readme.BLOCK.search(page.read_text())]
+    assert ROOT / "README.md" in filled
+    assert {"cpu.md", "default_allocator.md", "networks.md", "trainings.md", "models.md"} <= {
+        each.name for each in filled
+    }
+
+
+def test_readme_is_one_screen():
+    assert len(README.splitlines()) <= 150
+
+
+def test_picture_shows_the_result_file():
+    """Versions of matplotlib place things differently; what is written is the same."""
+    picture = tool("report/picture")
+    shown = re.findall(r"<text[^>]*>([^<]*)</text>", picture.PICTURE.read_text())
+    labels = picture.labels()
+    assert len(labels) >= 12
+    assert [label for label in labels if not any(label in text for text in shown)] == []
+    numbers = [text for text in shown if re.fullmatch(r"[\d,.]+", text)]
+    known = {*labels, "256", "1,024", "4,096", "9,216"}
+    assert {text for text in numbers if text not in known and text.strip("0") not in ("1", "1.")} == set()
 
 
 def test_tables_of_benchmarks_are_those_of_their_json():
@@ -30,7 +60,7 @@ def test_tables_of_benchmarks_are_those_of_their_json():
         assert path.with_suffix(".md").read_text() == kind.markdown(result), f"make bench renders {path.name} anew"
         found += 1
     assert found
-    for name, text in readme.summaries().items():
+    for name, text in readme.tables().items():
         assert "|" in text
         assert (ROOT / "benchmarks/results" / name).read_text() == text
 
@@ -44,17 +74,9 @@ def test_a_changed_figure_is_noticed():
     assert readme.fill(changed) != changed
 
 
-def test_python_examples_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert examples
-    namespace: dict = {}
-    for example in examples:
-        exec(compile(example, "README.md", "exec"), namespace)
-
-
-def test_no_number_is_quoted_outside_the_tables_without_a_source():
-    prose = readme.BLOCK.sub("", README)
+@pytest.mark.parametrize("page", readme.pages(), ids=page_ids)
+def test_no_number_is_quoted_outside_the_tables_without_a_source(page):
+    prose = readme.BLOCK.sub("", page.read_text())
     assert not re.search(r"\d(\.\d+)?\s?(ms|MiB|GiB|images/s)\b", prose)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_attn.train import TrainError, checkpoint
+from fused_attn.train import TrainError, atomic, checkpoint
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -120,12 +120,12 @@ def test_a_state_that_would_run_code_is_refused(tmp_path, monkeypatch):
 
 
 def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    checkpoint.write_text(tmp_path / "metrics.json", "old")
+    atomic.write_text(tmp_path / "metrics.json", "old")
 
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.write_text(tmp_path / "metrics.json", "new")
+        atomic.write_text(tmp_path / "metrics.json", "new")
     assert (tmp_path / "metrics.json").read_text() == "old"

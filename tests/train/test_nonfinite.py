@@ -199,8 +199,8 @@ def test_an_evaluation_that_is_not_finite_is_null_and_said(small, tmp_path, monk
     assert "test_loss is inf or nan, which the files have as null" in captured.out + captured.err
 
 
-def test_processes_agree_on_what_is_skipped(command, tmp_path):
-    two_processes(command, tmp_path / "skip", poisoned=(2, 3), max_steps=5, on_nonfinite="skip")
+def test_processes_agree_on_what_is_skipped(tmp_path):
+    two_processes(tmp_path / "skip", poisoned=(2, 3), max_steps=5, on_nonfinite="skip")
     assert strict((tmp_path / "skip/metrics.json").read_text())["skipped_steps"] == 2
     assert [event["step"] for event in events(tmp_path / "skip", "skipped")] == [2, 3]
     assert all(each.isfinite().all() for each in load_file(tmp_path / "skip/model.safetensors").values())

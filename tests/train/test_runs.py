@@ -469,9 +469,9 @@ def test_settings_out_of_range(small, tmp_path, changes, message):
 # --- several processes ------------------------------------------------------------------------------------------
 
 
-def test_two_processes_take_the_steps_of_one(small, command, tmp_path, linear_model):
+def test_two_processes_take_the_steps_of_one(small, tmp_path, linear_model):
     train(small(tmp_path / "one", **PLAIN))
-    two_processes(command, tmp_path / "two", accumulate=2)
+    two_processes(tmp_path / "two", accumulate=2)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     torch.testing.assert_close(two, one)
     losses = [[record["loss"] for record in events(tmp_path / name)] for name in ("one", "two")]

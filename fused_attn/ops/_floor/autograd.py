@@ -6,6 +6,7 @@ below autograd, and the tangents of forward mode are gone without a word.  It al
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,26 +22,32 @@ _LIBRARY = torch.library.Library("fused_attn", "FRAGMENT")
 def register(
     op: str,
     name: str,
-    backward: Callable[[Any, Tensor], tuple],
+    backward: Callable[[Any, Tensor, Sequence[bool]], Sequence],
     save: Callable[[Any, tuple, tuple, Sequence[bool]], None],
     reference: Callable[..., Any],
+    lists: Sequence[int],
 ) -> None:
     """Register the derivatives of the operator ``fused_attn::name`` and of ``fused_attn::name_backward``.
 
     Args:
         op: the op's public name, for the error text.
         name: of the operator, whose first output alone is differentiable; ``<base>_<impl>``.
-        backward: ``backward(ctx, grad_out)`` gives the gradients of the operator's arguments, which count for those
-            that are tensors.  It runs the operator
-            ``name_backward``, which has no derivative in either mode: asking for one is an error.
-        save: ``save(ctx, arguments, outputs, needs)`` keeps what backward needs; ``needs`` says of every argument that
-            is a tensor whether it needs a gradient (of a list of tensors, of every one).
+        backward: ``backward(ctx, grad_out, needs)`` gives the gradients of the operator's :func:`flat` arguments, None
+            for those that need none.  It runs the operator ``name_backward``, which has no derivative in either mode:
+            asking for one is an error.
+        save: ``save(ctx, arguments, outputs, needs)`` keeps what backward needs; ``needs`` says of every flat argument
+            whether it needs a gradient.
         reference: the same function of the same arguments in plain PyTorch.  In forward mode it gives the tangent;
             the output itself comes from the operator.
+        lists: places of the arguments that are lists of tensors.
     """
 
     def refuse(*_) -> None:
         raise RuntimeError(f"{op}: the fused kernels have no second derivative; use impl='reference' for it")
+
+    def save_first(ctx, args: tuple, outputs: tuple, needs: Sequence[bool]) -> None:
+        ctx.mark_non_differentiable(*outputs[1:])
+        save(ctx, args, outputs, needs)
 
     def tangent(operator, args: tuple):
         outputs = operator(*map_tensors(lambda tensor: _unpack(tensor)[0], args))
@@ -51,65 +58,72 @@ def register(
             first = torch._VF._make_dual(first, tangent.to(first.dtype), level=_LEVEL)
         return first if rest is None else (first, *rest)
 
-    _register(name, backward, save, tangent)
-    _register(f"{name}_backward", refuse, lambda *_: None, refuse)
+    backward_lists = [
+        place
+        for place, argument in enumerate(getattr(torch.ops.fused_attn, f"{name}_backward").default._schema.arguments)
+        if is_list(argument)
+    ]
+    _register(name, lists, backward, save_first, tangent)
+    _register(f"{name}_backward", backward_lists, refuse, lambda *_: None, refuse)
 
 
 def plain_function(
     name: str,
-    forward: Callable[..., tuple[Tensor, ...]],
+    allocate: Callable[..., tuple[Tensor, ...]],
+    kernel: Callable[..., None],
     save: Callable[[Any, tuple, tuple, Sequence[bool]], None],
-    backward: Callable[[Any, Tensor], tuple],
+    backward: Callable[[Any, Tensor, Sequence[bool]], Sequence],
+    lists: Sequence[int],
 ) -> Callable[[tuple], tuple[Tensor, ...]]:
-    """``forward`` with a derivative in reverse mode, for a tuple of arguments, outside all transforms and modes.
+    """An operator with a derivative in reverse mode, for a tuple of arguments, outside all transforms and modes.
 
-    ``save`` and ``backward`` as in :func:`register`.
+    ``kernel`` fills the outputs that ``allocate`` gives.  Other arguments as in :func:`register`.
     """
 
     class Plain(_SingleLevelFunction):
         @staticmethod
-        def forward(ctx, args, marks, *tensors):
-            outputs = forward(*args)
-            save(ctx, args, outputs, together(marks, ctx.needs_input_grad[2:]))
-            ctx.marks = marks
-            return outputs
+        def forward(ctx, args, others, *flat):
+            outputs = allocate(*args)
+            kernel(*args, *outputs)
+            save(ctx, args, outputs, ctx.needs_input_grad[2:])
+            others += outputs[1:]
+            return outputs[0]  # alone: for each further output, PyTorch would make a gradient of zeros
 
         @staticmethod
-        def backward(ctx, grad_out, *_):
-            return None, None, *_of_tensors(ctx.marks, backward(ctx, grad_out))
+        def backward(ctx, grad_out):
+            return None, None, *backward(ctx, grad_out, ctx.needs_input_grad[2:])
 
-    Plain.__name__ = Plain.__qualname__ = name
+    _rename(Plain, name)
 
     def run(args: tuple) -> tuple[Tensor, ...]:
-        marks, tensors = separate(args)
-        return Plain.apply(args, marks, *tensors)
+        others = []
+        return Plain.apply(args, others, *flat(args, lists)), *others
 
     return run
 
 
-def _register(name: str, backward, save, forward_mode) -> None:
+def _register(name: str, lists: Sequence[int], backward, save, forward_mode) -> None:
     operator = getattr(torch.ops.fused_attn, name).default
 
     # The kernel below runs within one level of torch.func, so its function has to know nothing of the others.
     class Reverse(_SingleLevelFunction):
         @staticmethod
-        def forward(ctx, call, *tensors):
+        def forward(ctx, call, *flat):
             with _Recording():
                 outputs = call.run()
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            save(ctx, call.args, outputs, together(call.marks, ctx.needs_input_grad[1:]))
-            ctx.marks = call.marks
-            call.outputs, flat = separate(outputs)
-            return tuple(flat)
+            save(ctx, call.args, outputs, ctx.needs_input_grad[1:])
+            call.outputs, tensors = separate(outputs)
+            return tuple(tensors)
 
         @staticmethod
         def backward(ctx, grad_out, *_):
-            return None, *_of_tensors(ctx.marks, backward(ctx, grad_out))
+            return None, *backward(ctx, grad_out, ctx.needs_input_grad[1:])
 
-    Reverse.__name__ = Reverse.__qualname__ = name
+    _rename(Reverse, name)
 
     class Call:
-        """One call on its way through ``Reverse.apply``, which takes and returns tensors only, not lists of them."""
+        """One call on its way through ``Reverse.apply``, which takes and returns tensors, not lists of them."""
 
         def __init__(self, keyset, args: tuple) -> None:
             self.keyset, self.args = keyset, args
@@ -124,13 +138,18 @@ def _register(name: str, backward, save, forward_mode) -> None:
         call = Call(keyset, args)
         if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
             return call.run()
-        call.marks, tensors = separate(args)
         with _AllowedInTorchFunc():
-            flat = Reverse.apply(call, *tensors)
-        outputs = together(call.outputs, flat)
+            tensors = Reverse.apply(call, *flat(args, lists))
+        outputs = together(call.outputs, tensors)
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _rename(function: type[_SingleLevelFunction], name: str) -> None:
+    """As if it was defined under this name, which its nodes in a graph then carry."""
+    function.__name__ = function.__qualname__ = name
+    function._backward_cls.__name__ = function._backward_cls.__qualname__ = f"{name}Backward"
 
 
 class _Recording:
@@ -177,6 +196,16 @@ def map_tensors(function: Callable[[Tensor], Tensor], args: Sequence) -> list:
     ]
 
 
+def is_list(argument: torch._C.Argument) -> bool:
+    """Whether an argument of a schema is a list of tensors."""
+    return isinstance(argument.type, torch.ListType)
+
+
+def flat(args: tuple, lists: Sequence[int]) -> tuple:
+    """The arguments, then the tensors of those in ``lists``, which autograd does not see inside a list."""
+    return (*args, *itertools.chain.from_iterable(args[place] for place in lists)) if lists else args
+
+
 def separate(values: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
     """(the values with a mark in place of each tensor and each list of tensors, the tensors)."""
     kept, tensors = [], []
@@ -184,11 +213,9 @@ def separate(values: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
         if isinstance(value, Tensor):
             kept.append(_TENSOR)
             tensors.append(value)
-        elif isinstance(value, (list, tuple)):
-            kept.append(_List(len(value)))
-            tensors.extend(value)
         else:
-            kept.append(value)
+            kept.append(len(value))
+            tensors.extend(value)
     return kept, tensors
 
 
@@ -199,28 +226,11 @@ def together(kept: Sequence[Any], tensors: Sequence[Any]) -> list[Any]:
         if value is _TENSOR:
             values.append(tensors[first])
             first += 1
-        elif type(value) is _List:
+        else:
             values.append(list(tensors[first : first + value]))
             first += value
-        else:
-            values.append(value)
     return values
-
-
-def _of_tensors(kept: Sequence[Any], grads: Sequence[Any]) -> list[Tensor | None]:
-    """Of the gradients of all values, those of the tensors that :func:`separate` found, one after the other."""
-    found = []
-    for mark, grad in zip(kept, grads, strict=True):
-        if mark is _TENSOR:
-            found.append(grad)
-        elif type(mark) is _List:
-            found.extend(grad)
-    return found
 
 
 #: Stands for a tensor.
 _TENSOR = object()
-
-
-class _List(int):
-    """Stands for a list of so many tensors."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -97,20 +98,31 @@ def tensors(**values: object) -> None:
         tensor(name, value)
 
 
-def same_dtype(of: str, first: Tensor, **others: Tensor | None) -> None:
+def same_dtype(tensors: Mapping[str, Tensor | Sequence[Tensor] | None], or_float32: Collection[str] = ()) -> None:
     """Require tensors of one dtype, on one device.
 
     Args:
-        of: name of ``first``, for the error text.
-        others: by name; None is left out.
+        tensors: by name; the others have to be as the first.  None is left out.
+        or_float32: names of those that may be float32, too.
 
     Raises:
         ValueError: one has another dtype or lies on another device.
     """
-    for name, other in others.items():
-        if other is None:
+    first = None
+    for name, value in tensors.items():
+        if value is None:
             continue
-        if other.dtype != first.dtype:
-            raise ValueError(f"{name} must have the dtype of {of}, {first.dtype}, got {other.dtype}")
-        if other.device != first.device:
-            raise ValueError(f"{name} must be on the device of {of}, {first.device}, got {other.device}")
+        items = (value,) if isinstance(value, Tensor) else value
+        if first is None:
+            first, dtype, device = name if items[0] is value else f"{name}[0]", items[0].dtype, items[0].device
+        for i, tensor in enumerate(items):
+            if tensor.dtype != dtype and not (name in or_float32 and tensor.dtype == torch.float32):
+                raise _unlike(name if tensor is value else f"{name}[{i}]", "have the dtype", first, dtype, tensor.dtype)
+            if tensor.device != device:
+                raise _unlike(
+                    name if tensor is value else f"{name}[{i}]", "be on the device", first, device, tensor.device
+                )
+
+
+def _unlike(name: str, must: str, first: str, expected: object, got: object) -> ValueError:
+    return ValueError(f"{name} must {must} of {first}, {expected}, got {got}")

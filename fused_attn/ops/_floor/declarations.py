@@ -42,16 +42,6 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class BadInput:
-    """One invalid call, the exception it must raise and a regular expression its message must match."""
-
-    name: str
-    make: Callable[[], dict[str, Any]]
-    error: type[Exception]
-    match: str
-
-
-@dataclass(frozen=True)
 class Shape(Sample):
     """One benchmark case, with the least work that any implementation must do for it.
 
@@ -96,7 +86,6 @@ class OpSpec:
     #: implementation name -> why it cannot run on the inputs, or None; in the order ``auto`` prefers them
     implementations: Mapping[str, Callable[[Mapping[str, Any]], str | None]]
     samples: tuple[Sample, ...]
-    bad_inputs: tuple[BadInput, ...]
     #: draws one random valid call for the shape fuzz
     fuzz: Callable[[random.Random], Sample]
     #: the registered operators an implementation consists of, with arguments: (impl, inputs) -> ((operator, args), ...)

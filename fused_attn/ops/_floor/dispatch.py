@@ -12,6 +12,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -22,7 +23,6 @@ IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "cuda")
 
 #: Says why an implementation cannot run on the given inputs; None when it can.
 CanRun = Callable[..., "str | None"]
-
 
 #: Dtypes that the C++ and the Triton kernels compute.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,20 +35,17 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON_DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
 
 
-def _dtype_reason(tensor: torch.Tensor) -> str | None:
-    if tensor.dtype in KERNEL_DTYPES:
-        return None
+def _dtype_reason(tensor: torch.Tensor) -> str:
     return f"it computes float32, float16 and bfloat16, got {tensor.dtype} (impl='reference' computes any)"
 
 
 def cpu_reason(tensor: torch.Tensor) -> str | None:
     """Why the C++ kernels cannot run on tensors of the device and dtype of this one; None when they can."""
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         return f"it needs CPU tensors, got {tensor.device.type}"
-    reason = _dtype_reason(tensor)
-    if reason is None and not _extension.available():
-        reason = f"{_NO_EXTENSION} ({_extension.reason()})"
-    return reason
+    if tensor.dtype not in KERNEL_DTYPES:
+        return _dtype_reason(tensor)
+    return None if _extension.available() else f"{_NO_EXTENSION} ({_extension.reason()})"
 
 
 def triton_reason(tensor: torch.Tensor) -> str | None:
@@ -57,7 +54,7 @@ def triton_reason(tensor: torch.Tensor) -> str | None:
         return "the package triton is not installed"
     if tensor.device.type not in TRITON_DEVICES:
         return f"it needs CUDA tensors, got {tensor.device.type} (or TRITON_INTERPRET=1, which runs it slowly anywhere)"
-    return _dtype_reason(tensor)
+    return None if tensor.dtype in KERNEL_DTYPES else _dtype_reason(tensor)
 
 
 def choose(op: str, impl: str, candidates: Mapping[str, CanRun], *inputs) -> str:
@@ -93,7 +90,7 @@ def choose(op: str, impl: str, candidates: Mapping[str, CanRun], *inputs) -> str
     return impl
 
 
-def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast computes in on the device of ``tensor``; None where it is off."""
     device_type = tensor.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
@@ -124,7 +121,7 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     ``torch.nn.functional.scaled_dot_product_attention`` follows: inputs in the lower precision, statistics and
     accumulation in float32 inside the kernel.  float64 tensors are left alone.
     """
-    dtype = _autocast_dtype(tensors[0])
+    dtype = autocast_dtype(tensors[0])
     return tensors if dtype is None else _cast(tensors, dtype)
 
 
@@ -135,14 +132,12 @@ def autocast_softmax(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None
     is -inf in float16.  On GPUs softmax is on autocast's float32 list.  On the CPU it is not: it computes in the dtype
     that it gets, which is the widest of the inputs.
     """
-    if _autocast_dtype(tensors[0]) is None or not any(map(_is_cast, tensors)):
+    if autocast_dtype(tensors[0]) is None or not any(map(_is_cast, tensors)):
         return tensors
     return _cast(tensors, _widest(tensors) if tensors[0].device.type == "cpu" else torch.float32)
 
 
-def autocast_maps(
-    maps: Sequence[torch.Tensor | None], *parameters: torch.Tensor | None
-) -> tuple[torch.Tensor | None, ...]:
+def autocast_maps(maps: Sequence[torch.Tensor | None], *parameters: torch.Tensor | None) -> tuple[Any, ...]:
     """Autocast of sums and products element by element: the maps keep their dtype, the widest of them for all.
 
     Args:
@@ -153,13 +148,13 @@ def autocast_maps(
         the maps, then the parameters.
     """
     tensors = (*maps, *parameters)
-    if _autocast_dtype(tensors[0]) is None or not any(map(_is_cast, maps)):
+    if autocast_dtype(tensors[0]) is None or not any(map(_is_cast, maps)):
         return tensors
     return _cast(tensors, _widest(maps))
 
 
 def without_autocast(tensor: torch.Tensor) -> AbstractContextManager:
     """For the implementations: their inputs have been cast, and their own products and sums keep to that."""
-    if _autocast_dtype(tensor) is None:
+    if autocast_dtype(tensor) is None:
         return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)

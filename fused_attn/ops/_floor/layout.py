@@ -13,13 +13,20 @@ def empty_like_heads(like: torch.Tensor, depth: int, dtype: torch.dtype | None =
     The three orders that occur are kept, so that neither the gradient of a channels_last convolution nor that
     of a contiguous one needs a copy: (B, heads, d, H, W), (B, H, W, heads, d) and the contiguous one.
     """
-    batch, heads, height, width, _ = like.shape
+    batch, heads, height, width, like_depth = like.shape
+    if depth == like_depth and dtype is None and like.is_contiguous():
+        return torch.empty_like(like)
     dtype = like.dtype if dtype is None else dtype
     if like.stride(4) > like.stride(3):
-        return like.new_empty((batch, heads, depth, height, width), dtype=dtype).permute(0, 1, 3, 4, 2)
+        return like.new_empty(batch, heads, depth, height, width, dtype=dtype).permute(0, 1, 3, 4, 2)
     if like.stride(1) < like.stride(3):
-        return like.new_empty((batch, height, width, heads, depth), dtype=dtype).permute(0, 3, 1, 2, 4)
-    return like.new_empty((batch, heads, height, width, depth), dtype=dtype)
+        return like.new_empty(batch, height, width, heads, depth, dtype=dtype).permute(0, 3, 1, 2, 4)
+    return like.new_empty(batch, heads, height, width, depth, dtype=dtype)
+
+
+def empty_contiguous(like: torch.Tensor) -> torch.Tensor:
+    """Allocate a contiguous tensor of the shape of ``like``: in half the time that ``new_empty`` takes."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -39,7 +46,9 @@ def memory_format(x: torch.Tensor) -> torch.memory_format:
 
 def in_format(tensor: torch.Tensor | None, form: torch.memory_format) -> torch.Tensor | None:
     """``tensor`` itself where it lies so already, else a copy."""
-    return None if tensor is None else tensor.contiguous(memory_format=form)
+    if tensor is None or tensor.is_contiguous(memory_format=form):
+        return tensor
+    return tensor.contiguous(memory_format=form)
 
 
 def dense_order(value: torch.Tensor) -> tuple[int, ...]:

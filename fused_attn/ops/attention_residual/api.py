@@ -1,4 +1,4 @@
-"""Public function: validation, autocast and the choice of implementation."""
+"""Public function: check, choose, run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .._floor import checks, dispatch
-from .op import attention
+from .._floor import checks
+from . import op
 
 
 def attention_residual(
@@ -50,12 +50,8 @@ def attention_residual(
     Source: Kimi Team 2026, "Attention Residuals" (arXiv:2603.15031).
     """
     eps = _check(values, query, norm_weight, eps)
-    *values, query, norm_weight = dispatch.autocast(*values, query, norm_weight)
-    checks.same_dtype(
-        "values[0]", values[0], **{f"values[{i}]": value for i, value in enumerate(values)}, query=query,
-        norm_weight=norm_weight,
-    )  # fmt: skip
-    return attention.run(attention.choose(impl, values, query), values, query, norm_weight, eps)
+    impl, *tensors = op.attention_residual.choose(impl, values=values, query=query, norm_weight=norm_weight)
+    return op.attention_residual.run(impl, *tensors, eps)
 
 
 def _check(values: object, query: object, norm_weight: object, eps: object) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ class BlockSums:
             self._sums[-1] = self._sums[-1] + output
             self._layers += 1
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Tensor]:
         return iter(self._sums)
 
     def __len__(self) -> int:

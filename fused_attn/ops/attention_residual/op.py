@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._floor import dispatch
-from .._floor.layout import rows
+from .._floor.layout import empty_contiguous, rows
 from .._floor.operators import Operators, cpp, triton
 from . import reference
 
@@ -20,7 +20,7 @@ from . import reference
 _MOST_VALUES, _DEEPEST = 32, 8192
 
 
-def can_run_triton(values: Sequence[Tensor], query: Tensor) -> str | None:
+def can_run_triton(values: Sequence[Tensor], query: Tensor, *_) -> str | None:
     if (reason := dispatch.triton_reason(query)) is not None:
         return reason
     if len(values) > _MOST_VALUES:
@@ -31,8 +31,8 @@ def can_run_triton(values: Sequence[Tensor], query: Tensor) -> str | None:
 
 
 def _allocate(values: Sequence[Tensor], *_) -> tuple[Tensor, Tensor]:
-    shape = values[0].shape
-    return values[0].new_empty(shape), values[0].new_empty((*shape[:-1], len(values), 2), dtype=torch.float32)
+    first = values[0]
+    return empty_contiguous(first), first.new_empty(*first.shape[:-1], len(values), 2, dtype=torch.float32)
 
 
 _cpp_forward, _cpp_backward = cpp("attention_residual_forward"), cpp("attention_residual_backward")
@@ -57,7 +57,7 @@ def _flops_backward(grad_out, values, *_, **__) -> int:
     return 9 * len(values) * math.prod(values[0])
 
 
-attention = Operators(
+attention_residual = Operators(
     "attention_residual",
     "(Tensor[] values, Tensor query, Tensor? norm_weight, Scalar eps) -> (Tensor out, Tensor statistics)",
     "(Tensor grad_out, Tensor[] values, Tensor query, Tensor? norm_weight, Tensor statistics) "

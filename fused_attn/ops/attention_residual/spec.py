@@ -1,4 +1,4 @@
-"""Samples, bad inputs, benchmark shapes and peers of ``attention_residual``."""
+"""Samples, benchmark shapes and peers of ``attention_residual``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._floor.declarations import BadInput, OpSpec, Sample, Shape
+from .._floor.declarations import OpSpec, Sample, Shape
+from . import op
 from .api import attention_residual
-from .op import attention
 from .peers import PEERS
 
 # --- layouts of a value (..., D) --------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ _LAYOUTS = (_contiguous, _tokens_first, _padded_rows, _strided_rows)
 # --- calls ------------------------------------------------------------------------------------------------------------
 
 
-def make(
+def make_inputs(
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -88,37 +88,37 @@ def _zero_value(inputs: dict[str, Any]) -> None:
     inputs["values"][0].zero_()
 
 
-_SMALL = {"values": 3, "shape": (2, 3, 5)}
+SMALL = {"values": 3, "shape": (2, 3, 5)}
 _SMALL_NAMES = ("small", "one value", "no norm_weight")
 
 SAMPLES = tuple(
-    Sample(name, partial(make, **settings), small=name in _SMALL_NAMES)
+    Sample(name, partial(make_inputs, **settings), small=name in _SMALL_NAMES)
     for name, settings in {
-        "small": _SMALL,
-        "one value": {**_SMALL, "values": 1},
-        "no norm_weight": {**_SMALL, "norm_weight": False},
-        "many values": {**_SMALL, "values": 33},
-        "depth 1": {**_SMALL, "shape": (2, 3, 1)},
-        "depth 16": {**_SMALL, "shape": (2, 3, 16)},
-        "depth 77": {**_SMALL, "shape": (3, 5, 77)},
+        "small": SMALL,
+        "one value": {**SMALL, "values": 1},
+        "no norm_weight": {**SMALL, "norm_weight": False},
+        "many values": {**SMALL, "values": 33},
+        "depth 1": {**SMALL, "shape": (2, 3, 1)},
+        "depth 16": {**SMALL, "shape": (2, 3, 16)},
+        "depth 77": {**SMALL, "shape": (3, 5, 77)},
         "depth 384": {"values": 5, "shape": (2, 7, 384)},
         "depth 1030": {"values": 9, "shape": (1, 3, 1030)},
         "depth 2600": {"values": 4, "shape": (1, 2, 2600)},
         "many tokens": {"values": 4, "shape": (3, 211, 20)},
-        "one token": {**_SMALL, "shape": (7,)},
-        "two dimensions": {**_SMALL, "shape": (6, 7)},
-        "four dimensions": {**_SMALL, "shape": (2, 3, 4, 7)},
-        "tokens first": {**_SMALL, "layout": _tokens_first},
-        "padded rows": {**_SMALL, "layout": _padded_rows},
-        "strided rows": {**_SMALL, "layout": _strided_rows},
-        "expanded": {**_SMALL, "layout": _expanded},
-        "mixed layouts": {**_SMALL, "layouts": (_contiguous, _tokens_first, _strided_rows)},
-        "eps 1": {**_SMALL, "options": {"eps": 1.0}},
-        "large logits": {**_SMALL, "edit": _large},
-        "a value of zeros": {**_SMALL, "edit": _zero_value},
-        "nan": {**_SMALL, "edit": _plant(float("nan"))},
-        "no images": {**_SMALL, "shape": (0, 3, 5)},
-        "no tokens": {**_SMALL, "shape": (2, 0, 5)},
+        "one token": {**SMALL, "shape": (7,)},
+        "two dimensions": {**SMALL, "shape": (6, 7)},
+        "four dimensions": {**SMALL, "shape": (2, 3, 4, 7)},
+        "tokens first": {**SMALL, "layout": _tokens_first},
+        "padded rows": {**SMALL, "layout": _padded_rows},
+        "strided rows": {**SMALL, "layout": _strided_rows},
+        "expanded": {**SMALL, "layout": _expanded},
+        "mixed layouts": {**SMALL, "layouts": (_contiguous, _tokens_first, _strided_rows)},
+        "eps 1": {**SMALL, "options": {"eps": 1.0}},
+        "large logits": {**SMALL, "edit": _large},
+        "a value of zeros": {**SMALL, "edit": _zero_value},
+        "nan": {**SMALL, "edit": _plant(float("nan"))},
+        "no images": {**SMALL, "shape": (0, 3, 5)},
+        "no tokens": {**SMALL, "shape": (2, 0, 5)},
     }.items()
 )
 
@@ -135,73 +135,7 @@ def fuzz(draw: random.Random) -> Sample:
     }
     # The same text in every process, as the name of a sample is its seed.
     name = str({**settings, "layouts": [each.__name__ for each in settings["layouts"]]})
-    return Sample(name, partial(make, **settings))
-
-
-# --- bad inputs -------------------------------------------------------------------------------------------------------
-
-
-def _bad(**changes: Any) -> Callable[[], dict[str, Any]]:
-    """A small valid call with some arguments replaced; a callable is applied to the argument."""
-
-    def build() -> dict[str, Any]:
-        torch.manual_seed(0)
-        inputs = make(torch.float32, torch.device("cpu"), **_SMALL)
-        for name, change in changes.items():
-            inputs[name] = change(inputs[name]) if callable(change) else change
-        return inputs
-
-    return build
-
-
-def _second(change: Callable[[Tensor], Any]) -> Callable[[list[Tensor]], list[Any]]:
-    return lambda values: [values[0], change(values[1]), *values[2:]]
-
-
-BAD_INPUTS = (
-    BadInput("values tensor", _bad(values=torch.ones(3, 4)), TypeError, r"values must be a list .* got Tensor; unbind"),
-    BadInput("values empty", _bad(values=[]), ValueError, r"values must hold at least one tensor, got none"),
-    BadInput("value none", _bad(values=_second(lambda x: None)), TypeError, r"values\[1\] must be a tensor, got None"),
-    BadInput("value integer", _bad(values=_second(Tensor.long)), TypeError, r"values\[1\] must have a floating"),
-    BadInput(
-        "value shape",
-        _bad(values=_second(lambda x: x[:, :2])),
-        ValueError,
-        r"values\[1\] must have the shape of values\[0\], \(2, 3, 5\), got \(2, 2, 5\)",
-    ),
-    BadInput(
-        "no depth",
-        _bad(values=lambda values: [value[..., :0] for value in values]),
-        ValueError,
-        r"values\[0\] must have shape \(\.\.\., D\) with D >= 1, got shape \(2, 3, 0\)",
-    ),
-    BadInput(
-        "value dtype", _bad(values=_second(Tensor.half)), ValueError, r"values\[1\] must have the dtype of values"
-    ),
-    BadInput(
-        "value device",
-        _bad(values=_second(lambda x: x.to("meta"))),
-        ValueError,
-        r"values\[1\] must be on the device of values\[0\], cpu, got meta",
-    ),
-    BadInput("query none", _bad(query=None), TypeError, r"query must be a tensor, got NoneType"),
-    BadInput("query shape", _bad(query=torch.ones(4)), ValueError, r"query must have shape \(D,\)=\(5,\), got \(4,\)"),
-    BadInput("query dtype", _bad(query=Tensor.double), ValueError, r"query must have the dtype of values\[0\]"),
-    BadInput(
-        "norm_weight shape", _bad(norm_weight=torch.ones(1, 5)), ValueError, r"norm_weight must have shape \(D,\)"
-    ),
-    BadInput("norm_weight integer", _bad(norm_weight=Tensor.long), TypeError, r"norm_weight must have a floating"),
-    BadInput("eps negative", _bad(eps=-1e-6), ValueError, r"eps must be at least 0, got -1e-06"),
-    BadInput("eps nan", _bad(eps=float("nan")), ValueError, r"eps must be at least 0, got nan"),
-    BadInput("eps text", _bad(eps="small"), TypeError, r"eps must be a number, got str"),
-    BadInput("impl unknown", _bad(impl="fast"), ValueError, r"impl must be one of 'auto', .* got 'fast'"),
-    BadInput(
-        "impl cannot run",
-        lambda: {**make(torch.float64, torch.device("cpu"), **_SMALL), "impl": "cpu"},
-        RuntimeError,
-        r"impl='cpu' cannot run: .*(float64|not available)",
-    ),
-)
+    return Sample(name, partial(make_inputs, **settings))
 
 
 # --- benchmark shapes -------------------------------------------------------------------------------------------------
@@ -213,7 +147,7 @@ def _shape(L: int, N: int, D: int, *, name: str = "") -> Shape:
     sizes = {"L": L, "N": N, "D": D}
     return Shape(
         name or ",".join(f"{key}={value}" for key, value in sizes.items()),
-        partial(make, values=L, shape=(N, D)),
+        partial(make_inputs, values=L, shape=(N, D)),
         flops_forward=6 * L * numbers,
         flops_backward=9 * L * numbers,
         bytes_forward=4 * (L + 1) * numbers,
@@ -238,16 +172,15 @@ GROWTH = tuple(_shape(9, n, 384, name=f"N {n}, L 9, D 384") for n in (196, 784, 
 
 
 def _operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    return attention.calls(impl, inputs["values"], inputs["query"], inputs.get("norm_weight"), 1e-6)
+    return op.attention_residual.calls(impl, inputs["values"], inputs["query"], inputs.get("norm_weight"), 1e-6)
 
 
 SPECS = (
     OpSpec(
         name="attention_residual",
         function=attention_residual,
-        implementations=attention.implementations("values", "query"),
+        implementations=op.attention_residual.implementations("values", "query"),
         samples=SAMPLES,
-        bad_inputs=BAD_INPUTS,
         fuzz=fuzz,
         operators=_operators,
         shapes=SHAPES,

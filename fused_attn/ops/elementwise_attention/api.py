@@ -1,11 +1,11 @@
-"""Public functions: validation, autocast, the choice of implementation and the running statistics."""
+"""Public functions: check, choose, run; and the running statistics."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from .._floor import checks, dispatch
-from .op import attention, softmax
+from .._floor import checks
+from . import op
 
 
 def row_col_softmax(
@@ -47,10 +47,8 @@ def row_col_softmax(
         raise ValueError(f"{missing} must be given together with {given}, got None")
     if weight_row is not None:
         _check_weights(x, weight_row, weight_col)
-    x, weight_row, weight_col = dispatch.autocast_softmax(x, weight_row, weight_col)
-    checks.same_dtype("x", x, weight_row=weight_row, weight_col=weight_col)
-
-    return softmax.run(softmax.choose(impl, x), x, weight_row, weight_col)
+    impl, *tensors = op.row_col_softmax.choose(impl, x=x, weight_row=weight_row, weight_col=weight_col)
+    return op.row_col_softmax.run(impl, *tensors)
 
 
 def elementwise_attention(
@@ -115,12 +113,9 @@ def elementwise_attention(
         raise ValueError(
             f"Expected more than 1 value per channel when training: x must have B*H*W > 1, got shape {tuple(x.shape)}"
         )
-    x, weight_row, weight_col = dispatch.autocast_softmax(x, weight_row, weight_col)
-    checks.same_dtype("x", x, weight_row=weight_row, weight_col=weight_col)
-
-    impl = attention.choose(impl, x)
+    impl, *tensors = op.elementwise_attention.choose(impl, x=x, weight_row=weight_row, weight_col=weight_col)
     mean, var = (None, None) if training else (running_mean.detach(), running_var.detach())
-    out, *_, mean, var = attention.run_all(impl, x, weight_row, weight_col, mean, var, eps)
+    out, *_, mean, var = op.elementwise_attention.run_all(impl, *tensors, mean, var, eps)
     if training and running_mean is not None and values > 0:
         _update(running_mean, mean, momentum)
         _update(running_var, var * (values / (values - 1)), momentum)

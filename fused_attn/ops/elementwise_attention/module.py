@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ from .api import elementwise_attention, row_col_softmax
 
 
 def _check_impl(impl: str) -> None:
-    implementations = ("auto", *op.attention.can_run)
+    implementations = ("auto", *op.elementwise_attention.can_run)
     if impl not in implementations:
         raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")
 
@@ -63,7 +65,7 @@ class ElementwiseAttention(nn.Module):
         _check_impl(impl)
         self.channels, self.size, self.heads = channels, tuple(size), heads
         self.std, self.impl = std, impl
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight_row = nn.Parameter(torch.empty(heads, channels, *size, **options))
         self.weight_col = nn.Parameter(torch.empty(heads, channels, *size, **options))
         self.norm = nn.BatchNorm2d(heads * channels, eps, momentum, affine=False, **options)
@@ -104,7 +106,7 @@ class ElementwiseAttention(nn.Module):
             impl=self.impl,
         )
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # Where the statistics were before they had a module of their own.
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             if prefix + name in state_dict:
@@ -146,7 +148,7 @@ class ElementwiseAttentionBlock(nn.Module):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.attention = ElementwiseAttention(channels, size, heads, impl=impl, **options)
         self.conv = nn.Conv2d(heads * channels, channels, kernel_size, padding=kernel_size // 2, bias=bias, **options)
         self.norm = nn.BatchNorm2d(channels, **options) if batch_norm else nn.Identity()

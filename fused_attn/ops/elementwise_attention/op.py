@@ -1,6 +1,6 @@
 """The operators, one pair for each public function: schemas, allocation and FLOPs.
 
-Both are functional: ``attention`` returns the statistics of the batch, and api.py updates the running ones.
+Both are functional: ``elementwise_attention`` returns the statistics of the batch, and api.py updates the running ones.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from .._floor import dispatch
+from .._floor.layout import empty_contiguous
 from .._floor.operators import Operators, cpp, triton
 from . import reference
 
@@ -20,22 +22,22 @@ _STATISTICS = "Tensor row_stats, Tensor col_stats"
 
 def _allocate_statistics(x: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = x.shape
-    return tuple(x.new_empty((batch, heads, channels, 2, size), dtype=torch.float32) for size in (height, width))
+    return tuple(x.new_empty(batch, heads, channels, 2, size, dtype=torch.float32) for size in (height, width))
 
 
 def _allocate_softmax(x: Tensor, weight_row: Tensor | None, *_) -> tuple[Tensor, Tensor, Tensor]:
     batch, channels, height, width = x.shape
     if weight_row is None:
-        return x.new_empty(x.shape), *_allocate_statistics(x, 1)
+        return empty_contiguous(x), *_allocate_statistics(x, 1)
     heads = weight_row.shape[0]
-    return x.new_empty((batch, heads, channels, height, width)), *_allocate_statistics(x, heads)
+    return x.new_empty(batch, heads, channels, height, width), *_allocate_statistics(x, heads)
 
 
 def _allocate_attention(x: Tensor, weight_row: Tensor, *_) -> tuple[Tensor, ...]:
     batch, channels, height, width = x.shape
     heads = weight_row.shape[0]
-    out = x.new_empty((batch, heads * channels, height, width))
-    mean, var = (x.new_empty((heads * channels,), dtype=torch.float32) for _ in range(2))
+    out = x.new_empty(batch, heads * channels, height, width)
+    mean, var = (x.new_empty(heads * channels, dtype=torch.float32) for _ in range(2))
     return out, *_allocate_statistics(x, heads), mean, var
 
 
@@ -74,7 +76,7 @@ def _per_element(factor: int, index: int = 0):
     return formula
 
 
-softmax = Operators(
+row_col_softmax = Operators(
     "row_col_softmax",
     f"(Tensor x, Tensor? weight_row, Tensor? weight_col) -> (Tensor out, {_STATISTICS})",
     f"(Tensor grad_out, Tensor x, Tensor? weight_row, Tensor? weight_col, {_STATISTICS}) "
@@ -84,12 +86,13 @@ softmax = Operators(
         "cpu": (cpp("row_col_softmax_forward"), _unless_empty(cpp("row_col_softmax_backward"))),
         "triton": (triton(__package__, "softmax_forward"), _unless_empty(triton(__package__, "softmax_backward"))),
     },
+    autocast=dispatch.autocast_softmax,
     reference=reference.row_col_softmax,
     flops=_per_element(SOFTMAX_FLOPS[0]),
     flops_backward=_per_element(SOFTMAX_FLOPS[1], 1),
 )
 
-attention = Operators(
+elementwise_attention = Operators(
     "elementwise_attention",
     # mean and var None: normalise with the statistics of the batch.  Both come back as they were used, float32.
     "(Tensor x, Tensor weight_row, Tensor weight_col, Tensor? mean, Tensor? var, Scalar eps) "
@@ -101,6 +104,7 @@ attention = Operators(
         "cpu": (_attention, _unless_empty(cpp("elementwise_attention_backward"))),
         "triton": (triton(__package__, "attention_forward"), _unless_empty(triton(__package__, "attention_backward"))),
     },
+    autocast=dispatch.autocast_softmax,
     reference=reference.elementwise_attention,
     flops=_per_element(ATTENTION_FLOPS[0]),
     flops_backward=_per_element(ATTENTION_FLOPS[1], 1),

@@ -1,4 +1,4 @@
-"""Samples, bad inputs, benchmark shapes and peers of ``row_col_softmax`` and ``elementwise_attention``."""
+"""Samples, benchmark shapes and peers of ``row_col_softmax`` and ``elementwise_attention``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._floor.declarations import BadInput, OpSpec, Sample, Shape, unchanged
+from .._floor.declarations import OpSpec, Sample, Shape, unchanged
 from . import op
 from .api import elementwise_attention, row_col_softmax
 from .peers import ATTENTION_PEERS, SOFTMAX_PEERS
@@ -71,7 +71,7 @@ def _one_batch(shape, dtype, device):
     return _contiguous((1, *shape[1:]), dtype, device).expand(shape)
 
 
-def make(
+def make_inputs(
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -95,7 +95,7 @@ def make(
     return {**inputs, **(options or {})}
 
 
-_SMALL = {"batch": 2, "channels": 2, "grid": (3, 4)}
+SMALL = {"batch": 2, "channels": 2, "grid": (3, 4)}
 
 
 def _g(grid, batch=2, channels=1, **more):
@@ -103,7 +103,7 @@ def _g(grid, batch=2, channels=1, **more):
 
 
 _PLANES = {
-    "small": _SMALL,
+    "small": SMALL,
     "one value to a plane": _g((1, 1), batch=3),
     "row 1x9": _g((1, 9)),
     "column 9x1": _g((9, 1)),
@@ -178,7 +178,7 @@ def _plant(name: str, value: float) -> Callable[[dict[str, Any]], None]:
 
 
 def _sample(name: str, *, small: bool = False, **settings: Any) -> Sample:
-    return Sample(name, partial(make, **settings), small=small)
+    return Sample(name, partial(make_inputs, **settings), small=small)
 
 
 SOFTMAX_SAMPLES = (
@@ -205,7 +205,7 @@ ATTENTION_SAMPLES = (
         _sample(f"evaluation, {name}", small=name == "small", **({"heads": 2} | plane), options={"training": False})
         for name, plane in {**_PLANES, **_WEIGHTED}.items()
     ),
-    _sample("eps 1e-12", small=True, **_SMALL, heads=2, options={"eps": 1e-12}),
+    _sample("eps 1e-12", small=True, **SMALL, heads=2, options={"eps": 1e-12}),
     _sample("large logits of one image", **_g((7, 9), heads=2), edit=_large_image),
     _sample("nan in x", **_g((4, 5), heads=2), edit=_plant("x", float("nan"))),
 )
@@ -227,90 +227,7 @@ def _fuzz(choices: tuple[Any, ...], modes: tuple[Mapping[str, Any], ...], draw: 
         "options": draw.choice(modes),
     }
     name = str({key: getattr(value, "__name__", value) for key, value in settings.items()})
-    return Sample(name, partial(make, **settings))
-
-
-# --- bad inputs -------------------------------------------------------------------------------------------------------
-
-
-def _bad(**changes: Any) -> Callable[[], dict[str, Any]]:
-    """A small valid call with some arguments replaced; a callable is applied to the argument."""
-
-    def build() -> dict[str, Any]:
-        torch.manual_seed(0)
-        inputs = make(torch.float32, torch.device("cpu"), **_SMALL, heads=3)
-        for name, change in changes.items():
-            inputs[name] = change(inputs[name]) if callable(change) else change
-        return inputs
-
-    return build
-
-
-_EVERY = ("x", "weight_row", "weight_col")
-_BAD = (
-    BadInput("x rank", _bad(x=lambda x: x[0]), ValueError, r"x must have 4 dimensions .*\(2, 3, 4\)"),
-    BadInput("x no tensor", _bad(x=[1.0]), TypeError, r"x must be a tensor, got list"),
-    BadInput("x integer", _bad(x=lambda x: x.long()), TypeError, r"x must have a floating.* got torch.int64"),
-    BadInput("x complex", _bad(x=lambda x: x.cfloat()), TypeError, r"x must have a floating.* got torch.complex64"),
-    BadInput(
-        "weight of another plane",
-        _bad(weight_row=lambda w: w.transpose(2, 3)),
-        ValueError,
-        r"weight_row must have shape \(heads, C, H, W\)=\(heads, 2, 3, 4\), got \(3, 2, 4, 3\)",
-    ),
-    BadInput(
-        "weight of other channels",
-        _bad(weight_col=lambda w: w[:, :1]),
-        ValueError,
-        r"weight_col must have shape .*, got \(3, 1, 3, 4\)",
-    ),
-    BadInput("weight rank", _bad(weight_row=lambda w: w[0]), ValueError, r"weight_row must have shape .*\(2, 3, 4\)"),
-    BadInput(
-        "weight heads", _bad(weight_col=lambda w: w[:2]), ValueError, r"weight_col must have the heads .*3, got 2"
-    ),
-    BadInput("weight dtype", _bad(weight_col=lambda w: w.half()), ValueError, r"weight_col must have the dtype of x"),
-    BadInput("weight device", _bad(weight_row=lambda w: w.to("meta")), ValueError, r"weight_row must be on the device"),
-    BadInput("weight integer", _bad(weight_row=lambda w: w.int()), TypeError, r"weight_row must have a floating"),
-    BadInput("impl unknown", _bad(impl="fast"), ValueError, r"impl must be one of 'auto', .* got 'fast'"),
-    BadInput("impl of other ops", _bad(impl="cuda"), ValueError, r"impl must be one of .* got 'cuda'"),
-    BadInput(
-        "impl cannot run",
-        _bad(**dict.fromkeys(_EVERY, Tensor.double), impl="cpu"),
-        RuntimeError,
-        r"impl='cpu' cannot run: .*(float64|not available)",
-    ),
-)
-SOFTMAX_BAD = (
-    *_BAD,
-    BadInput("one weight", _bad(weight_col=None), ValueError, r"weight_col must be given together with weight_row"),
-    BadInput("other weight", _bad(weight_row=None), ValueError, r"weight_row must be given together with weight_col"),
-)
-ATTENTION_BAD = (
-    *_BAD,
-    BadInput("no weight", _bad(weight_col=None), TypeError, r"weight_col must be a tensor, got NoneType"),
-    BadInput(
-        "running shape", _bad(running_mean=torch.zeros(5)), ValueError, r"running_mean must .*=\(6,\), got \(5,\)"
-    ),
-    BadInput("running integer", _bad(running_var=torch.ones(6).int()), TypeError, r"running_var must have a floating"),
-    BadInput("running device", _bad(running_var=torch.ones(6, device="meta")), ValueError, r"running_var must be on"),
-    BadInput(
-        "one running", _bad(running_var=None), ValueError, r"running_var must be given together with running_mean"
-    ),
-    BadInput(
-        "none to evaluate with",
-        _bad(running_mean=None, running_var=None, training=False),
-        ValueError,
-        r"running_mean must be a tensor when training is False, got None",
-    ),
-    BadInput("momentum", _bad(momentum=None), TypeError, r"momentum must be a number, got NoneType"),
-    BadInput("eps", _bad(eps=torch.ones(2)), TypeError, r"eps must be a number or a tensor without dim"),
-    BadInput(
-        "one value per channel",
-        _bad(**dict.fromkeys(_EVERY, lambda t: t[:1, :, :1, :1])),
-        ValueError,
-        r"Expected more than 1 value per channel when training: x .* got shape \(1, 2, 1, 1\)",
-    ),
-)
+    return Sample(name, partial(make_inputs, **settings))
 
 
 # --- benchmark shapes -------------------------------------------------------------------------------------------------
@@ -325,7 +242,7 @@ def _shape(name: str, batch: int, channels: int, grid: tuple[int, int], heads: i
     flops = op.ATTENTION_FLOPS if attention else op.SOFTMAX_FLOPS
     return Shape(
         name,
-        partial(make, **settings),
+        partial(make_inputs, **settings),
         flops_forward=flops[0] * out,
         flops_backward=flops[1] * out,
         bytes_forward=4 * (x + weights + out),
@@ -353,8 +270,11 @@ ATTENTION_GROWTH = tuple(_shape(f"B {n}, 4 heads, 28x28", n, 1, (28, 28), 4, att
 # --- specs ------------------------------------------------------------------------------------------------------------
 
 
+_EVERY = ("x", "weight_row", "weight_col")
+
+
 def _softmax_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    return op.softmax.calls(impl, *map(inputs.get, _EVERY))
+    return op.row_col_softmax.calls(impl, *map(inputs.get, _EVERY))
 
 
 def _attention_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
@@ -363,17 +283,16 @@ def _attention_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[An
     if not inputs.get("training", True):
         channels = weight_row.shape[0] * x.shape[1]
         running = [torch.full((channels,), value, device=x.device) for value in (0.1, 1.0)]
-    return op.attention.calls(impl, *tensors, *running, inputs.get("eps", 1e-5))
+    return op.elementwise_attention.calls(impl, *tensors, *running, inputs.get("eps", 1e-5))
 
 
 SPECS = (
     OpSpec(
         name="row_col_softmax",
         function=row_col_softmax,
-        implementations=op.softmax.implementations("x"),
+        implementations=op.row_col_softmax.implementations("x"),
         autocast=unchanged,
         samples=SOFTMAX_SAMPLES,
-        bad_inputs=SOFTMAX_BAD,
         fuzz=partial(_fuzz, (None, 1, 2, 5), ({},)),
         operators=_softmax_operators,
         shapes=SOFTMAX_SHAPES,
@@ -383,10 +302,9 @@ SPECS = (
     OpSpec(
         name="elementwise_attention",
         function=attention_with_own_statistics,
-        implementations=op.attention.implementations("x"),
+        implementations=op.elementwise_attention.implementations("x"),
         autocast=unchanged,
         samples=ATTENTION_SAMPLES,
-        bad_inputs=ATTENTION_BAD,
         fuzz=partial(_fuzz, (1, 2, 5), ({}, {"training": False})),
         operators=_attention_operators,
         shapes=ATTENTION_SHAPES,

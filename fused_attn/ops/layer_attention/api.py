@@ -1,14 +1,13 @@
-"""Public functions: validation, then the choice of implementation."""
+"""Public functions: check, choose, run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from .._floor import checks, dispatch
-from .op import attention, weighted_sum
+from .._floor import checks
+from . import op
 
 ACTIVATIONS = ("softmax", "sigmoid")
 
@@ -55,8 +54,9 @@ def layer_attention(
     Source: Fang et al. 2023, "Cross-Layer Retrospective Retrieving via Layer Attention", eq. 4-6 (MRLA-base); Luo,
     "Self-Attentive Layer Aggregation", eq. 1-4 (one group).
     """
-    query, keys, values, bias, scale = check(query, keys, values, scale, bias, activation)
-    return attention.run(attention.choose(impl, values), query, keys, values, bias, scale, activation == "sigmoid")
+    query, scale = check(query, keys, values, scale, bias, activation)
+    impl, *tensors = op.layer_attention.choose(impl, query=query, keys=keys, values=values, bias=bias)
+    return op.layer_attention.run(impl, *tensors, scale, activation == "sigmoid")
 
 
 def weighted_layer_sum(weights: Tensor, values: Sequence[Tensor], *, impl: str = "auto") -> Tensor:
@@ -74,14 +74,13 @@ def weighted_layer_sum(weights: Tensor, values: Sequence[Tensor], *, impl: str =
     does.
     """
     checks.tensor("weights", weights)
-    values = _check_list("values", values)
-    weights, *values = dispatch.autocast(weights, *values)
-    _check_values(weights, "weights", values)
+    _check_values(values)
     batch, channels = values[0].shape[:2]
     if weights.dim() != 3 or weights.shape[0] != batch or weights.shape[2] != len(values):
         raise ValueError(f"weights must have shape (B, G, L)=({batch}, G, {len(values)}), got {tuple(weights.shape)}")
     _check_groups("weights", weights.shape[1], channels)
-    return weighted_sum.run(weighted_sum.choose(impl, values), weights, values)
+    impl, *tensors = op.weighted_layer_sum.choose(impl, weights=weights, values=values)
+    return op.weighted_layer_sum.run(impl, *tensors)
 
 
 def check(
@@ -91,23 +90,19 @@ def check(
     scale: float | None,
     bias: Tensor | None,
     activation: str,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, float]:
-    """The arguments of :func:`layer_attention` as the operators take them: query (B, G, d), lists, scale a number."""
+) -> tuple[Tensor, float]:
+    """Check the arguments of :func:`layer_attention`; the query as (B, G, d), and the scale as a number."""
     checks.tensor("query", query)
-    keys, values = _check_list("keys", keys), _check_list("values", values)
+    _check_list("keys", keys)
+    _check_values(values)
     if bias is not None:
         checks.tensor("bias", bias)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
-    if scale is not None:
-        scale = checks.number("scale", scale)
     if len(keys) != len(values):
         raise ValueError(f"keys must be as many as values, {len(values)}, got {len(keys)}")
     if query.dim() not in (2, 3):
         raise ValueError(f"query must have shape (B, G, d) or (G, d), got {tuple(query.shape)}")
-    query, *rest = dispatch.autocast(query, *keys, *values)
-    keys, values = rest[: len(keys)], rest[len(keys) :]
-    _check_values(query, "query", values)
     batch, channels = values[0].shape[:2]
     if query.dim() == 2:
         query = query.expand(batch, *query.shape)
@@ -117,41 +112,32 @@ def check(
         raise ValueError(f"query must have a depth d of at least 1, got shape {tuple(query.shape)}")
     _check_groups("query", query.shape[1], channels)
     for layer, key in enumerate(keys):
-        name = f"keys[{layer}]"
         if key.shape != query.shape:
-            raise ValueError(f"{name} must have shape (B, G, d)={tuple(query.shape)}, got {tuple(key.shape)}")
-        checks.same_dtype("query", query, **{name: key})
-    if bias is not None:
-        expected = (len(keys), query.shape[1])
-        if tuple(bias.shape) != expected:
-            raise ValueError(f"bias must have shape (L, G)={expected}, got {tuple(bias.shape)}")
-        # Scores are float32 in any case, and autocast does not cast what is added to them.
-        if bias.dtype != torch.float32:
-            checks.same_dtype("query", query, bias=bias)
-        elif bias.device != query.device:
-            raise ValueError(f"bias must be on the device of query, {query.device}, got {bias.device}")
-    return query, list(keys), list(values), bias, query.shape[2] ** -0.5 if scale is None else scale
+            raise ValueError(f"keys[{layer}] must have shape (B, G, d)={tuple(query.shape)}, got {tuple(key.shape)}")
+    if bias is not None and tuple(bias.shape) != (len(keys), query.shape[1]):
+        raise ValueError(f"bias must have shape (L, G)={(len(keys), query.shape[1])}, got {tuple(bias.shape)}")
+    return query, query.shape[2] ** -0.5 if scale is None else checks.number("scale", scale)
 
 
-def _check_list(name: str, tensors: object) -> list[Tensor]:
+def _check_list(name: str, tensors: object) -> None:
     if not isinstance(tensors, (list, tuple)):
         raise TypeError(f"{name} must be a list of tensors, one for each layer, got {type(tensors).__name__}")
     if not tensors:
         raise ValueError(f"{name} must hold at least one layer, got none")
     for layer, tensor in enumerate(tensors):
         checks.tensor(f"{name}[{layer}]", tensor)
-    return list(tensors)
 
 
-def _check_values(other: Tensor, other_name: str, values: Sequence[Tensor]) -> None:
-    if values[0].dim() < 2:
-        raise ValueError(f"values[0] must have shape (B, C, *spatial), got {tuple(values[0].shape)}")
+def _check_values(values: object) -> None:
+    _check_list("values", values)
+    shape = values[0].shape
+    if len(shape) < 2:
+        raise ValueError(f"values[0] must have shape (B, C, *spatial), got {tuple(shape)}")
     for layer, value in enumerate(values):
-        if value.shape != values[0].shape:
+        if value.shape != shape:
             raise ValueError(
-                f"values[{layer}] must have the shape of values[0], {tuple(values[0].shape)}, got {tuple(value.shape)}"
+                f"values[{layer}] must have the shape of values[0], {tuple(shape)}, got {tuple(value.shape)}"
             )
-        checks.same_dtype(other_name, other, **{f"values[{layer}]": value})
 
 
 def _check_groups(name: str, groups: int, channels: int) -> None:

@@ -46,11 +46,7 @@ def gated_shortcut(gate: Tensor, value: Tensor, weight: Tensor, shortcut: Tensor
     if shortcut.shape != value.shape:
         raise ValueError(f"shortcut must have the shape of value, {tuple(value.shape)}, got {tuple(shortcut.shape)}")
     value, shortcut, gate, weight = dispatch.autocast_maps((value, shortcut), gate, weight)
-    for name, tensor in (("value", value), ("weight", weight), ("shortcut", shortcut)):
-        if tensor.dtype != gate.dtype:
-            raise ValueError(f"{name} must have the dtype of gate, {gate.dtype}, got {tensor.dtype}")
-        if tensor.device != gate.device:
-            raise ValueError(f"{name} must be on the device of gate, {gate.device}, got {tensor.device}")
+    checks.same_dtype({"gate": gate, "value": value, "weight": weight, "shortcut": shortcut})
     # Two layers with a weight per channel: small weights, and one pass over the maps.
     gate = gate.repeat_interleave(channels // gate.shape[1], dim=1)
     weights = torch.stack((gate, weight.expand(batch, channels)), dim=-1)

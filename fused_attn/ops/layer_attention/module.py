@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,11 +78,11 @@ class LayerAttention(nn.Module):
         width = self.channels[-1]
         if values == "pad" and max(self.channels) > width:
             raise ValueError(f"channels must not exceed those of the last layer with values='pad', got {self.channels}")
-        self.key_grid = (key_grid, key_grid) if isinstance(key_grid, int) else tuple(key_grid)
+        self.key_grid = (key_grid, key_grid) if isinstance(key_grid, int) else (*key_grid,)
         if len(self.key_grid) != 2 or min(self.key_grid) < 1:
             raise ValueError(f"key_grid must be a positive number or two of them (h, w), got {key_grid}")
         self.impl = _checked(impl)
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         positions = self.key_grid[0] * self.key_grid[1]
         self.keys = nn.ModuleList(nn.Linear(width * positions, key_dim, **options) for _ in self.channels)
         self.projections = nn.ModuleList(
@@ -94,7 +95,7 @@ class LayerAttention(nn.Module):
     def forward(self, layers: Sequence[Tensor]) -> Tensor:
         """Sum L pooled layers, (B, C_i) -> (B, C_L), or L maps, (B, C_i, H_i, W_i) -> (B, C_L, H_L, W_L)."""
         self._check(layers)
-        grid = tuple(layers[-1].shape[2:])
+        grid: Any = tuple(layers[-1].shape[2:])
         values, keys = [], []
         for x, projection, key in zip(layers, self.projections, self.keys, strict=True):
             value = self._widen(F.adaptive_avg_pool2d(x, grid) if grid else x, projection)
@@ -148,7 +149,7 @@ class _MRLA(nn.Module):
         self.impl = _checked(impl)
         kernel = int((math.log2(channels) + 1) / 2)
         kernel += 1 - kernel % 2
-        options = {"bias": False, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
         self.query = nn.Conv1d(1, 1, kernel, padding=kernel // 2, **options)
         self.key = nn.Conv1d(1, 1, kernel, padding=kernel // 2, **options)
         self.value = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, **options)

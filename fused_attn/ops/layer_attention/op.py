@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._floor.layout import dense_order, empty_in_order, in_order, is_channels_last
+from .._floor.layout import dense_order, empty_contiguous, empty_in_order, in_order, is_channels_last
 from .._floor.operators import Operators, cpp, triton
 from . import reference
 
@@ -25,11 +25,11 @@ def _allocate_sum(weights: Tensor, values: Sequence[Tensor]) -> tuple[Tensor]:
 
 
 def _allocate_sum_backward(grad_out, weights: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    return weights.new_empty(weights.shape), _like_values(values)
+    return empty_contiguous(weights), _like_values(values)
 
 
 def _allocate_attention(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *_) -> tuple[Tensor, Tensor]:
-    weights = query.new_empty((*query.shape[:2], len(keys)), dtype=torch.float32)
+    weights = query.new_empty(*query.shape[:2], len(keys), dtype=torch.float32)
     return empty_in_order(values[0], dense_order(values[0])), weights
 
 
@@ -37,17 +37,17 @@ def _allocate_attention_backward(
     grad_out, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *_, into: list[Tensor] | None = None
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     return (
-        query.new_empty(query.shape),
-        [key.new_empty(key.shape) for key in keys],
+        empty_contiguous(query),
+        [*map(empty_contiguous, keys)],
         _like_values(values) if into is None else into,
-        query.new_empty((len(keys), query.shape[1])),
+        query.new_empty(len(keys), query.shape[1]),
     )
 
 
 # --- C++ kernels ------------------------------------------------------------------------------------------------
 
-_weights_forward, _weights_backward = cpp("layer_weights_forward"), cpp("layer_weights_backward")
-_sum_forward, _sum_backward = cpp("layer_sum_forward"), cpp("layer_sum_backward")
+_weights_forward, _weights_backward = cpp("layer_attention_weights_forward"), cpp("layer_attention_weights_backward")
+_sum_forward, _sum_backward = cpp("weighted_layer_sum_forward"), cpp("weighted_layer_sum_backward")
 
 
 def _forward_sum(weights: Tensor, values: Sequence[Tensor], out: Tensor) -> None:
@@ -96,7 +96,7 @@ def _per_element(index: int, factor: int):
     return formula
 
 
-weighted_sum = Operators(
+weighted_layer_sum = Operators(
     "weighted_layer_sum",
     "(Tensor weights, Tensor[] values) -> Tensor out",
     "(Tensor grad_out, Tensor weights, Tensor[] values) -> (Tensor grad_weights, Tensor[] grad_values)",
@@ -111,7 +111,7 @@ weighted_sum = Operators(
     flops_backward=_per_element(2, 3),
 )
 
-attention = Operators(
+layer_attention = Operators(
     "layer_attention",
     "(Tensor query, Tensor[] keys, Tensor[] values, Tensor? bias, Scalar scale, bool sigmoid) "
     "-> (Tensor out, Tensor weights)",
@@ -123,6 +123,7 @@ attention = Operators(
         "cpu": (_forward_attention, _backward_attention),
         "triton": (triton(__package__, "attention_forward"), triton(__package__, "attention_backward")),
     },
+    or_float32=("bias",),  # scores are float32, and autocast does not cast what is added to them
     reference=reference.layer_attention,
     flops=_per_element(2, 2),
     flops_backward=_per_element(3, 3),
@@ -137,7 +138,7 @@ def attention_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     """What the backward operator gives; but the gradients of the values are added to ``into`` where it is given."""
     grads = _allocate_attention_backward(*args, into=into)
-    attention.kernels[impl][1](*args, *grads, accumulate=into is not None)
+    layer_attention.kernels[impl][1](*args, *grads, accumulate=into is not None)
     return grads
 
 

@@ -1,4 +1,4 @@
-"""Samples, bad inputs, benchmark shapes and peers of ``layer_attention`` and ``weighted_layer_sum``."""
+"""Samples, benchmark shapes and peers of ``layer_attention`` and ``weighted_layer_sum``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .._floor.declarations import BadInput, OpSpec, Sample, Shape, convert
+from .._floor.declarations import OpSpec, Sample, Shape, convert
 from . import op
 from .api import layer_attention, weighted_layer_sum
 from .peers import ATTENTION_PEERS, SUM_PEERS
@@ -53,7 +52,7 @@ def _values(dtype, device, layers, batch, channels, spatial, layout=_contiguous,
     return [each((batch, channels, *spatial), dtype, device) for each in layouts]
 
 
-def make_attention(
+def make_attention_inputs(
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -82,7 +81,7 @@ def make_attention(
     return {**inputs, **(options or {})}
 
 
-def make_sum(
+def make_sum_inputs(
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -101,35 +100,35 @@ def make_sum(
     }
 
 
-_SMALL = {"layers": 3, "batch": 2, "groups": 2, "depth": 3, "channels": 4, "spatial": (2, 3)}
+SMALL = {"layers": 3, "batch": 2, "groups": 2, "depth": 3, "channels": 4, "spatial": (2, 3)}
 
 _GEOMETRIES: dict[str, dict[str, Any]] = {
-    "small": _SMALL,
-    "one layer": {**_SMALL, "layers": 1},
-    "many layers": {**_SMALL, "layers": 33},
-    "one group": {**_SMALL, "groups": 1},
-    "a group per channel": {**_SMALL, "groups": 4},
-    "depth 1": {**_SMALL, "depth": 1},
-    "pooled": {**_SMALL, "channels": 64, "spatial": (), "groups": 1, "depth": 32, "layers": 9},
-    "1x1": {**_SMALL, "spatial": (1, 1)},
-    "tokens": {**_SMALL, "channels": 12, "spatial": (17,)},
-    "volume": {**_SMALL, "spatial": (2, 3, 5)},
-    "primes": {**_SMALL, "channels": 14, "spatial": (7, 11), "layers": 5},
-    "a row in two parts": {**_SMALL, "groups": 1, "channels": 3, "spatial": (83, 97), "batch": 1},
-    "many layers, two blocks": {**_SMALL, "layers": 13, "groups": 1, "channels": 3, "spatial": (40, 41), "batch": 1},
-    "stage 3 of a small ResNet": {**_SMALL, "channels": 64, "groups": 4, "depth": 16, "spatial": (14, 14), "layers": 6},
-    "channels_last": {**_SMALL, "channels": 48, "spatial": (5, 7), "layout": _channels_last},
-    "channels_last, odd channels": {**_SMALL, "channels": 38, "spatial": (5, 3), "layout": _channels_last},
-    "channels_last, two blocks of channels": {**_SMALL, "channels": 272, "spatial": (9, 9), "layout": _channels_last},
-    "channels_last, two parts of the image": {**_SMALL, "channels": 64, "spatial": (19, 17), "layout": _channels_last},
-    "channels_last tokens": {**_SMALL, "channels": 12, "spatial": (17,), "layout": _channels_last},
-    "part of a batch": {**_SMALL, "layout": _part_of_batch},
-    "spread": {**_SMALL, "layout": _spread},
-    "expanded": {**_SMALL, "layout": _expanded},
-    "mixed layouts": {**_SMALL, "layouts": (_channels_last, _contiguous, _spread)},
-    "no images": {**_SMALL, "batch": 0},
-    "no positions": {**_SMALL, "spatial": (0, 3)},
-    "no channels": {**_SMALL, "channels": 0},
+    "small": SMALL,
+    "one layer": {**SMALL, "layers": 1},
+    "many layers": {**SMALL, "layers": 33},
+    "one group": {**SMALL, "groups": 1},
+    "a group per channel": {**SMALL, "groups": 4},
+    "depth 1": {**SMALL, "depth": 1},
+    "pooled": {**SMALL, "channels": 64, "spatial": (), "groups": 1, "depth": 32, "layers": 9},
+    "1x1": {**SMALL, "spatial": (1, 1)},
+    "tokens": {**SMALL, "channels": 12, "spatial": (17,)},
+    "volume": {**SMALL, "spatial": (2, 3, 5)},
+    "primes": {**SMALL, "channels": 14, "spatial": (7, 11), "layers": 5},
+    "a row in two parts": {**SMALL, "groups": 1, "channels": 3, "spatial": (83, 97), "batch": 1},
+    "many layers, two blocks": {**SMALL, "layers": 13, "groups": 1, "channels": 3, "spatial": (40, 41), "batch": 1},
+    "stage 3 of a small ResNet": {**SMALL, "channels": 64, "groups": 4, "depth": 16, "spatial": (14, 14), "layers": 6},
+    "channels_last": {**SMALL, "channels": 48, "spatial": (5, 7), "layout": _channels_last},
+    "channels_last, odd channels": {**SMALL, "channels": 38, "spatial": (5, 3), "layout": _channels_last},
+    "channels_last, two blocks of channels": {**SMALL, "channels": 272, "spatial": (9, 9), "layout": _channels_last},
+    "channels_last, two parts of the image": {**SMALL, "channels": 64, "spatial": (19, 17), "layout": _channels_last},
+    "channels_last tokens": {**SMALL, "channels": 12, "spatial": (17,), "layout": _channels_last},
+    "part of a batch": {**SMALL, "layout": _part_of_batch},
+    "spread": {**SMALL, "layout": _spread},
+    "expanded": {**SMALL, "layout": _expanded},
+    "mixed layouts": {**SMALL, "layouts": (_channels_last, _contiguous, _spread)},
+    "no images": {**SMALL, "batch": 0},
+    "no positions": {**SMALL, "spatial": (0, 3)},
+    "no channels": {**SMALL, "channels": 0},
 }
 
 
@@ -154,23 +153,27 @@ def _mask_least(inputs: dict[str, Any]) -> None:
 _SMALL_NAMES = ("small", "one layer", "channels_last tokens")
 
 ATTENTION_SAMPLES = (
-    *(Sample(name, partial(make_attention, **g), small=name in _SMALL_NAMES) for name, g in _GEOMETRIES.items()),
-    Sample("sigmoid", partial(make_attention, **_SMALL, options={"activation": "sigmoid"}), small=True),
-    Sample("learned query", partial(make_attention, **_SMALL, learned=True), small=True),
-    Sample("bias", partial(make_attention, **_SMALL, bias=True), small=True),
+    *(Sample(name, partial(make_attention_inputs, **g), small=name in _SMALL_NAMES) for name, g in _GEOMETRIES.items()),
+    Sample("sigmoid", partial(make_attention_inputs, **SMALL, options={"activation": "sigmoid"}), small=True),
+    Sample("learned query", partial(make_attention_inputs, **SMALL, learned=True), small=True),
+    Sample("bias", partial(make_attention_inputs, **SMALL, bias=True), small=True),
     Sample(
         "sigmoid, bias, learned query",
-        partial(make_attention, **_SMALL, learned=True, bias=True, options={"activation": "sigmoid", "scale": 0.3}),
+        partial(
+            make_attention_inputs, **SMALL, learned=True, bias=True, options={"activation": "sigmoid", "scale": 0.3}
+        ),
     ),
-    Sample("a layer masked", partial(make_attention, **_SMALL, bias=True, edit=_mask)),
-    Sample("masked by the least finite number", partial(make_attention, **_SMALL, bias=True, edit=_mask_least)),
-    Sample("scale 0", partial(make_attention, **_SMALL, options={"scale": 0.0})),
-    Sample("large scores", partial(make_attention, **_SMALL, options={"scale": 30.0})),
-    Sample("nan in a value", partial(make_attention, **_SMALL, edit=_plant("values", 1, float("nan")))),
-    Sample("inf in a value", partial(make_attention, **_SMALL, edit=_plant("values", 0, float("inf")))),
-    Sample("nan in a key", partial(make_attention, **_SMALL, edit=_plant("keys", 2, float("nan")))),
+    Sample("a layer masked", partial(make_attention_inputs, **SMALL, bias=True, edit=_mask)),
+    Sample("masked by the least finite number", partial(make_attention_inputs, **SMALL, bias=True, edit=_mask_least)),
+    Sample("scale 0", partial(make_attention_inputs, **SMALL, options={"scale": 0.0})),
+    Sample("large scores", partial(make_attention_inputs, **SMALL, options={"scale": 30.0})),
+    Sample("nan in a value", partial(make_attention_inputs, **SMALL, edit=_plant("values", 1, float("nan")))),
+    Sample("inf in a value", partial(make_attention_inputs, **SMALL, edit=_plant("values", 0, float("inf")))),
+    Sample("nan in a key", partial(make_attention_inputs, **SMALL, edit=_plant("keys", 2, float("nan")))),
 )
-SUM_SAMPLES = tuple(Sample(name, partial(make_sum, **g), small=name in _SMALL_NAMES) for name, g in _GEOMETRIES.items())
+SUM_SAMPLES = tuple(
+    Sample(name, partial(make_sum_inputs, **g), small=name in _SMALL_NAMES) for name, g in _GEOMETRIES.items()
+)
 
 
 # --- random calls for the shape fuzz ----------------------------------------------------------------------------------
@@ -204,162 +207,19 @@ def fuzz_attention(draw: random.Random) -> Sample:
         "bias": draw.random() < 0.3,
         "options": {"activation": draw.choice(("softmax", "sigmoid")), "scale": draw.choice((None, 0.5))},
     }
-    return Sample(_describe(settings), partial(make_attention, **settings))
+    return Sample(_describe(settings), partial(make_attention_inputs, **settings))
 
 
 def fuzz_sum(draw: random.Random) -> Sample:
     settings = _fuzz_geometry(draw)
-    return Sample(_describe(settings), partial(make_sum, **settings))
-
-
-# --- bad inputs -------------------------------------------------------------------------------------------------------
-
-
-def _bad(make: Callable[..., dict[str, Any]], **changes: Any) -> Callable[[], dict[str, Any]]:
-    """A small valid call with some arguments replaced; a callable is applied to the argument."""
-
-    def build() -> dict[str, Any]:
-        torch.manual_seed(0)
-        inputs = make(torch.float32, torch.device("cpu"), **_SMALL)
-        for name, change in changes.items():
-            inputs[name] = change(inputs[name]) if callable(change) else change
-        return inputs
-
-    return build
-
-
-def _at(layer: int, change: Callable[[Tensor], Any]) -> Callable[[list[Tensor]], list[Any]]:
-    return lambda tensors: [change(tensor) if i == layer else tensor for i, tensor in enumerate(tensors)]
-
-
-def _common_bad(make: Callable[..., dict[str, Any]], first: str) -> tuple[BadInput, ...]:
-    bad = partial(_bad, make)
-    return (
-        BadInput(
-            "values tensor", bad(values=torch.ones(3)), TypeError, r"values must be a list of tensors.* got Tensor"
-        ),
-        BadInput("values empty", bad(values=[]), ValueError, r"values must hold at least one layer, got none"),
-        BadInput(
-            "value none", bad(values=_at(1, lambda x: None)), TypeError, r"values\[1\] must be a tensor, got None"
-        ),
-        BadInput(
-            "value integer", bad(values=_at(2, lambda x: x.long())), TypeError, r"values\[2\] must have a floating"
-        ),
-        BadInput(
-            "value shape",
-            bad(values=_at(2, lambda x: x[..., :2])),
-            ValueError,
-            r"values\[2\] must have the shape of values\[0\], \(2, 4, 2, 3\), got \(2, 4, 2, 2\)",
-        ),
-        BadInput(
-            "value rank",
-            bad(values=lambda values: [value[0, 0, 0] for value in values]),
-            ValueError,
-            r"values\[0\] must have shape \(B, C, \*spatial\), got \(3,\)",
-        ),
-        BadInput(
-            "value dtype", bad(values=_at(1, Tensor.half)), ValueError, rf"values\[1\] must have the dtype of {first}"
-        ),
-        BadInput(
-            "value device",
-            bad(values=_at(1, lambda x: x.to("meta"))),
-            ValueError,
-            rf"values\[1\] must be on the device of {first}, cpu, got meta",
-        ),
-        BadInput("impl unknown", bad(impl="fast"), ValueError, r"impl must be one of 'auto', .* got 'fast'"),
-        BadInput(
-            "impl cannot run",
-            lambda: {**make(torch.float64, torch.device("cpu"), **_SMALL), "impl": "cpu"},
-            RuntimeError,
-            r"impl='cpu' cannot run: .*(float64|not available)",
-        ),
-        BadInput(
-            "triton cannot run",
-            lambda: {**make(torch.float64, torch.device("cpu"), **_SMALL), "impl": "triton"},
-            RuntimeError,
-            r"impl='triton' cannot run: (it|the package) ",
-        ),
-    )
-
-
-ATTENTION_BAD = (
-    *_common_bad(make_attention, "query"),
-    BadInput("query none", _bad(make_attention, query=None), TypeError, r"query must be a tensor, got NoneType"),
-    BadInput(
-        "query rank", _bad(make_attention, query=lambda x: x[0, 0]), ValueError, r"query must have shape \(B, G, d\)"
-    ),
-    BadInput(
-        "query batch", _bad(make_attention, query=lambda x: x[:1]), ValueError, r"query must have the batch .* 2, got"
-    ),
-    BadInput(
-        "no depth", _bad(make_attention, query=lambda x: x[..., :0]), ValueError, r"query must have a depth d of at"
-    ),
-    BadInput(
-        "groups",
-        _bad(make_attention, query=lambda x: x.repeat(1, 2, 1)[:, :3]),
-        ValueError,
-        r"query must have a number of groups G that divides the C=4 channels, got 3",
-    ),
-    BadInput(
-        "keys fewer",
-        _bad(make_attention, keys=lambda x: x[:2]),
-        ValueError,
-        r"keys must be as many as values, 3, got 2",
-    ),
-    BadInput("keys none", _bad(make_attention, keys=None), TypeError, r"keys must be a list of tensors.* got NoneType"),
-    BadInput(
-        "key shape",
-        _bad(make_attention, keys=_at(1, lambda x: x[..., :2])),
-        ValueError,
-        r"keys\[1\] must have shape \(B, G, d\)=\(2, 2, 3\), got \(2, 2, 2\)",
-    ),
-    BadInput(
-        "key dtype",
-        _bad(make_attention, keys=_at(0, Tensor.half)),
-        ValueError,
-        r"keys\[0\] must have the dtype of query",
-    ),
-    BadInput(
-        "bias shape",
-        _bad(make_attention, bias=torch.ones(2, 2)),
-        ValueError,
-        r"bias must have shape \(L, G\)=\(3, 2\), got \(2, 2\)",
-    ),
-    BadInput(
-        "bias dtype",
-        _bad(make_attention, bias=torch.ones(3, 2).half()),
-        ValueError,
-        r"bias must have the dtype of query",
-    ),
-    BadInput("bias number", _bad(make_attention, bias=1.0), TypeError, r"bias must be a tensor, got float"),
-    BadInput("scale text", _bad(make_attention, scale="1"), TypeError, r"scale must be a number, got str"),
-    BadInput(
-        "activation", _bad(make_attention, activation="relu"), ValueError, r"activation must be one of .* got 'relu'"
-    ),
-)
-SUM_BAD = (
-    *_common_bad(make_sum, "weights"),
-    BadInput("weights none", _bad(make_sum, weights=None), TypeError, r"weights must be a tensor, got NoneType"),
-    BadInput(
-        "weights shape",
-        _bad(make_sum, weights=lambda x: x[..., :2]),
-        ValueError,
-        r"weights must have shape \(B, G, L\)=\(2, G, 3\), got \(2, 2, 2\)",
-    ),
-    BadInput(
-        "weights groups",
-        _bad(make_sum, weights=torch.ones(2, 3, 3)),
-        ValueError,
-        r"weights must have a number of groups G that divides the C=4 channels, got 3",
-    ),
-)
+    return Sample(_describe(settings), partial(make_sum_inputs, **settings))
 
 
 # --- benchmark shapes -------------------------------------------------------------------------------------------------
 
 
 def _shape(
-    L: int, B: int, C: int, H: int, W: int, G: int, *, make=make_attention, layout=_contiguous, name: str = ""
+    L: int, B: int, C: int, H: int, W: int, G: int, *, make=make_attention_inputs, layout=_contiguous, name: str = ""
 ) -> Shape:
     """A case by its sizes; the depth of a head is its number of channels, as in MRLA."""
     values = B * C * H * W
@@ -398,33 +258,30 @@ def _attention_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[An
     query, values = inputs["query"], inputs["values"]
     query = query.expand(values[0].shape[0], *query.shape) if query.dim() == 2 else query
     sigmoid = inputs.get("activation") == "sigmoid"
-    return op.attention.calls(impl, query, inputs["keys"], values, inputs.get("bias"), 0.3, sigmoid)
+    return op.layer_attention.calls(impl, query, inputs["keys"], values, inputs.get("bias"), 0.3, sigmoid)
 
 
 SPECS = (
     OpSpec(
         name="layer_attention",
         function=layer_attention,
-        implementations=op.attention.implementations("values"),
+        implementations=op.layer_attention.implementations("query"),
         autocast=partial(convert, keep=("bias",)),
         samples=ATTENTION_SAMPLES,
-        bad_inputs=ATTENTION_BAD,
         fuzz=fuzz_attention,
         operators=_attention_operators,
-        shapes=_shapes(make_attention),
-        growth=_growth(make_attention),
+        shapes=_shapes(make_attention_inputs),
+        growth=_growth(make_attention_inputs),
         make_shape=_shape,
         peers=ATTENTION_PEERS,
     ),
-    op.weighted_sum.spec(
+    op.weighted_layer_sum.spec(
         weighted_layer_sum,
-        asked=("values",),
         samples=SUM_SAMPLES,
-        bad_inputs=SUM_BAD,
         fuzz=fuzz_sum,
-        shapes=_shapes(make_sum)[:2],
-        growth=_growth(make_sum),
-        make_shape=partial(_shape, make=make_sum),
+        shapes=_shapes(make_sum_inputs)[:2],
+        growth=_growth(make_sum_inputs),
+        make_shape=partial(_shape, make=make_sum_inputs),
         peers=SUM_PEERS,
     ),
 )

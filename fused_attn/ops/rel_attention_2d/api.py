@@ -1,12 +1,12 @@
-"""Public functions: validation, autocast and the choice of implementation."""
+"""Public functions: check, choose, run."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .._floor import checks, dispatch
-from .op import attention
+from .._floor import checks
+from . import op
 
 INDEX = ("key_minus_query", "query_minus_key")
 
@@ -68,15 +68,11 @@ def rel_attention_2d(
         raise ValueError(f"index must be one of {', '.join(map(repr, INDEX))}, got {index!r}")
     _check_table("rel_h", rel_h, query, key, axis=2)
     _check_table("rel_w", rel_w, query, key, axis=3)
-    query, key, value, rel_h, rel_w = dispatch.autocast(query, key, value, rel_h, rel_w)
-    checks.same_dtype("query", query, key=key, value=value, rel_h=rel_h, rel_w=rel_w)
-
     scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
     rel_scale = scale if rel_scale is None else checks.number("rel_scale", rel_scale)
-    impl = attention.choose(impl, query, key, value)
+    impl, *tensors = op.rel_attention_2d.choose(impl, query=query, key=key, value=value, rel_h=rel_h, rel_w=rel_w)
     seed = _draw_seed(query.device) if dropout_p > 0.0 else None
-    terms = query, key, value, rel_h, rel_w, scale, rel_scale
-    return attention.run(impl, *terms, index == "key_minus_query", dropout_p, seed)
+    return op.rel_attention_2d.run(impl, *tensors, scale, rel_scale, index == "key_minus_query", dropout_p, seed)
 
 
 def decomposed_bias_attention(
@@ -118,13 +114,12 @@ def decomposed_bias_attention(
     dropout_p = _check_attention(query, key, value, dropout_p)
     _check_bias("bias_h", bias_h, query, key, axis=2)
     _check_bias("bias_w", bias_w, query, key, axis=3)
-    query, key, value, bias_h, bias_w = dispatch.autocast(query, key, value, bias_h, bias_w)
-    checks.same_dtype("query", query, key=key, value=value, bias_h=bias_h, bias_w=bias_w)
-
     scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
-    impl = attention.choose(impl, query, key, value, name="decomposed_bias_attention")
+    impl, *tensors = op.rel_attention_2d.choose(
+        impl, op="decomposed_bias_attention", query=query, key=key, value=value, bias_h=bias_h, bias_w=bias_w
+    )
     seed = _draw_seed(query.device) if dropout_p > 0.0 else None
-    return attention.run(impl, query, key, value, bias_h, bias_w, scale, 1.0, True, dropout_p, seed)
+    return op.rel_attention_2d.run(impl, *tensors, scale, 1.0, True, dropout_p, seed)
 
 
 def _draw_seed(device: torch.device) -> Tensor:
@@ -132,41 +127,41 @@ def _draw_seed(device: torch.device) -> Tensor:
 
 
 def _check_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> float:
-    for name, tensor, shape in (
-        ("query", query, "(B, heads, Hq, Wq, d_k)"),
-        ("key", key, "(B, heads, Hk, Wk, d_k)"),
-        ("value", value, "(B, heads, Hk, Wk, d_v)"),
-    ):
-        checks.tensor(name, tensor)
-        if tensor.dim() != 5:
-            raise ValueError(f"{name} must have 5 dimensions {shape}, got shape {tuple(tensor.shape)}")
-    if query.shape[-1] == 0:
+    _check_grid("query", query, "(B, heads, Hq, Wq, d_k)")
+    _check_grid("key", key, "(B, heads, Hk, Wk, d_k)")
+    _check_grid("value", value, "(B, heads, Hk, Wk, d_v)")
+    batch, heads, _, _, d_k = query.shape
+    if d_k == 0:
         raise ValueError(f"query must have a depth d_k of at least 1, got shape {tuple(query.shape)}")
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape[:2] != query.shape[:2]:
+        if tensor.shape[0] != batch or tensor.shape[1] != heads:
             raise ValueError(
-                f"{name} must have the batch and heads of query, {tuple(query.shape[:2])}, "
-                f"got {tuple(tensor.shape[:2])}"
+                f"{name} must have the batch and heads of query, {(batch, heads)}, got {tuple(tensor.shape[:2])}"
             )
-    if key.shape[-1] != query.shape[-1]:
-        raise ValueError(f"key must have the depth of query, d_k={query.shape[-1]}, got {key.shape[-1]}")
-    if value.shape[2:4] != key.shape[2:4]:
-        raise ValueError(
-            f"value must have the grid of key, (Hk, Wk)={tuple(key.shape[2:4])}, got {tuple(value.shape[2:4])}"
-        )
+    _, _, height, width, key_depth = key.shape
+    if key_depth != d_k:
+        raise ValueError(f"key must have the depth of query, d_k={d_k}, got {key_depth}")
+    if value.shape[2] != height or value.shape[3] != width:
+        raise ValueError(f"value must have the grid of key, (Hk, Wk)={(height, width)}, got {tuple(value.shape[2:4])}")
     dropout_p = checks.number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     return dropout_p
 
 
+def _check_grid(name: str, tensor: object, layout: str) -> None:
+    checks.tensor(name, tensor)
+    if tensor.dim() != 5:
+        raise ValueError(f"{name} must have 5 dimensions {layout}, got shape {tuple(tensor.shape)}")
+
+
 def _check_table(name: str, table: Tensor | None, query: Tensor, key: Tensor, axis: int) -> None:
     if table is None:
         return
     checks.tensor(name, table)
-    heads, depth = query.shape[1], query.shape[-1]
+    heads, depth = query.shape[1], query.shape[4]
     length = max(query.shape[axis] + key.shape[axis] - 1, 0)
-    if tuple(table.shape) not in ((length, depth), (heads, length, depth)):
+    if table.shape != (length, depth) and table.shape != (heads, length, depth):
         letter = "HW"[axis - 2]
         raise ValueError(
             f"{name} must have shape ({letter}q+{letter}k-1, d_k)=({length}, {depth}) or "
@@ -179,6 +174,6 @@ def _check_bias(name: str, bias: Tensor | None, query: Tensor, key: Tensor, axis
         return
     checks.tensor(name, bias)
     expected = (*query.shape[:4], key.shape[axis])
-    if tuple(bias.shape) != expected:
+    if bias.shape != expected:
         letter = "HW"[axis - 2]
         raise ValueError(f"{name} must have shape (B, heads, Hq, Wq, {letter}k)={expected}, got {tuple(bias.shape)}")

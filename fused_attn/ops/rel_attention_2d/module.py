@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -66,7 +68,7 @@ class RelPosAttention2d(nn.Module):
             raise ValueError(f"size must be two positive numbers (H, W), got {size}")
         if not 0.0 <= dropout_p < 1.0:
             raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-        implementations = ("auto", *op.attention.can_run)
+        implementations = ("auto", *op.rel_attention_2d.can_run)
         if impl not in implementations:
             raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")
 
@@ -75,7 +77,7 @@ class RelPosAttention2d(nn.Module):
         self.size = tuple(size)
         self.dropout_p = dropout_p
         self.impl = impl
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qkv = nn.Conv2d(in_channels, 2 * key_channels + value_channels, 1, bias=bias, **options)
         self.proj = nn.Conv2d(value_channels, out_channels or value_channels, 1, bias=bias, **options)
         if relative:
@@ -126,10 +128,11 @@ class RelPosAttention2d(nn.Module):
                 f"were built, got {(height, width)}"
             )
         # Row k - q + size - 1 of the full table is row k - q + length - 1 of this slice.
-        return tuple(
+        rel_h, rel_w = (
             table.narrow(-2, size - length, 2 * length - 1)
             for table, size, length in zip((self.rel_h, self.rel_w), self.size, (height, width), strict=True)
         )
+        return rel_h, rel_w
 
     def extra_repr(self) -> str:
         tables = "none" if self.rel_h is None else "per head" if self.rel_h.dim() == 3 else "shared"
@@ -203,12 +206,12 @@ class AttentionAugmentedConv2d(nn.Module):
                 f"the values, heads * d_v = {value_channels} channels, must leave some of out_channels={out_channels} "
                 f"to the convolution: use a smaller value_ratio than {value_ratio} or fewer heads than {heads}"
             )
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(
             in_channels, out_channels - value_channels, kernel_size, stride, kernel_size // 2, bias=bias, **options
         )
         # 2 * stride - 1 is the least odd kernel that reaches every position of any input on the convolution's grid.
-        self.pool = nn.Identity()
+        self.pool: nn.Module = nn.Identity()
         if stride > 1:
             self.pool = nn.AvgPool2d(2 * stride - 1, stride, padding=stride - 1, count_include_pad=False)
         self.attention = RelPosAttention2d(

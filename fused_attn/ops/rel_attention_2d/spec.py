@@ -1,4 +1,4 @@
-"""Samples, bad inputs, benchmark shapes and peers of ``rel_attention_2d`` and ``decomposed_bias_attention``."""
+"""Samples, benchmark shapes and peers of ``rel_attention_2d`` and ``decomposed_bias_attention``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .._floor.declarations import BadInput, OpSpec, Sample, Shape
+from .._floor.declarations import OpSpec, Sample, Shape
+from . import op
 from .api import decomposed_bias_attention, rel_attention_2d
-from .op import attention
 from .peers import BIAS_PEERS, REL_PEERS
 
 Grid = tuple[int, int]
@@ -71,7 +70,7 @@ def _attention(dtype, device, *, batch, heads, query_grid, key_grid, d_k, d_v, l
     }
 
 
-def make_rel(
+def make_rel_inputs(
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -98,7 +97,7 @@ def make_rel(
     return {**inputs, **(options or {})}
 
 
-def make_bias(
+def make_bias_inputs(
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -118,7 +117,7 @@ def make_bias(
     return {**inputs, **(options or {})}
 
 
-_SMALL = {"batch": 2, "heads": 2, "query_grid": (3, 4), "key_grid": (3, 4), "d_k": 4, "d_v": 3}
+SMALL = {"batch": 2, "heads": 2, "query_grid": (3, 4), "key_grid": (3, 4), "d_k": 4, "d_v": 3}
 
 
 def _geometry(query_grid: Grid, key_grid: Grid | None = None, d_k=20, d_v=2, batch=1, heads=2, **layouts) -> dict:
@@ -129,7 +128,7 @@ def _geometry(query_grid: Grid, key_grid: Grid | None = None, d_k=20, d_v=2, bat
 
 
 _GEOMETRIES = {
-    "small": _SMALL,
+    "small": SMALL,
     "1x1": _geometry((1, 1), d_k=4),
     "one key": _geometry((5, 3), (1, 1), d_k=4),
     "one query": _geometry((1, 1), (6, 7)),
@@ -174,33 +173,33 @@ _GEOMETRIES = {
 
 
 def _rel_sample(name: str, small: bool = False, **settings: Any) -> Sample:
-    return Sample(name, partial(make_rel, **settings), small=small)
+    return Sample(name, partial(make_rel_inputs, **settings), small=small)
 
 
 def _bias_sample(name: str, small: bool = False, **settings: Any) -> Sample:
-    return Sample(name, partial(make_bias, **settings), small=small)
+    return Sample(name, partial(make_bias_inputs, **settings), small=small)
 
 
 REL_SAMPLES = (
     *(_rel_sample(name, small=name == "small", **geometry) for name, geometry in _GEOMETRIES.items()),
-    _rel_sample("no tables", small=True, **_SMALL, terms=""),
-    _rel_sample("rows only", small=True, **_SMALL, terms="h"),
-    _rel_sample("columns only", **_SMALL, terms="w"),
-    _rel_sample("per-head tables", small=True, **_SMALL, tables="per head"),
-    _rel_sample("expanded tables", **_SMALL, tables="expanded"),
-    _rel_sample("transposed tables", **_SMALL, tables="transposed"),
-    _rel_sample("query_minus_key", small=True, **_SMALL, options={"index": "query_minus_key"}),
+    _rel_sample("no tables", small=True, **SMALL, terms=""),
+    _rel_sample("rows only", small=True, **SMALL, terms="h"),
+    _rel_sample("columns only", **SMALL, terms="w"),
+    _rel_sample("per-head tables", small=True, **SMALL, tables="per head"),
+    _rel_sample("expanded tables", **SMALL, tables="expanded"),
+    _rel_sample("transposed tables", **SMALL, tables="transposed"),
+    _rel_sample("query_minus_key", small=True, **SMALL, options={"index": "query_minus_key"}),
     _rel_sample(
         "query_minus_key, unequal grids",
         **_geometry((6, 5), (4, 9), d_v=4),
         tables="per head",
         options={"index": "query_minus_key"},
     ),
-    _rel_sample("rel_scale 1", **_SMALL, options={"rel_scale": 1.0}),
-    _rel_sample("scale 0.1, rel_scale 0.7", small=True, **_SMALL, options={"scale": 0.1, "rel_scale": 0.7}),
-    _rel_sample("scale 0", **_SMALL, options={"scale": 0.0, "rel_scale": 1.0}),
+    _rel_sample("rel_scale 1", **SMALL, options={"rel_scale": 1.0}),
+    _rel_sample("scale 0.1, rel_scale 0.7", small=True, **SMALL, options={"scale": 0.1, "rel_scale": 0.7}),
+    _rel_sample("scale 0", **SMALL, options={"scale": 0.0, "rel_scale": 1.0}),
     _rel_sample("large logits", **_geometry((7, 9), heads=1), options={"scale": 2.0}),
-    _rel_sample("dropout", small=True, **_SMALL, options={"dropout_p": 0.3}),
+    _rel_sample("dropout", small=True, **SMALL, options={"dropout_p": 0.3}),
     _rel_sample("dropout, width 8", **_GEOMETRIES["width 8"], options={"dropout_p": 0.5}),
     _rel_sample("dropout, width 32", **_geometry((8, 32)), options={"dropout_p": 0.1}),
 )
@@ -271,33 +270,33 @@ def _plant(name: str, value: float, position: int = 0) -> Callable[[dict[str, An
 
 BIAS_SAMPLES = (
     *(_bias_sample(name, small=name == "small", **geometry) for name, geometry in _GEOMETRIES.items()),
-    _bias_sample("no bias", **_SMALL, terms=""),
-    _bias_sample("rows only", small=True, **_SMALL, terms="h"),
-    _bias_sample("columns only", **_SMALL, terms="w"),
-    _bias_sample("expanded bias", **_SMALL, edit=_expand),
-    _bias_sample("masked rows", **_SMALL, edit=_mask_rows),
+    _bias_sample("no bias", **SMALL, terms=""),
+    _bias_sample("rows only", small=True, **SMALL, terms="h"),
+    _bias_sample("columns only", **SMALL, terms="w"),
+    _bias_sample("expanded bias", **SMALL, edit=_expand),
+    _bias_sample("masked rows", **SMALL, edit=_mask_rows),
     _bias_sample("masked rows, width 8", **_GEOMETRIES["width 8"], edit=_mask_rows),
     _bias_sample("masked rows, width 32", **_geometry((8, 32)), edit=_mask_rows),
-    _bias_sample("bias expanded over keys", **_SMALL, edit=_expand_keys),
-    _bias_sample("strided bias", **_SMALL, edit=_spread_bias),
-    _bias_sample("masked columns", **_SMALL, edit=_mask_columns),
-    _bias_sample("masked by both terms", small=True, **_SMALL, edit=_mask_crossed),
-    _bias_sample("masked image", **_SMALL, edit=_mask_image),
-    _bias_sample("masked by the least finite number", **_SMALL, edit=_mask_least),
+    _bias_sample("bias expanded over keys", **SMALL, edit=_expand_keys),
+    _bias_sample("strided bias", **SMALL, edit=_spread_bias),
+    _bias_sample("masked columns", **SMALL, edit=_mask_columns),
+    _bias_sample("masked by both terms", small=True, **SMALL, edit=_mask_crossed),
+    _bias_sample("masked image", **SMALL, edit=_mask_image),
+    _bias_sample("masked by the least finite number", **SMALL, edit=_mask_least),
     _bias_sample("masked by the least finite number, width 8", **_GEOMETRIES["width 8"], edit=_mask_least),
-    _bias_sample("masked by several numbers", **_SMALL, edit=_mask_mixed),
+    _bias_sample("masked by several numbers", **SMALL, edit=_mask_mixed),
     _bias_sample(
         "masked, expanded, dropped",
-        **_SMALL,
+        **SMALL,
         edit=lambda inputs: (_mask_columns(inputs), _expand(inputs)),
         options={"dropout_p": 0.5},
     ),
-    _bias_sample("nan in query", **_SMALL, edit=_plant("query", float("nan"))),
-    _bias_sample("nan in key", **_SMALL, edit=_plant("key", float("nan"))),
-    _bias_sample("inf in value", **_SMALL, edit=_plant("value", float("inf"))),
-    _bias_sample("inf in the last value", **_SMALL, edit=_plant("value", float("inf"), -1)),
-    _bias_sample("inf in bias_h", **_SMALL, edit=_plant("bias_h", float("inf"))),
-    _bias_sample("dropout", small=True, **_SMALL, options={"dropout_p": 0.3}),
+    _bias_sample("nan in query", **SMALL, edit=_plant("query", float("nan"))),
+    _bias_sample("nan in key", **SMALL, edit=_plant("key", float("nan"))),
+    _bias_sample("inf in value", **SMALL, edit=_plant("value", float("inf"))),
+    _bias_sample("inf in the last value", **SMALL, edit=_plant("value", float("inf"), -1)),
+    _bias_sample("inf in bias_h", **SMALL, edit=_plant("bias_h", float("inf"))),
+    _bias_sample("dropout", small=True, **SMALL, options={"dropout_p": 0.3}),
 )
 
 
@@ -336,7 +335,7 @@ def fuzz_rel(draw: random.Random) -> Sample:
         },
         **_fuzz_geometry(draw),
     }
-    return Sample(_describe(settings), partial(make_rel, **settings))
+    return Sample(_describe(settings), partial(make_rel_inputs, **settings))
 
 
 def fuzz_bias(draw: random.Random) -> Sample:
@@ -345,146 +344,30 @@ def fuzz_bias(draw: random.Random) -> Sample:
         "options": {"dropout_p": draw.choice((0.0, 0.0, 0.25))},
         **_fuzz_geometry(draw),
     }
-    return Sample(_describe(settings), partial(make_bias, **settings))
-
-
-# --- bad inputs -------------------------------------------------------------------------------------------------------
-
-
-def _bad(make: Callable[..., dict[str, Any]], **changes: Any) -> Callable[[], dict[str, Any]]:
-    """A small valid call with some arguments replaced; a callable is applied to the argument."""
-
-    def build() -> dict[str, Any]:
-        torch.manual_seed(0)
-        inputs = make(torch.float32, torch.device("cpu"), **_SMALL)
-        for name, change in changes.items():
-            inputs[name] = change(inputs[name]) if callable(change) else change
-        return inputs
-
-    return build
-
-
-def _common_bad(make: Callable[..., dict[str, Any]]) -> tuple[BadInput, ...]:
-    bad = partial(_bad, make)
-    return (
-        BadInput("query rank", bad(query=lambda x: x[0]), ValueError, r"query must have 5 dimensions .*\(2, 3, 4, 4\)"),
-        BadInput("key rank", bad(key=lambda x: x[0]), ValueError, r"key must have 5 dimensions"),
-        BadInput("value rank", bad(value=lambda x: x[0]), ValueError, r"value must have 5 dimensions"),
-        BadInput("query no tensor", bad(query=[1.0]), TypeError, r"query must be a tensor, got list"),
-        BadInput("integer key", bad(key=lambda x: x.long()), TypeError, r"key must have a floating.* got torch\.int64"),
-        BadInput(
-            "batch", bad(key=lambda x: x[:1]), ValueError, r"key must have the batch and heads of query, \(2, 2\)"
-        ),
-        BadInput("heads", bad(value=lambda x: x[:, :1]), ValueError, r"value must have the batch and heads .*\(2, 1\)"),
-        BadInput("depth", bad(key=lambda x: x[..., :3]), ValueError, r"key must have the depth of query, d_k=4, got 3"),
-        BadInput(
-            "no depth",
-            bad(query=lambda x: x[..., :0], key=lambda x: x[..., :0]),
-            ValueError,
-            r"query must have a depth d_k of at least 1",
-        ),
-        BadInput("grid", bad(value=lambda x: x[:, :, :2]), ValueError, r"value must have the grid of key, .*\(2, 4\)"),
-        BadInput(
-            "dtype", bad(key=lambda x: x.double()), ValueError, r"key must have the dtype of query, torch.float32"
-        ),
-        BadInput("device", bad(value=lambda x: x.to("meta")), ValueError, r"value must be on the device of query, cpu"),
-        BadInput("dropout 1", bad(dropout_p=1.0), ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
-        BadInput("dropout negative", bad(dropout_p=-0.1), ValueError, r"dropout_p must be in \[0, 1\), got -0.1"),
-        BadInput("dropout nan", bad(dropout_p=float("nan")), ValueError, r"dropout_p must be in \[0, 1\), got nan"),
-        BadInput("dropout text", bad(dropout_p="0.1"), TypeError, r"dropout_p must be a number, got str"),
-        BadInput("scale text", bad(scale="1"), TypeError, r"scale must be a number, got str"),
-        BadInput(
-            "scale tensor", bad(scale=torch.ones((), requires_grad=True)), TypeError, r"scale .* that requires grad"
-        ),
-        BadInput("query none", bad(query=None), TypeError, r"query must be a tensor, got NoneType"),
-        BadInput(
-            "value transposed",
-            bad(value=lambda x: x.transpose(2, 3)),
-            ValueError,
-            r"value must have the grid of key, \(Hk, Wk\)=\(3, 4\), got \(4, 3\)",
-        ),
-        BadInput(
-            "complex query", bad(query=lambda x: x.cfloat()), TypeError, r"query must have .* got torch.complex64"
-        ),
-        BadInput("impl unknown", bad(impl="fast"), ValueError, r"impl must be one of 'auto', .* got 'fast'"),
-        BadInput("impl of other ops", bad(impl="cuda"), ValueError, r"impl must be one of .* got 'cuda'"),
-        BadInput(
-            "triton cannot run",
-            _bad(_no_terms, **dict.fromkeys(("query", "key", "value"), Tensor.double), impl="triton"),
-            RuntimeError,
-            r"impl='triton' cannot run: (it|the package) ",
-        ),
-        BadInput(
-            "impl cannot run",
-            _bad(_no_terms, **dict.fromkeys(("query", "key", "value"), Tensor.double), impl="cpu"),
-            RuntimeError,
-            r"impl='cpu' cannot run: .*(float64|not available)",
-        ),
-    )
-
-
-def _no_terms(dtype, device, **geometry):
-    return make_rel(dtype, device, terms="", **geometry)
-
-
-REL_BAD = (
-    *_common_bad(make_rel),
-    BadInput("rel_scale", _bad(make_rel, rel_scale=[1.0]), TypeError, r"rel_scale must be a number, got list"),
-    BadInput("index", _bad(make_rel, index="q-k"), ValueError, r"index must be one of .*, got 'q-k'"),
-    BadInput(
-        "table length",
-        _bad(make_rel, rel_h=lambda x: x[1:]),
-        ValueError,
-        r"rel_h must have shape \(Hq\+Hk-1, d_k\)=\(5, 4\) or .*=\(2, 5, 4\), got \(4, 4\)",
-    ),
-    BadInput("table depth", _bad(make_rel, rel_w=lambda x: x[:, 1:]), ValueError, r"rel_w must have shape .*\(7, 3\)"),
-    BadInput(
-        "table heads", _bad(make_rel, rel_w=lambda x: x.expand(3, -1, -1)), ValueError, r"rel_w must have shape .*\(3,"
-    ),
-    BadInput("table integer", _bad(make_rel, rel_h=lambda x: x.int()), TypeError, r"rel_h must have a floating"),
-    BadInput(
-        "table dtype", _bad(make_rel, rel_h=lambda x: x.half()), ValueError, r"rel_h must have the dtype of query"
-    ),
-    BadInput("table device", _bad(make_rel, rel_w=lambda x: x.to("meta")), ValueError, r"rel_w must be on the device"),
-)
-BIAS_BAD = (
-    *_common_bad(make_bias),
-    BadInput(
-        "bias shape",
-        _bad(make_bias, bias_h=lambda x: x[..., :2]),
-        ValueError,
-        r"bias_h must have shape \(B, heads, Hq, Wq, Hk\)=\(2, 2, 3, 4, 3\), got \(2, 2, 3, 4, 2\)",
-    ),
-    BadInput(
-        "bias batch", _bad(make_bias, bias_w=lambda x: x[:1]), ValueError, r"bias_w must have .*\(1, 2, 3, 4, 4\)"
-    ),
-    BadInput(
-        "bias grid",
-        _bad(make_bias, bias_h=lambda x: x.transpose(2, 3)),
-        ValueError,
-        r"bias_h must have .*got \(2, 2, 4, ",
-    ),
-    BadInput(
-        "bias device", _bad(make_bias, bias_h=lambda x: x.to("meta")), ValueError, r"bias_h must be on the device"
-    ),
-    BadInput("bias rank", _bad(make_bias, bias_w=lambda x: x[0]), ValueError, r"bias_w must have shape"),
-    BadInput("bias integer", _bad(make_bias, bias_w=lambda x: x.long()), TypeError, r"bias_w must have a floating"),
-    BadInput("bias dtype", _bad(make_bias, bias_w=lambda x: x.half()), ValueError, r"bias_w must have the dtype"),
-)
+    return Sample(_describe(settings), partial(make_bias_inputs, **settings))
 
 
 # --- benchmark shapes -------------------------------------------------------------------------------------------------
 
 
 def _shape(
-    B: int, heads: int, H: int, W: int, d_k: int, d_v: int, *, make=make_rel, name: str = "", memory_only: bool = False
+    B: int,
+    heads: int,
+    H: int,
+    W: int,
+    d_k: int,
+    d_v: int,
+    *,
+    make=make_rel_inputs,
+    name: str = "",
+    memory_only: bool = False,
 ) -> Shape:
     """A case by its sizes; the query and key grids are equal."""
     grid, pairs, positions = (H, W), B * heads, H * W
     geometry = {"batch": B, "heads": heads, "query_grid": grid, "key_grid": grid, "d_k": d_k, "d_v": d_v}
     logits = pairs * positions * (H + W)
-    tables = 2 * (H + W - 1) * d_k if make is make_rel else logits
-    table_flops = 2 * logits * d_k if make is make_rel else 0
+    tables = 2 * (H + W - 1) * d_k if make is make_rel_inputs else logits
+    table_flops = 2 * logits * d_k if make is make_rel_inputs else 0
     vectors = pairs * positions * (2 * d_k + d_v)
     sizes = {"B": B, "heads": heads, "H": H, "W": W, "d_k": d_k, "d_v": d_v}
     return Shape(
@@ -495,7 +378,9 @@ def _shape(
         bytes_forward=4 * (vectors + tables + pairs * positions * d_v),
         bytes_backward=4 * (2 * vectors + 2 * tables + 2 * pairs * positions * d_v),
         # Finished logits have a gradient of their size, which the caller asked for.
-        memory_limit=int(1.5 * 4 * (vectors + pairs * positions * d_v + logits * (1 if make is make_rel else 2))),
+        memory_limit=int(
+            1.5 * 4 * (vectors + pairs * positions * d_v + logits * (1 if make is make_rel_inputs else 2))
+        ),
         sizes=sizes,
         memory_only=memory_only,
     )
@@ -524,12 +409,12 @@ REL_GPU_SHAPES = (
 )
 #: SAM and ViTDet on 1024x1024 images: global attention, and 25 windows.
 BIAS_SHAPES = (
-    _shape(1, 12, 64, 64, 64, 64, make=make_bias, name="64x64, d 64 (SAM)"),
-    _shape(25, 12, 14, 14, 64, 64, make=make_bias, name="14x14, d 64 (SAM windows)"),
+    _shape(1, 12, 64, 64, 64, 64, make=make_bias_inputs, name="64x64, d 64 (SAM)"),
+    _shape(25, 12, 14, 14, 64, 64, make=make_bias_inputs, name="14x14, d 64 (SAM windows)"),
 )
 BIAS_GPU_SHAPES = (
-    _shape(8, 12, 64, 64, 64, 64, make=make_bias, name="64x64, B 8, d 64 (SAM)"),
-    _shape(200, 12, 14, 14, 64, 64, make=make_bias, name="14x14, B 200, d 64 (SAM windows)"),
+    _shape(8, 12, 64, 64, 64, 64, make=make_bias_inputs, name="64x64, B 8, d 64 (SAM)"),
+    _shape(200, 12, 14, 14, 64, 64, make=make_bias_inputs, name="14x14, B 200, d 64 (SAM windows)"),
 )
 
 
@@ -541,36 +426,34 @@ def _operators(prefix: str, impl: str, inputs: Mapping[str, Any]) -> tuple[tuple
     dropout_p = inputs.get("dropout_p", 0.0)
     seed = torch.tensor([1234567890123], device=terms[0].device) if dropout_p else None
     key_minus_query = inputs.get("index", "key_minus_query") == "key_minus_query"
-    return attention.calls(impl, *terms, 0.3, 0.7, key_minus_query, dropout_p, seed)
+    return op.rel_attention_2d.calls(impl, *terms, 0.3, 0.7, key_minus_query, dropout_p, seed)
 
 
 SPECS = (
     OpSpec(
         name="rel_attention_2d",
         function=rel_attention_2d,
-        implementations=attention.implementations("query", "key", "value"),
+        implementations=op.rel_attention_2d.implementations("query", "key", "value"),
         samples=REL_SAMPLES,
-        bad_inputs=REL_BAD,
         fuzz=fuzz_rel,
         operators=partial(_operators, "rel"),
         shapes=REL_SHAPES,
-        growth=_growth(make_rel),
+        growth=_growth(make_rel_inputs),
         gpu_shapes=REL_GPU_SHAPES,
-        make_shape=partial(_shape, make=make_rel),
+        make_shape=partial(_shape, make=make_rel_inputs),
         peers=REL_PEERS,
     ),
     OpSpec(
         name="decomposed_bias_attention",
         function=decomposed_bias_attention,
-        implementations=attention.implementations("query", "key", "value"),
+        implementations=op.rel_attention_2d.implementations("query", "key", "value"),
         samples=BIAS_SAMPLES,
-        bad_inputs=BIAS_BAD,
         fuzz=fuzz_bias,
         operators=partial(_operators, "bias"),
         shapes=BIAS_SHAPES,
-        growth=_growth(make_bias),
+        growth=_growth(make_bias_inputs),
         gpu_shapes=BIAS_GPU_SHAPES,
-        make_shape=partial(_shape, make=make_bias),
+        make_shape=partial(_shape, make=make_bias_inputs),
         peers=BIAS_PEERS,
     ),
 )

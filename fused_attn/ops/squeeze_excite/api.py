@@ -1,11 +1,11 @@
-"""Public function: validation, autocast and the choice of implementation."""
+"""Public function: check, choose, run."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from .._floor import checks, dispatch
-from .op import excite
+from .._floor import checks
+from . import op
 
 ACTIVATIONS = (None, "relu")
 
@@ -62,59 +62,34 @@ def squeeze_excite(
     _check_inputs(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
-    x, residual, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share = dispatch.autocast_maps(
-        (x, residual), fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share
-    )
-    checks.same_dtype(
-        "x",
-        x,
+    impl, x, residual, *parameters = op.squeeze_excite.choose(
+        impl,
+        x=x,
+        residual=residual,
         fc1_weight=fc1_weight,
         fc1_bias=fc1_bias,
         fc2_weight=fc2_weight,
         fc2_bias=fc2_bias,
         result=result,
         result_share=result_share,
-        residual=residual,
     )
-    arguments = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual, activation == "relu")
-    return excite.run(excite.choose(impl, x), *arguments)
-
-
-def _check_tensor(name: str, tensor: object, layout: str) -> None:
-    checks.tensor(name, tensor)
-    dimensions = layout.count(",") + (not layout.endswith(",)"))
-    if tensor.dim() != dimensions:
-        raise ValueError(f"{name} must have shape {layout}, got {tuple(tensor.shape)}")
-
-
-def _check_shape(name: str, tensor: Tensor, layout: str, expected: tuple) -> None:
-    if tuple(tensor.shape) != expected:
-        raise ValueError(f"{name} must have shape {layout}={expected}, got {tuple(tensor.shape)}")
+    return op.squeeze_excite.run(impl, x, *parameters, residual, activation == "relu")
 
 
 def _check_inputs(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual) -> None:
-    for name, tensor, layout, optional in (
-        ("x", x, "(B, C, H, W)", False),
-        ("fc1_weight", fc1_weight, "(hidden, n + C)", False),
-        ("fc1_bias", fc1_bias, "(hidden,)", True),
-        ("fc2_weight", fc2_weight, "(C, hidden)", False),
-        ("fc2_bias", fc2_bias, "(C,)", True),
-        ("result", result, "(B, n)", True),
-        ("result_share", result_share, "(B, hidden)", True),
-        ("residual", residual, "(B, C, H, W)", True),
-    ):
-        if tensor is not None or not optional:
-            _check_tensor(name, tensor, layout)
+    _check_tensor("x", x, 4, "(B, C, H, W)")
     batch, channels, height, width = x.shape
     if channels == 0 or height == 0 or width == 0:
         raise ValueError(f"x must have at least one channel and one position, got shape {tuple(x.shape)}")
-    if result is not None and result_share is not None:
-        raise ValueError("result_share must be None where a result is given: it stands for the result")
     features = 0
     if result is not None:
+        _check_tensor("result", result, 2, "(B, n)")
+        if result_share is not None:
+            raise ValueError("result_share must be None where a result is given: it stands for the result")
         if result.shape[0] != batch:
             raise ValueError(f"result must have the batch of x, {batch}, got {result.shape[0]}")
         features = result.shape[1]
+    _check_tensor("fc1_weight", fc1_weight, 2, "(hidden, n + C)")
     hidden, columns = fc1_weight.shape
     if hidden == 0:
         raise ValueError(f"fc1_weight must have at least one hidden channel, got shape {tuple(fc1_weight.shape)}")
@@ -136,3 +111,15 @@ def _check_inputs(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_
         _check_shape("result_share", result_share, "(B, hidden)", (batch, hidden))
     if residual is not None:
         _check_shape("residual", residual, "(B, C, H, W)", (batch, channels, height, width))
+
+
+def _check_tensor(name: str, tensor: object, dimensions: int, layout: str) -> None:
+    checks.tensor(name, tensor)
+    if tensor.dim() != dimensions:
+        raise ValueError(f"{name} must have shape {layout}, got {tuple(tensor.shape)}")
+
+
+def _check_shape(name: str, tensor: object, layout: str, expected: tuple) -> None:
+    checks.tensor(name, tensor)
+    if tensor.shape != expected:
+        raise ValueError(f"{name} must have shape {layout}={expected}, got {tuple(tensor.shape)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,12 +61,13 @@ class SqueezeExcite(nn.Module):
             raise ValueError(f"reduction must leave a hidden channel of channels={channels}, got {reduction}")
         if result_features < 0:
             raise ValueError(f"result_features must be at least 0, got {result_features}")
-        implementations = ("auto", *op.excite.can_run)
+        implementations = ("auto", *op.squeeze_excite.can_run)
         if impl not in implementations:
             raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")
         self.channels, self.reduction, self.result_features = channels, reduction, result_features
         self.impl = impl
-        hidden, options = channels // reduction, {"bias": bias, "device": device, "dtype": dtype}
+        hidden = channels // reduction
+        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.fc1 = nn.Linear(result_features + channels, hidden, **options)
         self.fc2 = nn.Linear(hidden, channels, **options)
 
@@ -129,7 +131,7 @@ class SqueezeExcite(nn.Module):
     def _plain(self) -> bool:
         return is_plain(self.fc1, nn.Linear) and is_plain(self.fc2, nn.Linear)
 
-    def _layers(self, result_share: Tensor | None) -> tuple[Tensor | None, ...]:
+    def _layers(self, result_share: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         weight = self.fc1.weight if result_share is None else self.fc1.weight[:, self.result_features :]
         return weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
 
@@ -146,7 +148,7 @@ class SqueezeExcite(nn.Module):
         if result_share is not None and (reason := why_not_plain(self.fc1, nn.Linear)):
             raise ValueError(f"result_share must be None: fc1 {reason} and must be called: give the result itself")
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in ("fc1.weight", "fc2.weight"):
             weight = state_dict.get(prefix + name)
             if weight is not None and weight.dim() == 4 and weight.shape[2:] == (1, 1):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._floor.layout import in_format, memory_format
+from .._floor import dispatch
+from .._floor.layout import empty_contiguous, in_format, memory_format
 from .._floor.operators import Operators, cpp, triton
 from . import reference
 
@@ -18,7 +19,7 @@ def _allocate(x: Tensor, fc1_weight: Tensor, *_) -> tuple[Tensor, ...]:
     batch, channels = x.shape[:2]
     return (
         _empty_like(x),
-        *(x.new_empty((batch, width), dtype=torch.float32) for width in (channels, fc1_weight.shape[0], channels)),
+        *(x.new_empty(batch, width, dtype=torch.float32) for width in (channels, fc1_weight.shape[0], channels)),
     )
 
 
@@ -29,13 +30,13 @@ def _allocate_backward(
     width, (batch, channels) = fc1_weight.shape[0], x.shape[:2]
     return (
         _empty_like(x),
-        x.new_empty(fc1_weight.shape),
-        x.new_empty((width,)),
-        x.new_empty(fc2_weight.shape),
-        x.new_empty((channels,)),
-        x.new_empty((0,) if result is None else result.shape),
-        x.new_empty((batch, width) if share_grad else (0,)),
-        _empty_like(x) if residual_grad else x.new_empty((0,)),
+        empty_contiguous(fc1_weight),
+        x.new_empty(width),
+        empty_contiguous(fc2_weight),
+        x.new_empty(channels),
+        x.new_empty(0) if result is None else empty_contiguous(result),
+        x.new_empty(batch, width) if share_grad else x.new_empty(0),
+        _empty_like(x) if residual_grad else x.new_empty(0),
     )
 
 
@@ -76,7 +77,7 @@ def _flops(x, fc1_weight, *_, **__) -> int:
     return 2 * x[0] * hidden * (columns + x[1])
 
 
-excite = Operators(
+squeeze_excite = Operators(
     "squeeze_excite",
     "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? result, "
     "Tensor? result_share, Tensor? residual, bool relu) -> (Tensor out, Tensor z, Tensor hidden, Tensor scale)",
@@ -90,6 +91,7 @@ excite = Operators(
         "cpu": (_forward, _backward),
         "triton": (triton(__package__, "forward"), triton(__package__, "backward")),
     },
+    autocast=lambda x, residual, *parameters: dispatch.autocast_maps((x, residual), *parameters),
     reference=reference.squeeze_excite,
     flops=_flops,
     flops_backward=lambda grad_out, x, fc1_weight, *_, **__: 2 * _flops(x, fc1_weight),

@@ -1,4 +1,4 @@
-"""Samples, bad inputs, benchmark shapes and peers of ``squeeze_excite``."""
+"""Samples, benchmark shapes and peers of ``squeeze_excite``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._floor.declarations import BadInput, OpSpec, Sample, Shape, unchanged
+from .._floor.declarations import OpSpec, Sample, Shape, unchanged
 from . import op, reference
 from .api import squeeze_excite
 from .peers import PEERS
@@ -97,7 +97,7 @@ def make_inputs(
     return inputs
 
 
-_SMALL: dict[str, Any] = {"size": (2, 6, 3, 4), "hidden": 3}
+SMALL: dict[str, Any] = {"size": (2, 6, 3, 4), "hidden": 3}
 _BLOCK: dict[str, Any] = {"residual": True, "relu": True}
 
 
@@ -116,29 +116,29 @@ def _strided_rows(inputs: dict[str, Any]) -> None:
 
 
 _CASES: dict[str, dict[str, Any]] = {
-    "small": {**_SMALL, "small": True},
-    "residual": {**_SMALL, "residual": True, "small": True},
-    "relu": {**_SMALL, "relu": True, "small": True},
-    "residual and relu": {**_SMALL, **_BLOCK, "small": True},
-    "result": {**_SMALL, "features": 5, "small": True},
-    "result, residual and relu": {**_SMALL, **_BLOCK, "features": 5},
-    "result share": {**_SMALL, **_BLOCK, "share": True, "small": True},
-    "result without features": {**_SMALL, "features": 0},
-    "strided result": {**_SMALL, "features": 5, "edit": _strided_rows},
-    "strided result share": {**_SMALL, "share": True, "edit": _strided_rows},
-    "no biases": {**_SMALL, **_BLOCK, "biases": (False, False), "small": True},
-    "first bias only": {**_SMALL, "biases": (True, False)},
-    "second bias only": {**_SMALL, "biases": (False, True)},
-    "channels_last": {**_SMALL, **_BLOCK, "layout": _channels_last, "small": True},
+    "small": {**SMALL, "small": True},
+    "residual": {**SMALL, "residual": True, "small": True},
+    "relu": {**SMALL, "relu": True, "small": True},
+    "residual and relu": {**SMALL, **_BLOCK, "small": True},
+    "result": {**SMALL, "features": 5, "small": True},
+    "result, residual and relu": {**SMALL, **_BLOCK, "features": 5},
+    "result share": {**SMALL, **_BLOCK, "share": True, "small": True},
+    "result without features": {**SMALL, "features": 0},
+    "strided result": {**SMALL, "features": 5, "edit": _strided_rows},
+    "strided result share": {**SMALL, "share": True, "edit": _strided_rows},
+    "no biases": {**SMALL, **_BLOCK, "biases": (False, False), "small": True},
+    "first bias only": {**SMALL, "biases": (True, False)},
+    "second bias only": {**SMALL, "biases": (False, True)},
+    "channels_last": {**SMALL, **_BLOCK, "layout": _channels_last, "small": True},
     "channels_last, residual contiguous": {
-        **_SMALL, **_BLOCK, "layout": _channels_last, "residual_layout": _contiguous,
+        **SMALL, **_BLOCK, "layout": _channels_last, "residual_layout": _contiguous,
     },
-    "contiguous, residual channels_last": {**_SMALL, **_BLOCK, "residual_layout": _channels_last},
-    "spread": {**_SMALL, **_BLOCK, "layout": _spread},
-    "turned": {**_SMALL, **_BLOCK, "layout": _turned},
-    "one map": {**_SMALL, "layout": _one_map, "residual": True},
-    "slice of channels": {**_SMALL, "layout": _slice_of_channels},
-    "transposed weights": {**_SMALL, **_BLOCK, "features": 5, "weight_layout": "transposed"},
+    "contiguous, residual channels_last": {**SMALL, **_BLOCK, "residual_layout": _channels_last},
+    "spread": {**SMALL, **_BLOCK, "layout": _spread},
+    "turned": {**SMALL, **_BLOCK, "layout": _turned},
+    "one map": {**SMALL, "layout": _one_map, "residual": True},
+    "slice of channels": {**SMALL, "layout": _slice_of_channels},
+    "transposed weights": {**SMALL, **_BLOCK, "features": 5, "weight_layout": "transposed"},
     "1x1 map": {"size": (3, 20, 1, 1), "hidden": 4, **_BLOCK},
     "1x1 map, channels_last": {"size": (3, 20, 1, 1), "hidden": 4, "layout": _channels_last},
     "one channel": {"size": (2, 1, 5, 5), "hidden": 4, **_BLOCK},
@@ -152,11 +152,11 @@ _CASES: dict[str, dict[str, Any]] = {
     "large map": {"size": (1, 3, 67, 61), "hidden": 2, **_BLOCK},
     "large map, channels_last": {"size": (1, 3, 67, 61), "hidden": 2, **_BLOCK, "layout": _channels_last},
     "many samples": {"size": (40, 8, 2, 3), "hidden": 2, "relu": True},
-    "no samples": {**_SMALL, **_BLOCK, "size": (0, 6, 3, 4), "features": 5},
-    "no samples, share": {**_SMALL, "size": (0, 6, 3, 4), "share": True},
-    "nan in x": {**_SMALL, **_BLOCK, "edit": _plant("x", float("nan"))},
-    "inf in x": {**_SMALL, "edit": _plant("x", float("inf"))},
-    "nan in residual": {**_SMALL, **_BLOCK, "edit": _plant("residual", float("nan"))},
+    "no samples": {**SMALL, **_BLOCK, "size": (0, 6, 3, 4), "features": 5},
+    "no samples, share": {**SMALL, "size": (0, 6, 3, 4), "share": True},
+    "nan in x": {**SMALL, **_BLOCK, "edit": _plant("x", float("nan"))},
+    "inf in x": {**SMALL, "edit": _plant("x", float("inf"))},
+    "nan in residual": {**SMALL, **_BLOCK, "edit": _plant("residual", float("nan"))},
 }  # fmt: skip
 SAMPLES = tuple(
     Sample(
@@ -185,97 +185,6 @@ def fuzz(draw: random.Random) -> Sample:
     settings["share"] = settings["features"] is None and draw.random() < 0.3
     name = str({key: getattr(value, "__name__", value) for key, value in settings.items()})
     return Sample(name, partial(make_inputs, **settings))
-
-
-# --- bad inputs -------------------------------------------------------------------------------------------------------
-
-
-def _bad(**changes: Any) -> Callable[[], dict[str, Any]]:
-    """A small valid call with some arguments replaced; a callable is applied to the argument."""
-
-    def build() -> dict[str, Any]:
-        torch.manual_seed(0)
-        inputs = make_inputs(torch.float32, torch.device("cpu"), **_SMALL, features=5, residual=True)
-        for name, change in changes.items():
-            inputs[name] = change(inputs[name]) if callable(change) else change
-        return inputs
-
-    return build
-
-
-def _without_result(**changes: Any) -> Callable[[], dict[str, Any]]:
-    return _bad(result=None, fc1_weight=lambda weight: weight[:, 5:], **changes)
-
-
-_TENSORS = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "result", "residual")
-BAD_INPUTS = (
-    BadInput("x no tensor", _bad(x=[1.0]), TypeError, r"x must be a tensor, got list"),
-    BadInput("x none", _bad(x=None), TypeError, r"x must be a tensor, got NoneType"),
-    BadInput("x integer", _bad(x=lambda x: x.long()), TypeError, r"x must have a floating-point dtype.*int64"),
-    BadInput("x rank", _bad(x=lambda x: x[0]), ValueError, r"x must have shape \(B, C, H, W\), got \(6, 3, 4\)"),
-    BadInput("x without positions", _bad(x=lambda x: x[:, :, :0]), ValueError, r"one position, got .*\(2, 6, 0, 4\)"),
-    BadInput("x without channels", _bad(x=lambda x: x[:, :0]), ValueError, r"x must have at least one channel"),
-    BadInput("fc1_weight none", _bad(fc1_weight=None), TypeError, r"fc1_weight must be a tensor, got NoneType"),
-    BadInput(
-        "fc1_weight convolution",
-        _bad(fc1_weight=lambda w: w[:, :, None, None]),
-        ValueError,
-        r"fc1_weight must have shape \(hidden, n \+ C\), got \(3, 11, 1, 1\)",
-    ),
-    BadInput("no hidden channel", _bad(fc1_weight=lambda w: w[:0]), ValueError, r"fc1_weight must .* hidden channel"),
-    BadInput(
-        "result missing", _bad(result=None), ValueError, r"fc1_weight must have one column per channel, C=6.*got 11"
-    ),
-    BadInput(
-        "result width",
-        _bad(result=lambda r: r[:, 1:]),
-        ValueError,
-        r"fc1_weight must have n \+ C = 4 \+ 6 columns for a result of n=4 features, got 11",
-    ),
-    BadInput("result batch", _bad(result=lambda r: r[:1]), ValueError, r"result must have the batch of x, 2, got 1"),
-    BadInput("result rank", _bad(result=lambda r: r[0]), ValueError, r"result must have shape \(B, n\), got \(5,\)"),
-    BadInput("result labels", _bad(result=lambda r: r.long()), TypeError, r"result must have a floating.*torch.int64"),
-    BadInput(
-        "result where none is expected",
-        _bad(fc1_weight=lambda w: w[:, 5:]),
-        ValueError,
-        r"fc1_weight must have n \+ C = 5 \+ 6 columns .* got 6",
-    ),
-    BadInput("result and share", _bad(result_share=torch.zeros(2, 3)), ValueError, r"result_share must be None where"),
-    BadInput(
-        "share shape",
-        _without_result(result_share=torch.zeros(2, 4)),
-        ValueError,
-        r"result_share must have shape \(B, hidden\)=\(2, 3\), got \(2, 4\)",
-    ),
-    BadInput(
-        "fc2_weight shape",
-        _bad(fc2_weight=lambda w: w.t()),
-        ValueError,
-        r"fc2_weight must have shape \(C, hidden\)=\(6, 3\), got \(3, 6\)",
-    ),
-    BadInput("fc1_bias", _bad(fc1_bias=torch.zeros(4)), ValueError, r"fc1_bias must have shape \(hidden,\)=\(3,\)"),
-    BadInput("fc2_bias", _bad(fc2_bias=torch.zeros(3)), ValueError, r"fc2_bias must have shape \(C,\)=\(6,\), got"),
-    BadInput("fc1_bias rank", _bad(fc1_bias=lambda b: b[None]), ValueError, r"fc1_bias must have shape \(hidden,\)"),
-    BadInput(
-        "residual shape",
-        _bad(residual=lambda r: r[:, :1]),
-        ValueError,
-        r"residual must have shape \(B, C, H, W\)=\(2, 6, 3, 4\), got \(2, 1, 3, 4\)",
-    ),
-    BadInput("residual rank", _bad(residual=lambda r: r[0]), ValueError, r"residual must have shape \(B, C, H, W\)"),
-    BadInput("activation", _bad(activation="gelu"), ValueError, r"activation must be one of None, 'relu', got 'gelu'"),
-    BadInput("dtype", _bad(fc2_weight=lambda w: w.half()), ValueError, r"fc2_weight must have the dtype of x, torch"),
-    BadInput("residual dtype", _bad(residual=lambda r: r.double()), ValueError, r"residual must have the dtype of x"),
-    BadInput("device", _bad(fc1_bias=lambda b: b.to("meta")), ValueError, r"fc1_bias must be on the device of x, cpu"),
-    BadInput("impl unknown", _bad(impl="fast"), ValueError, r"impl must be one of 'auto', .* got 'fast'"),
-    BadInput(
-        "impl cannot run",
-        _bad(**dict.fromkeys(_TENSORS, lambda tensor: tensor.double()), impl="cpu"),
-        RuntimeError,
-        r"impl='cpu' cannot run: .*(float64|not available)",
-    ),
-)
 
 
 # --- benchmark shapes: with residual and ReLU, as at the end of a block -----------------------------------------------
@@ -347,17 +256,16 @@ GROWTH = tuple(_shape(8, 64, n, n, 8, name=f"{n}x{n}, B 8, C 64") for n in (14, 
 
 def _operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
     names = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "result", "result_share", "residual")
-    return op.excite.calls(impl, *map(inputs.get, names), inputs.get("activation") == "relu")
+    return op.squeeze_excite.calls(impl, *map(inputs.get, names), inputs.get("activation") == "relu")
 
 
 SPECS = (
     OpSpec(
         name="squeeze_excite",
         function=squeeze_excite,
-        implementations=op.excite.implementations("x"),
+        implementations=op.squeeze_excite.implementations("x"),
         autocast=unchanged,
         samples=SAMPLES,
-        bad_inputs=BAD_INPUTS,
         fuzz=fuzz,
         operators=_operators,
         shapes=SHAPES,

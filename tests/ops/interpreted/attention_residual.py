@@ -14,7 +14,7 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 def inputs(dtype=F32, **settings):
     torch.manual_seed(0)
-    return spec.make(dtype, torch.device("cpu"), **{"values": 3, "shape": (2, 3, 5), **settings})
+    return spec.make_inputs(dtype, torch.device("cpu"), **{"values": 3, "shape": (2, 3, 5), **settings})
 
 
 def values_of(count, shape, dtype=F32):

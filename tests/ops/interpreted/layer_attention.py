@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fused_attn.ops.layer_attention import LayerCache, layer_attention, triton_launch, weighted_layer_sum
-from fused_attn.ops.layer_attention.spec import SPECS, make_attention
+from fused_attn.ops.layer_attention.spec import SPECS, make_attention_inputs
 from fused_attn.testing import checks
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -15,7 +15,7 @@ SMALL = {"layers": 3, "batch": 2, "groups": 2, "depth": 3, "channels": 4, "spati
 
 def inputs(dtype=F32, **settings):
     torch.manual_seed(0)
-    return make_attention(dtype, torch.device("cpu"), **(SMALL | settings))
+    return make_attention_inputs(dtype, torch.device("cpu"), **(SMALL | settings))
 
 
 SAMPLES = [pytest.param(spec, sample, id=f"{spec.name}-{sample.name}") for spec in SPECS for sample in spec.samples]

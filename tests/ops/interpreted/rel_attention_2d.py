@@ -71,7 +71,7 @@ def check(tensors, *, rel_scale=0.7, key_minus_query=True, dropout_p=0.0, grad_o
         return reference.rel_attention_2d(q, k, v, row, col, scale, rel_scale, index, dropout_p, seed)
 
     def actual(q, k, v, row, col):
-        return op.attention("triton", q, k, v, row, col, scale, rel_scale, key_minus_query, dropout_p, seed)
+        return op.rel_attention_2d("triton", q, k, v, row, col, scale, rel_scale, key_minus_query, dropout_p, seed)
 
     got = run(actual, tensors, query.dtype, grad_out)
     exact = run(expected, tensors, torch.float64, grad_out)
@@ -136,7 +136,7 @@ def test_no_scale():
     grad_out = draw(*exact.shape, dtype=BF16)
     expected = torch.autograd.grad(exact, (value, row, col), grad_out.double())
     query, key, value, row, col = (t.detach().requires_grad_() for t in tensors)
-    out = op.attention("triton", query, key, value, row, col, 0.0, 1.0, True, 0.0, None)
+    out = op.rel_attention_2d("triton", query, key, value, row, col, 0.0, 1.0, True, 0.0, None)
     torch.testing.assert_close(out.double(), exact, atol=0.02, rtol=0.02)
     grads = torch.autograd.grad(out, (query, key, value, row, col), grad_out)
     assert not grads[0].any()
@@ -200,7 +200,7 @@ def test_nan_and_inf_reach_what_they_reach_in_the_reference(which, bad):
     tensors = inputs(F32, 1, (3, 4), (3, 4), 4, 4, "logits")
     tensors[which][0, 0, 1, 2, 3] = bad
     exact = reference.decomposed_bias_attention(*tensors, 0.5)
-    out = op.attention("triton", *tensors, 0.5, 1.0, True, 0.0, None)
+    out = op.rel_attention_2d("triton", *tensors, 0.5, 1.0, True, 0.0, None)
     assert torch.equal(out.isnan(), exact.isnan())
     assert torch.equal(out.isinf(), exact.isinf())
     finite = exact.isfinite()
@@ -213,7 +213,7 @@ def test_nan_and_inf_reach_what_they_reach_in_the_reference(which, bad):
 )
 def test_empty(batch, query_grid, key_grid, d_v):
     tensors = [t.requires_grad_() for t in inputs(F32, 2, query_grid, key_grid, 4, d_v, "logits", batch=batch)]
-    out = op.attention("triton", *tensors, 0.5, 1.0, True, 0.0, None)
+    out = op.rel_attention_2d("triton", *tensors, 0.5, 1.0, True, 0.0, None)
     assert torch.equal(out, torch.zeros(batch, 2, *query_grid, d_v))
     for tensor, grad in zip(tensors, torch.autograd.grad(out.sum(), tensors), strict=True):
         assert torch.equal(grad, torch.zeros_like(tensor))

@@ -1,9 +1,9 @@
-"""Public function: validation, autocast and the choice of implementation."""
+"""Public function: check, choose, run."""
 
 from torch import Tensor
 
-from .._floor import checks, dispatch
-from .op import operators
+from .._floor import checks
+from . import op
 
 
 def scale_rows(x: Tensor, scale: Tensor, *, impl: str = "auto") -> Tensor:
@@ -16,6 +16,5 @@ def scale_rows(x: Tensor, scale: Tensor, *, impl: str = "auto") -> Tensor:
     checks.tensors(x=x, scale=scale)
     if x.dim() == 0 or scale.shape != x.shape[:-1]:
         raise ValueError(f"scale must have the shape of x but for its last dimension, got {tuple(scale.shape)}")
-    x, scale = dispatch.autocast_maps((x, scale))
-    checks.same_dtype("x", x, scale=scale)
-    return operators.run(operators.choose(impl, x), x, scale)
+    impl, *tensors = op.scale_rows.choose(impl, x=x, scale=scale)
+    return op.scale_rows.run(impl, *tensors)

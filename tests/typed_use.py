@@ -1,0 +1,31 @@
+"""What a type checker must make of the public API: read by mypy (``make lint``), not run."""
+
+from torch import Tensor, nn
+from typing_extensions import assert_type
+
+import fused_attn
+from fused_attn import modules
+
+
+def ops(x: Tensor, images: Tensor) -> None:
+    assert_type(fused_attn.rel_attention_2d(x, x, x, rel_scale=1.0), Tensor)
+    assert_type(fused_attn.decomposed_bias_attention(x, x, x, None, x), Tensor)
+    assert_type(fused_attn.layer_attention(x, [x], [x]), Tensor)
+    assert_type(fused_attn.weighted_layer_sum(x, [x]), Tensor)
+    assert_type(fused_attn.attention_residual([x], x, norm_weight=x), Tensor)
+    assert_type(fused_attn.row_col_softmax(x, impl="reference"), Tensor)
+    assert_type(fused_attn.elementwise_attention(images, x, x, None, None, training=True), Tensor)
+    fused_attn.rel_attention_2d(x, x, 1.0)  # type: ignore[arg-type]
+    fused_attn.rel_attention_2d(x, x, x, window=3)  # type: ignore[call-arg]
+
+
+def models() -> None:
+    assert_type(fused_attn.list_models("aa_*"), list[str])
+    assert_type(fused_attn.create_model("aa_wrn_28_10", num_classes=100), nn.Module)
+
+
+def layers(x: Tensor) -> None:
+    assert_type(modules.MRLALight(64).forward(x, x), Tensor)
+    assert_type(modules.MRLABase(64).forward(x, fused_attn.LayerCache()), Tensor)
+    assert_type(modules.SqueezeExcite(64).forward(x), Tensor)
+    modules.MRLALight("64")  # type: ignore[arg-type]
