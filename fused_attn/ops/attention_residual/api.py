@@ -69,9 +69,8 @@ def _check(values: object, query: object, norm_weight: object, eps: object) -> f
                 f"values[{i}] must have the shape of values[0], {tuple(values[0].shape)}, got {tuple(value.shape)}"
             )
     depth = values[0].shape[-1]
-    for name, tensor in (("query", query), ("norm_weight", norm_weight)):
-        if name == "norm_weight" and tensor is None:
-            continue
+    vectors = {"query": query} if norm_weight is None else {"query": query, "norm_weight": norm_weight}
+    for name, tensor in vectors.items():
         checks.tensor(name, tensor)
         if tuple(tensor.shape) != (depth,):
             raise ValueError(f"{name} must have shape (D,)=({depth},), got {tuple(tensor.shape)}")

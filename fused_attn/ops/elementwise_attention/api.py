@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .._floor import checks
@@ -114,9 +116,10 @@ def elementwise_attention(
             f"Expected more than 1 value per channel when training: x must have B*H*W > 1, got shape {tuple(x.shape)}"
         )
     impl, *tensors = op.elementwise_attention.choose(impl, x=x, weight_row=weight_row, weight_col=weight_col)
-    mean, var = (None, None) if training else (running_mean.detach(), running_var.detach())
+    mean = None if training or running_mean is None else running_mean.detach()
+    var = None if training or running_var is None else running_var.detach()
     out, *_, mean, var = op.elementwise_attention.run_all(impl, *tensors, mean, var, eps)
-    if training and running_mean is not None and values > 0:
+    if training and running_mean is not None and running_var is not None and values > 0:
         _update(running_mean, mean, momentum)
         _update(running_var, var * (values / (values - 1)), momentum)
     return out
@@ -128,13 +131,13 @@ def _update(running: Tensor, batch: Tensor, momentum: float) -> None:
     running.copy_((1.0 - momentum) * running.to(batch.dtype) + momentum * batch)
 
 
-def _check_x(x: object) -> None:
+def _check_x(x: Tensor) -> None:
     checks.tensor("x", x)
     if x.dim() != 4:
         raise ValueError(f"x must have 4 dimensions (B, C, H, W), got shape {tuple(x.shape)}")
 
 
-def _check_weights(x: Tensor, weight_row: object, weight_col: object) -> None:
+def _check_weights(x: Tensor, weight_row: Any, weight_col: Any) -> None:
     for name, weight in (("weight_row", weight_row), ("weight_col", weight_col)):
         checks.tensor(name, weight)
         if weight.dim() != 4 or weight.shape[1:] != x.shape[1:]:
@@ -149,7 +152,7 @@ def _check_weights(x: Tensor, weight_row: object, weight_col: object) -> None:
         )
 
 
-def _check_running(name: str, value: object, x: Tensor, channels: int, training: bool) -> None:
+def _check_running(name: str, value: Tensor | None, x: Tensor, channels: int, training: bool) -> None:
     if value is None:
         if not training:
             raise ValueError(f"{name} must be a tensor when training is False, got None")

@@ -128,7 +128,7 @@ def _check_list(name: str, tensors: object) -> None:
         checks.tensor(f"{name}[{layer}]", tensor)
 
 
-def _check_values(values: object) -> None:
+def _check_values(values: Sequence[Tensor]) -> None:
     _check_list("values", values)
     shape = values[0].shape
     if len(shape) < 2:

@@ -149,7 +149,7 @@ def _check_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float
     return dropout_p
 
 
-def _check_grid(name: str, tensor: object, layout: str) -> None:
+def _check_grid(name: str, tensor: Tensor, layout: str) -> None:
     checks.tensor(name, tensor)
     if tensor.dim() != 5:
         raise ValueError(f"{name} must have 5 dimensions {layout}, got shape {tuple(tensor.shape)}")

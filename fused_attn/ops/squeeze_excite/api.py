@@ -76,7 +76,16 @@ def squeeze_excite(
     return op.squeeze_excite.run(impl, x, *parameters, residual, activation == "relu")
 
 
-def _check_inputs(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual) -> None:
+def _check_inputs(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    result: Tensor | None,
+    result_share: Tensor | None,
+    residual: Tensor | None,
+) -> None:
     _check_tensor("x", x, 4, "(B, C, H, W)")
     batch, channels, height, width = x.shape
     if channels == 0 or height == 0 or width == 0:
@@ -113,13 +122,13 @@ def _check_inputs(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_
         _check_shape("residual", residual, "(B, C, H, W)", (batch, channels, height, width))
 
 
-def _check_tensor(name: str, tensor: object, dimensions: int, layout: str) -> None:
+def _check_tensor(name: str, tensor: Tensor, dimensions: int, layout: str) -> None:
     checks.tensor(name, tensor)
     if tensor.dim() != dimensions:
         raise ValueError(f"{name} must have shape {layout}, got {tuple(tensor.shape)}")
 
 
-def _check_shape(name: str, tensor: object, layout: str, expected: tuple) -> None:
+def _check_shape(name: str, tensor: Tensor, layout: str, expected: tuple[int, ...]) -> None:
     checks.tensor(name, tensor)
     if tensor.shape != expected:
         raise ValueError(f"{name} must have shape {layout}={expected}, got {tuple(tensor.shape)}")
