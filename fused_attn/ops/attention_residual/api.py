@@ -54,7 +54,7 @@ def attention_residual(
     return op.attention_residual.run(impl, *tensors, eps)
 
 
-def _check(values: object, query: object, norm_weight: object, eps: object) -> float:
+def _check(values: object, query: Tensor, norm_weight: Tensor | None, eps: object) -> float:
     if not isinstance(values, (list, tuple)):
         hint = "; unbind() makes one of a stacked tensor" if isinstance(values, Tensor) else ""
         raise TypeError(f"values must be a list or tuple of tensors, got {type(values).__name__}{hint}")
