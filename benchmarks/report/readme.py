@@ -52,7 +52,8 @@ def summaries(folder: Path = RESULTS) -> dict[str, str]:
 #: What people write today, what takes its place, and the op that was measured.
 REPLACEMENTS = (
     (
-        "relative position logits of AA-Conv, BoTNet, timm's Bottleneck and Halo: skew, softmax, `@ value`",
+        "[relative position logits of AA-Conv and BoTNet](../../docs/migrate/aa_conv_botnet.md) "
+        "([timm's differ](../../docs/migrate/timm.md)): skew, softmax, `@ value`",
         "rel_attention_2d(query, key, value, rel_h, rel_w)",
         "rel_attention_2d",
         "docs/migrate/aa_conv_botnet.md",
@@ -77,7 +78,7 @@ REPLACEMENTS = (
     ),
     (
         "`x.softmax(-1) * x.softmax(-2)`, the dual softmax of LoFTR",
-        "row_col_softmax(x)",
+        "DualSoftmax()(scores)",
         "row_col_softmax",
         "docs/migrate/loftr.md",
     ),
@@ -112,12 +113,14 @@ def replacements(folder: Path = RESULTS) -> str:
             lines = [
                 f"{environment['threads']} cores of {environment['cpu']}, torch {environment['torch']}, float32, "
                 "forward + backward: time and peak extra memory of the fastest of eager PyTorch, `torch.compile` and "
-                "SDPA, over the fused op's; least and most of the benchmark's shapes.",
+                "SDPA, over the fused op's; least and most of the benchmark's shapes. With an allocator that keeps freed "
+                "memory: [with the default one](../../docs/results/default_allocator.md) the ratios are others.",
                 "",
                 "| replace this | by that | time | memory |",
                 "| --- | --- | ---: | ---: |",
             ]
-        lines.append(f"| [{old}](../../{page}) | `{new}` | {_between(speed)} | {_between(memory)} |")
+        text = old if "](" in old else f"[{old}](../../{page})"
+        lines.append(f"| {text} | `{new}` | {_between(speed)} | {_between(memory)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -74,7 +74,7 @@ class TrainConfig:
 
     model_options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
     """Further arguments of the model, e.g. attention_blocks=first relative=False."""
-    impl: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
+    impl: Literal["auto", "reference", "cpu", "triton"] = "auto"
     """Implementation of the attention ops."""
 
     epochs: int = 200

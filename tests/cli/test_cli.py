@@ -216,3 +216,8 @@ def test_demo_in_its_smoke_mode(tmp_path):
     assert f"{comparison['seconds']['cpu'] * 1e3:.1f} ms" in process.stdout
     for name in ("curves.png", "comparison.png"):
         assert (tmp_path / "demo" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fused-attn {__version__}\n"
