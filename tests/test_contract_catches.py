@@ -424,7 +424,7 @@ def test_bad_input_accepted_or_answered_wrongly(spec):
     def other_message(**inputs):
         raise bad.error("something is wrong")
 
-    for bad in BAD_INPUTS.get(spec.name, ()):
+    for bad in BAD_INPUTS[spec.name]:
         for function in (accepts, other_error, other_message):
             with pytest.raises(AssertionError):
                 checks.check_bad_input(replace(spec, function=function), bad)

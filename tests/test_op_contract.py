@@ -123,7 +123,7 @@ def test_every_implementation_but_the_reference_has_operators(spec):
 @specs
 def test_samples_are_named_apart_and_repeat(spec):
     assert len({sample.name for sample in spec.samples}) == len(spec.samples)
-    bad_inputs = BAD_INPUTS.get(spec.name, ())
+    bad_inputs = BAD_INPUTS[spec.name]
     assert len({bad.name for bad in bad_inputs}) == len(bad_inputs)
     sample = spec.samples[0]
     first, second = tensors(sample.inputs(FAST)), tensors(sample.inputs(FAST))
@@ -253,7 +253,7 @@ def test_missing_extension_is_an_error_not_a_fallback(spec, monkeypatch):
 
 @pytest.mark.parametrize(
     ("spec", "bad"),
-    [pytest.param(spec, bad, id=f"{spec.name}-{bad.name}") for spec in SPECS for bad in BAD_INPUTS.get(spec.name, ())],
+    [pytest.param(spec, bad, id=f"{spec.name}-{bad.name}") for spec in SPECS for bad in BAD_INPUTS[spec.name]],
 )
 def test_bad_input(spec, bad):
     checks.check_bad_input(spec, bad)
