@@ -4,6 +4,7 @@ from .models import create_model, list_models
 from .ops import (
     LayerCache,
     attention_residual,
+    bias_attention_2d,
     decomposed_bias_attention,
     elementwise_attention,
     layer_attention,
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LayerCache",
     "attention_residual",
+    "bias_attention_2d",
     "create_model",
     "decomposed_bias_attention",
     "elementwise_attention",

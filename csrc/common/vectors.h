@@ -18,6 +18,7 @@ typedef uint32_t vu_unaligned __attribute__((vector_size(L * 4), aligned(4), may
 #define FA_INLINE_CALL __attribute__((always_inline))
 
 FA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+FA_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 FA_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 FA_INLINE int64_t vectors_of(int64_t count) { return (count + L - 1) / L; }
 

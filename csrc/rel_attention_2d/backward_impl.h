@@ -1,7 +1,7 @@
 // Backward pass; part of kernels_impl.h.  Weights are recomputed from the saved softmax statistics.
 
 struct BackwardScratch {
-  int64_t tile, score_stride, col_stride, query_stride, grad_out_stride, group0 = 0, groups = 0;
+  int64_t tile, score_stride, col_stride, query_stride, grad_out_stride;
   KeyMatrix key, value, grad_key, grad_value;  // the task's keys
   KeyMatrix grad_table;
   Scratch<float> query, grad_out, out;              // (QB, depth), scaled; (dv)
@@ -9,11 +9,12 @@ struct BackwardScratch {
   Scratch<float> grad_query, grad_relative;         // (QB, query_stride)
   Scratch<float> grad_col_logits, grad_row_logits;  // (QB, lanes of a group), (QB, key rows)
   Scratch<float> grad_product;                      // (QB, table positions)
+  Scratch<float> grad_block, grad_bias;             // like bias.free.table: of a block of queries, of the task
   float delta[QB], max[QB], normalize[QB];
 
   BackwardScratch(const Problem& p, const KeyLayout& keys, const BiasTerms& bias, int64_t splits)
       : query_stride(row_stride(p.dk)), grad_out_stride(row_stride(p.dv)) {
-    const int64_t most_groups = (keys.groups + splits - 1) / splits, vectors = most_groups * keys.vectors;
+    const int64_t vectors = KeyRange(keys, 0, (keys.groups + splits - 1) / splits, p.prefix).vectors;
     const int64_t panels = panels_of(vectors);
     tile = smaller(panels * NR, kBackwardTile);
     score_stride = tile * L + L;  // an odd number of vectors: rows then spread over all cache sets
@@ -30,8 +31,14 @@ struct BackwardScratch {
     score.allocate(QB * score_stride);
     grad_score.allocate(QB * score_stride);
     grad_query.allocate(QB * query_stride);
-    grad_col_logits.allocate(QB * col_stride);
-    grad_row_logits.allocate(QB * bias.bias_rows);
+    if (p.bias_table) {
+      grad_block.allocate(bias.free.table.size);
+      grad_block.fill(0.0f);
+      grad_bias.allocate(bias.free.table.size);
+    } else {
+      grad_col_logits.allocate(QB * col_stride);
+      grad_row_logits.allocate(QB * bias.bias_rows);
+    }
     if (bias.from_tables()) {
       grad_relative.allocate(QB * query_stride);
       grad_product.allocate(QB * bias.product_stride);
@@ -103,23 +110,30 @@ FA_INLINE vf grad_of_logits(const Backward& p, BackwardScratch& s, int64_t i, fl
   return grad_logit;
 }
 
-// The same for one query on one tile, with the sums per column and per row.
-template <bool OneRow, bool Dropout, bool Whole>
-FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, BiasTerms& bias, int64_t i, int64_t v0,
-                                     int64_t count, const uint32_t* columns, uint64_t row) {
+// The same for one query on one tile, of which the first `grid` vectors are the grid's, with the sums per column and
+// per row.
+template <Bias B, bool Dropout, bool Whole>
+FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, BiasTerms& bias, const KeyRange& range,
+                                     int64_t i, int64_t v0, int64_t grid, int64_t count, const uint32_t* columns,
+                                     uint64_t row) {
   float* score = s.score + i * s.score_stride;
   float* grad = s.grad_score + i * s.score_stride;
-  float* to_col = s.grad_col_logits + i * s.col_stride;
   const DropoutKeys keys(p.seed, row);
+  for (int64_t v = B == Bias::table ? 0 : grid; v < count; ++v)
+    grad_of_logits<Dropout, Whole>(p, s, i, score + v * L, grad + v * L, keys, columns + v * L);
+  if constexpr (B == Bias::table) return;
+
+  float* to_col = s.grad_col_logits + i * s.col_stride;
   LaneSums rows;
   const int64_t per_group = bias.keys.vectors, group_rows = bias.keys.rows;
-  int64_t group = s.group0 + v0 / per_group, offset = v0 % per_group;
+  if (grid == 0) return;
+  int64_t group = range.group0 + v0 / per_group, offset = v0 % per_group;
   float* to_row = s.grad_row_logits + i * bias.bias_rows + group * group_rows;
 
   // Rows of N vectors, none of which the tile cuts: the sums of the columns stay in registers.
   auto whole_rows = [&]<int N>() FA_INLINE_CALL {
     vf column[N]{};
-    for (int64_t v = 0; v < count; v += N) {
+    for (int64_t v = 0; v < grid; v += N) {
       vf sum{};
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
@@ -133,27 +147,27 @@ FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, Bias
     for (int n = 0; n < N; ++n) add_to(to_col + n * L, column[n]);
     rows.flush();
   };
-  if constexpr (OneRow)
-    if (offset == 0 && count % per_group == 0) switch (per_group) {
+  if constexpr (B == Bias::one_row)
+    if (offset == 0 && grid % per_group == 0) switch (per_group) {
         case 1: return whole_rows.template operator()<1>();
         case 2: return whole_rows.template operator()<2>();
         case 4: return whole_rows.template operator()<4>();
       }
 
   vf open{};  // sum over the vectors so far of the row that the next one continues
-  for (int64_t v = 0; v < count; ++v) {
+  for (int64_t v = 0; v < grid; ++v) {
     const vf grad_logit = grad_of_logits<Dropout, Whole>(p, s, i, score + v * L, grad + v * L, keys, columns + v * L);
-    if constexpr (OneRow) {
+    if constexpr (B == Bias::one_row) {
       add_to(to_col + offset * L, grad_logit);
       open += grad_logit;
-      if (offset == per_group - 1 || v == count - 1) {
+      if (offset == per_group - 1 || v == grid - 1) {
         rows.add(open, to_row);
         open = vf{};
       }
     } else {  // rows past the image stay out, as an infinite delta would make NaN of their zero weights
       vi real{};
       const int64_t last = bias.row_span[2 * offset + 1];
-      const bool goes_on = v + 1 < count && offset + 1 < per_group && bias.row_span[2 * offset + 2] == last;
+      const bool goes_on = v + 1 < grid && offset + 1 < per_group && bias.row_span[2 * offset + 2] == last;
       for (int64_t r = bias.row_span[2 * offset]; r <= smaller(last, p.hk - 1 - group * group_rows); ++r) {
         const vi part = (vi)grad_logit & load(bias.row_mask + r * s.col_stride + offset * L);
         real |= part;
@@ -196,14 +210,14 @@ void table_products_in_windows(const Backward& p, BackwardScratch& s, BiasTerms&
   }
 }
 
-template <bool OneRow, bool Dropout>
-void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s, BiasTerms& bias,
-                    const uint32_t* columns, int64_t task, int64_t q0, int64_t count) {
-  const int64_t pair = task / p.key_splits, b = pair / p.heads, h = pair % p.heads;
-  const int64_t rows = round_up(count, 4);
+template <Bias B, bool Dropout>
+void backward_block(const Backward& p, const KeyLayout& keys, const KeyRange& range, BackwardScratch& s,
+                    BiasTerms& bias, const Segments& segments, const uint32_t* columns, int64_t b, int64_t h,
+                    int64_t split, int64_t q0, int64_t count) {
+  const int64_t rows = round_up(count, 4), pair = b * p.heads + h;
   const uint64_t row0 = pair * p.queries() + q0;
 
-  const int64_t vectors = s.groups * keys.vectors;
+  const int64_t vectors = range.vectors, all_v0 = range.group0 * keys.vectors;  // all_v0: among those of all groups
   const bool whole = p.key_splits == 1 && vectors <= kBackwardTile;
   for (int64_t i = 0; i < QB; ++i) {
     float* query = s.query + i * s.query_stride;
@@ -230,14 +244,17 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
   }
   bias.prepare(b, h, q0, count);
   s.grad_query.fill(0.0f);
-  s.grad_col_logits.fill(0.0f);
-  s.grad_row_logits.fill(0.0f);
+  if constexpr (B != Bias::table) {
+    s.grad_col_logits.fill(0.0f);
+    s.grad_row_logits.fill(0.0f);
+  }
 
   for (int64_t v0 = 0; v0 < vectors; v0 += kBackwardTile) {
-    const int64_t tile = smaller(kBackwardTile, vectors - v0);
-    score_tile<OneRow>(rows, v0, tile, s.query.data, s.key, bias, s.group0,
-                       [&](int64_t m, int64_t v, vf x)
-                           FA_INLINE_CALL { store(s.score + m * s.score_stride + v * L, x); });
+    const int64_t tile = smaller(kBackwardTile, vectors - v0), grid = range.grid_part(v0, tile);
+    if constexpr (B == Bias::table) bias.free.prepare(q0, count, all_v0 + v0, grid);
+    score_tile<B>(rows, v0, tile, s.query.data, s.key, bias, range,
+                  [&](int64_t m, int64_t v, vf x) FA_INLINE_CALL { store(s.score + m * s.score_stride + v * L, x); });
+    if (segments.masks) segments.apply(q0, rows, all_v0 + v0, grid, tile, s.score.data, s.score_stride, nullptr);
     for (int64_t v = 0; v < tile; v += NR)  // gradient of the weights
       outer_product(rows, smaller(NR, tile - v), s.grad_out.data, s.grad_out_stride, 1, p.dv,
                     s.value.panels + (v0 + v) / NR * p.dv * PANEL, PANEL, [&](int64_t m, int n, vf x) FA_INLINE_CALL {
@@ -246,19 +263,22 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
     for (int64_t i = 0; i < rows; ++i) {
       if (whole) {
         weights_and_delta<Dropout>(p, s, i, tile, columns, row0 + i);
-        softmax_tile_backward<OneRow, Dropout, true>(p, s, bias, i, v0, tile, columns, row0 + i);
+        softmax_tile_backward<B, Dropout, true>(p, s, bias, range, i, v0, grid, tile, columns, row0 + i);
       } else {
-        softmax_tile_backward<OneRow, Dropout, false>(p, s, bias, i, v0, tile, columns + v0 * L, row0 + i);
+        softmax_tile_backward<B, Dropout, false>(p, s, bias, range, i, v0, grid, tile, columns + v0 * L, row0 + i);
       }
     }
+    if constexpr (B == Bias::table)
+      bias.free.accumulate(q0, count, all_v0 + v0, grid, s.grad_score.data, s.score_stride, s.grad_block.data);
 
-    const int64_t lanes = smaller(tile * L, keys.lanes(s.groups) - v0 * L);
+    const int64_t lanes = smaller(tile * L, range.lanes - v0 * L);
     s.grad_value.accumulate(rows, v0, tile, lanes, s.score.data, s.score_stride, s.grad_out.data);
     s.grad_key.accumulate(rows, v0, tile, lanes, s.grad_score.data, s.score_stride, s.query.data);
     s.key.weigh(rows, v0, tile, lanes, s.grad_score.data, s.score_stride, s.grad_query.data);
   }
 
-  for (int64_t i = 0; i < count; ++i)  // fold the rows of a group onto its first
+  if constexpr (B == Bias::table) bias.free.flush(q0, count, s.grad_block.data, s.grad_bias.data);
+  for (int64_t i = 0; B != Bias::table && i < count; ++i)  // fold the rows of a group onto its first
     for (int64_t r = 1; r < keys.rows; ++r)
       for (int64_t x = 0; x < p.wk; ++x)
         s.grad_col_logits[i * s.col_stride + x] += s.grad_col_logits[i * s.col_stride + r * p.wk + x];
@@ -285,7 +305,8 @@ void backward_block(const Backward& p, const KeyLayout& keys, BackwardScratch& s
     if (p.key_splits == 1)
       scatter(p.grad_query, at(p.grad_query), p.grad_query.stride[4], p.dk, 1.0f, s.grad_query + i * s.query_stride);
     else
-      copy(s.grad_query + i * s.query_stride, p.dk, p.query_partials + (task * p.queries() + q) * p.dk);
+      copy(s.grad_query + i * s.query_stride, p.dk,
+           p.query_partials + ((pair * p.key_splits + split) * p.queries() + q) * p.dk);
     if (p.tables) continue;
     if (p.col_term)
       scatter(p.grad_col_term, at(p.grad_col_term), p.grad_col_term.stride[4], p.wk, 1.0f,
@@ -300,30 +321,37 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
   const KeyLayout keys(p);
   BiasTerms bias(p, keys, true);
   BackwardScratch s(p, keys, bias, p.key_splits);
+  Segments segments(p, keys);
   Scratch<uint32_t> columns;
   if (p.drop_below > 0) hash_columns(p, keys, columns);
-  const auto block = keys.rows == 1 ? (p.drop_below > 0 ? backward_block<true, true> : backward_block<true, false>)
-                                    : (p.drop_below > 0 ? backward_block<false, true> : backward_block<false, false>);
+  const auto block = with_bias(
+      p, keys, [&]<Bias B>() { return p.drop_below > 0 ? backward_block<B, true> : backward_block<B, false>; });
   int64_t packed_table = -1;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t pair = task / p.key_splits, split = task % p.key_splits, b = pair / p.heads, h = pair % p.heads;
-    const int64_t group0 = split_begin(keys.groups, p.key_splits, split);
-    const int64_t group1 = split_begin(keys.groups, p.key_splits, split + 1);
-    s.group0 = group0, s.groups = group1 - group0;
-    pack_keys(p.key, head_offset(p.key, b, h), p, keys, group0, group1, true, s.key);
-    pack_keys(p.value, head_offset(p.value, b, h), p, keys, group0, group1, false, s.value);
-    s.grad_key.clear();
-    s.grad_value.clear();
-    if (bias.from_tables()) {
-      if (h != packed_table) bias.pack_tables(packed_table = h);
-      s.grad_table.clear();
-    }
-    for (int64_t q0 = 0; q0 < p.queries(); q0 += QB)
-      block(p, keys, s, bias, columns.data + group0 * keys.vectors * L, task, q0, smaller(QB, p.queries() - q0));
+    const int64_t split = task % p.key_splits, unit = task / p.key_splits;
+    const int64_t run = p.bias_table ? unit % p.image_runs : unit / p.heads;
+    const int64_t h = p.bias_table ? unit / p.image_runs : unit % p.heads;
+    const bool last = split == p.key_splits - 1;
+    const KeyRange range(keys, split_begin(keys.groups, p.key_splits, split),
+                         split_begin(keys.groups, p.key_splits, split + 1), last ? p.prefix : 0);
+    if ((bias.from_tables() || p.bias_table) && h != packed_table) bias.pack_tables(packed_table = h);
+    if (bias.from_tables()) s.grad_table.clear();
+    if (p.bias_table) s.grad_bias.fill(0.0f);
+    for (int64_t b = split_begin(p.batch, p.image_runs, run); b < split_begin(p.batch, p.image_runs, run + 1); ++b) {
+      pack_keys(p.key, p.prefix_key, b, h, p, keys, range, true, s.key);
+      pack_keys(p.value, p.prefix_value, b, h, p, keys, range, false, s.value);
+      s.grad_key.clear();
+      s.grad_value.clear();
+      segments.pack(b);
+      for (int64_t q0 = 0; q0 < p.queries(); q0 += QB)
+        block(p, keys, range, s, bias, segments, columns.data + range.group0 * keys.vectors * L, b, h, split, q0,
+              smaller(QB, p.queries() - q0));
 
-    // The packed query carries the scale.
-    unpack_keys(p.grad_key, head_offset(p.grad_key, b, h), p, keys, group0, group1, s.grad_key);
-    unpack_keys(p.grad_value, head_offset(p.grad_value, b, h), p, keys, group0, group1, s.grad_value);
+      // The packed query carries the scale.
+      unpack_keys(p.grad_key, p.grad_prefix_key, b, h, p, keys, range, s.grad_key);
+      unpack_keys(p.grad_value, p.grad_prefix_value, b, h, p, keys, range, s.grad_value);
+    }
+    if (p.bias_table) bias.free.unpack(s.grad_bias.data, p.bias_partials + task * p.bias_rows() * p.bias_columns());
     if (!bias.from_tables()) continue;
     auto unpack = [&](int64_t length, int64_t first, float* to) {
       for (int64_t i = 0; i < length; ++i) {
@@ -369,5 +397,20 @@ void sum_table_partials(const Backward& p, int64_t begin, int64_t end) {
       const int64_t position = in_col ? row - p.row_length() : row;
       scatter(to, table * to.stride[0] + position * to.stride[1], to.stride[2], p.dk, 1.0f, sum.data);
     }
+  }
+}
+
+void sum_bias_partials(const Backward& p, int64_t begin, int64_t end) {
+  const int64_t columns = p.bias_columns(), parts = p.image_runs * p.key_splits;
+  Scratch<float> sum(columns);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t head = row / p.bias_rows(), y = row % p.bias_rows();
+    set_zero(sum.data, columns);
+    for (int64_t part = 0; part < parts; ++part) {
+      const float* partial = p.bias_partials + ((head * parts + part) * p.bias_rows() + y) * columns;
+      for (int64_t x = 0; x < columns; ++x) sum[x] += partial[x];
+    }
+    const TensorView& to = p.grad_bias_table;
+    scatter(to, head * to.stride[0] + y * to.stride[1], to.stride[2], columns, 1.0f, sum.data);
   }
 }

@@ -23,8 +23,11 @@ TensorView term_view(const std::optional<Tensor>& term) {
 }
 
 void fill_problem(Problem& p, const Tensor& query, const Tensor& key, const Tensor& value,
-                  const std::optional<Tensor>& row_term, const std::optional<Tensor>& col_term, double scale,
-                  double rel_scale, bool key_minus_query, double dropout_p, const std::optional<Tensor>& seed) {
+                  const std::optional<Tensor>& row_term, const std::optional<Tensor>& col_term,
+                  const std::optional<Tensor>& bias_table, const std::optional<Tensor>& query_segments,
+                  const std::optional<Tensor>& key_segments, const std::optional<Tensor>& prefix_key,
+                  const std::optional<Tensor>& prefix_value, double scale, double rel_scale, bool key_minus_query,
+                  double dropout_p, const std::optional<Tensor>& seed) {
   p.batch = query.size(0), p.heads = query.size(1), p.hq = query.size(2), p.wq = query.size(3);
   p.hk = key.size(2), p.wk = key.size(3), p.dk = query.size(4), p.dv = value.size(4);
   p.scale = static_cast<float>(scale), p.rel_scale = static_cast<float>(rel_scale);
@@ -34,14 +37,23 @@ void fill_problem(Problem& p, const Tensor& query, const Tensor& key, const Tens
   p.keep_scale = seed ? static_cast<float>(1.0 / (1.0 - dropout_p)) : 1.0f;
   p.seed = seed ? static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr())) : 0;
   p.query = view_of(query), p.key = view_of(key), p.value = view_of(value);
-  p.row_term = term_view(row_term), p.col_term = term_view(col_term);
+  p.row_term = term_view(row_term), p.col_term = term_view(col_term), p.bias_table = view_of(bias_table);
+  p.query_segments = query_segments ? static_cast<const int32_t*>(query_segments->const_data_ptr()) : nullptr;
+  p.key_segments = key_segments ? static_cast<const int32_t*>(key_segments->const_data_ptr()) : nullptr;
+  p.segment_sets = query_segments ? query_segments->size(0) : 1;
+  p.prefix = prefix_key ? prefix_key->size(2) : 0;
+  p.prefix_key = view_of(prefix_key), p.prefix_value = view_of(prefix_value);
 }
 
 void rel_attention_2d_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> row_term,
-                              std::optional<Tensor> col_term, double scale, double rel_scale, bool key_minus_query,
-                              double dropout_p, std::optional<Tensor> seed, Tensor out, Tensor statistics) {
+                              std::optional<Tensor> col_term, std::optional<Tensor> bias_table,
+                              std::optional<Tensor> query_segments, std::optional<Tensor> key_segments,
+                              std::optional<Tensor> prefix_key, std::optional<Tensor> prefix_value, double scale,
+                              double rel_scale, bool key_minus_query, double dropout_p, std::optional<Tensor> seed,
+                              Tensor out, Tensor statistics) {
   Forward p;
-  fill_problem(p, query, key, value, row_term, col_term, scale, rel_scale, key_minus_query, dropout_p, seed);
+  fill_problem(p, query, key, value, row_term, col_term, bias_table, query_segments, key_segments, prefix_key,
+               prefix_value, scale, rel_scale, key_minus_query, dropout_p, seed);
   p.out = view_of(out);
   p.statistics = floats_of(statistics);
   if (p.queries() == 0) return;
@@ -56,16 +68,22 @@ void rel_attention_2d_forward(Tensor query, Tensor key, Tensor value, std::optio
 }
 
 void rel_attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, std::optional<Tensor> row_term,
-                               std::optional<Tensor> col_term, Tensor out, Tensor statistics, double scale,
-                               double rel_scale, bool key_minus_query, double dropout_p, std::optional<Tensor> seed,
-                               Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_row_term,
-                               Tensor grad_col_term) {
+                               std::optional<Tensor> col_term, std::optional<Tensor> bias_table,
+                               std::optional<Tensor> query_segments, std::optional<Tensor> key_segments,
+                               std::optional<Tensor> prefix_key, std::optional<Tensor> prefix_value, Tensor out,
+                               Tensor statistics, double scale, double rel_scale, bool key_minus_query,
+                               double dropout_p, std::optional<Tensor> seed, Tensor grad_query, Tensor grad_key,
+                               Tensor grad_value, Tensor grad_row_term, Tensor grad_col_term, Tensor grad_bias_table,
+                               Tensor grad_prefix_key, Tensor grad_prefix_value) {
   Backward p;
-  fill_problem(p, query, key, value, row_term, col_term, scale, rel_scale, key_minus_query, dropout_p, seed);
+  fill_problem(p, query, key, value, row_term, col_term, bias_table, query_segments, key_segments, prefix_key,
+               prefix_value, scale, rel_scale, key_minus_query, dropout_p, seed);
   p.grad_out = view_of(grad_out), p.out = view_of(out);
   p.statistics = floats_of(statistics);
   p.grad_query = view_of(grad_query), p.grad_key = view_of(grad_key), p.grad_value = view_of(grad_value);
   p.grad_row_term = term_view(grad_row_term), p.grad_col_term = term_view(grad_col_term);
+  p.grad_bias_table = view_of(grad_bias_table);
+  p.grad_prefix_key = view_of(grad_prefix_key), p.grad_prefix_value = view_of(grad_prefix_value);
 
   // The split of the keys changes the order of summation, so it follows the shape alone: enough tasks for many threads
   // where the image is large, at the cost of one float32 copy of grad_query for every further part.
@@ -77,28 +95,40 @@ void rel_attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor
   // Gradients of given logits are as large as those: no further copy of them, hence no split.
   if (!p.tables && (p.row_term || p.col_term)) p.key_splits = 1;
 
-  std::vector<float> query_partials, table_partials;
+  // Likewise the runs of images whose gradients of a bias table a task adds up.
+  constexpr int64_t kTableTasks = 256;
+  p.image_runs = p.batch;
+  if (p.bias_table && p.key_splits == 1 && p.heads > 0)
+    p.image_runs = std::min(p.batch, (kTableTasks + p.heads - 1) / p.heads);
+
+  std::vector<float> query_partials, table_partials, bias_partials;
   if (p.key_splits > 1) query_partials.resize(p.tasks() * p.queries() * p.dk);
   const int64_t table_rows = p.row_length() + p.col_length();
   table_partials.resize(p.tasks() * table_rows * p.dk);
   p.query_partials = query_partials.data();
+  bias_partials.resize(p.tasks() * p.bias_rows() * p.bias_columns());
   p.table_partials = table_partials.data();
+  p.bias_partials = bias_partials.data();
 
   const Kernels& use = best_kernels();
   parallel(p.tasks(), use.backward, p);
   if (p.key_splits > 1) parallel(pairs, use.sum_query_partials, p);
   parallel(table_rows, use.sum_table_partials, p);
+  parallel(p.heads * p.bias_rows(), use.sum_bias_partials, p);
 }
 
 }  // namespace
 
 FUSED_ATTN_REGISTER(
     rel_attention_2d,
-    "(Tensor query, Tensor key, Tensor value, Tensor? row_term, Tensor? col_term, float scale, float rel_scale, "
-    "bool key_minus_query, float dropout_p, Tensor? seed, Tensor(a!) out, Tensor(b!) statistics)",
-    "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? row_term, Tensor? col_term, Tensor out, "
-    "Tensor statistics, float scale, float rel_scale, bool key_minus_query, float dropout_p, Tensor? seed, "
+    "(Tensor query, Tensor key, Tensor value, Tensor? row_term, Tensor? col_term, Tensor? bias_table, "
+    "Tensor? query_segments, Tensor? key_segments, Tensor? prefix_key, Tensor? prefix_value, float scale, "
+    "float rel_scale, bool key_minus_query, float dropout_p, Tensor? seed, Tensor(a!) out, Tensor(b!) statistics)",
+    "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? row_term, Tensor? col_term, "
+    "Tensor? bias_table, Tensor? query_segments, Tensor? key_segments, Tensor? prefix_key, Tensor? prefix_value, "
+    "Tensor out, Tensor statistics, float scale, float rel_scale, bool key_minus_query, float dropout_p, Tensor? seed, "
     "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) grad_row_term, "
-    "Tensor(e!) grad_col_term)")
+    "Tensor(e!) grad_col_term, Tensor(f!) grad_bias_table, Tensor(g!) grad_prefix_key, "
+    "Tensor(h!) grad_prefix_value)")
 
 }  // namespace fused_attn::rel_attention_2d

@@ -1,14 +1,14 @@
 // Forward pass; part of kernels_impl.h.
 
 struct ForwardScratch {
-  int64_t score_stride, query_stride, sum_stride, lanes;
+  int64_t score_stride, query_stride, sum_stride;
   KeyMatrix key, value;
   Scratch<float> query, score, sum;  // (QB, query_stride), (QB, score_stride), (QB, sum_stride)
   float max[QB], total[QB];
 
-  ForwardScratch(const Problem& p, const KeyLayout& keys)
-      : query_stride(row_stride(p.dk)), sum_stride(row_stride(p.dv)), lanes(keys.lanes(keys.groups)) {
-    const int64_t vectors = keys.total_vectors(), tile = smaller(panels_of(vectors) * NR, kForwardTile);
+  ForwardScratch(const Problem& p, const KeyRange& range)
+      : query_stride(row_stride(p.dk)), sum_stride(row_stride(p.dv)) {
+    const int64_t vectors = range.vectors, tile = smaller(panels_of(vectors) * NR, kForwardTile);
     score_stride = tile * L + L;  // an odd number of vectors: rows then spread over all cache sets
     key.allocate(p.dk, vectors, true, false);
     value.allocate(p.dv, vectors, !is_wide(p.dv), is_wide(p.dv));
@@ -42,9 +42,9 @@ FA_INLINE void softmax_tile(const Forward& p, ForwardScratch& s, int64_t i, cons
   for (int64_t d = 0; d < p.dv; ++d) sum[d] *= decay;
 }
 
-template <bool OneRow, bool Dropout>
-void forward_block(const Forward& p, const KeyLayout& keys, ForwardScratch& s, BiasTerms& bias, const uint32_t* columns,
-                   int64_t b, int64_t h, int64_t q0, int64_t count) {
+template <Bias B, bool Dropout>
+void forward_block(const Forward& p, const KeyRange& range, ForwardScratch& s, BiasTerms& bias,
+                   const Segments& segments, const uint32_t* columns, int64_t b, int64_t h, int64_t q0, int64_t count) {
   const int64_t rows = round_up(count, 4);
   for (int64_t i = 0; i < QB; ++i) {
     const int64_t q = q0 + i;
@@ -60,19 +60,20 @@ void forward_block(const Forward& p, const KeyLayout& keys, ForwardScratch& s, B
   bias.prepare(b, h, q0, count);
 
   const uint64_t row0 = (b * p.heads + h) * p.queries() + q0;
-  const int64_t vectors = keys.total_vectors();
-  for (int64_t v0 = 0; v0 < vectors; v0 += kForwardTile) {
-    const int64_t tile = smaller(kForwardTile, vectors - v0);
+  for (int64_t v0 = 0; v0 < range.vectors; v0 += kForwardTile) {
+    const int64_t tile = smaller(kForwardTile, range.vectors - v0), grid = range.grid_part(v0, tile);
     vf lane_max[QB];
     for (int64_t i = 0; i < rows; ++i) lane_max[i] = broadcast(-kInfinity);
-    score_tile<OneRow>(rows, v0, tile, s.query.data, s.key, bias, 0, [&](int64_t m, int64_t v, vf x) FA_INLINE_CALL {
+    if constexpr (B == Bias::table) bias.free.prepare(q0, count, v0, grid);
+    score_tile<B>(rows, v0, tile, s.query.data, s.key, bias, range, [&](int64_t m, int64_t v, vf x) FA_INLINE_CALL {
       store(s.score + m * s.score_stride + v * L, x);
       lane_max[m] = maximum(x, lane_max[m]);
     });
+    if (segments.masks) segments.apply(q0, rows, v0, grid, tile, s.score.data, s.score_stride, lane_max);
     float tile_max[QB];
     for (int64_t i = 0; i < rows; ++i) tile_max[i] = max_lanes(lane_max[i]);
     for (int64_t i = 0; i < rows; ++i) softmax_tile<Dropout>(p, s, i, tile_max, tile, columns + v0 * L, row0 + i);
-    s.value.weigh(rows, v0, tile, smaller(tile * L, s.lanes - v0 * L), s.score.data, s.score_stride, s.sum.data);
+    s.value.weigh(rows, v0, tile, smaller(tile * L, range.lanes - v0 * L), s.score.data, s.score_stride, s.sum.data);
   }
 
   for (int64_t i = 0; i < count; ++i) {
@@ -87,24 +88,30 @@ void forward_block(const Forward& p, const KeyLayout& keys, ForwardScratch& s, B
 
 void forward(const Forward& p, int64_t begin, int64_t end) {
   const KeyLayout keys(p);
-  ForwardScratch scratch(p, keys);
+  const KeyRange range(keys, 0, keys.groups, p.prefix);
+  ForwardScratch scratch(p, range);
   BiasTerms bias(p, keys, false);
+  Segments segments(p, keys);
   Scratch<uint32_t> columns;
   if (p.drop_below > 0) hash_columns(p, keys, columns);
-  const auto block = keys.rows == 1 ? (p.drop_below > 0 ? forward_block<true, true> : forward_block<true, false>)
-                                    : (p.drop_below > 0 ? forward_block<false, true> : forward_block<false, false>);
-  int64_t packed_head = -1, packed_table = -1;
+  const auto block =
+      with_bias(p, keys, [&]<Bias B>() { return p.drop_below > 0 ? forward_block<B, true> : forward_block<B, false>; });
+  int64_t packed_pair = -1, packed_table = -1;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t pair = task / p.query_splits, b = pair / p.heads, h = pair % p.heads;
-    if (pair != packed_head) {
-      pack_keys(p.key, head_offset(p.key, b, h), p, keys, 0, keys.groups, true, scratch.key);
-      pack_keys(p.value, head_offset(p.value, b, h), p, keys, 0, keys.groups, false, scratch.value);
+    const int64_t pair = task / p.query_splits;
+    // A free table is expanded once for a head, so its images follow one another.
+    const int64_t b = p.bias_table ? pair % p.batch : pair / p.heads,
+                  h = p.bias_table ? pair / p.batch : pair % p.heads;
+    if (pair != packed_pair) {
+      pack_keys(p.key, p.prefix_key, b, h, p, keys, range, true, scratch.key);
+      pack_keys(p.value, p.prefix_value, b, h, p, keys, range, false, scratch.value);
       if (h != packed_table) bias.pack_tables(packed_table = h);
-      packed_head = pair;
+      segments.pack(b);
+      packed_pair = pair;
     }
     const int64_t blocks = (p.queries() + QB - 1) / QB, split = task % p.query_splits;
     const int64_t last = split_begin(blocks, p.query_splits, split + 1);
     for (int64_t i = split_begin(blocks, p.query_splits, split); i < last; ++i)
-      block(p, keys, scratch, bias, columns.data, b, h, i * QB, smaller(QB, p.queries() - i * QB));
+      block(p, range, scratch, bias, segments, columns.data, b, h, i * QB, smaller(QB, p.queries() - i * QB));
   }
 }

@@ -7,20 +7,29 @@ namespace fused_attn::rel_attention_2d {
 
 // Sizes, options and inputs.  Tensors are indexed (batch, heads, y, x, depth); `row_term` and `col_term` hold tables,
 // indexed (head, position, depth, -, -) with a head stride of 0 for shared ones, or logits, indexed
-// (batch, heads, yq, xq, key position), or nothing.
+// (batch, heads, yq, xq, key position), or nothing.  `bias_table` is indexed (head, y, x), or nothing; then the terms
+// are nothing.  The prefix keys, indexed (batch, heads, position, depth), take part in every query's softmax with
+// neither.
 struct Problem {
   int64_t batch, heads, hq, wq, hk, wk, dk, dv;
   float scale, rel_scale;
   bool tables;           // the terms are tables
-  bool key_minus_query;  // index convention of the tables
+  bool key_minus_query;  // index convention of all tables
   uint32_t drop_below;   // dropout: weights whose hash is below this number are dropped; 0 = no dropout
   float keep_scale;      // 1 / (1 - dropout_p)
   uint64_t seed;
-  TensorView query, key, value, row_term, col_term;
+  TensorView query, key, value, row_term, col_term, bias_table;
+  // (segment_sets, queries) and (segment_sets, keys), or null; image b has those of set b % segment_sets.
+  const int32_t *query_segments, *key_segments;
+  int64_t segment_sets;
+  int64_t prefix;  // number of prefix keys
+  TensorView prefix_key, prefix_value;
 
   int64_t queries() const { return hq * wq; }
   int64_t row_length() const { return tables && row_term ? hq + hk - 1 : 0; }
   int64_t col_length() const { return tables && col_term ? wq + wk - 1 : 0; }
+  int64_t bias_rows() const { return bias_table ? hq + hk - 1 : 0; }
+  int64_t bias_columns() const { return bias_table ? wq + wk - 1 : 0; }
 };
 
 struct Forward : Problem {
@@ -33,17 +42,20 @@ struct Forward : Problem {
   int64_t tasks() const { return batch * heads * query_splits; }
 };
 
-// A backward task is one (batch, head) and one range of key rows.  What several tasks contribute to is summed
-// afterwards in a fixed order, from float32 partial results, so that no result depends on the number of threads.
+// A backward task is one head, a run of images (one, unless there is a bias table) and one range of key rows.  What
+// several tasks contribute to is summed afterwards in a fixed order, from float32 partial results, so that no result
+// depends on the number of threads.
 struct Backward : Problem {
   TensorView grad_out, out;
   const float* statistics;
   TensorView grad_query, grad_key, grad_value, grad_row_term, grad_col_term;
-  int64_t key_splits;
+  TensorView grad_bias_table, grad_prefix_key, grad_prefix_value;
+  int64_t key_splits, image_runs;
   float* query_partials;  // (tasks, queries, dk); null when key_splits is 1
   float* table_partials;  // (tasks, row_length + col_length, dk)
+  float* bias_partials;   // (tasks, bias_rows, bias_columns)
 
-  int64_t tasks() const { return batch * heads * key_splits; }
+  int64_t tasks() const { return image_runs * heads * key_splits; }
 };
 
 struct Kernels {
@@ -51,6 +63,7 @@ struct Kernels {
   Kernel<Backward> backward;            // tasks
   Kernel<Backward> sum_query_partials;  // (batch, head) pairs
   Kernel<Backward> sum_table_partials;  // table rows, over all heads
+  Kernel<Backward> sum_bias_partials;   // (head, row) pairs of the bias table
 };
 
 FUSED_ATTN_DECLARE_KERNELS()

@@ -14,6 +14,10 @@ constexpr int kForwardTile = 1024 / L;
 constexpr int kBackwardTile = 1024 / L;
 constexpr int64_t kKeyChunk = 64;  // keys whose rows stay in the first-level cache while the queries pass by
 
+// How the logits get their position terms: rows of one number and columns, where a vector of keys lies in one image
+// row; the same where it holds parts of several; or a free table.
+enum class Bias { one_row, several_rows, table };
+
 // How keys map to vectors.  A group is `rows` whole image rows padded to `vectors` vectors, so that the column
 // logits are the same for every group and a group has a fixed lane -> (row of the group, column) pattern.
 struct KeyLayout {
@@ -33,9 +37,24 @@ struct KeyLayout {
       if (cost < best) best = cost, rows = candidate, groups = groups_, vectors = vectors_;
     }
   }
-  int64_t total_vectors() const { return groups * vectors; }
-  // Lanes of `of` groups up to the last that holds a key.
-  int64_t lanes(int64_t of) const { return (of - 1) * vectors * L + rows * wk; }
+};
+
+// The key vectors of a task: those of groups [group0, group0 + groups), then from the start of a panel on those of the
+// prefix keys.
+struct KeyRange {
+  int64_t group0, groups, prefix;
+  int64_t grid_vectors, prefix_begin, vectors;
+  int64_t lanes;  // up to the last that holds a key
+
+  KeyRange(const KeyLayout& keys, int64_t first, int64_t end, int64_t prefix_)
+      : group0(first), groups(end - first), prefix(prefix_), grid_vectors(groups * keys.vectors) {
+    prefix_begin = prefix > 0 ? round_up(grid_vectors, NR) : grid_vectors;
+    vectors = prefix_begin + vectors_of(prefix);
+    lanes = prefix > 0 ? prefix_begin * L + prefix
+                       : smaller(groups, 1) * ((groups - 1) * keys.vectors * L + keys.rows * keys.wk);
+  }
+  // How many of `count` vectors from v0 on are the grid's.
+  int64_t grid_part(int64_t v0, int64_t count) const { return smaller(count, larger(grid_vectors - v0, 0)); }
 };
 
 // A matrix of one row of `depth` numbers to each key (or table position) is held as panels, to[(panel, depth, lane)],
@@ -86,14 +105,14 @@ struct KeyMatrix {
   float* at(int64_t lane) { return keeps_rows ? rows + lane * stride : panels + panel_offset(lane); }
   int64_t step() const { return keeps_rows ? 1 : PANEL; }
 
-  // read(lane, to) writes one lane's numbers.
+  // Vectors from `first` on; read(lane, to) writes the numbers of a lane, counted from there.
   template <class Read>
-  void pack(int64_t vectors, const Read& read) {
+  void pack(int64_t first, int64_t vectors, const Read& read) {
     for (int64_t v = 0; v < vectors; ++v) {
-      float* block = keeps_rows ? rows + v * L * stride : rows.data;
+      float* block = keeps_rows ? rows + (first + v) * L * stride : rows.data;
       for (int64_t i = 0; i < L; ++i) read(v * L + i, block + i * stride);
       if (!keeps_panels) continue;
-      float* to = panels + panel_offset(v * L);
+      float* to = panels + panel_offset((first + v) * L);
       for (int64_t d0 = 0; d0 < depth; d0 += L) {
         vf x[L];
 #pragma GCC unroll 16
@@ -137,12 +156,13 @@ struct KeyMatrix {
   }
 };
 
-// Packs keys [group0, group1) of one head.  Lanes without a key repeat the last key when `repeat` (their logits are
-// then as finite as a real key's) and are zero otherwise.
-void pack_keys(const TensorView& view, int64_t base, const Problem& p, const KeyLayout& keys, int64_t group0,
-               int64_t group1, bool repeat, KeyMatrix& to) {
-  to.pack((group1 - group0) * keys.vectors, [&](int64_t i, float* row) {
-    const int64_t g = group0 + i / (keys.vectors * L), lane = i % (keys.vectors * L);
+// Packs the keys of one image and head.  Lanes without a key repeat the last key when `repeat` (their logits are then
+// as finite as a real key's) and are zero otherwise.
+void pack_keys(const TensorView& view, const TensorView& prefix, int64_t b, int64_t h, const Problem& p,
+               const KeyLayout& keys, const KeyRange& range, bool repeat, KeyMatrix& to) {
+  const int64_t base = head_offset(view, b, h), prefix_base = head_offset(prefix, b, h);
+  to.pack(0, range.grid_vectors, [&](int64_t i, float* row) {
+    const int64_t g = range.group0 + i / (keys.vectors * L), lane = i % (keys.vectors * L);
     int64_t r = lane / p.wk, x = lane % p.wk;
     const bool real = r < keys.rows && g * keys.rows + r < p.hk;
     if (!real && !repeat) return set_zero(row, to.depth);
@@ -150,22 +170,42 @@ void pack_keys(const TensorView& view, int64_t base, const Problem& p, const Key
     const int64_t y = smaller(g * keys.rows + r, p.hk - 1);
     gather(view, base + y * view.stride[2] + x * view.stride[3], view.stride[4], to.depth, 1.0f, row);
   });
+  to.pack(range.prefix_begin, range.vectors - range.prefix_begin, [&](int64_t i, float* row) {
+    if (i >= range.prefix && !repeat) return set_zero(row, to.depth);
+    const int64_t position = smaller(i, range.prefix - 1);
+    gather(prefix, prefix_base + position * prefix.stride[2], prefix.stride[3], to.depth, 1.0f, row);
+  });
 }
 
 // The inverse of pack_keys for gradients: real lanes only.
-void unpack_keys(const TensorView& view, int64_t base, const Problem& p, const KeyLayout& keys, int64_t group0,
-                 int64_t group1, KeyMatrix& from) {
-  for (int64_t g = group0; g < group1; ++g)
+void unpack_keys(const TensorView& view, const TensorView& prefix, int64_t b, int64_t h, const Problem& p,
+                 const KeyLayout& keys, const KeyRange& range, KeyMatrix& from) {
+  const int64_t base = head_offset(view, b, h), prefix_base = head_offset(prefix, b, h);
+  for (int64_t i = 0; i < range.prefix; ++i)
+    scatter(prefix, prefix_base + i * prefix.stride[2], prefix.stride[3], from.depth, 1.0f,
+            from.at(range.prefix_begin * L + i), from.step());
+  for (int64_t g = range.group0; g < range.group0 + range.groups; ++g)
     for (int64_t lane = 0; lane < keys.rows * p.wk; ++lane) {
       const int64_t y = g * keys.rows + lane / p.wk, x = lane % p.wk;
       if (y >= p.hk) break;
       scatter(view, base + y * view.stride[2] + x * view.stride[3], view.stride[4], from.depth, 1.0f,
-              from.at((g - group0) * keys.vectors * L + lane), from.step());
+              from.at((g - range.group0) * keys.vectors * L + lane), from.step());
     }
+}
+
+// choose<B>() for the way in which a problem's logits get their position terms.
+template <class Choose>
+auto with_bias(const Problem& p, const KeyLayout& keys, const Choose& choose) {
+  if (p.bias_table) return choose.template operator()<Bias::table>();
+  return keys.rows == 1 ? choose.template operator()<Bias::one_row>()
+                        : choose.template operator()<Bias::several_rows>();
 }
 
 // Splits 0..count into `splits` near-equal ranges.
 FA_INLINE int64_t split_begin(int64_t count, int64_t splits, int64_t i) { return count * i / splits; }
+
+#include "rel_attention_2d/free_table_impl.h"
+#include "rel_attention_2d/segments_impl.h"
 
 // The logits of one block of queries that do not depend on the key's content.
 struct BiasTerms {
@@ -183,13 +223,16 @@ struct BiasTerms {
   Scratch<float> product;     // (QB, table_vectors * L): query times every table row
   int64_t col_stride, query_stride, product_stride;
   bool finite_tables = true;
+  FreeTable free;
 
   BiasTerms(const Problem& problem, const KeyLayout& layout, bool backward)
       : p(problem),
         keys(layout),
         bias_rows(layout.groups * layout.rows),
         col_stride(layout.vectors * L),
-        query_stride(row_stride(problem.dk)) {
+        query_stride(row_stride(problem.dk)),
+        free(problem, layout) {
+    if (p.bias_table) return;
     col_logits.allocate(QB * col_stride);
     row_logits.allocate(QB * bias_rows);
     row_mask.allocate(keys.rows * col_stride);
@@ -230,8 +273,9 @@ struct BiasTerms {
   }
 
   void pack_tables(int64_t head) {
+    if (p.bias_table) return free.pack(head);
     if (!from_tables()) return;
-    table.pack(table_vectors, [&](int64_t i, float* to) {
+    table.pack(0, table_vectors, [&](int64_t i, float* to) {
       const bool in_col = i >= row_vectors * L;
       const TensorView& view = in_col ? p.col_term : p.row_term;
       const int64_t length = in_col ? p.col_length() : p.row_length();
@@ -245,6 +289,7 @@ struct BiasTerms {
 
   // Fills col_logits and row_logits for queries [q0, q0 + count) of head (b, h).
   void prepare(int64_t b, int64_t h, int64_t q0, int64_t count) {
+    if (p.bias_table) return;
     if (from_tables()) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t q = q0 + i;
@@ -260,34 +305,32 @@ struct BiasTerms {
                       });
     }
     for (int64_t i = 0; i < QB; ++i) {
-      const int64_t q = q0 + i;
+      auto fill = [&](const TensorView& term, int64_t start, int64_t length, float* to) {
+        if (i >= count || !term)
+          set_zero(to, length);
+        else if (p.tables)
+          copy(product + i * product_stride + start, length, to);
+        else
+          gather(term, query_offset(p, term, b, h, q0 + i), term.stride[4], length, 1.0f, to);
+      };
       float* to_col = col_logits + i * col_stride;
-      float* to_row = row_logits + i * bias_rows;
-      if (i < count && !p.tables && p.col_term)
-        gather(p.col_term, query_offset(p, p.col_term, b, h, q), p.col_term.stride[4], p.wk, 1.0f, to_col);
-      else if (i < count && p.col_term)
-        copy(product + i * product_stride + col_start(q), p.wk, to_col);
-      else
-        for (int64_t x = 0; x < p.wk; ++x) to_col[x] = 0.0f;
+      fill(p.col_term, col_start(q0 + i), p.wk, to_col);
       for (int64_t r = 1; r < keys.rows; ++r) copy(to_col, p.wk, to_col + r * p.wk);
       for (int64_t lane = keys.rows * p.wk; lane < col_stride; ++lane) to_col[lane] = -kInfinity;
 
-      if (i < count && !p.tables && p.row_term)
-        gather(p.row_term, query_offset(p, p.row_term, b, h, q), p.row_term.stride[4], p.hk, 1.0f, to_row);
-      else if (i < count && p.row_term)
-        copy(product + i * product_stride + row_start(q), p.hk, to_row);
-      else
-        for (int64_t y = 0; y < p.hk; ++y) to_row[y] = 0.0f;
+      float* to_row = row_logits + i * bias_rows;
+      fill(p.row_term, row_start(q0 + i), p.hk, to_row);
       for (int64_t y = p.hk; y < bias_rows; ++y) to_row[y] = -kInfinity;
     }
   }
 
   // Logit terms of block row i on vector `offset` of key group `group`.
-  template <bool OneRow>
+  template <Bias B>
   FA_INLINE vf at(int64_t i, int64_t group, int64_t offset) {
+    if constexpr (B == Bias::table) return free.at(i, group * keys.vectors + offset);
     const float* logits = row_logits + i * bias_rows + group * keys.rows;
     const vf col = load(col_logits + i * col_stride + offset * L);
-    if constexpr (OneRow) return col + logits[0];
+    if constexpr (B == Bias::one_row) return col + logits[0];
     return col + permute_lanes(load(logits + row_span[2 * offset]), load(row_of + offset * L));
   }
 };
@@ -314,30 +357,49 @@ struct DropoutKeys {
   }
 };
 
+// Of every lane of all groups, then of the prefix.
 void hash_columns(const Problem& p, const KeyLayout& keys, Scratch<uint32_t>& to) {
-  to.allocate(keys.total_vectors() * L);
-  for (int64_t i = 0; i < keys.total_vectors() * L; ++i) {
+  const KeyRange all(keys, 0, keys.groups, p.prefix);
+  to.allocate(all.vectors * L);
+  for (int64_t i = 0; i < all.grid_vectors * L; ++i) {
     const int64_t g = i / (keys.vectors * L), lane = i % (keys.vectors * L);
     to[i] = static_cast<uint32_t>((g * keys.rows + lane / p.wk) * p.wk + lane % p.wk) * 0x9E3779B1u;
   }
+  for (int64_t i = all.grid_vectors * L; i < all.prefix_begin * L; ++i) to[i] = 0;
+  for (int64_t i = all.prefix_begin * L; i < all.vectors * L; ++i)
+    to[i] = static_cast<uint32_t>(p.hk * p.wk + i - all.prefix_begin * L) * 0x9E3779B1u;
 }
 
-// Logits of `rows` queries against key vectors [v0, v0 + count) handed to finish(query, vector, logits).
-template <bool OneRow, class Finish>
+// Logits of `rows` queries against key vectors [v0, v0 + count) of a range handed to finish(query, vector, logits), the
+// vector counted from v0.
+template <Bias B, class Finish>
 FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const float* query, KeyMatrix& key, BiasTerms& bias,
-                          int64_t group0, const Finish& finish) {
+                          const KeyRange& range, const Finish& finish) {
   const int64_t per_group = bias.keys.vectors, dk = key.depth;
-  for (int64_t v = 0; v < count; v += NR) {
+  const int64_t grid = range.grid_part(v0, count);
+  for (int64_t v = 0; v < grid; v += NR) {
     int64_t group[NR], offset[NR];
     for (int n = 0; n < NR; ++n) {
-      group[n] = group0 + (v0 + v + n) / per_group;
+      group[n] = range.group0 + (v0 + v + n) / per_group;
       offset[n] = (v0 + v + n) % per_group;
     }
     outer_product(
-        rows, smaller(NR, count - v), query, bias.query_stride, 1, dk, key.panels + (v0 + v) / NR * dk * PANEL, PANEL,
+        rows, smaller(NR, grid - v), query, bias.query_stride, 1, dk, key.panels + (v0 + v) / NR * dk * PANEL, PANEL,
         // Added last: starting the sum from a large bias would round every term of it at the bias's magnitude.
         [&](int64_t m, int n, vf x)
-            FA_INLINE_CALL { finish(m, v + n, x + bias.template at<OneRow>(m, group[n], offset[n])); });
+            FA_INLINE_CALL { finish(m, v + n, x + bias.template at<B>(m, group[n], offset[n])); });
+  }
+  if (grid == count) return;
+  const int64_t prefix_begin = larger(range.prefix_begin - v0, 0);
+  for (int64_t v = grid; v < prefix_begin; ++v)
+    for (int64_t m = 0; m < rows; ++m) finish(m, v, broadcast(-kInfinity));
+  for (int64_t v = prefix_begin; v < count; v += NR) {
+    vf padding[NR];  // -inf on lanes past the last key
+    for (int n = 0; n < NR; ++n)
+      for (int i = 0; i < L; ++i) padding[n][i] = (v0 + v + n) * L + i < range.lanes ? 0.0f : -kInfinity;
+    outer_product(rows, smaller(NR, count - v), query, bias.query_stride, 1, dk,
+                  key.panels + (v0 + v) / NR * dk * PANEL, PANEL,
+                  [&](int64_t m, int n, vf x) FA_INLINE_CALL { finish(m, v + n, x + padding[n]); });
   }
 }
 
@@ -349,6 +411,7 @@ FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const float* 
 extern const Kernels kernels = {.forward = forward,
                                 .backward = backward,
                                 .sum_query_partials = sum_query_partials,
-                                .sum_table_partials = sum_table_partials};
+                                .sum_table_partials = sum_table_partials,
+                                .sum_bias_partials = sum_bias_partials};
 
 }  // namespace fused_attn::rel_attention_2d::FUSED_ATTN_ISA

@@ -5,6 +5,7 @@ import pkgutil
 from typing import Any
 
 from .attention_residual import attention_residual
+from .bias_attention_2d import bias_attention_2d
 from .elementwise_attention import elementwise_attention, row_col_softmax
 from .layer_attention import LayerCache, layer_attention, weighted_layer_sum
 from .rel_attention_2d import decomposed_bias_attention, rel_attention_2d
@@ -14,6 +15,7 @@ __all__ = [
     "SPECS",
     "LayerCache",
     "attention_residual",
+    "bias_attention_2d",
     "decomposed_bias_attention",
     "elementwise_attention",
     "layer_attention",

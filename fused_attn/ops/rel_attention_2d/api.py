@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,10 @@ def rel_attention_2d(
     scale: float | None = None,
     rel_scale: float | None = None,
     index: str = "key_minus_query",
+    query_segments: Tensor | None = None,
+    key_segments: Tensor | None = None,
+    prefix_key: Tensor | None = None,
+    prefix_value: Tensor | None = None,
     dropout_p: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
@@ -42,6 +48,13 @@ def rel_attention_2d(
         index: row of a table that belongs to (query position q, key position k) along an axis with Lq and Lk
             positions.  ``"key_minus_query"``: k - q + Lq - 1 (AA-Conv, BoTNet, timm).  ``"query_minus_key"``:
             q - k + Lk - 1 (SAM, ViTDet, MViTv2).
+        query_segments: (S, Hq, Wq), int32, on the device of ``query``; S divides B, and image b has the segments
+            b mod S: the order of Swin's windows.  A query attends to the keys of its own segment alone.
+        key_segments: (S, Hk, Wk), int32, likewise; both are given or neither.  A key of a negative segment is padding:
+            no query attends to it.
+        prefix_key: (B, heads, P, d_k), dtype of ``query``: further keys that every query attends to, whatever its
+            segment, with logits of ``scale * query.key`` and no other term; class tokens, say.
+        prefix_value: (B, heads, P, d_v), their values; both are given or neither.
         dropout_p: probability of dropping an attention weight, in [0, 1); the kept ones are divided by
             ``1 - dropout_p``.  Applied whenever it is positive: pass 0.0 in evaluation.  The mask is drawn from
             PyTorch's generator of the query's device.
@@ -55,24 +68,25 @@ def rel_attention_2d(
         ValueError: shapes, dtypes or devices do not fit, or an option is out of range.
         RuntimeError: the named ``impl`` cannot run on these inputs.
 
-    Gradients reach query, key, value, rel_h and rel_w; they are computed without atomics and are bitwise the
-    same at every run and number of threads.  Nothing of size N x N is allocated (N = H*W): ``cpu`` holds O(N) and
-    ``triton`` O(N*(H+W)) while it runs; both save O(N) for backward.  A query whose logits are all -inf, or
-    that has no key, yields zeros.  Under autocast the inputs are cast to the autocast dtype, with the rule and the
-    consequences of ``scaled_dot_product_attention``: in float16 a bias of -1e9 is -inf.
+    Gradients reach query, key, value, rel_h, rel_w, prefix_key and prefix_value; they are computed without atomics and
+    are bitwise the same at every run and number of threads.  Nothing of size N x N is allocated (N = H*W): ``cpu``
+    holds O(N) and ``triton`` O(N*(H+W)) while it runs; both save O(N) for backward.  A query whose logits are all
+    -inf, or that has no key, yields zeros.  Under autocast the inputs are cast to the autocast dtype, with the rule and
+    the consequences of ``scaled_dot_product_attention``: in float16 a bias of -1e9 is -inf.
 
     Source: Bello et al. 2019, "Attention Augmented Convolutional Networks", eq. 3-5.
     """
-    dropout_p = _check_attention(query, key, value, dropout_p)
-    if index not in INDEX:
-        raise ValueError(f"index must be one of {', '.join(map(repr, INDEX))}, got {index!r}")
+    dropout_p = check_attention(query, key, value, dropout_p)
+    check_index(index)
     _check_table("rel_h", rel_h, query, key, axis=2)
     _check_table("rel_w", rel_w, query, key, axis=3)
+    segments = check_segments(query, key, query_segments, key_segments)
+    check_prefix(query, value, prefix_key, prefix_value)
     scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
     rel_scale = scale if rel_scale is None else checks.number("rel_scale", rel_scale)
-    impl, *tensors = op.rel_attention_2d.choose(impl, query=query, key=key, value=value, rel_h=rel_h, rel_w=rel_w)
-    seed = _draw_seed(query.device) if dropout_p > 0.0 else None
-    return op.rel_attention_2d.run(impl, *tensors, scale, rel_scale, index == "key_minus_query", dropout_p, seed)
+    tensors = {"query": query, "key": key, "value": value, "rel_h": rel_h, "rel_w": rel_w, "bias_table": None}
+    tensors |= {"prefix_key": prefix_key, "prefix_value": prefix_value}
+    return attend("rel_attention_2d", impl, tensors, segments, scale, rel_scale, index, dropout_p)
 
 
 def decomposed_bias_attention(
@@ -83,6 +97,10 @@ def decomposed_bias_attention(
     bias_w: Tensor | None = None,
     *,
     scale: float | None = None,
+    query_segments: Tensor | None = None,
+    key_segments: Tensor | None = None,
+    prefix_key: Tensor | None = None,
+    prefix_value: Tensor | None = None,
     dropout_p: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
@@ -98,7 +116,7 @@ def decomposed_bias_attention(
         bias_h: (B, heads, Hq, Wq, Hk), dtype of ``query``, added for every key of row yk; unscaled.  None: no term.
             May be expanded (stride 0) along any axis.  -inf masks a row of keys.
         bias_w: (B, heads, Hq, Wq, Wk), likewise for the columns.
-        scale, dropout_p, impl: as in :func:`rel_attention_2d`.
+        scale, query_segments, key_segments, prefix_key, prefix_value, dropout_p, impl: as in :func:`rel_attention_2d`.
 
     Returns:
         (B, heads, Hq, Wq, d_v), dtype of ``query``, in the memory order of ``query``.
@@ -106,27 +124,57 @@ def decomposed_bias_attention(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`rel_attention_2d`.
 
-    Gradients reach all five tensors; determinism, masked queries and autocast as in :func:`rel_attention_2d`.
-    Memory O(N*(H+W)), which is the size of the two bias tensors.
+    Gradients reach all tensors but the segments; determinism, masked queries and autocast as in
+    :func:`rel_attention_2d`.  Memory O(N*(H+W)), which is the size of the two bias tensors.
 
     Source: Li et al. 2022, "MViTv2", eq. 4-5 (the decomposition).
     """
-    dropout_p = _check_attention(query, key, value, dropout_p)
+    dropout_p = check_attention(query, key, value, dropout_p)
     _check_bias("bias_h", bias_h, query, key, axis=2)
     _check_bias("bias_w", bias_w, query, key, axis=3)
+    segments = check_segments(query, key, query_segments, key_segments)
+    check_prefix(query, value, prefix_key, prefix_value)
     scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
-    impl, *tensors = op.rel_attention_2d.choose(
-        impl, op="decomposed_bias_attention", query=query, key=key, value=value, bias_h=bias_h, bias_w=bias_w
+    tensors = {"query": query, "key": key, "value": value, "bias_h": bias_h, "bias_w": bias_w, "bias_table": None}
+    tensors |= {"prefix_key": prefix_key, "prefix_value": prefix_value}
+    return attend("decomposed_bias_attention", impl, tensors, segments, scale, 1.0, INDEX[0], dropout_p)
+
+
+# --- shared with bias_attention_2d ------------------------------------------------------------------------------------
+
+
+def attend(
+    name: str,
+    impl: str,
+    tensors: Mapping[str, Tensor | None],
+    segments: tuple[Tensor | None, Tensor | None],
+    scale: float,
+    rel_scale: float,
+    index: str,
+    dropout_p: float,
+) -> Tensor:
+    """Choose and run.
+
+    Args:
+        name: of the public function.
+        impl: as the user gave it.
+        tensors: query, key, value, row term, column term, bias table, prefix key and prefix value, in this order, by
+            the names that the user knows.
+        segments: of :func:`check_segments`.
+        scale, rel_scale, index, dropout_p: as in :func:`rel_attention_2d`.
+    """
+    impl, *chosen = op.rel_attention_2d.choose(impl, op=name, **tensors)
+    seed = _draw_seed(chosen[0].device) if dropout_p > 0.0 else None
+    return op.rel_attention_2d.run(
+        impl, *chosen[:6], *segments, *chosen[6:], scale, rel_scale, index == INDEX[0], dropout_p, seed
     )
-    seed = _draw_seed(query.device) if dropout_p > 0.0 else None
-    return op.rel_attention_2d.run(impl, *tensors, scale, 1.0, True, dropout_p, seed)
 
 
 def _draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**63 - 1, (1,), device=device, dtype=torch.int64)
 
 
-def _check_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> float:
+def check_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> float:
     _check_grid("query", query, "(B, heads, Hq, Wq, d_k)")
     _check_grid("key", key, "(B, heads, Hk, Wk, d_k)")
     _check_grid("value", value, "(B, heads, Hk, Wk, d_v)")
@@ -153,6 +201,66 @@ def _check_grid(name: str, tensor: Tensor, layout: str) -> None:
     checks.tensor(name, tensor)
     if tensor.dim() != 5:
         raise ValueError(f"{name} must have 5 dimensions {layout}, got shape {tuple(tensor.shape)}")
+
+
+def check_index(index: str) -> None:
+    if index not in INDEX:
+        raise ValueError(f"index must be one of {', '.join(map(repr, INDEX))}, got {index!r}")
+
+
+def check_segments(
+    query: Tensor, key: Tensor, query_segments: Tensor | None, key_segments: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The segments as the kernels take them: contiguous."""
+    if query_segments is None and key_segments is None:
+        return None, None
+    grids = {
+        "query_segments": (query_segments, query.shape[2:4], "(S, Hq, Wq)"),
+        "key_segments": (key_segments, key.shape[2:4], "(S, Hk, Wk)"),
+    }
+    for name, (segments, grid, layout) in grids.items():
+        if segments is None:
+            other = next(given for given in grids if given != name)
+            raise ValueError(f"{name} must be given where {other} is, got None")
+        if not isinstance(segments, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(segments).__name__}")
+        if segments.dtype != torch.int32:
+            raise TypeError(f"{name} must have dtype torch.int32, got {segments.dtype}")
+        if segments.dim() != 3 or segments.shape[1:] != grid:
+            raise ValueError(f"{name} must have shape {layout}=(S, {grid[0]}, {grid[1]}), got {tuple(segments.shape)}")
+        if segments.device != query.device:
+            raise ValueError(f"{name} must be on the device of query, {query.device}, got {segments.device}")
+    sets, batch = query_segments.shape[0], query.shape[0]
+    if key_segments.shape[0] != sets:
+        raise ValueError(
+            f"key_segments must have as many sets S as query_segments, {sets}, got {key_segments.shape[0]}"
+        )
+    if sets == 0 or batch % sets != 0:
+        raise ValueError(f"query_segments must have a number of sets S that divides the batch of {batch}, got {sets}")
+    return query_segments.contiguous(), key_segments.contiguous()
+
+
+def check_prefix(query: Tensor, value: Tensor, prefix_key: Tensor | None, prefix_value: Tensor | None) -> None:
+    if prefix_key is None and prefix_value is None:
+        return
+    batch, heads, depth = query.shape[0], query.shape[1], {"prefix_key": query.shape[4], "prefix_value": value.shape[4]}
+    given = {"prefix_key": prefix_key, "prefix_value": prefix_value}
+    for (name, prefix), letter in zip(given.items(), "kv", strict=True):
+        if prefix is None:
+            raise ValueError(
+                f"{name} must be given where {'prefix_value' if name == 'prefix_key' else 'prefix_key'} is, got None"
+            )
+        checks.tensor(name, prefix)
+        if prefix.dim() != 4 or (*prefix.shape[:2], prefix.shape[3]) != (batch, heads, depth[name]):
+            raise ValueError(
+                f"{name} must have shape (B, heads, P, d_{letter})=({batch}, {heads}, P, {depth[name]}), "
+                f"got {tuple(prefix.shape)}"
+            )
+    if prefix_key.shape[2] != prefix_value.shape[2]:
+        raise ValueError(
+            f"prefix_value must have as many positions P as prefix_key, {prefix_key.shape[2]}, "
+            f"got {prefix_value.shape[2]}"
+        )
 
 
 def _check_table(name: str, table: Tensor | None, query: Tensor, key: Tensor, axis: int) -> None:

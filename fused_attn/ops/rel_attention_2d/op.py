@@ -1,7 +1,7 @@
 """The operators: schemas, allocation, what each implementation can run, and FLOPs.
 
 ``row_term`` and ``col_term`` are either tables (2 or 3 dimensions, multiplied with the query inside the operator) or
-finished logits (5 dimensions), or None.
+finished logits (5 dimensions), or None.  The public functions give the operators either those or a ``bias_table``.
 """
 
 from __future__ import annotations
@@ -33,25 +33,39 @@ def _allocate(query: Tensor, key: Tensor, value: Tensor, *_) -> tuple[Tensor, Te
     return empty_like_heads(query, value.shape[-1]), statistics
 
 
-def _allocate_backward(grad_out, query, key, value, row_term, col_term, *_) -> tuple[Tensor, ...]:
+def _allocate_backward(
+    grad_out, query, key, value, row_term, col_term, bias_table, query_segments, key_segments, prefix_key,
+    prefix_value, *_,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    def of(argument: Tensor | None) -> Tensor:
+        return query.new_empty(0) if argument is None else empty_contiguous(argument)
+
     return (
         empty_like_heads(query, query.shape[-1]),
         empty_like_heads(key, key.shape[-1]),
         empty_like_heads(value, value.shape[-1]),
-        query.new_empty(0) if row_term is None else empty_contiguous(row_term),
-        query.new_empty(0) if col_term is None else empty_contiguous(col_term),
+        *map(of, (row_term, col_term, bias_table, prefix_key, prefix_value)),
     )
 
 
-def _reference(query, key, value, row_term, col_term, scale, rel_scale, key_minus_query, dropout_p, seed) -> Tensor:
-    if any(term is not None and term.dim() == 5 for term in (row_term, col_term)):
-        return reference.decomposed_bias_attention(query, key, value, row_term, col_term, scale, dropout_p, seed)
+def _reference(
+    query, key, value, row_term, col_term, bias_table, query_segments, key_segments, prefix_key, prefix_value, scale,
+    rel_scale, key_minus_query, dropout_p, seed,
+) -> Tensor:  # fmt: skip
     index = "key_minus_query" if key_minus_query else "query_minus_key"
-    return reference.rel_attention_2d(query, key, value, row_term, col_term, scale, rel_scale, index, dropout_p, seed)
+    segments = None if query_segments is None else (query_segments, key_segments)
+    prefix = None if prefix_key is None else (prefix_key, prefix_value)
+    common = {"segments": segments, "prefix": prefix, "scale": scale, "dropout_p": dropout_p, "seed": seed}
+    if bias_table is not None:
+        return reference.bias_attention_2d(query, key, value, bias_table, index=index, **common)
+    if any(term is not None and term.dim() == 5 for term in (row_term, col_term)):
+        return reference.decomposed_bias_attention(query, key, value, row_term, col_term, **common)
+    return reference.rel_attention_2d(query, key, value, row_term, col_term, rel_scale=rel_scale, index=index, **common)
 
 
-def _score_elements(query_shape, key_shape) -> int:
-    return math.prod(query_shape[:4]) * math.prod(key_shape[2:4])
+def _score_elements(query_shape, key_shape, prefix_key_shape) -> int:
+    prefix = 0 if prefix_key_shape is None else prefix_key_shape[2]
+    return math.prod(query_shape[:4]) * (math.prod(key_shape[2:4]) + prefix)
 
 
 def _table_elements(query_shape, key_shape, row_term_shape, col_term_shape) -> int:
@@ -64,27 +78,32 @@ def _table_elements(query_shape, key_shape, row_term_shape, col_term_shape) -> i
     return math.prod(query_shape[:4]) * keys
 
 
-def _flops(query, key, value, row_term, col_term, *_, **__) -> int:
-    products = (
-        _score_elements(query, key) * (query[4] + value[4]) + _table_elements(query, key, row_term, col_term) * query[4]
-    )
-    return 2 * products
+def _flops(
+    query, key, value, row_term, col_term, bias_table, query_segments, key_segments, prefix_key, *_, **__
+) -> int:  # fmt: skip
+    # Biases of a free table are added, as finished logits are: no product.
+    scores = _score_elements(query, key, prefix_key) * (query[4] + value[4])
+    return 2 * (scores + _table_elements(query, key, row_term, col_term) * query[4])
 
 
-def _flops_backward(grad_out, query, key, value, row_term, col_term, *_, **__) -> int:
+def _flops_backward(
+    grad_out, query, key, value, row_term, col_term, bias_table, query_segments, key_segments, prefix_key, *_, **__
+) -> int:  # fmt: skip
     # As PyTorch counts its own fused attention: the logits once more, then two products for each forward one.
-    elements = _score_elements(query, key)
-    products = elements * (3 * query[4] + 2 * value[4]) + 3 * _table_elements(query, key, row_term, col_term) * query[4]
-    return 2 * products
+    scores = _score_elements(query, key, prefix_key) * (3 * query[4] + 2 * value[4])
+    return 2 * (scores + 3 * _table_elements(query, key, row_term, col_term) * query[4])
 
 
 rel_attention_2d = Operators(
     "rel_attention_2d",
-    "(Tensor query, Tensor key, Tensor value, Tensor? row_term, Tensor? col_term, Scalar scale, Scalar rel_scale, "
-    "bool key_minus_query, Scalar dropout_p, Tensor? seed) -> (Tensor out, Tensor statistics)",
-    "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? row_term, Tensor? col_term, Tensor out, "
-    "Tensor statistics, Scalar scale, Scalar rel_scale, bool key_minus_query, Scalar dropout_p, Tensor? seed) "
-    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_row_term, Tensor grad_col_term)",
+    "(Tensor query, Tensor key, Tensor value, Tensor? row_term, Tensor? col_term, Tensor? bias_table, "
+    "Tensor? query_segments, Tensor? key_segments, Tensor? prefix_key, Tensor? prefix_value, Scalar scale, "
+    "Scalar rel_scale, bool key_minus_query, Scalar dropout_p, Tensor? seed) -> (Tensor out, Tensor statistics)",
+    "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? row_term, Tensor? col_term, "
+    "Tensor? bias_table, Tensor? query_segments, Tensor? key_segments, Tensor? prefix_key, Tensor? prefix_value, "
+    "Tensor out, Tensor statistics, Scalar scale, Scalar rel_scale, bool key_minus_query, Scalar dropout_p, "
+    "Tensor? seed) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_row_term, "
+    "Tensor grad_col_term, Tensor grad_bias_table, Tensor grad_prefix_key, Tensor grad_prefix_value)",
     allocate=_allocate,
     allocate_backward=_allocate_backward,
     kernels={
@@ -95,5 +114,6 @@ rel_attention_2d = Operators(
     reference=_reference,
     flops=_flops,
     flops_backward=_flops_backward,
-    public="rel_attention_2d and decomposed_bias_attention",
+    or_float32=("bias_table",),
+    public="rel_attention_2d, decomposed_bias_attention and bias_attention_2d",
 )

@@ -41,19 +41,47 @@ def relative_logits(query, table_h, table_w, key_size, rel_scale, index):
     return bias_h, bias_w
 
 
-def decomposed_bias_attention(query, key, value, bias_h, bias_w, scale, dropout_p=0.0, seed=None):
-    """Attention whose logits carry a row term and a column term; shapes as in the public function."""
-    batch, heads, height, width, _ = query.shape
-    key_height, key_width = key.shape[2:4]
-    queries, keys = height * width, key_height * key_width
+def table_logits(bias_table, query_size, key_size, index):
+    """Biases of a free table: (heads, Nq, Nk) from (heads, Hq+Hk-1, Wq+Wk-1)."""
+    rows, columns = (
+        relative_index(queries, keys, index, bias_table.device)
+        for queries, keys in zip(query_size, key_size, strict=True)
+    )
+    return bias_table[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(3).flatten(1, 2)
 
-    logits = (query.flatten(2, 3) * scale) @ key.flatten(2, 3).transpose(-1, -2)
-    logits = logits.view(batch, heads, queries, key_height, key_width)
-    if bias_h is not None:
-        logits = logits + bias_h.flatten(2, 3).unsqueeze(-1)
-    if bias_w is not None:
-        logits = logits + bias_w.flatten(2, 3).unsqueeze(-2)
-    logits = logits.flatten(3)
+
+def same_segment(query_segments, key_segments, batch):
+    """Which keys a query attends to: bool (batch, Nq, Nk) from (S, Hq, Wq) and (S, Hk, Wk)."""
+    queries, keys = query_segments.flatten(1)[:, :, None], key_segments.flatten(1)[:, None, :]
+    return ((queries == keys) & (keys >= 0)).repeat(batch // len(queries), 1, 1)
+
+
+def attention(
+    query, key, value, bias=(), segments=None, prefix=None, *, scale, dropout_p=0.0, seed=None
+) -> torch.Tensor:  # fmt: skip
+    """Attention over a grid of keys and prefix keys.
+
+    Args:
+        query, key, value: as in the public functions.
+        bias: terms of the logits of the grid, each broadcastable to (B, heads, Nq, Hk, Wk).
+        segments: (query_segments, key_segments) as in the public functions, or None.
+        prefix: (prefix_key, prefix_value) as in the public functions, or None.
+        scale, dropout_p, seed: factor of the products, probability of dropping a weight, (1,) int64.
+    """
+    batch, heads, height, width, _ = query.shape
+    queries, keys = height * width, key.shape[2] * key.shape[3]
+    scaled = query.flatten(2, 3) * scale
+    logits = (scaled @ key.flatten(2, 3).transpose(-1, -2)).view(batch, heads, queries, *key.shape[2:4])
+    for term in bias:
+        logits = logits + term
+    logits, value = logits.flatten(3), value.flatten(2, 3)
+    if segments is not None:
+        logits = logits.masked_fill(~same_segment(*segments, batch)[:, None], float("-inf"))
+    if prefix is not None:
+        prefix_key, prefix_value = prefix
+        logits = torch.cat((logits, scaled @ prefix_key.transpose(-1, -2)), -1)
+        value = torch.cat((value, prefix_value), 2)
+        keys += prefix_key.shape[2]
 
     # A query with no key to attend to (every logit -inf) yields zeros, not NaN.
     masked = (logits == float("-inf")).all(-1, keepdim=True)
@@ -61,11 +89,34 @@ def decomposed_bias_attention(query, key, value, bias_h, bias_w, scale, dropout_
     if dropout_p > 0.0:
         keep = keep_mask(seed, batch * heads * queries, keys, dropout_p).view(weights.shape)
         weights = torch.where(keep, weights / (1.0 - dropout_p), torch.zeros_like(weights))
-    out = weights @ value.flatten(2, 3)
-    return out.view(batch, heads, height, width, value.shape[-1])
+    return (weights.to(value.dtype) @ value).view(batch, heads, height, width, value.shape[-1])
 
 
-def rel_attention_2d(query, key, value, rel_h, rel_w, scale, rel_scale, index, dropout_p=0.0, seed=None):
+def decomposed_bias_attention(
+    query, key, value, bias_h, bias_w, segments=None, prefix=None, *, scale, dropout_p=0.0, seed=None
+):
+    """Attention whose logits carry a row term and a column term; shapes as in the public function."""
+    terms = []
+    if bias_h is not None:
+        terms.append(bias_h.flatten(2, 3).unsqueeze(-1))
+    if bias_w is not None:
+        terms.append(bias_w.flatten(2, 3).unsqueeze(-2))
+    return attention(query, key, value, terms, segments, prefix, scale=scale, dropout_p=dropout_p, seed=seed)
+
+
+def rel_attention_2d(
+    query, key, value, rel_h, rel_w, segments=None, prefix=None, *, scale, rel_scale, index, dropout_p=0.0, seed=None
+):  # fmt: skip
     """Attention with logits scale*q.k + rel_scale*(q.rel_h + q.rel_w); shapes as in the public function."""
     bias_h, bias_w = relative_logits(query, rel_h, rel_w, key.shape[2:4], rel_scale, index)
-    return decomposed_bias_attention(query, key, value, bias_h, bias_w, scale, dropout_p, seed)
+    return decomposed_bias_attention(
+        query, key, value, bias_h, bias_w, segments, prefix, scale=scale, dropout_p=dropout_p, seed=seed
+    )
+
+
+def bias_attention_2d(
+    query, key, value, bias_table, segments=None, prefix=None, *, scale, index, dropout_p=0.0, seed=None
+):  # fmt: skip
+    """Attention with logits scale*q.k + bias_table[head, i(yq, yk), i(xq, xk)]; shapes as in the public function."""
+    bias = table_logits(bias_table, query.shape[2:4], key.shape[2:4], index).unflatten(-1, key.shape[2:4])
+    return attention(query, key, value, [bias], segments, prefix, scale=scale, dropout_p=dropout_p, seed=seed)

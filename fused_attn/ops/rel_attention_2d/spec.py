@@ -61,7 +61,7 @@ def _inside(shape, dtype, device):
 # --- calls ------------------------------------------------------------------------------------------------------------
 
 
-def _attention(dtype, device, *, batch, heads, query_grid, key_grid, d_k, d_v, layout=_contiguous, key_layout=None):
+def make_attention(dtype, device, *, batch, heads, query_grid, key_grid, d_k, d_v, layout=_contiguous, key_layout=None):
     key_layout = key_layout or layout
     return {
         "query": layout((batch, heads, *query_grid, d_k), dtype, device),
@@ -70,17 +70,53 @@ def _attention(dtype, device, *, batch, heads, query_grid, key_grid, d_k, d_v, l
     }
 
 
+def make_segments(kind: str, device, *, batch, query_grid, key_grid, **_) -> dict[str, Any]:
+    """Segments of a grid: ``"halves"``, another cut for every image; ``"padded"``, the same with keys that are padding
+    and queries without a key; ``"one"``, a set of one segment for all; ``"empty"``, no query has a key.
+    """
+    if not kind:
+        return {}
+    sets = 1 if kind in ("one", "empty") else batch
+    queries, keys = (torch.zeros(sets, *grid, dtype=torch.int32) for grid in (query_grid, key_grid))
+    if kind == "empty":
+        keys.fill_(1)
+    for image in range(sets if kind in ("halves", "padded") else 0):
+        for segments in (queries, keys):
+            height, width = segments.shape[1:]
+            segments[image, (height + image) // 2 :] += 1
+            segments[image, :, (width + 1) // 2 :] += 2
+        if kind == "padded":
+            keys[image, -1:, image:] = -1
+            keys[image][keys[image] == 2] = -7  # every key of a segment
+            queries[image, :1, -1:] = -7
+    return {"query_segments": queries.to(device), "key_segments": keys.to(device)}
+
+
+def make_prefix(count: int, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """``count`` prefix keys, in the second of two parts of memory; none for 0."""
+    if not count:
+        return {}
+    key, value = inputs["key"], inputs["value"]
+
+    def prefix(like, depth):
+        return _contiguous((*like.shape[:2], 2 * count, depth), like.dtype, like.device)[:, :, count:]
+
+    return {"prefix_key": prefix(key, key.shape[4]), "prefix_value": prefix(value, value.shape[4])}
+
+
 def make_rel_inputs(
     dtype: torch.dtype,
     device: torch.device,
     *,
     terms: str = "hw",
     tables: str = "shared",
+    segments: str = "",
+    prefix: int = 0,
     options: Mapping[str, Any] | None = None,
     **geometry: Any,
 ) -> dict[str, Any]:
     """Arguments of ``rel_attention_2d``; ``terms`` names the axes with a table, ``tables`` says of what kind."""
-    inputs = _attention(dtype, device, **geometry)
+    inputs = make_attention(dtype, device, **geometry)
     heads, d_k = geometry["heads"], geometry["d_k"]
     for axis, letter in enumerate("hw"):
         if letter not in terms:
@@ -94,7 +130,7 @@ def make_rel_inputs(
         else:
             table = torch.randn(shape, dtype=torch.float64).to(device, dtype)
         inputs[f"rel_{letter}"] = table
-    return {**inputs, **(options or {})}
+    return {**inputs, **make_segments(segments, device, **geometry), **make_prefix(prefix, inputs), **(options or {})}
 
 
 def make_bias_inputs(
@@ -103,73 +139,100 @@ def make_bias_inputs(
     *,
     terms: str = "hw",
     edit: Callable[[dict[str, Any]], None] | None = None,
+    segments: str = "",
+    prefix: int = 0,
     options: Mapping[str, Any] | None = None,
     **geometry: Any,
 ) -> dict[str, Any]:
     """Arguments of ``decomposed_bias_attention``; ``edit`` changes them afterwards."""
-    inputs = _attention(dtype, device, **geometry)
+    inputs = make_attention(dtype, device, **geometry)
     for axis, letter in enumerate("hw"):
         if letter in terms:
             shape = (geometry["batch"], geometry["heads"], *geometry["query_grid"], geometry["key_grid"][axis])
             inputs[f"bias_{letter}"] = torch.randn(shape, dtype=torch.float64).to(device, dtype)
     if edit is not None:
         edit(inputs)
-    return {**inputs, **(options or {})}
+    return {**inputs, **make_segments(segments, device, **geometry), **make_prefix(prefix, inputs), **(options or {})}
 
 
 SMALL = {"batch": 2, "heads": 2, "query_grid": (3, 4), "key_grid": (3, 4), "d_k": 4, "d_v": 3}
 
 
-def _geometry(query_grid: Grid, key_grid: Grid | None = None, d_k=20, d_v=2, batch=1, heads=2, **layouts) -> dict:
+def geometry(query_grid: Grid, key_grid: Grid | None = None, d_k=20, d_v=2, batch=1, heads=2, **layouts) -> dict:
     return {
         "batch": batch, "heads": heads, "query_grid": query_grid, "key_grid": key_grid or query_grid, "d_k": d_k,
         "d_v": d_v, **layouts,
     }  # fmt: skip
 
 
-_GEOMETRIES = {
+GEOMETRIES = {
     "small": SMALL,
-    "1x1": _geometry((1, 1), d_k=4),
-    "one key": _geometry((5, 3), (1, 1), d_k=4),
-    "one query": _geometry((1, 1), (6, 7)),
-    "primes 13x7": _geometry((13, 7), d_v=4),
-    "query grid larger": _geometry((8, 6), (4, 3), d_v=5),
-    "key grid larger": _geometry((4, 3), (13, 17), d_v=5),
-    "width 2": _geometry((17, 2)),
-    "width 3": _geometry((11, 3), d_v=8),
-    "width 4": _geometry((9, 4)),
-    "width 8": _geometry((8, 8), d_v=8, batch=2),
-    "width 13": _geometry((3, 13)),
-    "width 16": _geometry((16, 16), d_v=4),
-    "width 17": _geometry((5, 17)),
-    "width 31": _geometry((4, 31)),
-    "width 32": _geometry((32, 32), heads=1),
-    "width 33": _geometry((3, 33)),
-    "width 130": _geometry((3, 130), heads=1),
-    "row 1x65": _geometry((1, 65), d_k=7, d_v=1),
-    "column 40x1": _geometry((40, 1), d_k=7, d_v=1),
-    "many rows": _geometry((40, 24), heads=1, d_k=8),
-    "deep 64": _geometry((6, 10), d_k=64, d_v=64),
-    "deep 40": _geometry((5, 6), d_k=40, d_v=40, heads=1),
-    "deep windows": _geometry((14, 14), d_k=64, d_v=64, heads=1),
-    "deep, several tiles": _geometry((34, 36), d_k=16, d_v=16, heads=1),
-    "deep 80": _geometry((5, 5), d_k=80, d_v=80, heads=1),
-    "deep 128": _geometry((4, 4), d_k=128, d_v=16, heads=1),
-    "deep values": _geometry((3, 7), d_k=16, d_v=65),
-    "odd depths": _geometry((5, 6), d_k=1, d_v=1),
-    "channels_last": _geometry((6, 8), d_v=4, batch=2, layout=_channels_last),
-    "channels first": _geometry((6, 8), d_v=4, batch=2, layout=_channels_first),
-    "heads first": _geometry((6, 8), d_v=4, batch=2, layout=_heads_first),
-    "spread": _geometry((3, 5), d_k=4, layout=_spread),
-    "slice of qkv": _geometry((4, 5), d_k=4, d_v=4, batch=2, layout=_inside),
-    "mixed layouts": _geometry((4, 5), d_k=4, batch=2, layout=_channels_first, key_layout=_channels_last),
-    "expanded keys": _geometry((4, 5), d_k=4, batch=3, key_layout=_one_batch),
-    "no value depth": _geometry((3, 4), d_k=4, d_v=0),
-    "no heads": _geometry((3, 4), d_k=4, heads=0),
-    "no images": _geometry((3, 4), d_k=4, batch=0),
-    "no queries": _geometry((0, 4), (3, 4), d_k=4),
-    "no keys": _geometry((3, 4), (3, 0), d_k=4),
+    "1x1": geometry((1, 1), d_k=4),
+    "one key": geometry((5, 3), (1, 1), d_k=4),
+    "one query": geometry((1, 1), (6, 7)),
+    "primes 13x7": geometry((13, 7), d_v=4),
+    "query grid larger": geometry((8, 6), (4, 3), d_v=5),
+    "key grid larger": geometry((4, 3), (13, 17), d_v=5),
+    "width 2": geometry((17, 2)),
+    "width 3": geometry((11, 3), d_v=8),
+    "width 4": geometry((9, 4)),
+    "width 8": geometry((8, 8), d_v=8, batch=2),
+    "width 13": geometry((3, 13)),
+    "width 16": geometry((16, 16), d_v=4),
+    "width 17": geometry((5, 17)),
+    "width 31": geometry((4, 31)),
+    "width 32": geometry((32, 32), heads=1),
+    "width 33": geometry((3, 33)),
+    "width 130": geometry((3, 130), heads=1),
+    "row 1x65": geometry((1, 65), d_k=7, d_v=1),
+    "column 40x1": geometry((40, 1), d_k=7, d_v=1),
+    "many rows": geometry((40, 24), heads=1, d_k=8),
+    "deep 64": geometry((6, 10), d_k=64, d_v=64),
+    "deep 40": geometry((5, 6), d_k=40, d_v=40, heads=1),
+    "deep windows": geometry((14, 14), d_k=64, d_v=64, heads=1),
+    "deep, several tiles": geometry((34, 36), d_k=16, d_v=16, heads=1),
+    "deep 80": geometry((5, 5), d_k=80, d_v=80, heads=1),
+    "deep 128": geometry((4, 4), d_k=128, d_v=16, heads=1),
+    "deep values": geometry((3, 7), d_k=16, d_v=65),
+    "odd depths": geometry((5, 6), d_k=1, d_v=1),
+    "channels_last": geometry((6, 8), d_v=4, batch=2, layout=_channels_last),
+    "channels first": geometry((6, 8), d_v=4, batch=2, layout=_channels_first),
+    "heads first": geometry((6, 8), d_v=4, batch=2, layout=_heads_first),
+    "spread": geometry((3, 5), d_k=4, layout=_spread),
+    "slice of qkv": geometry((4, 5), d_k=4, d_v=4, batch=2, layout=_inside),
+    "mixed layouts": geometry((4, 5), d_k=4, batch=2, layout=_channels_first, key_layout=_channels_last),
+    "expanded keys": geometry((4, 5), d_k=4, batch=3, key_layout=_one_batch),
+    "no value depth": geometry((3, 4), d_k=4, d_v=0),
+    "no heads": geometry((3, 4), d_k=4, heads=0),
+    "no images": geometry((3, 4), d_k=4, batch=0),
+    "no queries": geometry((0, 4), (3, 4), d_k=4),
+    "no keys": geometry((3, 4), (3, 0), d_k=4),
 }
+
+
+#: (segments, geometry) and (number of prefix keys, geometry) of the samples of all functions that take them.
+SEGMENT_CASES = (
+    ("halves", "small"),
+    ("padded", "small"),
+    ("one", "small"),
+    ("empty", "small"),
+    ("padded", "width 8"),
+    ("halves", "width 17"),
+    ("padded", "deep, several tiles"),
+    ("halves", "key grid larger"),
+    ("padded", "channels_last"),
+    ("halves", "no keys"),
+)
+PREFIX_CASES = (
+    (1, "small"),
+    (5, "width 8"),
+    (33, "width 17"),
+    (2, "deep windows"),
+    (3, "deep, several tiles"),
+    (1, "no keys"),
+    (2, "channels first"),
+    (70, "1x1"),
+)
 
 
 def _rel_sample(name: str, small: bool = False, **settings: Any) -> Sample:
@@ -181,7 +244,7 @@ def _bias_sample(name: str, small: bool = False, **settings: Any) -> Sample:
 
 
 REL_SAMPLES = (
-    *(_rel_sample(name, small=name == "small", **geometry) for name, geometry in _GEOMETRIES.items()),
+    *(_rel_sample(name, small=name == "small", **geometry) for name, geometry in GEOMETRIES.items()),
     _rel_sample("no tables", small=True, **SMALL, terms=""),
     _rel_sample("rows only", small=True, **SMALL, terms="h"),
     _rel_sample("columns only", **SMALL, terms="w"),
@@ -191,17 +254,28 @@ REL_SAMPLES = (
     _rel_sample("query_minus_key", small=True, **SMALL, options={"index": "query_minus_key"}),
     _rel_sample(
         "query_minus_key, unequal grids",
-        **_geometry((6, 5), (4, 9), d_v=4),
+        **geometry((6, 5), (4, 9), d_v=4),
         tables="per head",
         options={"index": "query_minus_key"},
     ),
     _rel_sample("rel_scale 1", **SMALL, options={"rel_scale": 1.0}),
     _rel_sample("scale 0.1, rel_scale 0.7", small=True, **SMALL, options={"scale": 0.1, "rel_scale": 0.7}),
     _rel_sample("scale 0", **SMALL, options={"scale": 0.0, "rel_scale": 1.0}),
-    _rel_sample("large logits", **_geometry((7, 9), heads=1), options={"scale": 2.0}),
+    _rel_sample("large logits", **geometry((7, 9), heads=1), options={"scale": 2.0}),
     _rel_sample("dropout", small=True, **SMALL, options={"dropout_p": 0.3}),
-    _rel_sample("dropout, width 8", **_GEOMETRIES["width 8"], options={"dropout_p": 0.5}),
-    _rel_sample("dropout, width 32", **_geometry((8, 32)), options={"dropout_p": 0.1}),
+    _rel_sample("dropout, width 8", **GEOMETRIES["width 8"], options={"dropout_p": 0.5}),
+    _rel_sample("dropout, width 32", **geometry((8, 32)), options={"dropout_p": 0.1}),
+    *(
+        _rel_sample(f"{segments}, {name}", small=name == "small", **GEOMETRIES[name], segments=segments)
+        for segments, name in SEGMENT_CASES
+    ),
+    *(
+        _rel_sample(f"prefix {count}, {name}", small=name == "small", **GEOMETRIES[name], prefix=count)
+        for count, name in PREFIX_CASES
+    ),
+    _rel_sample(
+        "segments, prefix, dropout", small=True, **SMALL, segments="padded", prefix=3, options={"dropout_p": 0.3}
+    ),
 )
 
 
@@ -269,21 +343,21 @@ def _plant(name: str, value: float, position: int = 0) -> Callable[[dict[str, An
 
 
 BIAS_SAMPLES = (
-    *(_bias_sample(name, small=name == "small", **geometry) for name, geometry in _GEOMETRIES.items()),
+    *(_bias_sample(name, small=name == "small", **geometry) for name, geometry in GEOMETRIES.items()),
     _bias_sample("no bias", **SMALL, terms=""),
     _bias_sample("rows only", small=True, **SMALL, terms="h"),
     _bias_sample("columns only", **SMALL, terms="w"),
     _bias_sample("expanded bias", **SMALL, edit=_expand),
     _bias_sample("masked rows", **SMALL, edit=_mask_rows),
-    _bias_sample("masked rows, width 8", **_GEOMETRIES["width 8"], edit=_mask_rows),
-    _bias_sample("masked rows, width 32", **_geometry((8, 32)), edit=_mask_rows),
+    _bias_sample("masked rows, width 8", **GEOMETRIES["width 8"], edit=_mask_rows),
+    _bias_sample("masked rows, width 32", **geometry((8, 32)), edit=_mask_rows),
     _bias_sample("bias expanded over keys", **SMALL, edit=_expand_keys),
     _bias_sample("strided bias", **SMALL, edit=_spread_bias),
     _bias_sample("masked columns", **SMALL, edit=_mask_columns),
     _bias_sample("masked by both terms", small=True, **SMALL, edit=_mask_crossed),
     _bias_sample("masked image", **SMALL, edit=_mask_image),
     _bias_sample("masked by the least finite number", **SMALL, edit=_mask_least),
-    _bias_sample("masked by the least finite number, width 8", **_GEOMETRIES["width 8"], edit=_mask_least),
+    _bias_sample("masked by the least finite number, width 8", **GEOMETRIES["width 8"], edit=_mask_least),
     _bias_sample("masked by several numbers", **SMALL, edit=_mask_mixed),
     _bias_sample(
         "masked, expanded, dropped",
@@ -297,17 +371,28 @@ BIAS_SAMPLES = (
     _bias_sample("inf in the last value", **SMALL, edit=_plant("value", float("inf"), -1)),
     _bias_sample("inf in bias_h", **SMALL, edit=_plant("bias_h", float("inf"))),
     _bias_sample("dropout", small=True, **SMALL, options={"dropout_p": 0.3}),
+    *(
+        _bias_sample(f"{segments}, {name}", small=name == "small", **GEOMETRIES[name], segments=segments)
+        for segments, name in SEGMENT_CASES
+    ),
+    *(
+        _bias_sample(f"prefix {count}, {name}", small=name == "small", **GEOMETRIES[name], prefix=count)
+        for count, name in PREFIX_CASES
+    ),
+    _bias_sample(
+        "segments, prefix, dropout", small=True, **SMALL, segments="padded", prefix=3, options={"dropout_p": 0.3}
+    ),
 )
 
 
 # --- random calls for the shape fuzz ----------------------------------------------------------------------------------
 
 
-def _fuzz_geometry(draw: random.Random) -> dict[str, Any]:
+def fuzz_geometry(draw: random.Random) -> dict[str, Any]:
     query_grid = (draw.randint(1, 12), draw.randint(1, 36))
     key_grid = query_grid if draw.random() < 0.5 else (draw.randint(1, 12), draw.randint(1, 36))
     layouts = (_contiguous, _channels_last, _channels_first, _heads_first, _spread)
-    return _geometry(
+    return geometry(
         query_grid,
         key_grid,
         d_k=draw.choice((1, 2, 3, 8, 16, 20, 24, 33, 40, 64)),
@@ -319,7 +404,11 @@ def _fuzz_geometry(draw: random.Random) -> dict[str, Any]:
     )
 
 
-def _describe(settings: Mapping[str, Any]) -> str:
+def fuzz_extras(draw: random.Random) -> dict[str, Any]:
+    return {"segments": draw.choice(("", "", "halves", "padded")), "prefix": draw.choice((0, 0, 1, 3, 20))}
+
+
+def describe(settings: Mapping[str, Any]) -> str:
     """The same text in every process, as the name of a sample is its seed."""
     return str({key: getattr(value, "__name__", value) for key, value in settings.items()})
 
@@ -333,18 +422,20 @@ def fuzz_rel(draw: random.Random) -> Sample:
             "rel_scale": draw.choice((None, 1.0)),
             "dropout_p": draw.choice((0.0, 0.0, 0.25)),
         },
-        **_fuzz_geometry(draw),
+        **fuzz_extras(draw),
+        **fuzz_geometry(draw),
     }
-    return Sample(_describe(settings), partial(make_rel_inputs, **settings))
+    return Sample(describe(settings), partial(make_rel_inputs, **settings))
 
 
 def fuzz_bias(draw: random.Random) -> Sample:
     settings = {
         "terms": draw.choice(("hw", "hw", "h", "w", "")),
         "options": {"dropout_p": draw.choice((0.0, 0.0, 0.25))},
-        **_fuzz_geometry(draw),
+        **fuzz_extras(draw),
+        **fuzz_geometry(draw),
     }
-    return Sample(_describe(settings), partial(make_bias_inputs, **settings))
+    return Sample(describe(settings), partial(make_bias_inputs, **settings))
 
 
 # --- benchmark shapes -------------------------------------------------------------------------------------------------
@@ -421,12 +512,13 @@ BIAS_GPU_SHAPES = (
 # --- specs ------------------------------------------------------------------------------------------------------------
 
 
-def _operators(prefix: str, impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
+def operators(prefix: str, impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
     terms = (inputs["query"], inputs["key"], inputs["value"], inputs.get(f"{prefix}_h"), inputs.get(f"{prefix}_w"))
+    names = ("bias_table", "query_segments", "key_segments", "prefix_key", "prefix_value")
     dropout_p = inputs.get("dropout_p", 0.0)
     seed = torch.tensor([1234567890123], device=terms[0].device) if dropout_p else None
     key_minus_query = inputs.get("index", "key_minus_query") == "key_minus_query"
-    return op.rel_attention_2d.calls(impl, *terms, 0.3, 0.7, key_minus_query, dropout_p, seed)
+    return op.rel_attention_2d.calls(impl, *terms, *map(inputs.get, names), 0.3, 0.7, key_minus_query, dropout_p, seed)
 
 
 SPECS = (
@@ -436,7 +528,7 @@ SPECS = (
         implementations=op.rel_attention_2d.implementations("query", "key", "value"),
         samples=REL_SAMPLES,
         fuzz=fuzz_rel,
-        operators=partial(_operators, "rel"),
+        operators=partial(operators, "rel"),
         shapes=REL_SHAPES,
         growth=_growth(make_rel_inputs),
         gpu_shapes=REL_GPU_SHAPES,
@@ -449,7 +541,7 @@ SPECS = (
         implementations=op.rel_attention_2d.implementations("query", "key", "value"),
         samples=BIAS_SAMPLES,
         fuzz=fuzz_bias,
-        operators=partial(_operators, "bias"),
+        operators=partial(operators, "bias"),
         shapes=BIAS_SHAPES,
         growth=_growth(make_bias_inputs),
         gpu_shapes=BIAS_GPU_SHAPES,

@@ -23,7 +23,7 @@ SAMPLES = [
     for sample in spec.samples
     if sample.small or sample.name in FOUND.get(spec.name, ())
 ]
-SAMPLES.append((rel_spec.SPECS[0], rel_spec._rel_sample("rows of 24", **rel_spec._geometry((12, 24), heads=1, d_k=8))))
+SAMPLES.append((rel_spec.SPECS[0], rel_spec._rel_sample("rows of 24", **rel_spec.geometry((12, 24), heads=1, d_k=8))))
 
 
 @pytest.mark.parametrize(("spec", "sample"), SAMPLES, ids=[f"{spec.name}-{sample.name}" for spec, sample in SAMPLES])
