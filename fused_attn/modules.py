@@ -1,6 +1,7 @@
 """The package's nn.Modules, and what some of them attend over: ``LayerCache`` and ``BlockSums``."""
 
 from .ops.attention_residual.module import AttentionResidual, BlockSums
+from .ops.bias_attention_2d.module import GridAttention2d, WindowAttention2d
 from .ops.elementwise_attention.module import DualSoftmax, ElementwiseAttention, ElementwiseAttentionBlock
 from .ops.layer_attention.cache import LayerCache
 from .ops.layer_attention.module import LayerAttention, MRLABase, MRLALight
@@ -14,12 +15,14 @@ __all__ = [
     "DualSoftmax",
     "ElementwiseAttention",
     "ElementwiseAttentionBlock",
+    "GridAttention2d",
     "LayerAttention",
     "LayerCache",
     "MRLABase",
     "MRLALight",
     "RelPosAttention2d",
     "SqueezeExcite",
+    "WindowAttention2d",
     "can_share_result",
     "result_shares",
 ]

@@ -1,12 +1,24 @@
 """Model families, one file each, and the registry that names them."""
 
-from . import attention_wise, bottleneck_resnet, cifar_resnet, deit, googlenet, resnet, se_resnet, wide_resnet
+from . import (
+    attention_wise,
+    bottleneck_resnet,
+    cifar_resnet,
+    coatnet,
+    deit,
+    googlenet,
+    resnet,
+    se_resnet,
+    swin,
+    wide_resnet,
+)
 from .registry import create_model, list_models, register_model
 
 __all__ = [
     "attention_wise",
     "bottleneck_resnet",
     "cifar_resnet",
+    "coatnet",
     "create_model",
     "deit",
     "googlenet",
@@ -14,5 +26,6 @@ __all__ = [
     "register_model",
     "resnet",
     "se_resnet",
+    "swin",
     "wide_resnet",
 ]

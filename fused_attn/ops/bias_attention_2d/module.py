@@ -1,0 +1,221 @@
+"""Modules: attention within windows of a feature map, and over a coarse grid of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..rel_attention_2d import op
+from .api import bias_attention_2d
+
+
+class _TableAttention(nn.Module):
+    """Multi-head self-attention of windows with a free bias for every head and relative position.
+
+    The table lies as Swin, MaxViT and their published weights have it, positions by heads; the op takes it as a view.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        window: int | tuple[int, int],
+        *,
+        bias: bool = True,
+        dropout_p: float = 0.0,
+        out_dim: int | None = None,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if heads < 1:
+            raise ValueError(f"heads must be at least 1, got {heads}")
+        if dim < 1 or dim % heads:
+            raise ValueError(f"dim must be a positive multiple of heads={heads}, got {dim}")
+        size = _pair(window)
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"window must be a positive number or two of them (h, w), got {window}")
+        if not 0.0 <= dropout_p < 1.0:
+            raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+        implementations = ("auto", *op.rel_attention_2d.can_run)
+        if impl not in implementations:
+            raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")
+
+        self.dim, self.heads, self.window = dim, heads, size
+        self.dropout_p = dropout_p
+        self.impl = impl
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.qkv = nn.Linear(dim, 3 * dim, bias=bias, **options)
+        self.proj = nn.Linear(dim, out_dim or dim, bias=bias, **options)
+        positions = (2 * size[0] - 1) * (2 * size[1] - 1)
+        self.relative_position_bias_table = nn.Parameter(torch.empty(positions, heads, **options))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh parameters: PyTorch's default for the linear layers, truncated normal for the table."""
+        self.qkv.reset_parameters()
+        self.proj.reset_parameters()
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def bias_table(self, size: tuple[int, int] | None = None) -> Tensor:
+        """The table as the op takes it, a view (heads, 2h-1, 2w-1).
+
+        Args:
+            size: (h, w) of a smaller window: the central part of the table, which belongs to its relative positions.
+        """
+        table = self.relative_position_bias_table.unflatten(0, [2 * length - 1 for length in self.window])
+        for axis, (full, length) in enumerate(zip(self.window, size or self.window, strict=True)):
+            table = table.narrow(axis, full - length, 2 * length - 1)
+        return table.permute(2, 0, 1)
+
+    def attend(self, windows: Tensor, segments: Tensor | None = None) -> Tensor:
+        """Attend within windows, (N, h, w, dim) -> (N, h, w, out_dim), at most as large as ``window``.
+
+        Args:
+            windows: N windows.
+            segments: (S, h, w), int32, S divides N: positions attend to those of their own segment.
+        """
+        query, key, value = self.qkv(windows).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 4, 1, 2, 5)
+        out = bias_attention_2d(
+            query,
+            key,
+            value,
+            self.bias_table(windows.shape[1:3]),
+            query_segments=segments,
+            key_segments=segments,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            impl=self.impl,
+        )
+        return self.proj(out.permute(0, 2, 3, 1, 4).flatten(3))
+
+    def check_input(self, x: Tensor) -> None:
+        if x.dim() != 4 or x.shape[1] != self.dim:
+            raise ValueError(f"x must have shape (B, {self.dim}, H, W), got {tuple(x.shape)}")
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, window={self.window}, dropout_p={self.dropout_p}, impl={self.impl!r}"
+
+
+class WindowAttention2d(_TableAttention):
+    """Multi-head self-attention within windows of a feature map, shifted or not (Swin, the windows of MaxViT).
+
+    Queries, keys and values come from one linear layer and are read where it wrote them.  In channels_last memory a map
+    of one window is never copied; several windows are copied once on the way in and once on the way out, before the
+    linear layer triples the channels and after the heads are mixed, and once more each way for every axis of a shift.
+
+    Args:
+        dim: channels of the input.
+        heads: number of heads; divides ``dim``.
+        window: (h, w) of a window, or one number for both.
+        shift: (y, x), or one number for both, by which the windows are moved down and right against those that begin at
+            the corner; less than ``window``.  A window that the far edge cuts goes on at the near edge; the two parts
+            do not see each other.
+        bias: whether the linear layers have a bias.
+        dropout_p: probability of dropping an attention weight in training, in [0, 1).
+        out_dim: channels of the output; ``dim`` when None.
+        impl: implementation of the op; not part of the state dict, so weights load across implementations.
+
+    Shapes: input (B, dim, H, W), output (B, out_dim, H, W); any H and W.
+
+    Along an axis on which the input is not longer than the window, there is one window of its length, without a shift,
+    and the central part of the table is used: with a window as large as the largest map, this is attention over the
+    whole map (CoAtNet).  Otherwise an input that is no multiple of the window is padded with zeros at the bottom and on
+    the right, as in Swin: after the linear layer a padded position has the layer's bias as key and value, and takes
+    part.
+
+    Raises:
+        ValueError: an argument is out of range, or the input has the wrong shape.
+
+    Parameters have the names and layouts of Swin's published weights.  The table starts at a truncated normal
+    distribution of standard deviation 0.02.
+    Source: Liu et al. 2021, "Swin Transformer", section 3.2.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, window: int | tuple[int, int], shift: int | tuple[int, int] = 0, **options: Any
+    ) -> None:
+        super().__init__(dim, heads, window, **options)
+        self.shift = _pair(shift)
+        if len(self.shift) != 2 or not all(0 <= s < w for s, w in zip(self.shift, self.window, strict=True)):
+            raise ValueError(f"shift must be from 0 to less than window={self.window} along each axis, got {shift}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend within the windows of x, (B, dim, H, W) -> (B, out_dim, H, W)."""
+        self.check_input(x)
+        grid = x.shape[2:]
+        window = [min(length, size) for length, size in zip(grid, self.window, strict=True)]
+        shift = [s if length > size else 0 for s, length, size in zip(self.shift, grid, window, strict=True)]
+        counts = [-(-length // size) for length, size in zip(grid, window, strict=True)]
+        missing = [count * size - length for count, size, length in zip(counts, window, grid, strict=True)]
+
+        x = x.permute(0, 2, 3, 1)
+        if any(missing):
+            x = F.pad(x, (0, 0, 0, missing[1], 0, missing[0]))
+        segments = None
+        if any(shift):
+            x = x.roll((-shift[0], -shift[1]), (1, 2))
+            segments = _shift_segments(counts, window, shift, x.device)
+        # (B, rows, h, columns, w, dim) and back: the windows of an image lie side by side.
+        x = x.unflatten(2, (counts[1], window[1])).unflatten(1, (counts[0], window[0]))
+        out = self.attend(x.transpose(2, 3).flatten(0, 2), segments)
+        out = out.unflatten(0, (-1, counts[0], counts[1])).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        if any(shift):
+            out = out.roll(shift, (1, 2))
+        return out[:, : grid[0], : grid[1]].permute(0, 3, 1, 2)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, shift={self.shift}"
+
+
+class GridAttention2d(_TableAttention):
+    """Multi-head self-attention over coarse grids of a feature map (MaxViT).
+
+    The map is cut into ``grid`` x ``grid`` cells, and the positions at the same place of all cells attend to each other:
+    with windows of the size of the grid, every window sees all of the map after two layers.
+
+    Args:
+        dim: channels of the input.
+        heads: number of heads; divides ``dim``.
+        grid: (h, w) positions of a grid, or one number for both.
+        bias, dropout_p, out_dim, impl: as in :class:`WindowAttention2d`.
+
+    Shapes: input (B, dim, H, W), output (B, out_dim, H, W); H and W are multiples of the grid's.
+
+    Raises:
+        ValueError: an argument is out of range, or the input has the wrong shape.
+
+    Source: Tu et al. 2022, "MaxViT: Multi-Axis Vision Transformer", section 3.2.
+    """
+
+    def __init__(self, dim: int, heads: int, grid: int | tuple[int, int], **options: Any) -> None:
+        super().__init__(dim, heads, grid, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over the grids of x, (B, dim, H, W) -> (B, out_dim, H, W)."""
+        self.check_input(x)
+        if any(length % size for length, size in zip(x.shape[2:], self.window, strict=True)):
+            raise ValueError(
+                f"x must have a height and width that are multiples of {self.window}, got {tuple(x.shape)}"
+            )
+        height, width = self.window
+        x = x.permute(0, 2, 3, 1).unflatten(2, (width, -1)).unflatten(1, (height, -1))
+        cell = x.shape[2], x.shape[4]
+        out = self.attend(x.permute(0, 2, 4, 1, 3, 5).flatten(0, 2))
+        out = out.unflatten(0, (-1, *cell)).permute(0, 3, 1, 4, 2, 5)
+        return out.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+def _pair(number: int | tuple[int, int]) -> tuple[int, ...]:
+    return (number, number) if isinstance(number, int) else tuple(number)
+
+
+def _shift_segments(counts: list[int], window: list[int], shift: list[int], device: torch.device) -> Tensor:
+    """Parts of shifted windows: (windows, h, w).  Only the last row and column of windows have several."""
+    segments = torch.zeros(*counts, *window, dtype=torch.int32, device=device)
+    segments[-1, :, window[0] - shift[0] :] += 2
+    segments[:, -1, :, window[1] - shift[1] :] += 1
+    return segments.flatten(0, 1)
