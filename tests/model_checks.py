@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from fused_attn import create_model
 
 DEIT = {"dim": 32, "heads": 2, "depth": 3, "patch_size": 4}
+SWIN = {"dim": 16, "depths": (2, 2), "heads": (2, 4), "window": 3, "patch_size": 2}
+COATNET = {"stem": (8, 16), "dims": (16, 16, 32, 32), "depths": (1, 2, 1, 2), "head_dim": 8}
 #: label -> (model, options): every class of the registry, and every way through it that differs in what is called.
 MODELS = {
     "wrn": ("wrn_10_1", {}),
@@ -31,6 +33,8 @@ MODELS = {
     "attention_wise": ("attention_wise_a", {}),
     "vgg_control": ("vgg_control", {}),
     "googlenet": ("googlenet", {}),
+    "swin": ("swin_tiny", SWIN),
+    "coatnet": ("coatnet_0_rw", COATNET),
 }
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import SqueezeExcite, WindowAttention2d
-from .coverage import grid
+from .coverage import grid, strided
 from .drop_path import DropPath
 from .features import choose_levels
 from .model import Model
@@ -18,15 +18,20 @@ from .swin import MLP
 EPS = 1e-6  # of layer normalisation
 
 
+def pool(x: Tensor) -> Tensor:
+    """Mean of every 2x2 positions, (B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2)); fewer at an odd edge."""
+    return F.avg_pool2d(x, 2, ceil_mode=True)
+
+
 class Shortcut(nn.Module):
-    """Halve the map and change the channels, (B, in_chans, H, W) -> (B, out_chans, H // 2, W // 2)."""
+    """Halve the map and change the channels, (B, in_chans, H, W) -> (B, out_chans, ceil(H / 2), ceil(W / 2))."""
 
     def __init__(self, in_chans: int, out_chans: int) -> None:
         super().__init__()
         self.expand = nn.Conv2d(in_chans, out_chans, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.expand(F.avg_pool2d(x, 2))
+        return self.expand(pool(x))
 
 
 class ConvBlock(nn.Module):
@@ -49,7 +54,7 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.silu(self.pre_norm(x))
         if self.stride > 1:
-            out = F.avg_pool2d(out, 2)
+            out = pool(out)
         out = F.silu(self.norm1(self.conv1_1x1(out)))
         out = F.silu(self.norm2(self.se_early(self.conv2_kxk(out))))
         return self.shortcut(x) + self.drop_path(self.conv3_1x1(out))
@@ -85,7 +90,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.norm1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if self.stride > 1:
-            out = F.avg_pool2d(out, 2)
+            out = pool(out)
         x = self.shortcut(x) + self.drop_path(self.attn(out))
         return x + self.drop_path(self.mlp(self.norm2(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2))
 
@@ -113,8 +118,8 @@ class CoAtNet(Model):
         dims: channels of the four stages.
         depths: blocks of the four stages.
         head_dim: channels to a head; divides the channels of a stage of attention and of the one before it.
-        image_size: H = W, or (H, W), of the largest images: the tables of the last two stages have its size over 16
-            and over 32.  Of smaller images, the central parts of the tables.
+        image_size: H = W, or (H, W), of the largest images: the tables of the last two stages are those of
+            its size over 16 and over 32.  Smaller images take the central parts of the tables.
         drop_path: probability of dropping a residual branch for a sample in training, in [0, 1), in the last block;
             it grows linearly from 0 in the first.
         features_only: return maps instead of logits, and have no classifier.
@@ -122,11 +127,11 @@ class CoAtNet(Model):
             all.  Stages past the last of them are left out.
         impl: implementation of the attention and of squeeze-excite.
 
-    Shapes: input (B, in_chans, H, W) with H, W >= 32; output (B, num_classes), or with ``features_only`` a list of maps
-        that ``feature_info`` describes.
+    Shapes: input (B, in_chans, H, W), H and W at most those of ``image_size``; output (B, num_classes), or with
+        ``features_only`` a list of maps that ``feature_info`` describes.
 
     Raises:
-        ValueError: an argument is out of range, or the images are larger than ``image_size`` or too small.
+        ValueError: an argument is out of range, or the images are larger than ``image_size``.
 
     Weights start at PyTorch's defaults, tables at a truncated normal of standard deviation 0.02.  Parameters have the
     names of timm's, but for the tables, the norms of strided blocks and the classifier.
@@ -158,12 +163,12 @@ class CoAtNet(Model):
         self.out_indices, self.feature_info = choose_levels(levels, out_indices)
 
         self.stem = Stem(in_chans, stem)
-        size = tuple(-(-length // 2) for length in self.image_size)
+        size = strided(self.image_size, 2)
         total, done = max(sum(depths) - 1, 1), 0
         self.stages = nn.ModuleList()
         for stage in range(self.out_indices[-1] if features_only else 4):
             in_chans, out_chans = levels[stage][0], levels[stage + 1][0]
-            size = tuple(max(length // 2, 1) for length in size)
+            size = strided(size, 2)
             blocks = []
             for block in range(depths[stage]):
                 arguments = (out_chans if block else in_chans, out_chans, 1 if block else 2)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_checks import on_meta, randomise_norms
+from model_checks import COATNET, SWIN, on_meta, randomise_norms
 
 from fused_attn import create_model
 from fused_attn.models.cifar_resnet import SAResNet
@@ -17,6 +17,8 @@ MODELS = [
     ("mrla_light_resnet50", {}),
     ("mrla_base_deit_tiny", TINY_DEIT),
     ("mrla_light_deit_tiny", TINY_DEIT),
+    ("swin_cifar", {}),
+    ("coatnet_0_rw", {"image_size": 32}),
 ]
 
 
@@ -30,6 +32,10 @@ MODELS = [
         ("mrla_base_resnet50", {"out_indices": (1, 2, 3)}, [256, 512, 1024], [4, 8, 16]),
         ("mrla_light_resnet101", {"out_indices": (4,)}, [2048], [32]),
         ("mrla_light_resnet50", {"stem": "cifar"}, [64, 256, 512, 1024, 2048], [1, 1, 2, 4, 8]),
+        ("swin_tiny", {}, [96, 192, 384, 768], [4, 8, 16, 32]),
+        ("swin_small", {"out_indices": (1, 2)}, [192, 384], [8, 16]),
+        ("coatnet_0_rw", {}, [64, 96, 192, 384, 768], [2, 4, 8, 16, 32]),
+        ("coatnet_0_rw", {"out_indices": (0, 3)}, [64, 384], [2, 16]),
     ],
 )
 def test_maps_have_the_announced_channels_and_strides(name, options, channels, strides):
@@ -109,6 +115,8 @@ def test_weights_load_across_implementations_and_memory_formats(name, options):
         lambda: create_model("mrla_base_resnet50", features_only=True, out_indices=(1,)),
         lambda: create_model("mrla_light_resnet50", features_only=True, out_indices=(1,)),
         lambda: create_model("mrla_base_deit_tiny", **TINY_DEIT),
+        lambda: create_model("swin_tiny", **SWIN),
+        lambda: create_model("coatnet_0_rw", image_size=32, **COATNET),
     ],
 )
 def test_models_compile_to_one_graph(make):
@@ -130,7 +138,7 @@ def test_models_compile_to_one_graph(make):
         torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-4 * max(reference.abs().max().item(), 1e-3))
 
 
-@pytest.mark.parametrize("name", ["sa_resnet20", "mrla_base_resnet50", "mrla_light_resnet50"])
+@pytest.mark.parametrize("name", ["sa_resnet20", "mrla_base_resnet50", "mrla_light_resnet50", "swin_cifar"])
 def test_autocast(name):
     torch.manual_seed(0)
     model = create_model(name)

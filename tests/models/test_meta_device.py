@@ -12,11 +12,13 @@ PUBLIC = {
     "DualSoftmax": lambda: modules.DualSoftmax(),
     "ElementwiseAttention": lambda: modules.ElementwiseAttention(3, (8, 8), 2),
     "ElementwiseAttentionBlock": lambda: modules.ElementwiseAttentionBlock(3, (8, 8), 2, batch_norm=True),
+    "GridAttention2d": lambda: modules.GridAttention2d(16, 2, 7),
     "LayerAttention": lambda: modules.LayerAttention([8, 16, 16], values="project"),
     "MRLABase": lambda: modules.MRLABase(64),
     "MRLALight": lambda: modules.MRLALight(64),
     "RelPosAttention2d": lambda: modules.RelPosAttention2d(8, 16, 16, 2, (8, 8), per_head_tables=True, bias=True),
     "SqueezeExcite": lambda: modules.SqueezeExcite(64, 4, result_features=3),
+    "WindowAttention2d": lambda: modules.WindowAttention2d(16, 2, 7, 3),
 }
 
 

@@ -174,8 +174,8 @@ class WindowAttention2d(_TableAttention):
 class GridAttention2d(_TableAttention):
     """Multi-head self-attention over coarse grids of a feature map (MaxViT).
 
-    The map is cut into ``grid`` x ``grid`` cells, and the positions at the same place of all cells attend to each other:
-    with windows of the size of the grid, every window sees all of the map after two layers.
+    The map is cut into as many cells as the grid has positions, and the positions at the same place of all cells attend
+    to each other.  After attention within windows, every position has then seen the whole map.
 
     Args:
         dim: channels of the input.
