@@ -18,6 +18,8 @@ class _TableAttention(nn.Module):
     The table lies as Swin, MaxViT and their published weights have it, positions by heads; the op takes it as a view.
     """
 
+    size_name = "window"  # in the text of an error
+
     def __init__(
         self,
         dim: int,
@@ -38,7 +40,7 @@ class _TableAttention(nn.Module):
             raise ValueError(f"dim must be a positive multiple of heads={heads}, got {dim}")
         size = _pair(window)
         if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"window must be a positive number or two of them (h, w), got {window}")
+            raise ValueError(f"{self.size_name} must be a positive number or two of them (h, w), got {window}")
         if not 0.0 <= dropout_p < 1.0:
             raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
         implementations = ("auto", *op.rel_attention_2d.can_run)
@@ -97,7 +99,7 @@ class _TableAttention(nn.Module):
             raise ValueError(f"x must have shape (B, {self.dim}, H, W), got {tuple(x.shape)}")
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, window={self.window}, dropout_p={self.dropout_p}, impl={self.impl!r}"
+        return f"heads={self.heads}, {self.size_name}={self.window}, dropout_p={self.dropout_p}, impl={self.impl!r}"
 
 
 class WindowAttention2d(_TableAttention):
@@ -191,6 +193,8 @@ class GridAttention2d(_TableAttention):
     Source: Tu et al. 2022, "MaxViT: Multi-Axis Vision Transformer", section 3.2.
     """
 
+    size_name = "grid"
+
     def __init__(self, dim: int, heads: int, grid: int | tuple[int, int], **options: Any) -> None:
         super().__init__(dim, heads, grid, **options)
 
@@ -198,9 +202,7 @@ class GridAttention2d(_TableAttention):
         """Attend over the grids of x, (B, dim, H, W) -> (B, out_dim, H, W)."""
         self.check_input(x)
         if any(length % size for length, size in zip(x.shape[2:], self.window, strict=True)):
-            raise ValueError(
-                f"x must have a height and width that are multiples of {self.window}, got {tuple(x.shape)}"
-            )
+            raise ValueError(f"x must have multiples of grid={self.window} as height and width, got {tuple(x.shape)}")
         height, width = self.window
         x = x.permute(0, 2, 3, 1).unflatten(2, (width, -1)).unflatten(1, (height, -1))
         cell = x.shape[2], x.shape[4]
