@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -160,7 +161,7 @@ class WindowAttention2d(_TableAttention):
         segments = None
         if any(shift):
             x = x.roll((-shift[0], -shift[1]), (1, 2))
-            segments = _shift_segments(counts, window, shift, x.device)
+            segments = shift_segments(counts, window, shift, x.device)
         # (B, rows, h, columns, w, dim) and back: the windows of an image lie side by side.
         x = x.unflatten(2, (counts[1], window[1])).unflatten(1, (counts[0], window[0]))
         out = self.attend(x.transpose(2, 3).flatten(0, 2), segments)
@@ -215,7 +216,7 @@ def _pair(number: int | tuple[int, int]) -> tuple[int, ...]:
     return (number, number) if isinstance(number, int) else tuple(number)
 
 
-def _shift_segments(counts: list[int], window: list[int], shift: list[int], device: torch.device) -> Tensor:
+def shift_segments(counts: Sequence[int], window: Sequence[int], shift: Sequence[int], device: torch.device) -> Tensor:
     """Parts of shifted windows: (windows, h, w).  Only the last row and column of windows have several."""
     segments = torch.zeros(*counts, *window, dtype=torch.int32, device=device)
     segments[-1, :, window[0] - shift[0] :] += 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .._floor.declarations import OpSpec, Sample, convert
+from .._floor.declarations import OpSpec, Sample, Shape, convert
 from ..rel_attention_2d import op
 from ..rel_attention_2d.spec import (
     GEOMETRIES,
@@ -26,6 +27,8 @@ from ..rel_attention_2d.spec import (
     operators,
 )
 from .api import bias_attention_2d
+from .module import shift_segments
+from .peers import PEERS
 
 
 def make_inputs(
@@ -35,10 +38,13 @@ def make_inputs(
     table: str = "",
     segments: str = "",
     prefix: int = 0,
+    windows: int = 0,
     options: Mapping[str, Any] | None = None,
     **geometry: Any,
 ) -> dict[str, Any]:
-    """Arguments of ``bias_attention_2d``; ``table`` says of what kind."""
+    """Arguments of ``bias_attention_2d``; ``table`` says of what kind, ``windows`` how many an image has along each
+    axis, shifted by half of their size.
+    """
     inputs = make_attention(dtype, device, **geometry)
     lengths = [max(q + k - 1, 0) for q, k in zip(geometry["query_grid"], geometry["key_grid"], strict=True)]
     shape = (geometry["heads"], *lengths)
@@ -51,6 +57,10 @@ def make_inputs(
     if table == "masks":
         bias_table[:, ::2, ::3] = float("-inf")
     inputs["bias_table"] = bias_table.to(device, torch.float32 if table == "float32" else dtype)
+    if windows:
+        size = geometry["query_grid"]
+        shifted = shift_segments((windows, windows), size, (size[0] // 2, size[1] // 2), device)
+        inputs |= {"query_segments": shifted, "key_segments": shifted}
     return {**inputs, **make_segments(segments, device, **geometry), **make_prefix(prefix, inputs), **(options or {})}
 
 
@@ -67,6 +77,7 @@ SAMPLES = (
     _sample("table of masks", **SMALL, table="masks"),
     _sample("windows 7x7", **geometry((7, 7), d_k=32, d_v=32, batch=4, heads=3), segments="halves"),
     _sample("windows 12x12", **geometry((12, 12), d_k=32, d_v=32), segments="padded"),
+    _sample("shifted windows 7x7", **geometry((7, 7), d_k=32, d_v=32, batch=8), windows=2),
     _sample("scale 0.1", small=True, **SMALL, options={"scale": 0.1}),
     _sample("dropout", small=True, **SMALL, options={"dropout_p": 0.3}),
     _sample("dropout, width 8", **GEOMETRIES["width 8"], options={"dropout_p": 0.5}),
@@ -96,6 +107,55 @@ def fuzz(draw: random.Random) -> Sample:
     return Sample(describe(settings), partial(make_inputs, **settings))
 
 
+# --- benchmark shapes -------------------------------------------------------------------------------------------------
+
+
+def _shape(
+    B: int, heads: int, H: int, W: int, d_k: int, d_v: int, sets: int = 0, *, name: str = "", memory_only: bool = False
+) -> Shape:
+    """A case by its sizes; the query and key grids are equal.
+
+    Args:
+        sets: of segments, a square number: those of so many shifted windows to an image; 0: none.
+    """
+    if math.isqrt(sets) ** 2 != sets:
+        raise ValueError(f"sets must be a square number, got {sets}")
+    grid, pairs, positions = (H, W), B * heads, H * W
+    geometry = {"batch": B, "heads": heads, "query_grid": grid, "key_grid": grid, "d_k": d_k, "d_v": d_v}
+    table = heads * (2 * H - 1) * (2 * W - 1)
+    vectors = pairs * positions * (2 * d_k + d_v)
+    sizes = {"B": B, "heads": heads, "H": H, "W": W, "d_k": d_k, "d_v": d_v} | ({"sets": sets} if sets else {})
+    return Shape(
+        name or ",".join(f"{key}={value}" for key, value in sizes.items()),
+        partial(make_inputs, windows=math.isqrt(sets), **geometry),
+        flops_forward=2 * pairs * positions**2 * (d_k + d_v),
+        flops_backward=2 * pairs * positions**2 * (3 * d_k + 2 * d_v),
+        bytes_forward=4 * (vectors + table + pairs * positions * d_v + 2 * sets * positions),
+        bytes_backward=4 * (2 * vectors + 2 * table + 2 * pairs * positions * d_v + 2 * sets * positions),
+        # As much as rel_attention_2d on the same grid.
+        memory_limit=int(1.5 * 4 * (vectors + pairs * positions * d_v + pairs * positions * (H + W))),
+        sizes=sizes,
+        memory_only=memory_only,
+    )
+
+
+#: Two stages of Swin-T on 4 images, 12x12 windows (Swin at 384), and the global attention of CoAtNet-0.
+SHAPES = (
+    _shape(256, 3, 7, 7, 32, 32, 64, name="7x7 of 64 shifted windows, B 256, d 32 (Swin-T stage 1)"),
+    _shape(16, 12, 7, 7, 32, 32, 4, name="7x7 of 4 shifted windows, B 16, d 32 (Swin-T stage 3)"),
+    _shape(64, 4, 12, 12, 32, 32, name="12x12, B 64, d 32 (windows)"),
+    _shape(8, 12, 14, 14, 32, 32, name="14x14, B 8, d 32 (CoAtNet)"),
+)
+GPU_SHAPES = (
+    _shape(8192, 3, 7, 7, 32, 32, 64, name="7x7 of 64 shifted windows, B 8192, d 32 (Swin-T stage 1)"),
+    _shape(512, 12, 7, 7, 32, 32, 4, name="7x7 of 4 shifted windows, B 512, d 32 (Swin-T stage 3)"),
+    _shape(2048, 4, 12, 12, 32, 32, name="12x12, B 2048, d 32 (windows)"),
+    _shape(128, 12, 14, 14, 32, 32, name="14x14, B 128, d 32 (CoAtNet)"),
+)
+# 96x96: the reference alone would need 30 GiB.
+GROWTH = tuple(_shape(1, 8, n, n, 32, 32, name=f"{n}x{n}, B 1, d 32", memory_only=n > 64) for n in (16, 32, 64, 96))
+
+
 SPECS = (
     OpSpec(
         name="bias_attention_2d",
@@ -104,6 +164,11 @@ SPECS = (
         samples=SAMPLES,
         fuzz=fuzz,
         operators=partial(operators, ""),
+        shapes=SHAPES,
+        growth=GROWTH,
+        gpu_shapes=GPU_SHAPES,
+        make_shape=_shape,
+        peers=PEERS,
         autocast=partial(convert, keep=("bias_table",)),
     ),
 )
