@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from equality import assert_same, outputs_and_gradients, randomise
-from torch import nn
+from swin_v2 import SwinV2Attention, coordinates
 
 from fused_attn import bias_attention_2d
 from fused_attn.modules import GridAttention2d, WindowAttention2d
@@ -150,30 +150,6 @@ def test_levit_as_published(impl):
     assert_same(outputs_and_gradients(mirrored, tensors), outputs_and_gradients(published, tensors))
 
 
-class SwinV2Attention(nn.Module):
-    """Swin V2's window attention, composed as the op's README shows; windows (N, h, w, dim)."""
-
-    def __init__(self, dim, heads, window, impl):
-        super().__init__()
-        self.heads, self.window, self.impl = heads, window, impl
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.logit_scale = nn.Parameter(torch.full((heads, 1, 1, 1), math.log(10.0)))
-        self.mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, heads, bias=False))
-
-    def coordinates(self):
-        axes = [torch.arange(1 - size, size) * 8 / max(size - 1, 1) for size in self.window]
-        offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
-        return offsets.sign() * (offsets.abs() + 1).log2() / 3
-
-    def forward(self, windows, segments=None):
-        query, key, value = self.qkv(windows).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 4, 1, 2, 5)
-        query = F.normalize(query, dim=-1) * self.logit_scale.clamp(max=math.log(100.0)).exp()
-        table = 16 * torch.sigmoid(self.mlp(self.coordinates())).permute(2, 0, 1)
-        segments = {"query_segments": segments, "key_segments": segments}
-        out = bias_attention_2d(query, F.normalize(key, dim=-1), value, table, scale=1.0, impl=self.impl, **segments)
-        return out.permute(0, 2, 3, 1, 4).flatten(3)
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shifted", [False, True])
 def test_swin_v2_as_published(impl, shifted):
@@ -189,7 +165,7 @@ def test_swin_v2_as_published(impl, shifted):
         )
         cosine = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).mT
         logits = cosine * module.logit_scale.view(heads, 1, 1).clamp(max=math.log(100.0)).exp()
-        table = 16 * torch.sigmoid(module.mlp(module.coordinates()).flatten(0, 1)[index_of(h, w)])
+        table = 16 * torch.sigmoid(module.mlp(coordinates((h, w))).flatten(0, 1)[index_of(h, w)])
         logits = logits + table.permute(2, 0, 1)
         if shifted:
             mask = (segments.flatten(1)[:, :, None] != segments.flatten(1)[:, None]) * -100.0
