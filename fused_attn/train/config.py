@@ -88,8 +88,8 @@ class TrainConfig:
     eval_batch_size: int = 250
     """Images to a forward pass in evaluation, per process."""
 
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    """SGD with momentum, or Adam."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """SGD with momentum, Adam, or AdamW, whose weight decay is not part of the gradient."""
     lr: float = 0.1
     """Learning rate at its highest."""
     momentum: float = 0.9
@@ -97,8 +97,8 @@ class TrainConfig:
     nesterov: bool = True
     """Nesterov's form of the momentum."""
     weight_decay: float = 5e-4
-    """L2 penalty, on every parameter."""
-    attention_optimizer: Literal["sgd", "adam"] | None = None
+    """L2 penalty, on every parameter; AdamW's decoupled decay."""
+    attention_optimizer: Literal["sgd", "adam", "adamw"] | None = None
     """Separate optimizer for the parameters of the attention modules; the other one then has only the rest.  Its kind
     is that of ``optimizer`` where only ``attention_lr`` is given; both share schedule, momentum and weight decay."""
     attention_lr: float | None = None

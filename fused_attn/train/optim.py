@@ -15,11 +15,13 @@ from .errors import TrainError
 ATTENTION_MODULES = (
     modules.AttentionResidual,
     modules.ElementwiseAttention,
+    modules.GridAttention2d,
     modules.LayerAttention,
     modules.MRLABase,
     modules.MRLALight,
     modules.RelPosAttention2d,
     modules.SqueezeExcite,
+    modules.WindowAttention2d,
 )
 
 
@@ -55,8 +57,9 @@ def build_optimizers(config: TrainConfig, network: nn.Module) -> dict[str, torch
 
 
 def _build(config: TrainConfig, kind: str, rate: float, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    if kind == "adam":
-        return torch.optim.Adam(parameters, lr=rate, weight_decay=config.weight_decay)
+    if kind != "sgd":
+        adam = torch.optim.Adam if kind == "adam" else torch.optim.AdamW
+        return adam(parameters, lr=rate, weight_decay=config.weight_decay)
     return torch.optim.SGD(
         parameters, lr=rate, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay
     )

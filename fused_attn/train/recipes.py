@@ -13,6 +13,11 @@ _WRN = {
     "schedule": "step", "gamma": 0.2,
 }  # fmt: skip
 
+_SWIN = {
+    "epochs": 300, "optimizer": "adamw", "weight_decay": 0.05, "schedule": "cosine", "warmup_epochs": 20.0,
+    "label_smoothing": 0.1, "clip_norm": 5.0,
+}  # fmt: skip
+
 #: name -> (what it is, settings)
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "wrn": (
@@ -80,6 +85,21 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **_WRN, "model": "se_r_resnet34", "dataset": "cifar100", "epochs": 200, "milestones": (60, 120, 160),
             "warmup_epochs": 1.0, "crop_padding": 4, "flip": True, "rotate": 15.0, "aux_weights": (0.4, 0.4),
+        },
+    ),
+    "swin": (
+        "Liu et al. 2021, Swin-T on ImageNet: AdamW, 300 epochs, 20 of warm-up, drop-path 0.2; without the paper's "
+        "mixup, random erasing and RandAugment, and with its weight decay on every parameter",
+        {
+            **_SWIN, "model": "swin_tiny", "dataset": "imagefolder", "image_size": 224, "batch_size": 1024, "lr": 1e-3,
+            "model_options": ("drop_path=0.2",),
+        },
+    ),
+    "swin-cifar10": (
+        "the same for a small Swin on CIFAR-10, batch 128 and the rate in proportion to the root of the batch",
+        {
+            **_SWIN, "model": "swin_cifar", "dataset": "cifar10", "batch_size": 128, "lr": 3.5e-4,
+            "model_options": ("drop_path=0.1",),
         },
     ),
 }  # fmt: skip

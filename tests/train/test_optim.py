@@ -53,7 +53,7 @@ def test_constant_schedule():
     assert set(ours(config(schedule="constant"), 70)) == {0.3}
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_optimizer_takes_every_setting(optimizer):
     settings = config(optimizer=optimizer, momentum=0.8, weight_decay=0.01)
     (built,) = build_optimizers(settings, torch.nn.Linear(2, 2)).values()
@@ -62,7 +62,7 @@ def test_optimizer_takes_every_setting(optimizer):
     if optimizer == "sgd":
         assert (group["momentum"], group["nesterov"]) == (0.8, True)
     else:
-        assert isinstance(built, torch.optim.Adam)
+        assert type(built) is {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,7 @@ def test_optimizer_takes_every_setting(optimizer):
     [
         ({"attention_lr": 0.7}, torch.optim.SGD, 0.7),
         ({"attention_optimizer": "adam"}, torch.optim.Adam, 0.3),
+        ({"attention_optimizer": "adamw"}, torch.optim.AdamW, 0.3),
         ({"optimizer": "adam", "attention_optimizer": "sgd", "attention_lr": 0.2}, torch.optim.SGD, 0.2),
     ],
 )
@@ -89,7 +90,7 @@ def test_attention_has_an_optimizer_of_its_own(changes, kind, rate):
 
 
 @pytest.mark.parametrize(
-    "name", ["sa_resnet20", "mrla_base_resnet50", "mrla_light_resnet50", "aa_wrn_10_1", "se_resnet34"]
+    "name", ["sa_resnet20", "mrla_base_resnet50", "mrla_light_resnet50", "aa_wrn_10_1", "se_resnet34", "swin_tiny"]
 )
 def test_every_kind_of_attention_can_be_separate(name):
     with torch.device("meta"):
@@ -178,3 +179,12 @@ def test_momentum_of_zero_concerns_sgd_alone(tmp_path):
     for optimizers in ({"optimizer": "sgd"}, {"optimizer": "adam", "attention_optimizer": "sgd"}):
         with pytest.raises(TrainError, match=r"momentum must be above 0 with nesterov, got 0\.0"):
             TrainConfig(**settings, **optimizers)
+
+
+def test_recipes_of_swin():
+    imagenet, cifar = (TrainConfig(out="out", **RECIPES[f"swin{name}"][1]) for name in ("", "-cifar10"))
+    for recipe in (imagenet, cifar):
+        assert (recipe.epochs, recipe.warmup_epochs, recipe.optimizer, recipe.weight_decay) == (300, 20, "adamw", 0.05)
+        assert (recipe.label_smoothing, recipe.clip_norm, recipe.schedule) == (0.1, 5.0, "cosine")
+    assert (imagenet.batch_size, imagenet.lr, imagenet.parsed_model_options()) == (1024, 1e-3, {"drop_path": 0.2})
+    assert cifar.lr == pytest.approx(imagenet.lr * (cifar.batch_size / imagenet.batch_size) ** 0.5, rel=0.02)
