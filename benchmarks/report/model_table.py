@@ -1,5 +1,5 @@
 """Parameters and FLOPs of the models, in results/: model_table.md (by attention coverage), layer_models.md (networks
-with attention over their layers), attention_wise_models.md (element-wise attention, beside the paper's counts) and
+with attention over their layers), window_models.md (attention with free relative biases), attention_wise_models.md (element-wise attention, beside the paper's counts) and
 excite_models.md (squeeze-excite networks), each with its .json.
 
 FLOPs are those of one forward pass of one image, two per multiply-add, counted by ``torch.utils.flop_counter`` on the
@@ -48,6 +48,11 @@ LAYER_ROWS = [
         (1000, 224),
         [f"{prefix}deit_{size}" for size in ("tiny", "small", "base") for prefix in ("", "mrla_base_", "mrla_light_")],
     ),
+]
+#: Attention with free relative biases: (classes, image size), names.
+WINDOW_ROWS = [
+    ((1000, 224), ["swin_tiny", "swin_small", "swin_base", "coatnet_0_rw"]),
+    ((10, 32), ["swin_cifar"]),
 ]
 #: Element-wise attention: (model, channels, image size, parameters in the paper's sections 2.1 and 2.2 and appendix).
 ATTENTION_WISE_ROWS = [
@@ -99,12 +104,12 @@ def measure(name: str, num_classes: int = NUM_CLASSES, image_size: int = IMAGE_S
     }
 
 
-def measure_layer_models() -> list[dict[str, int | str]]:
-    """Rows of layer_models.json."""
+def measure_rows(groups) -> list[dict[str, int | str]]:
+    """Rows of layer_models.json and window_models.json, from ``LAYER_ROWS`` and ``WINDOW_ROWS``."""
     return [
         {"model": name, "num_classes": classes, "image_size": size}
         | {key: count for key, count in measure(name, classes, size).items() if key != "attention_flops"}
-        for (classes, size), names in LAYER_ROWS
+        for (classes, size), names in groups
         for name in names
     ]
 
@@ -152,14 +157,14 @@ def main() -> None:
         )
     write("model_table", rows, lines)
 
-    rows = measure_layer_models()
-    lines = ["| model | classes | image | parameters | GFLOPs |", "| --- | ---: | ---: | ---: | ---: |"]
-    for row in rows:
-        size = f"{row['image_size']}x{row['image_size']}"
-        lines.append(
-            f"| {row['model']} | {row['num_classes']:,} | {size} | {row['parameters']:,} | {row['flops'] / 1e9:.3f} |"
-        )
-    write("layer_models", rows, lines)
+    for file, groups in (("layer_models", LAYER_ROWS), ("window_models", WINDOW_ROWS)):
+        rows = measure_rows(groups)
+        lines = ["| model | classes | image | parameters | GFLOPs |", "| --- | ---: | ---: | ---: | ---: |"]
+        for row in rows:
+            size = f"{row['image_size']}x{row['image_size']}"
+            count = f"{row['parameters']:,} | {row['flops'] / 1e9:.3f}"
+            lines.append(f"| {row['model']} | {row['num_classes']:,} | {size} | {count} |")
+        write(file, rows, lines)
 
     rows = measure_excite_models()
     lines = [

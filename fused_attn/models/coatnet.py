@@ -72,17 +72,15 @@ class TransformerBlock(nn.Module):
         out_chans: int,
         stride: int,
         size: tuple[int, int],
-        depth_per_head: int,
+        head_dim: int,
         drop_path: float,
         impl: str,
     ) -> None:
         super().__init__()
-        if in_chans % depth_per_head:
-            raise ValueError(f"head_dim must divide the {in_chans} channels of a stage's input, got {depth_per_head}")
         self.stride = stride
         self.shortcut = nn.Identity() if stride == 1 else Shortcut(in_chans, out_chans)
         self.norm1 = nn.LayerNorm(in_chans, eps=EPS)
-        self.attn = WindowAttention2d(in_chans, in_chans // depth_per_head, size, out_dim=out_chans, impl=impl)
+        self.attn = WindowAttention2d(in_chans, in_chans // head_dim, size, out_dim=out_chans, impl=impl)
         self.norm2 = nn.LayerNorm(out_chans, eps=EPS)
         self.mlp = MLP(out_chans)
         self.drop_path = DropPath(drop_path)
@@ -117,7 +115,7 @@ class CoAtNet(Model):
         stem: channels of the stem's two convolutions.
         dims: channels of the four stages.
         depths: blocks of the four stages.
-        head_dim: channels to a head; divides the channels of a stage of attention and of the one before it.
+        head_dim: channels to a head; divides those of the last three stages.
         image_size: H = W, or (H, W), of the largest images: the tables of the last two stages are those of
             its size over 16 and over 32.  Smaller images take the central parts of the tables.
         drop_path: probability of dropping a residual branch for a sample in training, in [0, 1), in the last block;
@@ -158,6 +156,8 @@ class CoAtNet(Model):
         for name, numbers in (("dims", dims), ("depths", depths)):
             if len(numbers) != 4 or min(numbers) < 1:
                 raise ValueError(f"{name} must be four positive numbers, got {numbers}")
+        if head_dim < 1 or any(channels % head_dim for channels in dims[1:]):
+            raise ValueError(f"head_dim must be positive and divide the channels {dims[1:]}, got {head_dim}")
         self.image_size = grid(image_size)
         levels = [(channels, 2 ** (1 + index)) for index, channels in enumerate((stem[1], *dims))]
         self.out_indices, self.feature_info = choose_levels(levels, out_indices)

@@ -18,6 +18,7 @@ def test_listed_names_are_what_a_user_finds():
     assert {"attention_wise", "attention_wise_a", "attention_wise_h", "attention_wise_cifar", "vgg_control"} <= set(
         names
     )
+    assert {"swin_tiny", "swin_small", "swin_base", "swin_cifar", "coatnet_0_rw"} <= set(names)
     assert list_models("aa_*") == [name for name in names if name.startswith("aa_")]
     # numbers in order of size, not of spelling
     assert names.index("wrn_28_2") < names.index("wrn_28_10") < names.index("wrn_40_2")
@@ -119,6 +120,13 @@ def test_families_have_members_that_are_not_listed():
         ),
         ("vgg_control", {"image_size": 3}, ValueError, "image_size must be at least 4, got 3"),
         ("mrla_base_deit_tiny", {"stage_depth": 0}, ValueError, "stage_depth must be at least 1, got 0"),
+        ("swin_tiny", {"window": 0}, ValueError, "window must be at least 1, got 0"),
+        ("swin_tiny", {"depths": (2, 0)}, ValueError, r"depths must be positive numbers, at least one, got \(2, 0\)"),
+        ("swin_tiny", {"depths": (2, 2)}, ValueError, r"a number for each of the 2 stages, got \(3, 6, 12, 24\)"),
+        ("swin_tiny", {"heads": (5, 6, 12, 24)}, ValueError, "dim must be a positive multiple of heads=5, got 96"),
+        ("swin_tiny", {"drop_path": 1.0}, ValueError, r"drop_path must be in \[0, 1\), got 1.0"),
+        ("coatnet_0_rw", {"dims": (96, 192)}, ValueError, r"dims must be four positive numbers, got \(96, 192\)"),
+        ("coatnet_0_rw", {"head_dim": 40}, ValueError, r"head_dim must be .* \(192, 384, 768\), got 40"),
     ],
 )
 def test_bad_input(name, options, error, match):

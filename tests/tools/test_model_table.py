@@ -22,7 +22,11 @@ def test_committed_table_is_current():
 
 
 def test_committed_table_of_layer_models_is_current():
-    assert committed_table("layer_models") == model_table.measure_layer_models()
+    assert committed_table("layer_models") == model_table.measure_rows(model_table.LAYER_ROWS)
+
+
+def test_committed_table_of_window_models_is_current():
+    assert committed_table("window_models") == model_table.measure_rows(model_table.WINDOW_ROWS)
 
 
 def test_table_of_excite_models_is_current_and_as_published():
@@ -49,9 +53,12 @@ def test_committed_table_of_attention_wise_models_is_current():
 
 def test_flops_of_known_networks():
     """He et al. 2016, tables 1 and 6 (multiply-adds): 4.1e9 for ResNet-50 with its stride in the 3x3 convolution, 7.8e9
-    for ResNet-101; Touvron et al. 2021: 1.26e9 for DeiT-tiny."""
+    for ResNet-101; Touvron et al. 2021: 1.26e9 for DeiT-tiny; Liu et al. 2021, table 1: 4.5e9, 8.7e9 and 15.4e9 for
+    Swin, rounded."""
     for name, multiply_adds in {"resnet50": 4.1e9, "resnet101": 7.8e9, "deit_tiny": 1.26e9}.items():
         assert model_table.measure(name, 1000, 224)["flops"] == pytest.approx(2 * multiply_adds, rel=0.01)
+    for name, multiply_adds in {"swin_tiny": 4.5, "swin_small": 8.7, "swin_base": 15.4}.items():
+        assert model_table.measure(name, 1000, 224)["flops"] / 2e9 == pytest.approx(multiply_adds, abs=0.05), name
 
 
 def test_flops_are_two_per_multiply_add():

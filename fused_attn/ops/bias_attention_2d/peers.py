@@ -22,7 +22,8 @@ from ..rel_attention_2d.reference import relative_index, same_segment
 def _biases(inputs: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
     """bias_table -> (1 or S, heads, N, N), -inf between segments.
 
-    ``index_select`` along one axis, for its gradient: that of an index takes 2 times as long for 14x14 keys, 50 for 7x7.
+    ``index_select`` along one axis, for its gradient: that of an index takes twice as long at 14x14 keys, and 50 times
+    as long at 7x7.
     """
     query, segments = inputs["query"], inputs.get("query_segments")
     height, width = query.shape[2:4]
