@@ -26,7 +26,14 @@ FLOORS = (
     ("__main__",),
 )
 #: Arrows between ops: where its layers must be called, squeeze-excite is a weighted sum of maps.
-BETWEEN_OPS = {("ops.squeeze_excite.module", "ops.layer_attention")}
+BETWEEN_OPS = {
+    ("ops.squeeze_excite.module", "ops.layer_attention"),
+    ("ops.bias_attention_2d.api", "ops.rel_attention_2d.api"),
+    ("ops.bias_attention_2d.module", "ops.rel_attention_2d.op"),
+    ("ops.bias_attention_2d.peers", "ops.rel_attention_2d.reference"),
+    ("ops.bias_attention_2d.spec", "ops.rel_attention_2d.op"),
+    ("ops.bias_attention_2d.spec", "ops.rel_attention_2d.spec"),
+}
 
 Arrows = dict[str, set[str]]
 

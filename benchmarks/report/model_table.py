@@ -1,6 +1,6 @@
 """Parameters and FLOPs of the models, in results/: model_table.md (by attention coverage), layer_models.md (networks
-with attention over their layers), window_models.md (attention with free relative biases), attention_wise_models.md (element-wise attention, beside the paper's counts) and
-excite_models.md (squeeze-excite networks), each with its .json.
+with attention over their layers), window_models.md (attention with free relative biases), attention_wise_models.md
+(element-wise attention, beside the paper's counts) and excite_models.md (squeeze-excite networks), each with its .json.
 
 FLOPs are those of one forward pass of one image, two per multiply-add, counted by ``torch.utils.flop_counter`` on the
 reference implementation with meta tensors: nothing is computed, so the table is the same on every machine.
