@@ -1,0 +1,3 @@
+"""Invalid calls of bias_attention_2d."""
+
+BAD_INPUTS = {"bias_attention_2d": ()}
