@@ -91,12 +91,18 @@ FA_INLINE void weights_and_delta(const Backward& p, BackwardScratch& s, int64_t 
 }
 
 // From a vector of logits (weights when Whole) and of the gradient of the weights, both in place: the dropped weights
-// and the gradient of the logits, which is returned.
+// and the gradient of the logits, which is returned.  Given the segments of its keys, those of other segments get
+// zeros, also of a query whose logits are NaN.
 template <bool Dropout, bool Whole>
 FA_INLINE vf grad_of_logits(const Backward& p, BackwardScratch& s, int64_t i, float* score, float* grad,
-                            const DropoutKeys& keys, const uint32_t* columns) {
+                            const DropoutKeys& keys, const uint32_t* columns, const int32_t* segments, vi own) {
   const vf score_or_weight = load(score);
-  const vf weight = Whole ? score_or_weight : normalized_weight(s, i, score_or_weight);
+  vf weight = Whole ? score_or_weight : normalized_weight(s, i, score_or_weight);
+  if (segments) {
+    const vi attended = load(segments) == own;
+    weight = select(attended, weight, vf{});
+    store(score, weight);
+  }
   vf grad_weight = load(grad);
   if constexpr (Dropout) {
     const vi keep = keys.keep(load(columns), p.drop_below);
@@ -105,7 +111,8 @@ FA_INLINE vf grad_of_logits(const Backward& p, BackwardScratch& s, int64_t i, fl
   } else if constexpr (!Whole) {
     store(score, weight);
   }
-  const vf grad_logit = weight * (grad_weight - s.delta[i]);
+  vf grad_logit = weight * (grad_weight - s.delta[i]);
+  if (segments) grad_logit = select(load(segments) == own, grad_logit, vf{});
   store(grad, grad_logit);
   return grad_logit;
 }
@@ -115,13 +122,20 @@ FA_INLINE vf grad_of_logits(const Backward& p, BackwardScratch& s, int64_t i, fl
 template <Bias B, bool Dropout, bool Whole>
 FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, BiasTerms& bias, const KeyRange& range,
                                      int64_t i, int64_t v0, int64_t grid, int64_t count, const uint32_t* columns,
-                                     uint64_t row) {
+                                     uint64_t row, const int32_t* segments, vi own) {
   float* score = s.score + i * s.score_stride;
   float* grad = s.grad_score + i * s.score_stride;
   const DropoutKeys keys(p.seed, row);
-  for (int64_t v = B == Bias::table ? 0 : grid; v < count; ++v)
-    grad_of_logits<Dropout, Whole>(p, s, i, score + v * L, grad + v * L, keys, columns + v * L);
-  if constexpr (B == Bias::table) return;
+  auto backward = [&](int64_t v, const int32_t* of_keys) FA_INLINE_CALL {
+    const int64_t at = v * L;
+    return grad_of_logits<Dropout, Whole>(p, s, i, score + at, grad + at, keys, columns + at, of_keys, own);
+  };
+  auto grid_backward = [&](int64_t v) FA_INLINE_CALL { return backward(v, segments ? segments + v * L : nullptr); };
+  for (int64_t v = grid; v < count; ++v) backward(v, nullptr);
+  if constexpr (B == Bias::table) {
+    for (int64_t v = 0; v < grid; ++v) grid_backward(v);
+    return;
+  }
 
   float* to_col = s.grad_col_logits + i * s.col_stride;
   LaneSums rows;
@@ -137,8 +151,7 @@ FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, Bias
       vf sum{};
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
-        const int64_t at = (v + n) * L;
-        const vf x = grad_of_logits<Dropout, Whole>(p, s, i, score + at, grad + at, keys, columns + at);
+        const vf x = grid_backward(v + n);
         column[n] += x, sum += x;
       }
       rows.add(sum, to_row++);
@@ -156,7 +169,7 @@ FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, Bias
 
   vf open{};  // sum over the vectors so far of the row that the next one continues
   for (int64_t v = 0; v < grid; ++v) {
-    const vf grad_logit = grad_of_logits<Dropout, Whole>(p, s, i, score + v * L, grad + v * L, keys, columns + v * L);
+    const vf grad_logit = grid_backward(v);
     if constexpr (B == Bias::one_row) {
       add_to(to_col + offset * L, grad_logit);
       open += grad_logit;
@@ -254,18 +267,24 @@ void backward_block(const Backward& p, const KeyLayout& keys, const KeyRange& ra
     if constexpr (B == Bias::table) bias.free.prepare(q0, count, all_v0 + v0, grid);
     score_tile<B>(rows, v0, tile, s.query.data, s.key, bias, range,
                   [&](int64_t m, int64_t v, vf x) FA_INLINE_CALL { store(s.score + m * s.score_stride + v * L, x); });
-    if (segments.masks) segments.apply(q0, rows, all_v0 + v0, grid, tile, s.score.data, s.score_stride, nullptr);
     for (int64_t v = 0; v < tile; v += NR)  // gradient of the weights
       outer_product(rows, smaller(NR, tile - v), s.grad_out.data, s.grad_out_stride, 1, p.dv,
                     s.value.panels + (v0 + v) / NR * p.dv * PANEL, PANEL, [&](int64_t m, int n, vf x) FA_INLINE_CALL {
                       store(s.grad_score + m * s.score_stride + (v + n) * L, x);
                     });
+    if (segments.masks) {
+      segments.hide(q0, rows, all_v0 + v0, grid, -kInfinity, s.score.data, s.score_stride);
+      segments.hide(q0, rows, all_v0 + v0, grid, 0.0f, s.grad_score.data, s.score_stride);
+    }
+    const int32_t* of_keys = segments.masks ? segments.lane + (all_v0 + v0) * L : nullptr;
     for (int64_t i = 0; i < rows; ++i) {
+      const vi own = of_keys ? segments.of_query(q0 + i) : vi{};
       if (whole) {
         weights_and_delta<Dropout>(p, s, i, tile, columns, row0 + i);
-        softmax_tile_backward<B, Dropout, true>(p, s, bias, range, i, v0, grid, tile, columns, row0 + i);
+        softmax_tile_backward<B, Dropout, true>(p, s, bias, range, i, v0, grid, tile, columns, row0 + i, of_keys, own);
       } else {
-        softmax_tile_backward<B, Dropout, false>(p, s, bias, range, i, v0, grid, tile, columns + v0 * L, row0 + i);
+        softmax_tile_backward<B, Dropout, false>(p, s, bias, range, i, v0, grid, tile, columns + v0 * L, row0 + i,
+                                                 of_keys, own);
       }
     }
     if constexpr (B == Bias::table)

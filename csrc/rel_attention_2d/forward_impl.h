@@ -69,7 +69,14 @@ void forward_block(const Forward& p, const KeyRange& range, ForwardScratch& s, B
       store(s.score + m * s.score_stride + v * L, x);
       lane_max[m] = maximum(x, lane_max[m]);
     });
-    if (segments.masks) segments.apply(q0, rows, v0, grid, tile, s.score.data, s.score_stride, lane_max);
+    if (segments.masks) {
+      segments.hide(q0, rows, v0, grid, -kInfinity, s.score.data, s.score_stride);
+      for (int64_t i = 0; i < rows; ++i) {
+        lane_max[i] = broadcast(-kInfinity);
+        for (int64_t v = 0; v < tile; ++v)
+          lane_max[i] = maximum(load(s.score + i * s.score_stride + v * L), lane_max[i]);
+      }
+    }
     float tile_max[QB];
     for (int64_t i = 0; i < rows; ++i) tile_max[i] = max_lanes(lane_max[i]);
     for (int64_t i = 0; i < rows; ++i) softmax_tile<Dropout>(p, s, i, tile_max, tile, columns + v0 * L, row0 + i);

@@ -35,22 +35,16 @@ struct Segments {
     return segment - vi{};
   }
 
-  // Logits of -inf for the keys of other segments, of `vectors` vectors of which the first `grid` are those of all
-  // groups from v0 on; where `maxima` is given, the largest logit left on every lane.
-  void apply(int64_t q0, int64_t count, int64_t v0, int64_t grid, int64_t vectors, float* score, int64_t stride,
-             vf* maxima) const {
+  // Puts `value` in the place of what queries [q0, q0 + count) have, (count, stride), for keys of other segments:
+  // `vectors` grid vectors from v0 of all groups on.
+  FA_INLINE void hide(int64_t q0, int64_t count, int64_t v0, int64_t vectors, float value, float* x,
+                      int64_t stride) const {
     for (int64_t i = 0; i < count; ++i) {
       const vi own = of_query(q0 + i);
-      vf max = broadcast(-kInfinity);
-      for (int64_t v = 0; v < grid; ++v) {
-        float* at = score + i * stride + v * L;
-        const vf x = select(load(lane + (v0 + v) * L) == own, load(at), broadcast(-kInfinity));
-        store(at, x);
-        max = maximum(x, max);
+      for (int64_t v = 0; v < vectors; ++v) {
+        float* at = x + i * stride + v * L;
+        store(at, select(load(lane + (v0 + v) * L) == own, load(at), broadcast(value)));
       }
-      if (!maxima) continue;
-      for (int64_t v = grid; v < vectors; ++v) max = maximum(load(score + i * stride + v * L), max);
-      maxima[i] = max;
     }
   }
 };

@@ -75,8 +75,10 @@ def attention(
     for term in bias:
         logits = logits + term
     logits, value = logits.flatten(3), value.flatten(2, 3)
+    hidden = None
     if segments is not None:
-        logits = logits.masked_fill(~same_segment(*segments, batch)[:, None], float("-inf"))
+        hidden = ~same_segment(*segments, batch)[:, None]
+        logits = logits.masked_fill(hidden, float("-inf"))
     if prefix is not None:
         prefix_key, prefix_value = prefix
         logits = torch.cat((logits, scaled @ prefix_key.transpose(-1, -2)), -1)
@@ -86,6 +88,10 @@ def attention(
     # A query with no key to attend to (every logit -inf) yields zeros, not NaN.
     masked = (logits == float("-inf")).all(-1, keepdim=True)
     weights = logits.masked_fill(masked, 0.0).softmax(-1).masked_fill(masked, 0.0)
+    if hidden is not None:  # also of a query whose other weights are NaN
+        weights = torch.cat(
+            (weights[..., : hidden.shape[-1]].masked_fill(hidden, 0.0), weights[..., hidden.shape[-1] :]), -1
+        )
     if dropout_p > 0.0:
         keep = keep_mask(seed, batch * heads * queries, keys, dropout_p).view(weights.shape)
         weights = torch.where(keep, weights / (1.0 - dropout_p), torch.zeros_like(weights))
