@@ -10,6 +10,7 @@ from fused_attn import modules
 def ops(x: Tensor, images: Tensor) -> None:
     assert_type(fused_attn.rel_attention_2d(x, x, x, rel_scale=1.0), Tensor)
     assert_type(fused_attn.decomposed_bias_attention(x, x, x, None, x), Tensor)
+    assert_type(fused_attn.bias_attention_2d(x, x, x, x, query_segments=x, key_segments=x), Tensor)
     assert_type(fused_attn.layer_attention(x, [x], [x]), Tensor)
     assert_type(fused_attn.weighted_layer_sum(x, [x]), Tensor)
     assert_type(fused_attn.attention_residual([x], x, norm_weight=x), Tensor)
@@ -27,5 +28,7 @@ def models() -> None:
 def layers(x: Tensor) -> None:
     assert_type(modules.MRLALight(64).forward(x, x), Tensor)
     assert_type(modules.MRLABase(64).forward(x, fused_attn.LayerCache()), Tensor)
+    assert_type(modules.WindowAttention2d(96, 3, 7, shift=3).forward(x), Tensor)
+    assert_type(modules.GridAttention2d(96, 3, (7, 7)).forward(x), Tensor)
     assert_type(modules.SqueezeExcite(64).forward(x), Tensor)
     modules.MRLALight("64")  # type: ignore[arg-type]

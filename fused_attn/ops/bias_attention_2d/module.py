@@ -87,7 +87,7 @@ class _TableAttention(nn.Module):
             query,
             key,
             value,
-            self.bias_table(windows.shape[1:3]),
+            self.bias_table((windows.shape[1], windows.shape[2])),
             query_segments=segments,
             key_segments=segments,
             dropout_p=self.dropout_p if self.training else 0.0,
