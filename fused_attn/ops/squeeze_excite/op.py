@@ -66,7 +66,7 @@ _SHARE, _RESIDUAL, _RELU, _OUT = 6, 7, 8, 9
 
 
 def _complete(arguments: tuple, grads: tuple) -> tuple:
-    """A residual without an activation has the gradient of the output."""
+    """The gradients, with that of a residual without activation, which no kernel forms: it is the output's gradient."""
     *others, grad_residual = grads
     grad_out, *_, residual_grad = arguments
     return (*others, grad_residual if residual_grad else grad_out)
