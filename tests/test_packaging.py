@@ -454,7 +454,11 @@ from fused_attn.train import train
     [
         ({"__init__.py": "raise AttributeError('no such thing')"}, "broken", "AttributeError: no such thing"),
         ({"__init__.py": "import lacking"}, "broken", "ModuleNotFoundError: No module named 'lacking'"),
-        ({"__init__.py": "", "sub.py": "open('/nowhere/lib.so')"}, "broken.sub", "FileNotFoundError: .*/nowhere/lib.so'"),
+        (
+            {"__init__.py": "", "sub.py": "open('/none/lib')"},
+            "broken.sub",
+            "FileNotFoundError: .*/none/lib'",
+        ),
         ({"__init__.py": ""}, "broken.sub", "ModuleNotFoundError: No module named 'broken.sub'"),
     ],
 )

@@ -21,9 +21,12 @@ from ..train.recipes import RECIPES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 (the machine failed), 2 (a setting, the data or a file of the run
-    is not usable, or an extra is not installed or broken), 3 (the training came to a loss, gradient or weight that is inf or
-    nan), 130 (interrupted) or 141 (the reader of its output has closed it, as ``head`` does)."""
+    """Run one command and return its exit status.
+
+    0: done.  1: the machine failed.  2: a setting, the data or a file of the run is not usable, or packages of an extra
+    are not installed or broken.  3: the training came to a loss, gradient or weight that is inf or nan.  130:
+    interrupted.  141: the reader of its output has closed it, as ``head`` does.
+    """
     try:
         try:
             return _run(list(sys.argv[1:] if arguments is None else arguments))

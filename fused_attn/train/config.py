@@ -62,8 +62,8 @@ class TrainConfig:
     """Resize images to this height and width; the data set's own size (digits: 32, imagefolder: 224) when not given.
     Images from files are resized to 8/7 of it and cropped."""
     validation: int = 0
-    """Number of training images to hold out for evaluation, the same ones for every seed; the test set is then used once,
-    at the end."""
+    """Number of training images to hold out for evaluation, the same ones for every seed; the test set is then read
+    once, at the end."""
     train_images: int | None = None
     """Use only this many training images, spread evenly over the classes: the first of each, the second of
     each, and so on.  The same ones for every seed; a smaller set is part of a larger one."""
@@ -117,7 +117,7 @@ class TrainConfig:
     aux_weights: tuple[float, ...] = ()
     """Weight of each auxiliary classifier's loss, added to the main loss, in the order of the model's stages."""
     ema: float = 0.0
-    """Decay per step of an exponential moving average of the weights, which is then evaluated in their place; 0: none."""
+    """Decay per step of an exponential moving average of the weights, which is evaluated in their place; 0: none."""
     clip_norm: float | None = None
     """Scale gradients of a greater norm down to this one; no clipping when not given."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -126,12 +126,12 @@ class TrainConfig:
     skipped."""
 
     crop_padding: int | None = None
-    """Images in memory: zero-pad by this many pixels on each side and crop at random; what is usual for the data set when
+    """Images in memory: zero-pad by this many pixels on each side and crop at random; the usual for the data set when
     not given."""
     crop_scale: float | None = None
     """Images from files: crop at random at least this share of the area, and resize the crop; 0.08 when not given."""
     flip: bool | None = None
-    """Mirror each image left to right with a probability of 1/2; what is usual for the data set when not given."""
+    """Mirror each image left to right with a probability of 1/2; the usual for the data set when not given."""
     rotate: float = 0.0
     """Rotate each image at random by up to this many degrees either way."""
     normalize: bool = True

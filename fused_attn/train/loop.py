@@ -258,7 +258,7 @@ class Run:
     def _update(self, loss: Tensor) -> bool:
         """Step the optimizers, where loss and gradients are finite; otherwise stop, or say that the step is left out.
 
-        With fp16, the gradient scaler handles a gradient that is not finite: it leaves the step out and halves its scale.
+        With fp16, a gradient that is not finite is the gradient scaler's: it leaves the step out and halves its scale.
         That helps where the scaling caused the overflow, which below ``LEAST_SCALE`` it did not.  It never helps a loss
         that is not finite, which is computed before scaling.
         """
@@ -321,7 +321,7 @@ class Run:
         return self.step % self.steps_per_epoch == 0 or self.step == self.last_step
 
     def _catch_up(self, results: dict[str, float | None]) -> dict[str, float | None]:
-        """Evaluate a resumed run at its checkpoint, if it had ended after writing that and before logging the evaluation."""
+        """Evaluate a resumed run at its checkpoint, if it ended between writing that and logging the evaluation."""
         if not self._evaluates_here():
             return results
         logged = self.accelerator.is_main_process and any(

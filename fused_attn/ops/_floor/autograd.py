@@ -148,7 +148,7 @@ def _register(name: str, lists: Sequence[int], backward, save, forward_mode) -> 
 
 
 def _rename(function: type[_SingleLevelFunction], name: str) -> None:
-    """Name an autograd function after its operator: its nodes are then ``<name>Backward`` in ``grad_fn`` and in graphs."""
+    """Name an autograd function after its operator: its nodes in graphs are then called ``<name>Backward``."""
     function.__name__ = function.__qualname__ = name
     function._backward_cls.__name__ = function._backward_cls.__qualname__ = f"{name}Backward"
 

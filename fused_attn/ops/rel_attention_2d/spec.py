@@ -229,7 +229,7 @@ def _mask_image(inputs: dict[str, Any]) -> None:
 
 
 def _mask_least(inputs: dict[str, Any]) -> None:
-    """Masks that add the least finite number: every key of some queries, through either term, some keys of the others."""
+    """Masks of the least finite number: every key of some queries, through either term, some keys of the others."""
     least = torch.finfo(inputs["bias_h"].dtype).min
     inputs["bias_h"][:, :, 1] = least
     inputs["bias_w"][:, :, 2, 0] = least
@@ -237,7 +237,7 @@ def _mask_least(inputs: dict[str, Any]) -> None:
 
 
 def _mask_mixed(inputs: dict[str, Any]) -> None:
-    """Every key of some queries masked, by numbers beside which a logit rounds to nothing, the least finite number or -inf."""
+    """Every key of some queries masked, by numbers beside which logits round away, the least finite one or -inf."""
     least = torch.finfo(inputs["bias_h"].dtype).min
     inputs["bias_h"][:, :, 1] = max(least, -1e9)
     inputs["bias_h"][:, :, 1, :, 1:] = least
