@@ -28,7 +28,7 @@ def motorcycle() -> tuple[Image.Image, Image.Image, Tensor]:
     try:
         from skimage.data import stereo_motorcycle
     except ImportError as error:
-        raise SystemExit(f"without --images, pip install scikit-image ({error})") from error
+        raise SystemExit(f"the default photographs: pip install scikit-image ({error})") from error
     left, right, disparity = stereo_motorcycle()
     return Image.fromarray(left), Image.fromarray(right), torch.tensor(disparity)
 

@@ -26,7 +26,7 @@ def _allocate(x: Tensor, fc1_weight: Tensor, *_) -> tuple[Tensor, ...]:
 def _allocate_backward(
     grad_out, x, fc1_weight, fc2_weight, result, active, z, hidden, scale, share_grad, residual_grad
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients; those nobody asked for are empty."""
+    """The gradients, unwritten; those that were not asked for are empty."""
     width, (batch, channels) = fc1_weight.shape[0], x.shape[:2]
     return (
         _empty_like(x),
