@@ -62,7 +62,7 @@ def bucket(items: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def strides(tensor: Tensor | None) -> tuple[int, ...] | None:
-    """Strides, with 0 along dimensions of size 1, whose stride is arbitrary and would compile the kernel anew."""
+    """Strides, with 0 along dimensions of size 1, whose stride is arbitrary and could compile a kernel anew."""
     if tensor is None:
         return None
     shape = tensor.shape

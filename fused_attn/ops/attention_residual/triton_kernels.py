@@ -70,7 +70,7 @@ def _score(query_ptr, norm_weight_ptr, query_stride, norm_weight_stride, columns
 
 @triton.jit
 def _unit(score):
-    """The largest power of two that is at most max(abs(score)).
+    """The largest power of two that is at most max(abs(score)); 1 where that is subnormal or not finite.
 
     Divided by it, the products of ``score`` with a value are finite wherever the logit is, and no digit of them
     changes.  The division must not be ``/``, which is rounded on a GPU.
