@@ -68,8 +68,8 @@ class Operators:
         backward_schema: of backward: ``grad_out``, then what it needs, by the names of forward's arguments and outputs
             and of ``derived``; its outputs are named ``grad_<argument>``.
         allocate: ``allocate(*arguments)``: a tuple of unwritten outputs; the fake kernel too.
-        allocate_backward: likewise, of the arguments of backward; without it, every gradient is contiguous, in the
-            shape and dtype of its argument, which must be an argument of backward too; that of None is empty.
+        allocate_backward: likewise, of the arguments of backward, with None for the gradient of None; without it, every
+            gradient is contiguous, in the shape and dtype of its argument, which must be an argument of backward too.
         kernels: implementation -> (forward, backward), which fill outputs that follow their arguments.
         can_run: implementation -> why it cannot run on the tensors that :meth:`choose` gets, or None; for those that
             ask for more than device and dtype of the first one.  ``auto`` prefers them in the order of ``kernels``, the
@@ -144,8 +144,8 @@ class Operators:
                 ("_backward", backward_schema, allocate_backward, backward_kernel, flops_backward),
             ):
                 torch.library.define(full + suffix, text)
-                torch.library.impl(full + suffix, DEVICES[impl], _unwrapped(_filled(outputs_of, fill)))
-                torch.library.register_fake(full + suffix, _unwrapped(outputs_of))
+                torch.library.impl(full + suffix, DEVICES[impl], _unwrapped(_filled(_complete(outputs_of), fill)))
+                torch.library.register_fake(full + suffix, _unwrapped(_complete(outputs_of)))
                 register_flop_formula(getattr(torch.ops.fused_attn, f"{name}_{impl}{suffix}"))(formula)
             forward_operator, backward_operator = (
                 getattr(torch.ops.fused_attn, f"{name}_{impl}{suffix}").default for suffix in ("", "_backward")
@@ -165,7 +165,7 @@ class Operators:
                 allocate,
                 kernel,
                 self._save,
-                self._backward_with(_filled(allocate_backward, backward_kernel), backward_operator),
+                self._backward_with(_filled(_share_empty(allocate_backward), backward_kernel), backward_operator),
                 self._lists,
             )
 
@@ -330,16 +330,30 @@ _USUAL_REASONS: dict[str, dispatch.CanRun] = {
 def _like_arguments(places: Sequence[int]) -> Callable[..., tuple]:
     """Allocates a gradient of each argument of backward at ``places``."""
 
-    def empty(like: Any, args: tuple) -> Any:
-        if like is None:
-            return _first(args).new_empty(0)
-        return empty_contiguous(like) if isinstance(like, Tensor) else [*map(empty_contiguous, like)]
+    def empty(like: Any) -> Any:
+        return (
+            like
+            if like is None
+            else empty_contiguous(like)
+            if isinstance(like, Tensor)
+            else [*map(empty_contiguous, like)]
+        )
 
-    return lambda *args: tuple(empty(args[place], args) for place in places)
+    return lambda *args: tuple([empty(args[place]) for place in places])
+
+
+def _complete(allocate: Callable[..., tuple]) -> Callable[..., tuple]:
+    """What ``allocate`` gives, with an empty tensor for None: an operator gives tensors."""
+    return lambda *args: tuple(_first(args).new_empty(0) if output is None else output for output in allocate(*args))
+
+
+def _share_empty(allocate: Callable[..., tuple]) -> Callable[..., tuple]:
+    """The same with one empty tensor for all, where nobody sees it but the kernel, which does not write it."""
+    return lambda *args: tuple([_EMPTY if output is None else output for output in allocate(*args)])
 
 
 def _filled(allocate: Callable[..., tuple], kernel: Kernel) -> Callable[..., tuple]:
-    """What ``allocate`` gives, with ``kernel``'s results in it."""
+    """A function that allocates the outputs, has ``kernel`` fill them, and returns them."""
 
     def run(*args):
         outputs = allocate(*args)
@@ -350,7 +364,7 @@ def _filled(allocate: Callable[..., tuple], kernel: Kernel) -> Callable[..., tup
 
 
 def _unwrapped(function: Callable[..., tuple]) -> Callable:
-    """As an operator gives its outputs: one alone is no tuple."""
+    """Return a single output itself, as an operator does, not a tuple of one."""
 
     def run(*args):
         outputs = function(*args)
@@ -369,27 +383,27 @@ _dispatch_keys, _included, _excluded = (
 
 
 def _state() -> tuple[int, int]:
-    """What modes, transforms and guards have told PyTorch's dispatcher to add to and leave out of a call's keys."""
+    """The dispatch keys that active modes, transforms and guards add to every call, and those that they leave out."""
     return _included().raw_repr(), _excluded().raw_repr()
 
 
 def _keys(device: str) -> set[int]:
-    """The dispatch keys of dense tensors on a device: of usual ones, and of those made in inference mode."""
+    """The sets of dispatch keys that dense tensors on a device have: made outside and inside inference mode."""
     usual = torch.empty(0, device=device)
     with torch.inference_mode():
         return {_dispatch_keys(tensor).raw_repr() for tensor in (usual, torch.empty(0, device=device))}
 
 
-def _plain() -> tuple[set[tuple[int, int]], set[int]]:
+def _plain() -> tuple[set[tuple[int, int]], set[int], Tensor]:
     states = {_state()}
     with torch.inference_mode():
         states.add(_state())
-    return states, _keys("cpu")
+    return states, _keys("cpu"), torch.empty(0, device="cpu")
 
 
 # In a thread of its own, which has no modes: the package may be imported within some.
 with ThreadPoolExecutor(1) as _thread:
-    _PLAIN_STATES, _PLAIN_KEYS = _thread.submit(_plain).result()
+    _PLAIN_STATES, _PLAIN_KEYS, _EMPTY = _thread.submit(_plain).result()
 _PLAIN_DEVICES = {"cpu"}
 _PLAIN_KINDS = frozenset({type(None), float, bool, int})
 

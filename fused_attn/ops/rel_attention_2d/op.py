@@ -36,9 +36,9 @@ def _allocate(query: Tensor, key: Tensor, value: Tensor, *_) -> tuple[Tensor, Te
 def _allocate_backward(
     grad_out, query, key, value, row_term, col_term, bias_table, query_segments, key_segments, prefix_key,
     prefix_value, *_,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    def of(argument: Tensor | None) -> Tensor:
-        return query.new_empty(0) if argument is None else empty_contiguous(argument)
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    def of(argument: Tensor | None) -> Tensor | None:
+        return None if argument is None else empty_contiguous(argument)
 
     return (
         empty_like_heads(query, query.shape[-1]),
