@@ -25,8 +25,8 @@ FLOORS = (
     ("cli",),
     ("__main__",),
 )
-#: Arrows between ops: where its layers must be called, squeeze-excite is a weighted sum of maps; bias_attention_2d has the
-#: operators of rel_attention_2d.
+#: Arrows between ops: where its layers must be called, squeeze-excite is a weighted sum of maps; bias_attention_2d shares
+#: the operators of rel_attention_2d.
 BETWEEN_OPS = {
     ("ops.squeeze_excite.module", "ops.layer_attention"),
     ("ops.bias_attention_2d.api", "ops.rel_attention_2d.api"),
