@@ -25,7 +25,7 @@ FLOORS = (
     ("cli",),
     ("__main__",),
 )
-#: Arrows between ops: where its layers must be called, squeeze-excite is a weighted sum of maps; bias_attention_2d shares
+#: Arrows between ops: where its layers must be called, squeeze-excite is a weighted sum of maps; bias_attention_2d runs
 #: the operators of rel_attention_2d.
 BETWEEN_OPS = {
     ("ops.squeeze_excite.module", "ops.layer_attention"),
