@@ -242,10 +242,10 @@ void backward_block(const Backward& p, const KeyLayout& keys, const KeyRange& ra
     for (int64_t d = 0; d < p.dv; ++d) grad_out[d] = 0.0f;
     if (i >= count) continue;
     auto at = [&](const TensorView& view) { return query_offset(p, view, b, h, q0 + i); };
-    gather(p.query, at(p.query), p.query.stride[4], p.dk, p.scale, query);
-    gather(p.grad_out, at(p.grad_out), p.grad_out.stride[4], p.dv, 1.0f, grad_out);
+    gather_row(p, p.query, at(p.query), p.dk, p.scale, query);
+    gather_row(p, p.grad_out, at(p.grad_out), p.dv, 1.0f, grad_out);
     if (!whole) {
-      gather(p.out, at(p.out), p.out.stride[4], p.dv, 1.0f, s.out.data);
+      gather_row(p, p.out, at(p.out), p.dv, 1.0f, s.out.data);
       for (int64_t d = 0; d < p.dv; ++d) s.delta[i] += s.out[d] * grad_out[d];
     }
     const float max = p.statistics[2 * (row0 + i)], total = p.statistics[2 * (row0 + i) + 1];
@@ -322,7 +322,7 @@ void backward_block(const Backward& p, const KeyLayout& keys, const KeyRange& ra
     const int64_t q = q0 + i;
     auto at = [&](const TensorView& view) { return query_offset(p, view, b, h, q); };
     if (p.key_splits == 1)
-      scatter(p.grad_query, at(p.grad_query), p.grad_query.stride[4], p.dk, 1.0f, s.grad_query + i * s.query_stride);
+      scatter_row(p, p.grad_query, at(p.grad_query), p.dk, 1.0f, s.grad_query + i * s.query_stride);
     else
       copy(s.grad_query + i * s.query_stride, p.dk,
            p.query_partials + ((pair * p.key_splits + split) * p.queries() + q) * p.dk);

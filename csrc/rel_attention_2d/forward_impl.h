@@ -49,8 +49,7 @@ void forward_block(const Forward& p, const KeyRange& range, ForwardScratch& s, B
   for (int64_t i = 0; i < QB; ++i) {
     const int64_t q = q0 + i;
     if (i < count)
-      gather(p.query, query_offset(p, p.query, b, h, q), p.query.stride[4], p.dk, p.scale,
-             s.query + i * s.query_stride);
+      gather_row(p, p.query, query_offset(p, p.query, b, h, q), p.dk, p.scale, s.query + i * s.query_stride);
     else
       for (int64_t d = 0; d < p.dk; ++d) s.query[i * s.query_stride + d] = 0.0f;
     s.max[i] = -kInfinity;
@@ -86,8 +85,8 @@ void forward_block(const Forward& p, const KeyRange& range, ForwardScratch& s, B
   for (int64_t i = 0; i < count; ++i) {
     const int64_t q = q0 + i;
     const bool masked = s.max[i] == -kInfinity && s.total[i] == 0.0f;
-    scatter(p.out, query_offset(p, p.out, b, h, q), p.out.stride[4], p.dv, masked ? 0.0f : p.keep_scale / s.total[i],
-            s.sum + i * s.sum_stride);
+    scatter_row(p, p.out, query_offset(p, p.out, b, h, q), p.dv, masked ? 0.0f : p.keep_scale / s.total[i],
+                s.sum + i * s.sum_stride);
     p.statistics[2 * (row0 + i)] = s.max[i];
     p.statistics[2 * (row0 + i) + 1] = masked ? 0.0f : s.total[i];
   }

@@ -73,6 +73,29 @@ FA_INLINE int64_t query_offset(const Problem& p, const TensorView& view, int64_t
   return head_offset(view, b, h) + query / p.wq * view.stride[2] + query % p.wq * view.stride[3];
 }
 
+// Where the heads of a position lie side by side, a row is a few cache lines a large stride away from the next, which
+// no hardware follows: fetches what the next task reads (or writes) instead of the row at `offset`.
+template <bool Write = false>
+FA_INLINE void prefetch_next(const Problem& p, const TensorView& view, int64_t offset, int64_t depth) {
+  if (view.stride[4] != 1 || view.stride[1] >= view.stride[3]) return;
+  const int64_t size = view.dtype == DType::float32 ? 4 : 2;
+  const int64_t next = offset + (p.bias_table ? view.stride[0] : view.stride[1]);
+  const char* at = static_cast<const char*>(view.data) + next * size;
+  for (int64_t i = 0; i < depth * size; i += 64) __builtin_prefetch(at + i, Write);
+}
+
+// One row of a (batch, heads, y, x, depth) tensor.
+FA_INLINE void gather_row(const Problem& p, const TensorView& view, int64_t offset, int64_t depth, float factor,
+                          float* to) {
+  prefetch_next(p, view, offset, depth);
+  gather(view, offset, view.stride[4], depth, factor, to);
+}
+FA_INLINE void scatter_row(const Problem& p, const TensorView& view, int64_t offset, int64_t depth, float factor,
+                           const float* from, int64_t step = 1) {
+  prefetch_next<true>(p, view, offset, depth);
+  scatter(view, offset, view.stride[4], depth, factor, from, step);
+}
+
 // Block sums are formed first and then added, so that a long sum is rounded once per block and not once per term.
 FA_INLINE void add_to(float* to, vf x) { store(to, load(to) + x); }
 
@@ -168,7 +191,7 @@ void pack_keys(const TensorView& view, const TensorView& prefix, int64_t b, int6
     if (!real && !repeat) return set_zero(row, to.depth);
     if (r >= keys.rows) r = keys.rows - 1, x = p.wk - 1;
     const int64_t y = smaller(g * keys.rows + r, p.hk - 1);
-    gather(view, base + y * view.stride[2] + x * view.stride[3], view.stride[4], to.depth, 1.0f, row);
+    gather_row(p, view, base + y * view.stride[2] + x * view.stride[3], to.depth, 1.0f, row);
   });
   to.pack(range.prefix_begin, range.vectors - range.prefix_begin, [&](int64_t i, float* row) {
     if (i >= range.prefix && !repeat) return set_zero(row, to.depth);
@@ -188,8 +211,8 @@ void unpack_keys(const TensorView& view, const TensorView& prefix, int64_t b, in
     for (int64_t lane = 0; lane < keys.rows * p.wk; ++lane) {
       const int64_t y = g * keys.rows + lane / p.wk, x = lane % p.wk;
       if (y >= p.hk) break;
-      scatter(view, base + y * view.stride[2] + x * view.stride[3], view.stride[4], from.depth, 1.0f,
-              from.at((g - range.group0) * keys.vectors * L + lane), from.step());
+      scatter_row(p, view, base + y * view.stride[2] + x * view.stride[3], from.depth, 1.0f,
+                  from.at((g - range.group0) * keys.vectors * L + lane), from.step());
     }
 }
 
