@@ -241,7 +241,7 @@ void backward_block(const Backward& p, const KeyLayout& keys, const KeyRange& ra
     for (int64_t d = 0; d < p.dk; ++d) query[d] = 0.0f;
     for (int64_t d = 0; d < p.dv; ++d) grad_out[d] = 0.0f;
     if (i >= count) continue;
-    auto at = [&](const TensorView& view) { return query_offset(p, view, b, h, q0 + i); };
+    auto at = [&](const TensorView& view) { return bias.queries.offset(view, b, h, q0 + i); };
     gather_row(p, p.query, at(p.query), p.dk, p.scale, query);
     gather_row(p, p.grad_out, at(p.grad_out), p.dv, 1.0f, grad_out);
     if (!whole) {
@@ -320,7 +320,7 @@ void backward_block(const Backward& p, const KeyLayout& keys, const KeyRange& ra
 
   for (int64_t i = 0; i < count; ++i) {
     const int64_t q = q0 + i;
-    auto at = [&](const TensorView& view) { return query_offset(p, view, b, h, q); };
+    auto at = [&](const TensorView& view) { return bias.queries.offset(view, b, h, q); };
     if (p.key_splits == 1)
       scatter_row(p, p.grad_query, at(p.grad_query), p.dk, 1.0f, s.grad_query + i * s.query_stride);
     else
@@ -338,7 +338,8 @@ void backward_block(const Backward& p, const KeyLayout& keys, const KeyRange& ra
 
 void backward(const Backward& p, int64_t begin, int64_t end) {
   const KeyLayout keys(p);
-  BiasTerms bias(p, keys, true);
+  const QueryGrid queries(p);
+  BiasTerms bias(p, keys, queries, true);
   BackwardScratch s(p, keys, bias, p.key_splits);
   Segments segments(p, keys);
   Scratch<uint32_t> columns;
@@ -386,6 +387,7 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
 }
 
 void sum_query_partials(const Backward& p, int64_t begin, int64_t end) {
+  const QueryGrid queries(p);
   Scratch<float> sum(p.dk);
   for (int64_t pair = begin; pair < end; ++pair)
     for (int64_t q = 0; q < p.queries(); ++q) {
@@ -394,7 +396,7 @@ void sum_query_partials(const Backward& p, int64_t begin, int64_t end) {
         const float* partial = p.query_partials + ((pair * p.key_splits + split) * p.queries() + q) * p.dk;
         for (int64_t d = 0; d < p.dk; ++d) sum[d] += partial[d];
       }
-      scatter(p.grad_query, query_offset(p, p.grad_query, pair / p.heads, pair % p.heads, q), p.grad_query.stride[4],
+      scatter(p.grad_query, queries.offset(p.grad_query, pair / p.heads, pair % p.heads, q), p.grad_query.stride[4],
               p.dk, 1.0f, sum.data);
     }
 }

@@ -49,7 +49,7 @@ void forward_block(const Forward& p, const KeyRange& range, ForwardScratch& s, B
   for (int64_t i = 0; i < QB; ++i) {
     const int64_t q = q0 + i;
     if (i < count)
-      gather_row(p, p.query, query_offset(p, p.query, b, h, q), p.dk, p.scale, s.query + i * s.query_stride);
+      gather_row(p, p.query, bias.queries.offset(p.query, b, h, q), p.dk, p.scale, s.query + i * s.query_stride);
     else
       for (int64_t d = 0; d < p.dk; ++d) s.query[i * s.query_stride + d] = 0.0f;
     s.max[i] = -kInfinity;
@@ -85,7 +85,7 @@ void forward_block(const Forward& p, const KeyRange& range, ForwardScratch& s, B
   for (int64_t i = 0; i < count; ++i) {
     const int64_t q = q0 + i;
     const bool masked = s.max[i] == -kInfinity && s.total[i] == 0.0f;
-    scatter_row(p, p.out, query_offset(p, p.out, b, h, q), p.dv, masked ? 0.0f : p.keep_scale / s.total[i],
+    scatter_row(p, p.out, bias.queries.offset(p.out, b, h, q), p.dv, masked ? 0.0f : p.keep_scale / s.total[i],
                 s.sum + i * s.sum_stride);
     p.statistics[2 * (row0 + i)] = s.max[i];
     p.statistics[2 * (row0 + i) + 1] = masked ? 0.0f : s.total[i];
@@ -96,7 +96,8 @@ void forward(const Forward& p, int64_t begin, int64_t end) {
   const KeyLayout keys(p);
   const KeyRange range(keys, 0, keys.groups, p.prefix);
   ForwardScratch scratch(p, range);
-  BiasTerms bias(p, keys, false);
+  const QueryGrid queries(p);
+  BiasTerms bias(p, keys, queries, false);
   Segments segments(p, keys);
   Scratch<uint32_t> columns;
   if (p.drop_below > 0) hash_columns(p, keys, columns);

@@ -17,6 +17,7 @@ struct FreeTable {
 
   const Problem& p;
   const KeyLayout& keys;
+  const QueryGrid& queries;
   int64_t stride = 0;  // of a row of the table
   bool whole = false;
   Scratch<float> table;                             // (bias_rows, stride): key positions count up
@@ -24,7 +25,8 @@ struct FreeTable {
   int64_t logit_stride = 0, row0 = 0, vector0 = 0;  // of `expanded`: its first query and vector
   int64_t query0 = 0;                               // first query of the block
 
-  FreeTable(const Problem& problem, const KeyLayout& layout) : p(problem), keys(layout) {
+  FreeTable(const Problem& problem, const KeyLayout& layout, const QueryGrid& grid)
+      : p(problem), keys(layout), queries(grid) {
     if (!p.bias_table) return;
     stride = round_up(p.bias_columns(), L) + L;
     table.allocate(p.bias_rows() * stride);
@@ -36,7 +38,7 @@ struct FreeTable {
   }
 
   // First number of a query's biases: for key row y, `stride` further each.
-  int64_t start(int64_t q) const { return (p.hq - 1 - q / p.wq) * stride + p.wq - 1 - q % p.wq; }
+  int64_t start(int64_t q) const { return (p.hq - 1 - queries.y[q]) * stride + p.wq - 1 - queries.x[q]; }
 
   void pack(int64_t head) {
     const TensorView& view = p.bias_table;
@@ -101,7 +103,7 @@ struct FreeTable {
 
   // Adds the gradients of queries [q0, q0 + count) to a sum, and clears them.  Sums of a block first: no long chains.
   void flush(int64_t q0, int64_t count, float* grad_block, float* sum) const {
-    const int64_t first = p.hq - 1 - (q0 + count - 1) / p.wq, last = p.hq - 1 - q0 / p.wq + p.hk;
+    const int64_t first = p.hq - 1 - queries.y[q0 + count - 1], last = p.hq - 1 - queries.y[q0] + p.hk;
     for (int64_t i = first * stride; i < last * stride; i += L) {
       add_to(sum + i, load(grad_block + i));
       store(grad_block + i, vf{});

@@ -69,35 +69,53 @@ FA_INLINE int64_t head_offset(const TensorView& view, int64_t b, int64_t h) {
   return b * view.stride[0] + h * view.stride[1];
 }
 
-FA_INLINE int64_t query_offset(const Problem& p, const TensorView& view, int64_t b, int64_t h, int64_t query) {
-  return head_offset(view, b, h) + query / p.wq * view.stride[2] + query % p.wq * view.stride[3];
-}
+// Row and column of every query: divisions would cost as much as the softmax where there are few keys.
+struct QueryGrid {
+  Scratch<int32_t> y, x;
+
+  explicit QueryGrid(const Problem& p) : y(p.queries()), x(p.queries()) {
+    for (int64_t q = 0; q < p.queries(); ++q) y[q] = q / p.wq, x[q] = q % p.wq;
+  }
+  FA_INLINE int64_t offset(const TensorView& view, int64_t b, int64_t h, int64_t q) const {
+    return head_offset(view, b, h) + y[q] * view.stride[2] + x[q] * view.stride[3];
+  }
+};
+
+// Block sums are formed first and then added, so that a long sum is rounded once per block and not once per term.
+FA_INLINE void add_to(float* to, vf x) { store(to, load(to) + x); }
 
 // Where the heads of a position lie side by side, a row is a few cache lines a large stride away from the next, which
 // no hardware follows: fetches what the next task reads (or writes) instead of the row at `offset`.
 template <bool Write = false>
 FA_INLINE void prefetch_next(const Problem& p, const TensorView& view, int64_t offset, int64_t depth) {
-  if (view.stride[4] != 1 || view.stride[1] >= view.stride[3]) return;
   const int64_t size = view.dtype == DType::float32 ? 4 : 2;
+  if (view.stride[4] != 1 || view.stride[1] >= view.stride[3] || depth * size < 64) return;
   const int64_t next = offset + (p.bias_table ? view.stride[0] : view.stride[1]);
   const char* at = static_cast<const char*>(view.data) + next * size;
   for (int64_t i = 0; i < depth * size; i += 64) __builtin_prefetch(at + i, Write);
+}
+
+// Rows that whole vectors of float32 make up.
+FA_INLINE bool is_plain_row(const TensorView& view, int64_t depth) {
+  return view.dtype == DType::float32 && view.stride[4] == 1 && depth % L == 0;
+}
+FA_INLINE void scale_row(const float* from, int64_t depth, float factor, float* to) {
+  for (int64_t d = 0; d < depth; d += L) store(to + d, load(from + d) * factor);
 }
 
 // One row of a (batch, heads, y, x, depth) tensor.
 FA_INLINE void gather_row(const Problem& p, const TensorView& view, int64_t offset, int64_t depth, float factor,
                           float* to) {
   prefetch_next(p, view, offset, depth);
+  if (is_plain_row(view, depth)) return scale_row(at<float>(view, offset), depth, factor, to);
   gather(view, offset, view.stride[4], depth, factor, to);
 }
 FA_INLINE void scatter_row(const Problem& p, const TensorView& view, int64_t offset, int64_t depth, float factor,
                            const float* from, int64_t step = 1) {
   prefetch_next<true>(p, view, offset, depth);
+  if (step == 1 && is_plain_row(view, depth)) return scale_row(from, depth, factor, at<float>(view, offset));
   scatter(view, offset, view.stride[4], depth, factor, from, step);
 }
-
-// Block sums are formed first and then added, so that a long sum is rounded once per block and not once per term.
-FA_INLINE void add_to(float* to, vf x) { store(to, load(to) + x); }
 
 FA_INLINE void set_zero(float* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = 0.0f;
@@ -184,14 +202,22 @@ struct KeyMatrix {
 void pack_keys(const TensorView& view, const TensorView& prefix, int64_t b, int64_t h, const Problem& p,
                const KeyLayout& keys, const KeyRange& range, bool repeat, KeyMatrix& to) {
   const int64_t base = head_offset(view, b, h), prefix_base = head_offset(prefix, b, h);
-  to.pack(0, range.grid_vectors, [&](int64_t i, float* row) {
-    const int64_t g = range.group0 + i / (keys.vectors * L), lane = i % (keys.vectors * L);
-    int64_t r = lane / p.wk, x = lane % p.wk;
-    const bool real = r < keys.rows && g * keys.rows + r < p.hk;
-    if (!real && !repeat) return set_zero(row, to.depth);
-    if (r >= keys.rows) r = keys.rows - 1, x = p.wk - 1;
-    const int64_t y = smaller(g * keys.rows + r, p.hk - 1);
-    gather_row(p, view, base + y * view.stride[2] + x * view.stride[3], to.depth, 1.0f, row);
+  int64_t y_group = range.group0 * keys.rows, y = y_group, row_of_group = 0, x = 0,
+          lane = 0;  // of the lane that comes next
+  to.pack(0, range.grid_vectors, [&](int64_t, float* row) {
+    const bool real = row_of_group < keys.rows && y < p.hk;
+    if (real || repeat) {
+      const bool padding = row_of_group == keys.rows;  // behind the last row: its last key
+      const int64_t from = smaller(padding ? y - 1 : y, p.hk - 1), column = padding ? p.wk - 1 : x;
+      gather_row(p, view, base + from * view.stride[2] + column * view.stride[3], to.depth, 1.0f, row);
+    } else {
+      set_zero(row, to.depth);
+    }
+    if (++lane == keys.vectors * L) {
+      lane = row_of_group = x = 0, y = (y_group += keys.rows);
+    } else if (row_of_group < keys.rows && ++x == p.wk) {
+      x = 0, ++row_of_group, ++y;
+    }
   });
   to.pack(range.prefix_begin, range.vectors - range.prefix_begin, [&](int64_t i, float* row) {
     if (i >= range.prefix && !repeat) return set_zero(row, to.depth);
@@ -207,13 +233,13 @@ void unpack_keys(const TensorView& view, const TensorView& prefix, int64_t b, in
   for (int64_t i = 0; i < range.prefix; ++i)
     scatter(prefix, prefix_base + i * prefix.stride[2], prefix.stride[3], from.depth, 1.0f,
             from.at(range.prefix_begin * L + i), from.step());
-  for (int64_t g = range.group0; g < range.group0 + range.groups; ++g)
-    for (int64_t lane = 0; lane < keys.rows * p.wk; ++lane) {
-      const int64_t y = g * keys.rows + lane / p.wk, x = lane % p.wk;
-      if (y >= p.hk) break;
-      scatter_row(p, view, base + y * view.stride[2] + x * view.stride[3], from.depth, 1.0f,
-                  from.at((g - range.group0) * keys.vectors * L + lane), from.step());
-    }
+  for (int64_t g = range.group0; g < range.group0 + range.groups; ++g) {
+    int64_t lane = (g - range.group0) * keys.vectors * L;
+    for (int64_t y = g * keys.rows; y < smaller(p.hk, (g + 1) * keys.rows); ++y)
+      for (int64_t x = 0; x < p.wk; ++x, ++lane)
+        scatter_row(p, view, base + y * view.stride[2] + x * view.stride[3], from.depth, 1.0f, from.at(lane),
+                    from.step());
+  }
 }
 
 // choose<B>() for the way in which a problem's logits get their position terms.
@@ -234,6 +260,7 @@ FA_INLINE int64_t split_begin(int64_t count, int64_t splits, int64_t i) { return
 struct BiasTerms {
   const Problem& p;
   const KeyLayout& keys;
+  const QueryGrid& queries;
   int64_t bias_rows;  // key rows with room for the last group
   int64_t row_vectors = 0, col_vectors = 0, table_vectors = 0;
   Scratch<float> col_logits;  // (QB, keys.vectors * L): column logit per lane of a group, -inf on padding
@@ -248,13 +275,14 @@ struct BiasTerms {
   bool finite_tables = true;
   FreeTable free;
 
-  BiasTerms(const Problem& problem, const KeyLayout& layout, bool backward)
+  BiasTerms(const Problem& problem, const KeyLayout& layout, const QueryGrid& grid, bool backward)
       : p(problem),
         keys(layout),
+        queries(grid),
         bias_rows(layout.groups * layout.rows),
         col_stride(layout.vectors * L),
         query_stride(row_stride(problem.dk)),
-        free(problem, layout) {
+        free(problem, layout, grid) {
     if (p.bias_table) return;
     col_logits.allocate(QB * col_stride);
     row_logits.allocate(QB * bias_rows);
@@ -284,8 +312,8 @@ struct BiasTerms {
   bool from_tables() const { return table_vectors > 0; }
 
   // Position of a query's first key in the product; the tables are packed so that the key position counts up.
-  int64_t row_start(int64_t q) const { return p.hq - 1 - q / p.wq; }
-  int64_t col_start(int64_t q) const { return row_vectors * L + p.wq - 1 - q % p.wq; }
+  int64_t row_start(int64_t q) const { return p.hq - 1 - queries.y[q]; }
+  int64_t col_start(int64_t q) const { return row_vectors * L + p.wq - 1 - queries.x[q]; }
 
   bool finite_queries() const { return all_finite(query.data, QB * query_stride); }
 
@@ -316,7 +344,7 @@ struct BiasTerms {
     if (from_tables()) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t q = q0 + i;
-        gather(p.query, query_offset(p, p.query, b, h, q), p.query.stride[4], p.dk, p.rel_scale,
+        gather(p.query, queries.offset(p.query, b, h, q), p.query.stride[4], p.dk, p.rel_scale,
                query + i * query_stride);
       }
       for (int64_t i = count; i < QB; ++i)
@@ -334,7 +362,7 @@ struct BiasTerms {
         else if (p.tables)
           copy(product + i * product_stride + start, length, to);
         else
-          gather(term, query_offset(p, term, b, h, q0 + i), term.stride[4], length, 1.0f, to);
+          gather(term, queries.offset(term, b, h, q0 + i), term.stride[4], length, 1.0f, to);
       };
       float* to_col = col_logits + i * col_stride;
       fill(p.col_term, col_start(q0 + i), p.wk, to_col);
