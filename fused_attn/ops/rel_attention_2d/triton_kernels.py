@@ -62,6 +62,89 @@ def _shift(y, x, strides, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def _pointers(ptr, batch, head, y, x, depth, strides, ALIGN: tl.constexpr):
+    """(positions, depth) pointers into a (batch, head) plane."""
+    return _plane(ptr, batch, head, strides, ALIGN) + _offsets(y, x, depth, strides, ALIGN)
+
+
+@triton.jit
+def _load(ptr, batch, head, y, x, depth, strides, mask, ALIGN: tl.constexpr):
+    """(positions, depth) block of a plane; 0 where masked."""
+    return tl.load(_pointers(ptr, batch, head, y, x, depth, strides, ALIGN), mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_tile(plane_ptr, offsets, y, x, strides, mask, ALIGN: tl.constexpr):
+    """As ``_load``, for loops: of the tile whose first position is (y, x), with ``offsets`` that every tile shares."""
+    return tl.load(plane_ptr + _shift(y, x, strides, ALIGN) + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(ptr, batch, head, y, x, depth, strides, block, mask):
+    """Write a (positions, depth) block to a plane."""
+    tl.store(_pointers(ptr, batch, head, y, x, depth, strides, 1), block.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _inside(y, x, height, width, EVEN: tl.constexpr):
+    """Which positions lie on the grid; all where tiles divide it (EVEN)."""
+    inside = (y < height) & (x < width)
+    if EVEN:
+        inside = tl.full(inside.shape, 1, tl.int1)
+    return inside
+
+
+@triton.jit
+def _own_queries(heads, queries, query_width, BLOCK_M: tl.constexpr):
+    """The queries that this program owns: batch and head, (BLOCK_M,) rows, columns, which exist, and their indices in
+    (B, heads, Hq, Wq)."""
+    tiles = tl.cdiv(queries, BLOCK_M)
+    plane = _int64(tl.program_id(0) // tiles)
+    m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return plane // heads, plane % heads, m // query_width, m % query_width, m < queries, plane * queries + m
+
+
+@triton.jit
+def _axis_logits(pointers, first, index, length, strides, scale, live_m, EVEN: tl.constexpr):
+    """Row or column logits (queries, index) of keys ``first + index`` along one axis of a grid, ``length`` long: -inf
+    past its end.  Without a term (``pointers`` None) zeros, (1, index), or None where no key is past it (EVEN)."""
+    live = first + index < length
+    if pointers is not None:
+        mask = live_m[:, None] & live[None, :]
+        logits = tl.load(pointers + _int64(first) * strides[4], mask=mask, other=float("-inf"))
+        return logits.to(tl.float32) * scale
+    elif not EVEN:
+        return tl.where(live, 0.0, float("-inf"))[None, :]
+    else:
+        return None
+
+
+@triton.jit
+def _logits(
+    left,
+    right,
+    scale,
+    row_logits,
+    col_logits,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Logits of a tile.  From queries, keys, (queries, rows) and (queries, columns): (queries, rows, columns); with
+    KEYS_FIRST from keys, queries, (rows, queries) and (columns, queries): (rows, columns, queries).  Terms may be None.
+    """
+    s = _dot(left, tl.trans(right), None, PRECISION)
+    shape: tl.constexpr = (ROWS, BLOCK_W, right.shape[0]) if KEYS_FIRST else (left.shape[0], ROWS, BLOCK_W)
+    s = tl.reshape(s, shape) * scale
+    if col_logits is not None:
+        s += tl.expand_dims(col_logits, 0 if KEYS_FIRST else 1)
+    if row_logits is not None:
+        s += tl.expand_dims(row_logits, 1 if KEYS_FIRST else 2)
+    return s
+
+
+@triton.jit
 def _row_keys(seed_ptr, row):
     """Two 32-bit keys for every int64 ``row`` of the dropout mask: fused_attn/ops/_floor/dropout.py, bit for bit."""
     z = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
@@ -84,8 +167,14 @@ def _keep(key0, key1, column, threshold):
 
 
 @triton.jit
-def _normaliser(statistics_ptr, query, live):
-    """(a, b) such that a softmax weight is e**(logit - a) * b; 0 for a masked query.
+def _dropped(x, keep, keep_scale):
+    """Dropout of weights, or of their gradient."""
+    return tl.where(keep, x * keep_scale, 0.0)
+
+
+@triton.jit
+def _load_statistics(statistics_ptr, query, live):
+    """(maximum, inverse_sum) such that a softmax weight is e**(logit - maximum) * inverse_sum; 0 for a masked query.
 
     Two numbers, not a log-sum-exp: its rounding error would be that of a whole row of float32 weights, and the sum
     would vanish in it beside a large maximum (a query with every key at -1e9).
@@ -100,16 +189,16 @@ def rel_attention_fwd_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    row_ptr,
-    col_ptr,
+    row_logits_ptr,
+    col_logits_ptr,
     out_ptr,
     statistics_ptr,
     seed_ptr,
     query_strides,
     key_strides,
     value_strides,
-    row_strides,
-    col_strides,
+    row_logits_strides,
+    col_logits_strides,
     out_strides,
     heads,
     queries,
@@ -132,8 +221,8 @@ def rel_attention_fwd_kernel(
     EVEN_H: tl.constexpr,
     EVEN_W: tl.constexpr,
     QUERY_ALIGN: tl.constexpr,
-    ROW_ALIGN: tl.constexpr,
-    COL_ALIGN: tl.constexpr,
+    ROW_LOGITS_ALIGN: tl.constexpr,
+    COL_LOGITS_ALIGN: tl.constexpr,
     KEY_ALIGN: tl.constexpr,
     VALUE_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -146,33 +235,26 @@ def rel_attention_fwd_kernel(
     BLOCK_N: tl.constexpr = ROWS * BLOCK_W
     EXACT: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
     ONES_COLUMN: tl.constexpr = (BLOCK_DV > D_V) and (seed_ptr is None)
-    HAS_ROW: tl.constexpr = (row_ptr is not None) or (not EVEN_H)
-    HAS_COL: tl.constexpr = (col_ptr is not None) or (not EVEN_W)
-    tiles = tl.cdiv(queries, BLOCK_M)
-    plane = _int64(tl.program_id(0) // tiles)
-    batch, head = plane // heads, plane % heads
-    m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    live_m = m < queries
-    y_m, x_m = m // query_width, m % query_width
+    batch, head, y_m, x_m, live_m, index = _own_queries(heads, queries, query_width, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     y_n, x_n = n // BLOCK_W, n % BLOCK_W
     r, w = tl.arange(0, ROWS), tl.arange(0, BLOCK_W)
     d_k, d_v = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
     live_k, live_v = (d_k < D_K)[None, :], (d_v < D_V)[None, :]
 
-    q_ptrs = _plane(query_ptr, batch, head, query_strides, QUERY_ALIGN)
-    q_ptrs += _offsets(y_m, x_m, d_k, query_strides, QUERY_ALIGN)
-    q_block = tl.load(q_ptrs, mask=live_m[:, None] & live_k, other=0.0)
+    q_block = _load(query_ptr, batch, head, y_m, x_m, d_k, query_strides, live_m[:, None] & live_k, QUERY_ALIGN)
     key_ptr = _plane(key_ptr, batch, head, key_strides, KEY_ALIGN)
     k_offsets = _offsets(y_n, x_n, d_k, key_strides, KEY_ALIGN)
     value_ptr = _plane(value_ptr, batch, head, value_strides, VALUE_ALIGN)
     v_offsets = _offsets(y_n, x_n, d_v, value_strides, VALUE_ALIGN)
-    if row_ptr is not None:
-        row_ptrs = _plane(row_ptr, batch, head, row_strides, ROW_ALIGN) + _offsets(y_m, x_m, r, row_strides, ROW_ALIGN)
-    if col_ptr is not None:
-        col_ptrs = _plane(col_ptr, batch, head, col_strides, COL_ALIGN) + _offsets(y_m, x_m, w, col_strides, COL_ALIGN)
+    row_ptrs = None
+    if row_logits_ptr is not None:
+        row_ptrs = _pointers(row_logits_ptr, batch, head, y_m, x_m, r, row_logits_strides, ROW_LOGITS_ALIGN)
+    col_ptrs = None
+    if col_logits_ptr is not None:
+        col_ptrs = _pointers(col_logits_ptr, batch, head, y_m, x_m, w, col_logits_strides, COL_LOGITS_ALIGN)
     if seed_ptr is not None:
-        key0, key1 = _row_keys(seed_ptr, plane * queries + m)
+        key0, key1 = _row_keys(seed_ptr, index)
 
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
@@ -180,38 +262,17 @@ def rel_attention_fwd_kernel(
     one = tl.full((1, 1), 1.0, tl.float32).to(value_ptr.dtype.element_ty)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     for x0 in range(0, BLOCK_W if ONE_STRIP else key_width, BLOCK_W):
-        live_w = x0 + w < key_width
-        if col_ptr is not None:
-            col_mask = live_m[:, None] & live_w[None, :]
-            col = tl.load(col_ptrs + _int64(x0) * col_strides[4], mask=col_mask, other=float("-inf"))
-            col = col.to(tl.float32) * col_scale
-        elif HAS_COL:
-            col = tl.where(live_w, 0.0, float("-inf"))[None, :]
+        col_logits = _axis_logits(col_ptrs, x0, w, key_width, col_logits_strides, col_scale, live_m, EVEN_W)
         for y0 in range(0, key_height, ROWS):
-            live_r = y0 + r < key_height
-            live_n = ((y0 + y_n < key_height) & (x0 + x_n < key_width))[:, None]
-            if EVEN_H and EVEN_W:
-                live_n = tl.full((BLOCK_N, 1), 1, tl.int1)
-            k_block = tl.load(
-                key_ptr + _shift(y0, x0, key_strides, KEY_ALIGN) + k_offsets, mask=live_n & live_k, other=0.0
-            )
-            v_block = tl.load(
-                value_ptr + _shift(y0, x0, value_strides, VALUE_ALIGN) + v_offsets, mask=live_n & live_v, other=0.0
-            )
+            y, x = y0 + y_n, x0 + x_n
+            live_n = _inside(y, x, key_height, key_width, EVEN_H and EVEN_W)[:, None]
+            k_block = _load_tile(key_ptr, k_offsets, y0, x0, key_strides, live_n & live_k, KEY_ALIGN)
+            v_block = _load_tile(value_ptr, v_offsets, y0, x0, value_strides, live_n & live_v, VALUE_ALIGN)
             if ONES_COLUMN:
                 v_block = tl.where((d_v == D_V)[None, :], one, v_block)
 
-            s = _dot(q_block, tl.trans(k_block), None, PRECISION)
-            s = tl.reshape(s, (BLOCK_M, ROWS, BLOCK_W)) * scale
-            if HAS_COL:
-                s += col[:, None, :]
-            if row_ptr is not None:
-                row_mask = live_m[:, None] & live_r[None, :]
-                row = tl.load(row_ptrs + _int64(y0) * row_strides[4], mask=row_mask, other=float("-inf"))
-                s += (row.to(tl.float32) * row_scale)[:, :, None]
-            elif HAS_ROW:
-                s += tl.where(live_r, 0.0, float("-inf"))[None, :, None]
-
+            row_logits = _axis_logits(row_ptrs, y0, r, key_height, row_logits_strides, row_scale, live_m, EVEN_H)
+            s = _logits(q_block, k_block, scale, row_logits, col_logits, ROWS, BLOCK_W, False, PRECISION)
             s = tl.reshape(s, (BLOCK_M, BLOCK_N))
             m_new = tl.maximum(m_i, tl.max(s, 1))
             # With every logit so far at -inf, subtracting the maximum would make NaN; any finite number will do.
@@ -225,18 +286,17 @@ def rel_attention_fwd_kernel(
             if not ONES_COLUMN:
                 l_i = l_i * alpha + tl.sum(p, 1)
             if seed_ptr is not None:
-                column = (y0 + y_n) * key_width + x0 + x_n
-                p = tl.where(_keep(key0[:, None], key1[:, None], column[None, :], threshold), p * keep_scale, 0.0)
+                keep = _keep(key0[:, None], key1[:, None], (y * key_width + x)[None, :], threshold)
+                p = _dropped(p, keep, keep_scale)
             acc = _dot(p.to(v_block.dtype), v_block, acc, PRECISION)
 
     if ONES_COLUMN:
         l_i = tl.sum(tl.where((d_v == D_V)[None, :], acc, 0.0), 1)
     shift = tl.where(m_i == float("-inf"), 0.0, m_i)
     out = acc * reciprocal(tl.where(l_i == 0.0, 1.0, l_i), EXACT)[:, None]
-    o_ptrs = _plane(out_ptr, batch, head, out_strides, 1) + _offsets(y_m, x_m, d_v, out_strides, 1)
-    tl.store(o_ptrs, out.to(out_ptr.dtype.element_ty), mask=live_m[:, None] & live_v)
-    tl.store(statistics_ptr + 2 * (plane * queries + m), shift, mask=live_m)
-    tl.store(statistics_ptr + 2 * (plane * queries + m) + 1, l_i, mask=live_m)
+    _store(out_ptr, batch, head, y_m, x_m, d_v, out_strides, out, live_m[:, None] & live_v)
+    tl.store(statistics_ptr + 2 * index, shift, mask=live_m)
+    tl.store(statistics_ptr + 2 * index + 1, l_i, mask=live_m)
 
 
 @triton.jit
@@ -245,25 +305,25 @@ def rel_attention_bwd_dq_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    row_ptr,
-    col_ptr,
+    row_logits_ptr,
+    col_logits_ptr,
     out_ptr,
     statistics_ptr,
-    normaliser_ptr,
+    per_query_ptr,
     grad_query_ptr,
-    grad_row_ptr,
-    grad_col_ptr,
+    grad_row_logits_ptr,
+    grad_col_logits_ptr,
     seed_ptr,
     grad_out_strides,
     query_strides,
     key_strides,
     value_strides,
-    row_strides,
-    col_strides,
+    row_logits_strides,
+    col_logits_strides,
     out_strides,
     grad_query_strides,
-    grad_row_strides,
-    grad_col_strides,
+    grad_row_logits_strides,
+    grad_col_logits_strides,
     planes,
     heads,
     queries,
@@ -289,128 +349,96 @@ def rel_attention_bwd_dq_kernel(
     EVEN_H: tl.constexpr,
     EVEN_W: tl.constexpr,
     QUERY_ALIGN: tl.constexpr,
-    ROW_ALIGN: tl.constexpr,
-    COL_ALIGN: tl.constexpr,
+    ROW_LOGITS_ALIGN: tl.constexpr,
+    COL_LOGITS_ALIGN: tl.constexpr,
     KEY_ALIGN: tl.constexpr,
     VALUE_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     DELTA_ONLY: tl.constexpr,
 ):
     """grad_query, the gradients of the row and column logits, and what the dK/dV pass needs to know of each query:
-    normaliser (5, B, heads, Hq, Wq), float32, is a of ``_normaliser``, delta, b of ``_normaliser``, and the bits of
-    both dropout keys if there is dropout.
+    per_query (5, B, heads, Hq, Wq), float32, is maximum and delta, inverse_sum, and the bits of both dropout keys if
+    there is dropout.
 
-    grad_row is (strips, B*heads, queries, Hk): one partial sum per column strip, float32 when there are several.
+    grad_row_logits is (strips, B*heads, queries, Hk): one partial sum per column strip, float32 when there are several.
     Grid and ownership as in the forward kernel.
 
     delta, the mean over keys of the gradient of the weights, is rowsum(grad_out * out).  The rounding of ``out`` in it
     is amplified where the weights' gradients cancel; float32 sums it from the weights, in a DELTA_ONLY launch before.
     """
     BLOCK_N: tl.constexpr = ROWS * BLOCK_W
-    HAS_COL: tl.constexpr = (col_ptr is not None) or (not EVEN_W)
-    HAS_ROW: tl.constexpr = (row_ptr is not None) or (not EVEN_H)
     EXACT: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
-    tiles = tl.cdiv(queries, BLOCK_M)
-    plane = _int64(tl.program_id(0) // tiles)
-    batch, head = plane // heads, plane % heads
-    m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    live_m = m < queries
-    y_m, x_m = m // query_width, m % query_width
+    batch, head, y_m, x_m, live_m, index = _own_queries(heads, queries, query_width, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     y_n, x_n = n // BLOCK_W, n % BLOCK_W
     r, w = tl.arange(0, ROWS), tl.arange(0, BLOCK_W)
     d_k, d_v = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
     live_k, live_v = (d_k < D_K)[None, :], (d_v < D_V)[None, :]
 
-    q_ptrs = _plane(query_ptr, batch, head, query_strides, QUERY_ALIGN)
-    q_ptrs += _offsets(y_m, x_m, d_k, query_strides, QUERY_ALIGN)
-    q_block = tl.load(q_ptrs, mask=live_m[:, None] & live_k, other=0.0)
-    do_ptrs = _plane(grad_out_ptr, batch, head, grad_out_strides, 1) + _offsets(y_m, x_m, d_v, grad_out_strides, 1)
-    do_block = tl.load(do_ptrs, mask=live_m[:, None] & live_v, other=0.0)
-    index = plane * queries + m
-    maximum, inverse_sum = _normaliser(statistics_ptr, index, live_m)
+    q_block = _load(query_ptr, batch, head, y_m, x_m, d_k, query_strides, live_m[:, None] & live_k, QUERY_ALIGN)
+    live_do = live_m[:, None] & live_v
+    do_block = _load(grad_out_ptr, batch, head, y_m, x_m, d_v, grad_out_strides, live_do, 1)
+    maximum, inverse_sum = _load_statistics(statistics_ptr, index, live_m)
     total = _int64(queries) * planes
     if DELTA_ONLY:
         delta = tl.zeros((BLOCK_M,), tl.float32)
     elif EXACT:
-        delta = tl.load(normaliser_ptr + total + index, mask=live_m, other=0.0)
+        delta = tl.load(per_query_ptr + total + index, mask=live_m, other=0.0)
     else:
-        o_ptrs = _plane(out_ptr, batch, head, out_strides, 1) + _offsets(y_m, x_m, d_v, out_strides, 1)
-        o_block = tl.load(o_ptrs, mask=live_m[:, None] & live_v, other=0.0)
+        o_block = _load(out_ptr, batch, head, y_m, x_m, d_v, out_strides, live_do, 1)
         delta = tl.sum(do_block.to(tl.float32) * o_block.to(tl.float32), 1)
-        tl.store(normaliser_ptr + total + index, delta, mask=live_m)
-    tl.store(normaliser_ptr + index, maximum, mask=live_m)
-    tl.store(normaliser_ptr + 2 * total + index, inverse_sum, mask=live_m)
+        tl.store(per_query_ptr + total + index, delta, mask=live_m)
+    tl.store(per_query_ptr + index, maximum, mask=live_m)
+    tl.store(per_query_ptr + 2 * total + index, inverse_sum, mask=live_m)
     if seed_ptr is not None:
         key0, key1 = _row_keys(seed_ptr, index)
-        tl.store(normaliser_ptr + 3 * total + index, key0.to(tl.float32, bitcast=True), mask=live_m)
-        tl.store(normaliser_ptr + 4 * total + index, key1.to(tl.float32, bitcast=True), mask=live_m)
+        tl.store(per_query_ptr + 3 * total + index, key0.to(tl.float32, bitcast=True), mask=live_m)
+        tl.store(per_query_ptr + 4 * total + index, key1.to(tl.float32, bitcast=True), mask=live_m)
 
     key_ptr = _plane(key_ptr, batch, head, key_strides, KEY_ALIGN)
     k_offsets = _offsets(y_n, x_n, d_k, key_strides, KEY_ALIGN)
     value_ptr = _plane(value_ptr, batch, head, value_strides, VALUE_ALIGN)
     v_offsets = _offsets(y_n, x_n, d_v, value_strides, VALUE_ALIGN)
-    if row_ptr is not None:
-        row_ptrs = _plane(row_ptr, batch, head, row_strides, ROW_ALIGN) + _offsets(y_m, x_m, r, row_strides, ROW_ALIGN)
-        grad_row_ptrs = _plane(grad_row_ptr, batch, head, grad_row_strides, 1)
-        grad_row_ptrs += _offsets(y_m, x_m, r, grad_row_strides, 1)
-    if col_ptr is not None:
-        col_ptrs = _plane(col_ptr, batch, head, col_strides, COL_ALIGN) + _offsets(y_m, x_m, w, col_strides, COL_ALIGN)
-        grad_col_ptrs = _plane(grad_col_ptr, batch, head, grad_col_strides, 1)
-        grad_col_ptrs += _offsets(y_m, x_m, w, grad_col_strides, 1)
+    row_ptrs = None
+    if row_logits_ptr is not None:
+        row_ptrs = _pointers(row_logits_ptr, batch, head, y_m, x_m, r, row_logits_strides, ROW_LOGITS_ALIGN)
+        grad_row_ptrs = _pointers(grad_row_logits_ptr, batch, head, y_m, x_m, r, grad_row_logits_strides, 1)
+    col_ptrs = None
+    if col_logits_ptr is not None:
+        col_ptrs = _pointers(col_logits_ptr, batch, head, y_m, x_m, w, col_logits_strides, COL_LOGITS_ALIGN)
+        grad_col_ptrs = _pointers(grad_col_logits_ptr, batch, head, y_m, x_m, w, grad_col_logits_strides, 1)
 
     dq = tl.zeros((BLOCK_M, BLOCK_DK), tl.float32)
     for x0 in range(0, BLOCK_W if ONE_STRIP else key_width, BLOCK_W):
-        live_w = x0 + w < key_width
-        if col_ptr is not None:
-            col_mask = live_m[:, None] & live_w[None, :]
-            col = tl.load(col_ptrs + _int64(x0) * col_strides[4], mask=col_mask, other=float("-inf"))
-            col = col.to(tl.float32) * col_scale
-            d_col = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
-        elif HAS_COL:
-            col = tl.where(live_w, 0.0, float("-inf"))[None, :]
+        col_logits = _axis_logits(col_ptrs, x0, w, key_width, col_logits_strides, col_scale, live_m, EVEN_W)
+        if col_logits_ptr is not None:
+            d_col_logits = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
         for y0 in range(0, key_height, ROWS):
-            live_r = y0 + r < key_height
-            live_n = ((y0 + y_n < key_height) & (x0 + x_n < key_width))[:, None]
-            if EVEN_H and EVEN_W:
-                live_n = tl.full((BLOCK_N, 1), 1, tl.int1)
-            k_block = tl.load(
-                key_ptr + _shift(y0, x0, key_strides, KEY_ALIGN) + k_offsets, mask=live_n & live_k, other=0.0
-            )
-            v_block = tl.load(
-                value_ptr + _shift(y0, x0, value_strides, VALUE_ALIGN) + v_offsets, mask=live_n & live_v, other=0.0
-            )
+            y, x = y0 + y_n, x0 + x_n
+            live_n = _inside(y, x, key_height, key_width, EVEN_H and EVEN_W)[:, None]
+            k_block = _load_tile(key_ptr, k_offsets, y0, x0, key_strides, live_n & live_k, KEY_ALIGN)
+            v_block = _load_tile(value_ptr, v_offsets, y0, x0, value_strides, live_n & live_v, VALUE_ALIGN)
 
-            s = _dot(q_block, tl.trans(k_block), None, PRECISION)
-            s = tl.reshape(s, (BLOCK_M, ROWS, BLOCK_W)) * scale
-            if HAS_COL:
-                s += col[:, None, :]
-            if HAS_ROW:
-                row_mask = live_m[:, None] & live_r[None, :]
-                if row_ptr is not None:
-                    row = tl.load(row_ptrs + _int64(y0) * row_strides[4], mask=row_mask, other=float("-inf"))
-                    row = row.to(tl.float32) * row_scale
-                else:
-                    row = tl.where(live_r, 0.0, float("-inf"))[None, :]
-                s += row[:, :, None]
-            p = softmax_exp(
-                s - maximum[:, None, None], EXACT
-            )  # times inverse_sum: the sums over keys are multiplied by it
+            row_logits = _axis_logits(row_ptrs, y0, r, key_height, row_logits_strides, row_scale, live_m, EVEN_H)
+            s = _logits(q_block, k_block, scale, row_logits, col_logits, ROWS, BLOCK_W, False, PRECISION)
+            # Times inverse_sum: the sums over keys are multiplied by it.
+            p = softmax_exp(s - maximum[:, None, None], EXACT)
 
             dp = _dot(do_block, tl.trans(v_block), None, PRECISION)
             if seed_ptr is not None:
-                column = (y0 + y_n) * key_width + x0 + x_n
-                dp = tl.where(_keep(key0[:, None], key1[:, None], column[None, :], threshold), dp * keep_scale, 0.0)
+                keep = _keep(key0[:, None], key1[:, None], (y * key_width + x)[None, :], threshold)
+                dp = _dropped(dp, keep, keep_scale)
             if DELTA_ONLY:
                 delta += tl.sum(tl.reshape(p, (BLOCK_M, BLOCK_N)) * dp, 1)
             else:
                 ds = p * (tl.reshape(dp, (BLOCK_M, ROWS, BLOCK_W)) - delta[:, None, None])
-                if col_ptr is not None:
-                    d_col += tl.sum(ds, 1)
-                if row_ptr is not None:
-                    d_row = tl.sum(ds, 2) * (inverse_sum * grad_row_scale)[:, None]
-                    row_shift = _int64(y0) * grad_row_strides[4] + _int64(x0 // BLOCK_W) * grad_row_strides[5]
-                    tl.store(grad_row_ptrs + row_shift, d_row.to(grad_row_ptr.dtype.element_ty), mask=row_mask)
+                if col_logits_ptr is not None:
+                    d_col_logits += tl.sum(ds, 1)
+                if row_logits_ptr is not None:
+                    d_row_logits = tl.sum(ds, 2) * (inverse_sum * grad_row_scale)[:, None]
+                    shift = _int64(y0) * grad_row_logits_strides[4] + _int64(x0 // BLOCK_W) * grad_row_logits_strides[5]
+                    row_mask = live_m[:, None] & (y0 + r < key_height)[None, :]
+                    tl.store(grad_row_ptrs + shift, d_row_logits.to(grad_row_ptrs.dtype.element_ty), mask=row_mask)
                 ds = tl.reshape(ds, (BLOCK_M, BLOCK_N)).to(k_block.dtype)
                 if EXACT:
                     # A sum of its own for every tile, as one chain of additions over all tiles rounds more than
@@ -418,17 +446,17 @@ def rel_attention_bwd_dq_kernel(
                     dq += _dot(ds, k_block, None, PRECISION) * inverse_sum[:, None]
                 else:
                     dq = _dot(ds, k_block, dq, PRECISION)
-        if (col_ptr is not None) and (not DELTA_ONLY):
-            d_col = (d_col * (inverse_sum * grad_col_scale)[:, None]).to(grad_col_ptr.dtype.element_ty)
-            tl.store(grad_col_ptrs + _int64(x0) * grad_col_strides[4], d_col, mask=col_mask)
+        if (col_logits_ptr is not None) and (not DELTA_ONLY):
+            d_col_logits *= (inverse_sum * grad_col_scale)[:, None]
+            shift = _int64(x0) * grad_col_logits_strides[4]
+            col_mask = live_m[:, None] & (x0 + w < key_width)[None, :]
+            tl.store(grad_col_ptrs + shift, d_col_logits.to(grad_col_ptrs.dtype.element_ty), mask=col_mask)
 
     if DELTA_ONLY:
-        tl.store(normaliser_ptr + total + index, delta * inverse_sum, mask=live_m)
+        tl.store(per_query_ptr + total + index, delta * inverse_sum, mask=live_m)
     else:
-        dq_ptrs = _plane(grad_query_ptr, batch, head, grad_query_strides, 1)
-        dq_ptrs += _offsets(y_m, x_m, d_k, grad_query_strides, 1)
         dq *= grad_scale if EXACT else (inverse_sum * grad_scale)[:, None]
-        tl.store(dq_ptrs, dq.to(grad_query_ptr.dtype.element_ty), mask=live_m[:, None] & live_k)
+        _store(grad_query_ptr, batch, head, y_m, x_m, d_k, grad_query_strides, dq, live_m[:, None] & live_k)
 
 
 @triton.jit
@@ -437,9 +465,9 @@ def rel_attention_bwd_dkv_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    row_ptr,
-    col_ptr,
-    normaliser_ptr,
+    row_logits_ptr,
+    col_logits_ptr,
+    per_query_ptr,
     grad_key_ptr,
     grad_value_ptr,
     seed_ptr,
@@ -447,8 +475,8 @@ def rel_attention_bwd_dkv_kernel(
     query_strides,
     key_strides,
     value_strides,
-    row_strides,
-    col_strides,
+    row_logits_strides,
+    col_logits_strides,
     grad_key_strides,
     grad_value_strides,
     planes,
@@ -474,8 +502,8 @@ def rel_attention_bwd_dkv_kernel(
     ONE_STRIP: tl.constexpr,
     EVEN_M: tl.constexpr,
     QUERY_ALIGN: tl.constexpr,
-    ROW_ALIGN: tl.constexpr,
-    COL_ALIGN: tl.constexpr,
+    ROW_LOGITS_ALIGN: tl.constexpr,
+    COL_LOGITS_ALIGN: tl.constexpr,
     GRAD_OUT_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -496,27 +524,25 @@ def rel_attention_bwd_dkv_kernel(
     n = tl.arange(0, BLOCK_N)
     y_n, x_n = y_tile + n // BLOCK_W, x_tile + n % BLOCK_W
     d_k, d_v = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
-    live_n = ((y_n < key_height) & (x_n < key_width))[:, None]
+    live_n = _inside(y_n, x_n, key_height, key_width, False)[:, None]
     live_k, live_v = (d_k < D_K)[None, :], (d_v < D_V)[None, :]
 
     # Padded keys need no mask on the scores: their rows of dK and dV are never stored.
-    k_ptrs = _plane(key_ptr, batch, head, key_strides, 1) + _offsets(y_n, x_n, d_k, key_strides, 1)
-    k_block = tl.load(k_ptrs, mask=live_n & live_k, other=0.0)
-    v_ptrs = _plane(value_ptr, batch, head, value_strides, 1) + _offsets(y_n, x_n, d_v, value_strides, 1)
-    v_block = tl.load(v_ptrs, mask=live_n & live_v, other=0.0)
+    k_block = _load(key_ptr, batch, head, y_n, x_n, d_k, key_strides, live_n & live_k, 1)
+    v_block = _load(value_ptr, batch, head, y_n, x_n, d_v, value_strides, live_n & live_v, 1)
     m = tl.arange(0, BLOCK_M)
     y_m, x_m = m // QUERY_W, m % QUERY_W
     query_ptr = _plane(query_ptr, batch, head, query_strides, QUERY_ALIGN)
     q_offsets = _offsets(y_m, x_m, d_k, query_strides, QUERY_ALIGN)
     grad_out_ptr = _plane(grad_out_ptr, batch, head, grad_out_strides, GRAD_OUT_ALIGN)
     do_offsets = _offsets(y_m, x_m, d_v, grad_out_strides, GRAD_OUT_ALIGN)
-    if row_ptr is not None:
-        row_ptr = _plane(row_ptr, batch, head, row_strides, ROW_ALIGN)
-        row_offsets = tl.trans(_offsets(y_m, x_m, y_tile + tl.arange(0, ROWS), row_strides, ROW_ALIGN))
+    if row_logits_ptr is not None:
+        row_logits_ptr = _plane(row_logits_ptr, batch, head, row_logits_strides, ROW_LOGITS_ALIGN)
+        row_offsets = tl.trans(_offsets(y_m, x_m, y_tile + tl.arange(0, ROWS), row_logits_strides, ROW_LOGITS_ALIGN))
         live_r = (y_tile + tl.arange(0, ROWS) < key_height)[:, None]
-    if col_ptr is not None:
-        col_ptr = _plane(col_ptr, batch, head, col_strides, COL_ALIGN)
-        col_offsets = tl.trans(_offsets(y_m, x_m, x_tile + tl.arange(0, BLOCK_W), col_strides, COL_ALIGN))
+    if col_logits_ptr is not None:
+        col_logits_ptr = _plane(col_logits_ptr, batch, head, col_logits_strides, COL_LOGITS_ALIGN)
+        col_offsets = tl.trans(_offsets(y_m, x_m, x_tile + tl.arange(0, BLOCK_W), col_logits_strides, COL_LOGITS_ALIGN))
         live_w = (x_tile + tl.arange(0, BLOCK_W) < key_width)[:, None]
 
     queries = query_height * query_width
@@ -525,47 +551,44 @@ def rel_attention_bwd_dkv_kernel(
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     for x0 in range(0, QUERY_W if ONE_STRIP else query_width, QUERY_W):
         for y0 in range(0, query_height, QUERY_ROWS):
-            live_m = (y0 + y_m < query_height) & (x0 + x_m < query_width)
-            if EVEN_M:
-                live_m = tl.full((BLOCK_M,), 1, tl.int1)
-            q_shift = _shift(y0, x0, query_strides, QUERY_ALIGN)
-            q_block = tl.load(query_ptr + q_shift + q_offsets, mask=live_m[:, None] & live_k, other=0.0)
-            do_shift = _shift(y0, x0, grad_out_strides, GRAD_OUT_ALIGN)
-            do_block = tl.load(grad_out_ptr + do_shift + do_offsets, mask=live_m[:, None] & live_v, other=0.0)
+            live_m = _inside(y0 + y_m, x0 + x_m, query_height, query_width, EVEN_M)
+            q_block = _load_tile(query_ptr, q_offsets, y0, x0, query_strides, live_m[:, None] & live_k, QUERY_ALIGN)
+            do_block = _load_tile(
+                grad_out_ptr, do_offsets, y0, x0, grad_out_strides, live_m[:, None] & live_v, GRAD_OUT_ALIGN
+            )
             index = plane * queries + y0 * query_width + x0 + (y_m * query_width + x_m)
-            maximum = tl.load(normaliser_ptr + index, mask=live_m, other=float("inf"))
-            delta = tl.load(normaliser_ptr + total + index, mask=live_m, other=0.0)
-            inverse_sum = tl.load(normaliser_ptr + 2 * total + index, mask=live_m, other=0.0)
+            maximum = tl.load(per_query_ptr + index, mask=live_m, other=float("inf"))
+            delta = tl.load(per_query_ptr + total + index, mask=live_m, other=0.0)
+            inverse_sum = tl.load(per_query_ptr + 2 * total + index, mask=live_m, other=0.0)
 
-            s = _dot(k_block, tl.trans(q_block), None, PRECISION)
-            s = tl.reshape(s, (ROWS, BLOCK_W, BLOCK_M)) * scale
-            if col_ptr is not None:
-                col_mask = live_w & live_m[None, :]
-                col = tl.load(col_ptr + _shift(y0, x0, col_strides, COL_ALIGN) + col_offsets, mask=col_mask, other=0.0)
-                s += (col.to(tl.float32) * col_scale)[None, :, :]
-            if row_ptr is not None:
-                row_mask = live_r & live_m[None, :]
-                row = tl.load(row_ptr + _shift(y0, x0, row_strides, ROW_ALIGN) + row_offsets, mask=row_mask, other=0.0)
-                s += (row.to(tl.float32) * row_scale)[:, None, :]
+            col_logits = None
+            if col_logits_ptr is not None:
+                col_logits = _load_tile(
+                    col_logits_ptr, col_offsets, y0, x0, col_logits_strides, live_w & live_m[None, :], COL_LOGITS_ALIGN
+                )
+                col_logits = col_logits.to(tl.float32) * col_scale
+            row_logits = None
+            if row_logits_ptr is not None:
+                row_logits = _load_tile(
+                    row_logits_ptr, row_offsets, y0, x0, row_logits_strides, live_r & live_m[None, :], ROW_LOGITS_ALIGN
+                )
+                row_logits = row_logits.to(tl.float32) * row_scale
+            s = _logits(k_block, q_block, scale, row_logits, col_logits, ROWS, BLOCK_W, True, PRECISION)
             p = softmax_exp(s - maximum[None, None, :], EXACT) * inverse_sum[None, None, :]
             p = tl.reshape(p, (BLOCK_N, BLOCK_M))
 
             dp = _dot(v_block, tl.trans(do_block), None, PRECISION)
             if seed_ptr is not None:
-                key0 = tl.load(normaliser_ptr + 3 * total + index, mask=live_m, other=0.0).to(tl.uint32, bitcast=True)
-                key1 = tl.load(normaliser_ptr + 4 * total + index, mask=live_m, other=0.0).to(tl.uint32, bitcast=True)
-                column = y_n * key_width + x_n
-                keep = _keep(key0[None, :], key1[None, :], column[:, None], threshold)
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-                p_kept = tl.where(keep, p * keep_scale, 0.0)
+                key0 = tl.load(per_query_ptr + 3 * total + index, mask=live_m, other=0.0).to(tl.uint32, bitcast=True)
+                key1 = tl.load(per_query_ptr + 4 * total + index, mask=live_m, other=0.0).to(tl.uint32, bitcast=True)
+                keep = _keep(key0[None, :], key1[None, :], (y_n * key_width + x_n)[:, None], threshold)
+                dp = _dropped(dp, keep, keep_scale)
+                p_kept = _dropped(p, keep, keep_scale)
                 dv = _dot(p_kept.to(do_block.dtype), do_block, dv, PRECISION)
             else:
                 dv = _dot(p.to(do_block.dtype), do_block, dv, PRECISION)
             ds = p * (dp - delta[None, :])
             dk = _dot(ds.to(q_block.dtype), q_block, dk, PRECISION)
 
-    dk_ptrs = _plane(grad_key_ptr, batch, head, grad_key_strides, 1) + _offsets(y_n, x_n, d_k, grad_key_strides, 1)
-    tl.store(dk_ptrs, (dk * grad_scale).to(grad_key_ptr.dtype.element_ty), mask=live_n & live_k)
-    dv_ptrs = _plane(grad_value_ptr, batch, head, grad_value_strides, 1)
-    dv_ptrs += _offsets(y_n, x_n, d_v, grad_value_strides, 1)
-    tl.store(dv_ptrs, dv.to(grad_value_ptr.dtype.element_ty), mask=live_n & live_v)
+    _store(grad_key_ptr, batch, head, y_n, x_n, d_k, grad_key_strides, dk * grad_scale, live_n & live_k)
+    _store(grad_value_ptr, batch, head, y_n, x_n, d_v, grad_value_strides, dv, live_n & live_v)
