@@ -74,6 +74,12 @@ def _load(ptr, batch, head, y, x, depth, strides, mask, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def _along(pointers, first, strides):
+    """Pointers from ``first`` of the depth on, if any."""
+    return None if pointers is None else pointers + _int64(first) * strides[4]
+
+
+@triton.jit
 def _load_tile(plane_ptr, offsets, y, x, strides, mask, ALIGN: tl.constexpr):
     """As ``_load``, for loops: of the tile whose first position is (y, x), with ``offsets`` that every tile shares."""
     return tl.load(plane_ptr + _shift(y, x, strides, ALIGN) + offsets, mask=mask, other=0.0)
@@ -95,53 +101,54 @@ def _inside(y, x, height, width, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _own_queries(heads, queries, query_width, BLOCK_M: tl.constexpr):
-    """The queries that this program owns: batch and head, (BLOCK_M,) rows, columns, which exist, and their indices in
-    (B, heads, Hq, Wq)."""
+def _own_queries(heads, queries, BLOCK_M: tl.constexpr):
+    """The queries that this program owns: their plane of batch * heads, batch, head, and (BLOCK_M,) indices in it."""
     tiles = tl.cdiv(queries, BLOCK_M)
     plane = _int64(tl.program_id(0) // tiles)
-    m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    return plane // heads, plane % heads, m // query_width, m % query_width, m < queries, plane * queries + m
+    return plane, plane // heads, plane % heads, (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
 
 
 @triton.jit
-def _axis_logits(pointers, first, index, length, strides, scale, live_m, EVEN: tl.constexpr):
-    """Row or column logits (queries, index) of keys ``first + index`` along one axis of a grid, ``length`` long: -inf
-    past its end.  Without a term (``pointers`` None) zeros, (1, index), or None where no key is past it (EVEN)."""
-    live = first + index < length
+def _axis_logits(pointers, scale, live_m, live_n, PAD: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Row or column logits of a tile: (queries, keys of one axis), or with KEYS_FIRST the other way round.  PAD: -inf
+    where a key is past the grid.  Without pointers zeros, or None where nothing is to be padded."""
+    past: tl.constexpr = float("-inf") if PAD else 0.0
+    if KEYS_FIRST:
+        live_m, live_n = live_m[None, :], live_n[:, None]
+    else:
+        live_m, live_n = live_m[:, None], live_n[None, :]
     if pointers is not None:
-        mask = live_m[:, None] & live[None, :]
-        logits = tl.load(pointers + _int64(first) * strides[4], mask=mask, other=float("-inf"))
-        return logits.to(tl.float32) * scale
-    elif not EVEN:
-        return tl.where(live, 0.0, float("-inf"))[None, :]
+        return tl.load(pointers, mask=live_m & live_n, other=past).to(tl.float32) * scale
+    elif PAD:
+        return tl.where(live_n, 0.0, past)
     else:
         return None
 
 
 @triton.jit
-def _logits(
-    left,
-    right,
-    scale,
-    row_logits,
-    col_logits,
-    ROWS: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    KEYS_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Logits of a tile.  From queries, keys, (queries, rows) and (queries, columns): (queries, rows, columns); with
-    KEYS_FIRST from keys, queries, (rows, queries) and (columns, queries): (rows, columns, queries).  Terms may be None.
-    """
+def _scores(left, right, scale, ROWS: tl.constexpr, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """scale * q.k of a tile: (queries, rows, columns) from queries and keys; with KEYS_FIRST (rows, columns, queries)
+    from keys and queries."""
     s = _dot(left, tl.trans(right), None, PRECISION)
-    shape: tl.constexpr = (ROWS, BLOCK_W, right.shape[0]) if KEYS_FIRST else (left.shape[0], ROWS, BLOCK_W)
-    s = tl.reshape(s, shape) * scale
+    if KEYS_FIRST:
+        s = tl.reshape(s, (ROWS, s.shape[0] // ROWS, s.shape[1]))
+    else:
+        s = tl.reshape(s, (s.shape[0], ROWS, s.shape[1] // ROWS))
+    return s * scale
+
+
+@triton.jit
+def _logits(scores, col_logits, row_pointers, row_scale, live_m, live_r, PAD: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Logits of a tile: its scores, in their layout, with the terms there are.
+
+    Row logits are read here, after the products: read before, they make some kernels take 30 registers more.
+    """
     if col_logits is not None:
-        s += tl.expand_dims(col_logits, 0 if KEYS_FIRST else 1)
+        scores += tl.expand_dims(col_logits, 0 if KEYS_FIRST else 1)
+    row_logits = _axis_logits(row_pointers, row_scale, live_m, live_r, PAD, KEYS_FIRST)
     if row_logits is not None:
-        s += tl.expand_dims(row_logits, 1 if KEYS_FIRST else 2)
-    return s
+        scores += tl.expand_dims(row_logits, 1 if KEYS_FIRST else 2)
+    return scores
 
 
 @triton.jit
@@ -235,7 +242,9 @@ def rel_attention_fwd_kernel(
     BLOCK_N: tl.constexpr = ROWS * BLOCK_W
     EXACT: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
     ONES_COLUMN: tl.constexpr = (BLOCK_DV > D_V) and (seed_ptr is None)
-    batch, head, y_m, x_m, live_m, index = _own_queries(heads, queries, query_width, BLOCK_M)
+    plane, batch, head, m = _own_queries(heads, queries, BLOCK_M)
+    live_m = m < queries
+    y_m, x_m = m // query_width, m % query_width
     n = tl.arange(0, BLOCK_N)
     y_n, x_n = n // BLOCK_W, n % BLOCK_W
     r, w = tl.arange(0, ROWS), tl.arange(0, BLOCK_W)
@@ -254,7 +263,7 @@ def rel_attention_fwd_kernel(
     if col_logits_ptr is not None:
         col_ptrs = _pointers(col_logits_ptr, batch, head, y_m, x_m, w, col_logits_strides, COL_LOGITS_ALIGN)
     if seed_ptr is not None:
-        key0, key1 = _row_keys(seed_ptr, index)
+        key0, key1 = _row_keys(seed_ptr, plane * queries + m)
 
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
@@ -262,7 +271,8 @@ def rel_attention_fwd_kernel(
     one = tl.full((1, 1), 1.0, tl.float32).to(value_ptr.dtype.element_ty)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     for x0 in range(0, BLOCK_W if ONE_STRIP else key_width, BLOCK_W):
-        col_logits = _axis_logits(col_ptrs, x0, w, key_width, col_logits_strides, col_scale, live_m, EVEN_W)
+        col_tile = _along(col_ptrs, x0, col_logits_strides)
+        col_logits = _axis_logits(col_tile, col_scale, live_m, x0 + w < key_width, not EVEN_W, False)
         for y0 in range(0, key_height, ROWS):
             y, x = y0 + y_n, x0 + x_n
             live_n = _inside(y, x, key_height, key_width, EVEN_H and EVEN_W)[:, None]
@@ -271,8 +281,9 @@ def rel_attention_fwd_kernel(
             if ONES_COLUMN:
                 v_block = tl.where((d_v == D_V)[None, :], one, v_block)
 
-            row_logits = _axis_logits(row_ptrs, y0, r, key_height, row_logits_strides, row_scale, live_m, EVEN_H)
-            s = _logits(q_block, k_block, scale, row_logits, col_logits, ROWS, BLOCK_W, False, PRECISION)
+            s = _scores(q_block, k_block, scale, ROWS, False, PRECISION)
+            row_tile = _along(row_ptrs, y0, row_logits_strides)
+            s = _logits(s, col_logits, row_tile, row_scale, live_m, y0 + r < key_height, not EVEN_H, False)
             s = tl.reshape(s, (BLOCK_M, BLOCK_N))
             m_new = tl.maximum(m_i, tl.max(s, 1))
             # With every logit so far at -inf, subtracting the maximum would make NaN; any finite number will do.
@@ -295,8 +306,8 @@ def rel_attention_fwd_kernel(
     shift = tl.where(m_i == float("-inf"), 0.0, m_i)
     out = acc * reciprocal(tl.where(l_i == 0.0, 1.0, l_i), EXACT)[:, None]
     _store(out_ptr, batch, head, y_m, x_m, d_v, out_strides, out, live_m[:, None] & live_v)
-    tl.store(statistics_ptr + 2 * index, shift, mask=live_m)
-    tl.store(statistics_ptr + 2 * index + 1, l_i, mask=live_m)
+    tl.store(statistics_ptr + 2 * (plane * queries + m), shift, mask=live_m)
+    tl.store(statistics_ptr + 2 * (plane * queries + m) + 1, l_i, mask=live_m)
 
 
 @triton.jit
@@ -368,7 +379,9 @@ def rel_attention_bwd_dq_kernel(
     """
     BLOCK_N: tl.constexpr = ROWS * BLOCK_W
     EXACT: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
-    batch, head, y_m, x_m, live_m, index = _own_queries(heads, queries, query_width, BLOCK_M)
+    plane, batch, head, m = _own_queries(heads, queries, BLOCK_M)
+    live_m = m < queries
+    y_m, x_m = m // query_width, m % query_width
     n = tl.arange(0, BLOCK_N)
     y_n, x_n = n // BLOCK_W, n % BLOCK_W
     r, w = tl.arange(0, ROWS), tl.arange(0, BLOCK_W)
@@ -378,6 +391,7 @@ def rel_attention_bwd_dq_kernel(
     q_block = _load(query_ptr, batch, head, y_m, x_m, d_k, query_strides, live_m[:, None] & live_k, QUERY_ALIGN)
     live_do = live_m[:, None] & live_v
     do_block = _load(grad_out_ptr, batch, head, y_m, x_m, d_v, grad_out_strides, live_do, 1)
+    index = plane * queries + m
     maximum, inverse_sum = _load_statistics(statistics_ptr, index, live_m)
     total = _int64(queries) * planes
     if DELTA_ONLY:
@@ -410,7 +424,8 @@ def rel_attention_bwd_dq_kernel(
 
     dq = tl.zeros((BLOCK_M, BLOCK_DK), tl.float32)
     for x0 in range(0, BLOCK_W if ONE_STRIP else key_width, BLOCK_W):
-        col_logits = _axis_logits(col_ptrs, x0, w, key_width, col_logits_strides, col_scale, live_m, EVEN_W)
+        col_tile = _along(col_ptrs, x0, col_logits_strides)
+        col_logits = _axis_logits(col_tile, col_scale, live_m, x0 + w < key_width, not EVEN_W, False)
         if col_logits_ptr is not None:
             d_col_logits = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
         for y0 in range(0, key_height, ROWS):
@@ -419,8 +434,9 @@ def rel_attention_bwd_dq_kernel(
             k_block = _load_tile(key_ptr, k_offsets, y0, x0, key_strides, live_n & live_k, KEY_ALIGN)
             v_block = _load_tile(value_ptr, v_offsets, y0, x0, value_strides, live_n & live_v, VALUE_ALIGN)
 
-            row_logits = _axis_logits(row_ptrs, y0, r, key_height, row_logits_strides, row_scale, live_m, EVEN_H)
-            s = _logits(q_block, k_block, scale, row_logits, col_logits, ROWS, BLOCK_W, False, PRECISION)
+            s = _scores(q_block, k_block, scale, ROWS, False, PRECISION)
+            row_tile = _along(row_ptrs, y0, row_logits_strides)
+            s = _logits(s, col_logits, row_tile, row_scale, live_m, y0 + r < key_height, not EVEN_H, False)
             # Times inverse_sum: the sums over keys are multiplied by it.
             p = softmax_exp(s - maximum[:, None, None], EXACT)
 
@@ -536,14 +552,14 @@ def rel_attention_bwd_dkv_kernel(
     q_offsets = _offsets(y_m, x_m, d_k, query_strides, QUERY_ALIGN)
     grad_out_ptr = _plane(grad_out_ptr, batch, head, grad_out_strides, GRAD_OUT_ALIGN)
     do_offsets = _offsets(y_m, x_m, d_v, grad_out_strides, GRAD_OUT_ALIGN)
+    y_r, x_w = y_tile + tl.arange(0, ROWS), x_tile + tl.arange(0, BLOCK_W)
+    live_r, live_w = y_r < key_height, x_w < key_width
     if row_logits_ptr is not None:
         row_logits_ptr = _plane(row_logits_ptr, batch, head, row_logits_strides, ROW_LOGITS_ALIGN)
-        row_offsets = tl.trans(_offsets(y_m, x_m, y_tile + tl.arange(0, ROWS), row_logits_strides, ROW_LOGITS_ALIGN))
-        live_r = (y_tile + tl.arange(0, ROWS) < key_height)[:, None]
+        row_offsets = tl.trans(_offsets(y_m, x_m, y_r, row_logits_strides, ROW_LOGITS_ALIGN))
     if col_logits_ptr is not None:
         col_logits_ptr = _plane(col_logits_ptr, batch, head, col_logits_strides, COL_LOGITS_ALIGN)
-        col_offsets = tl.trans(_offsets(y_m, x_m, x_tile + tl.arange(0, BLOCK_W), col_logits_strides, COL_LOGITS_ALIGN))
-        live_w = (x_tile + tl.arange(0, BLOCK_W) < key_width)[:, None]
+        col_offsets = tl.trans(_offsets(y_m, x_m, x_w, col_logits_strides, COL_LOGITS_ALIGN))
 
     queries = query_height * query_width
     total = _int64(queries) * planes
@@ -561,19 +577,14 @@ def rel_attention_bwd_dkv_kernel(
             delta = tl.load(per_query_ptr + total + index, mask=live_m, other=0.0)
             inverse_sum = tl.load(per_query_ptr + 2 * total + index, mask=live_m, other=0.0)
 
-            col_logits = None
-            if col_logits_ptr is not None:
-                col_logits = _load_tile(
-                    col_logits_ptr, col_offsets, y0, x0, col_logits_strides, live_w & live_m[None, :], COL_LOGITS_ALIGN
-                )
-                col_logits = col_logits.to(tl.float32) * col_scale
-            row_logits = None
+            s = _scores(k_block, q_block, scale, ROWS, True, PRECISION)
+            row_tile, col_tile = None, None
             if row_logits_ptr is not None:
-                row_logits = _load_tile(
-                    row_logits_ptr, row_offsets, y0, x0, row_logits_strides, live_r & live_m[None, :], ROW_LOGITS_ALIGN
-                )
-                row_logits = row_logits.to(tl.float32) * row_scale
-            s = _logits(k_block, q_block, scale, row_logits, col_logits, ROWS, BLOCK_W, True, PRECISION)
+                row_tile = row_logits_ptr + _shift(y0, x0, row_logits_strides, ROW_LOGITS_ALIGN) + row_offsets
+            if col_logits_ptr is not None:
+                col_tile = col_logits_ptr + _shift(y0, x0, col_logits_strides, COL_LOGITS_ALIGN) + col_offsets
+            col_logits = _axis_logits(col_tile, col_scale, live_m, live_w, False, True)
+            s = _logits(s, col_logits, row_tile, row_scale, live_m, live_r, False, True)
             p = softmax_exp(s - maximum[None, None, :], EXACT) * inverse_sum[None, None, :]
             p = tl.reshape(p, (BLOCK_N, BLOCK_M))
 
