@@ -68,9 +68,9 @@ def _pointers(ptr, batch, head, y, x, depth, strides, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, batch, head, y, x, depth, strides, mask, ALIGN: tl.constexpr):
+def _load(ptr, batch, head, y, x, depth, live, live_depth, strides, ALIGN: tl.constexpr):
     """(positions, depth) block of a plane; 0 where masked."""
-    return tl.load(_pointers(ptr, batch, head, y, x, depth, strides, ALIGN), mask=mask, other=0.0)
+    return tl.load(_pointers(ptr, batch, head, y, x, depth, strides, ALIGN), mask=live & live_depth, other=0.0)
 
 
 @triton.jit
@@ -80,9 +80,15 @@ def _along(pointers, first, strides):
 
 
 @triton.jit
-def _load_tile(plane_ptr, offsets, y, x, strides, mask, ALIGN: tl.constexpr):
-    """As ``_load``, for loops: of the tile whose first position is (y, x), with ``offsets`` that every tile shares."""
-    return tl.load(plane_ptr + _shift(y, x, strides, ALIGN) + offsets, mask=mask, other=0.0)
+def _tile(plane_ptr, offsets, y, x, strides, ALIGN: tl.constexpr):
+    """Pointers, if any, to the tile whose first position is (y, x); ``offsets`` are those of every tile."""
+    return None if plane_ptr is None else plane_ptr + _shift(y, x, strides, ALIGN) + offsets
+
+
+@triton.jit
+def _load_tile(plane_ptr, offsets, y, x, live, live_depth, strides, ALIGN: tl.constexpr):
+    """As ``_load``, in loops."""
+    return tl.load(_tile(plane_ptr, offsets, y, x, strides, ALIGN), mask=live & live_depth, other=0.0)
 
 
 @triton.jit
@@ -109,14 +115,10 @@ def _own_queries(heads, queries, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _axis_logits(pointers, scale, live_m, live_n, PAD: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """Row or column logits of a tile: (queries, keys of one axis), or with KEYS_FIRST the other way round.  PAD: -inf
+def _axis_logits(pointers, scale, live_m, live_n, PAD: tl.constexpr):
+    """Row or column logits of a tile, (queries, keys of one axis) or transposed like the pointers and masks.  PAD: -inf
     where a key is past the grid.  Without pointers zeros, or None where nothing is to be padded."""
     past: tl.constexpr = float("-inf") if PAD else 0.0
-    if KEYS_FIRST:
-        live_m, live_n = live_m[None, :], live_n[:, None]
-    else:
-        live_m, live_n = live_m[:, None], live_n[None, :]
     if pointers is not None:
         return tl.load(pointers, mask=live_m & live_n, other=past).to(tl.float32) * scale
     elif PAD:
@@ -145,7 +147,7 @@ def _logits(scores, col_logits, row_pointers, row_scale, live_m, live_r, PAD: tl
     """
     if col_logits is not None:
         scores += tl.expand_dims(col_logits, 0 if KEYS_FIRST else 1)
-    row_logits = _axis_logits(row_pointers, row_scale, live_m, live_r, PAD, KEYS_FIRST)
+    row_logits = _axis_logits(row_pointers, row_scale, live_m, live_r, PAD)
     if row_logits is not None:
         scores += tl.expand_dims(row_logits, 1 if KEYS_FIRST else 2)
     return scores
@@ -251,7 +253,7 @@ def rel_attention_fwd_kernel(
     d_k, d_v = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
     live_k, live_v = (d_k < D_K)[None, :], (d_v < D_V)[None, :]
 
-    q_block = _load(query_ptr, batch, head, y_m, x_m, d_k, query_strides, live_m[:, None] & live_k, QUERY_ALIGN)
+    q_block = _load(query_ptr, batch, head, y_m, x_m, d_k, live_m[:, None], live_k, query_strides, QUERY_ALIGN)
     key_ptr = _plane(key_ptr, batch, head, key_strides, KEY_ALIGN)
     k_offsets = _offsets(y_n, x_n, d_k, key_strides, KEY_ALIGN)
     value_ptr = _plane(value_ptr, batch, head, value_strides, VALUE_ALIGN)
@@ -272,18 +274,20 @@ def rel_attention_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     for x0 in range(0, BLOCK_W if ONE_STRIP else key_width, BLOCK_W):
         col_tile = _along(col_ptrs, x0, col_logits_strides)
-        col_logits = _axis_logits(col_tile, col_scale, live_m, x0 + w < key_width, not EVEN_W, False)
+        live_w = (x0 + w < key_width)[None, :]
+        col_logits = _axis_logits(col_tile, col_scale, live_m[:, None], live_w, not EVEN_W)
         for y0 in range(0, key_height, ROWS):
             y, x = y0 + y_n, x0 + x_n
             live_n = _inside(y, x, key_height, key_width, EVEN_H and EVEN_W)[:, None]
-            k_block = _load_tile(key_ptr, k_offsets, y0, x0, key_strides, live_n & live_k, KEY_ALIGN)
-            v_block = _load_tile(value_ptr, v_offsets, y0, x0, value_strides, live_n & live_v, VALUE_ALIGN)
+            k_block = _load_tile(key_ptr, k_offsets, y0, x0, live_n, live_k, key_strides, KEY_ALIGN)
+            v_block = _load_tile(value_ptr, v_offsets, y0, x0, live_n, live_v, value_strides, VALUE_ALIGN)
             if ONES_COLUMN:
                 v_block = tl.where((d_v == D_V)[None, :], one, v_block)
 
             s = _scores(q_block, k_block, scale, ROWS, False, PRECISION)
             row_tile = _along(row_ptrs, y0, row_logits_strides)
-            s = _logits(s, col_logits, row_tile, row_scale, live_m, y0 + r < key_height, not EVEN_H, False)
+            live_r = (y0 + r < key_height)[None, :]
+            s = _logits(s, col_logits, row_tile, row_scale, live_m[:, None], live_r, not EVEN_H, False)
             s = tl.reshape(s, (BLOCK_M, BLOCK_N))
             m_new = tl.maximum(m_i, tl.max(s, 1))
             # With every logit so far at -inf, subtracting the maximum would make NaN; any finite number will do.
@@ -388,9 +392,8 @@ def rel_attention_bwd_dq_kernel(
     d_k, d_v = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
     live_k, live_v = (d_k < D_K)[None, :], (d_v < D_V)[None, :]
 
-    q_block = _load(query_ptr, batch, head, y_m, x_m, d_k, query_strides, live_m[:, None] & live_k, QUERY_ALIGN)
-    live_do = live_m[:, None] & live_v
-    do_block = _load(grad_out_ptr, batch, head, y_m, x_m, d_v, grad_out_strides, live_do, 1)
+    q_block = _load(query_ptr, batch, head, y_m, x_m, d_k, live_m[:, None], live_k, query_strides, QUERY_ALIGN)
+    do_block = _load(grad_out_ptr, batch, head, y_m, x_m, d_v, live_m[:, None], live_v, grad_out_strides, 1)
     index = plane * queries + m
     maximum, inverse_sum = _load_statistics(statistics_ptr, index, live_m)
     total = _int64(queries) * planes
@@ -399,7 +402,7 @@ def rel_attention_bwd_dq_kernel(
     elif EXACT:
         delta = tl.load(per_query_ptr + total + index, mask=live_m, other=0.0)
     else:
-        o_block = _load(out_ptr, batch, head, y_m, x_m, d_v, out_strides, live_do, 1)
+        o_block = _load(out_ptr, batch, head, y_m, x_m, d_v, live_m[:, None], live_v, out_strides, 1)
         delta = tl.sum(do_block.to(tl.float32) * o_block.to(tl.float32), 1)
         tl.store(per_query_ptr + total + index, delta, mask=live_m)
     tl.store(per_query_ptr + index, maximum, mask=live_m)
@@ -425,18 +428,20 @@ def rel_attention_bwd_dq_kernel(
     dq = tl.zeros((BLOCK_M, BLOCK_DK), tl.float32)
     for x0 in range(0, BLOCK_W if ONE_STRIP else key_width, BLOCK_W):
         col_tile = _along(col_ptrs, x0, col_logits_strides)
-        col_logits = _axis_logits(col_tile, col_scale, live_m, x0 + w < key_width, not EVEN_W, False)
+        live_w = (x0 + w < key_width)[None, :]
+        col_logits = _axis_logits(col_tile, col_scale, live_m[:, None], live_w, not EVEN_W)
         if col_logits_ptr is not None:
             d_col_logits = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
         for y0 in range(0, key_height, ROWS):
             y, x = y0 + y_n, x0 + x_n
             live_n = _inside(y, x, key_height, key_width, EVEN_H and EVEN_W)[:, None]
-            k_block = _load_tile(key_ptr, k_offsets, y0, x0, key_strides, live_n & live_k, KEY_ALIGN)
-            v_block = _load_tile(value_ptr, v_offsets, y0, x0, value_strides, live_n & live_v, VALUE_ALIGN)
+            k_block = _load_tile(key_ptr, k_offsets, y0, x0, live_n, live_k, key_strides, KEY_ALIGN)
+            v_block = _load_tile(value_ptr, v_offsets, y0, x0, live_n, live_v, value_strides, VALUE_ALIGN)
 
             s = _scores(q_block, k_block, scale, ROWS, False, PRECISION)
             row_tile = _along(row_ptrs, y0, row_logits_strides)
-            s = _logits(s, col_logits, row_tile, row_scale, live_m, y0 + r < key_height, not EVEN_H, False)
+            live_r = (y0 + r < key_height)[None, :]
+            s = _logits(s, col_logits, row_tile, row_scale, live_m[:, None], live_r, not EVEN_H, False)
             # Times inverse_sum: the sums over keys are multiplied by it.
             p = softmax_exp(s - maximum[:, None, None], EXACT)
 
@@ -453,7 +458,7 @@ def rel_attention_bwd_dq_kernel(
                 if row_logits_ptr is not None:
                     d_row_logits = tl.sum(ds, 2) * (inverse_sum * grad_row_scale)[:, None]
                     shift = _int64(y0) * grad_row_logits_strides[4] + _int64(x0 // BLOCK_W) * grad_row_logits_strides[5]
-                    row_mask = live_m[:, None] & (y0 + r < key_height)[None, :]
+                    row_mask = live_m[:, None] & live_r
                     tl.store(grad_row_ptrs + shift, d_row_logits.to(grad_row_ptrs.dtype.element_ty), mask=row_mask)
                 ds = tl.reshape(ds, (BLOCK_M, BLOCK_N)).to(k_block.dtype)
                 if EXACT:
@@ -465,7 +470,7 @@ def rel_attention_bwd_dq_kernel(
         if (col_logits_ptr is not None) and (not DELTA_ONLY):
             d_col_logits *= (inverse_sum * grad_col_scale)[:, None]
             shift = _int64(x0) * grad_col_logits_strides[4]
-            col_mask = live_m[:, None] & (x0 + w < key_width)[None, :]
+            col_mask = live_m[:, None] & live_w
             tl.store(grad_col_ptrs + shift, d_col_logits.to(grad_col_ptrs.dtype.element_ty), mask=col_mask)
 
     if DELTA_ONLY:
@@ -544,8 +549,8 @@ def rel_attention_bwd_dkv_kernel(
     live_k, live_v = (d_k < D_K)[None, :], (d_v < D_V)[None, :]
 
     # Padded keys need no mask on the scores: their rows of dK and dV are never stored.
-    k_block = _load(key_ptr, batch, head, y_n, x_n, d_k, key_strides, live_n & live_k, 1)
-    v_block = _load(value_ptr, batch, head, y_n, x_n, d_v, value_strides, live_n & live_v, 1)
+    k_block = _load(key_ptr, batch, head, y_n, x_n, d_k, live_n, live_k, key_strides, 1)
+    v_block = _load(value_ptr, batch, head, y_n, x_n, d_v, live_n, live_v, value_strides, 1)
     m = tl.arange(0, BLOCK_M)
     y_m, x_m = m // QUERY_W, m % QUERY_W
     query_ptr = _plane(query_ptr, batch, head, query_strides, QUERY_ALIGN)
@@ -553,7 +558,8 @@ def rel_attention_bwd_dkv_kernel(
     grad_out_ptr = _plane(grad_out_ptr, batch, head, grad_out_strides, GRAD_OUT_ALIGN)
     do_offsets = _offsets(y_m, x_m, d_v, grad_out_strides, GRAD_OUT_ALIGN)
     y_r, x_w = y_tile + tl.arange(0, ROWS), x_tile + tl.arange(0, BLOCK_W)
-    live_r, live_w = y_r < key_height, x_w < key_width
+    live_r, live_w = (y_r < key_height)[:, None], (x_w < key_width)[:, None]
+    row_offsets, col_offsets = None, None
     if row_logits_ptr is not None:
         row_logits_ptr = _plane(row_logits_ptr, batch, head, row_logits_strides, ROW_LOGITS_ALIGN)
         row_offsets = tl.trans(_offsets(y_m, x_m, y_r, row_logits_strides, ROW_LOGITS_ALIGN))
@@ -568,9 +574,9 @@ def rel_attention_bwd_dkv_kernel(
     for x0 in range(0, QUERY_W if ONE_STRIP else query_width, QUERY_W):
         for y0 in range(0, query_height, QUERY_ROWS):
             live_m = _inside(y0 + y_m, x0 + x_m, query_height, query_width, EVEN_M)
-            q_block = _load_tile(query_ptr, q_offsets, y0, x0, query_strides, live_m[:, None] & live_k, QUERY_ALIGN)
+            q_block = _load_tile(query_ptr, q_offsets, y0, x0, live_m[:, None], live_k, query_strides, QUERY_ALIGN)
             do_block = _load_tile(
-                grad_out_ptr, do_offsets, y0, x0, grad_out_strides, live_m[:, None] & live_v, GRAD_OUT_ALIGN
+                grad_out_ptr, do_offsets, y0, x0, live_m[:, None], live_v, grad_out_strides, GRAD_OUT_ALIGN
             )
             index = plane * queries + y0 * query_width + x0 + (y_m * query_width + x_m)
             maximum = tl.load(per_query_ptr + index, mask=live_m, other=float("inf"))
@@ -578,13 +584,10 @@ def rel_attention_bwd_dkv_kernel(
             inverse_sum = tl.load(per_query_ptr + 2 * total + index, mask=live_m, other=0.0)
 
             s = _scores(k_block, q_block, scale, ROWS, True, PRECISION)
-            row_tile, col_tile = None, None
-            if row_logits_ptr is not None:
-                row_tile = row_logits_ptr + _shift(y0, x0, row_logits_strides, ROW_LOGITS_ALIGN) + row_offsets
-            if col_logits_ptr is not None:
-                col_tile = col_logits_ptr + _shift(y0, x0, col_logits_strides, COL_LOGITS_ALIGN) + col_offsets
-            col_logits = _axis_logits(col_tile, col_scale, live_m, live_w, False, True)
-            s = _logits(s, col_logits, row_tile, row_scale, live_m, live_r, False, True)
+            col_tile = _tile(col_logits_ptr, col_offsets, y0, x0, col_logits_strides, COL_LOGITS_ALIGN)
+            col_logits = _axis_logits(col_tile, col_scale, live_m[None, :], live_w, False)
+            row_tile = _tile(row_logits_ptr, row_offsets, y0, x0, row_logits_strides, ROW_LOGITS_ALIGN)
+            s = _logits(s, col_logits, row_tile, row_scale, live_m[None, :], live_r, False, True)
             p = softmax_exp(s - maximum[None, None, :], EXACT) * inverse_sum[None, None, :]
             p = tl.reshape(p, (BLOCK_N, BLOCK_M))
 
