@@ -48,7 +48,8 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	FUSED_ATTN_REQUIRE_EXTENSION=1 $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
 	touch $@
 
-# One wheel for every Python and torch, tagged with the manylinux that its library is fit for; torch's libraries stay out.
+# One wheel for every Python and torch, tagged with the manylinux that its library is fit for.  Torch's libraries stay out:
+# `show`, which cannot be told so, therefore calls it linux_x86_64 first, and then names that manylinux.
 wheel: $(VENV)/installed
 	rm -rf build/lib* build/wheel dist/fused_attn-*.whl
 	FUSED_ATTN_REQUIRE_EXTENSION=1 $(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .

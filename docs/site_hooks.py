@@ -1,6 +1,7 @@
 """What MkDocs does not do by itself: pages that hold a file of the repository, and links that leave ``docs/``.
 
-In place of a line ``[...](FILE.md) <!-- include -->`` the page holds the file.  A link to that file leads to the page.
+In place of a line ``[...](FILE.md) <!-- include -->`` and of all that precedes it, which is what a reader of the page
+sees without the site, the page holds the file.  A link to that file leads to the page.
 Any other file that a page links becomes a part of the site, below ``repository/``: pictures as they are, Markdown as a
 page, other text as a page of code, a folder as a list.
 """
@@ -20,7 +21,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "report"))
 import links
 
 ROOT = Path(__file__).parents[1]
-INCLUDE = re.compile(r"^\[[^\]]*\]\((\S+)\) <!-- include -->$", re.MULTILINE)
+INCLUDE = re.compile(r"\A(?:.*\n)*?\[[^\]]*\]\((\S+)\) <!-- include -->$", re.MULTILINE)
 PICTURES = {".png", ".svg"}
 
 #: Uri in the site of files that lie outside docs/, and where such a page's links start.

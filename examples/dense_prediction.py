@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("mask.png"))
     options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(0)
     colours = torch.tensor(load_sample_image("flower.jpg") / 255.0, dtype=torch.float32).permute(2, 0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import types
 import typing
 from collections.abc import Mapping
@@ -141,12 +142,25 @@ def _words(expected: Any) -> str:
 
 
 def make_folder(path: Path, error: type[Exception]) -> None:
-    """Make the folder ``out`` of a command before its work, not after it.
+    """Make the folder ``out`` of a command before its work, not after it, and try whether files can be made in it.
 
     Raises:
-        error: it cannot be made, or is a file.
+        error: it cannot be made, is a file, or takes no files.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise error(f"out: the folder {path} cannot be made ({problem})") from problem
+    check_folder(path, error)
+
+
+def check_folder(path: Path, error: type[Exception]) -> None:
+    """Try whether files can be made in the folder that ``out`` is, or is in.
+
+    Raises:
+        error: they cannot.
+    """
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as problem:
+        raise error(f"out: the folder {path} cannot be written into ({problem})") from problem

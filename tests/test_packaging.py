@@ -2,6 +2,7 @@
 words where kernels or packages are missing."""
 
 import ast
+import importlib
 import importlib.metadata
 import inspect
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import TRAIN
+from commands import TRAIN, environment, python
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -442,9 +443,55 @@ from fused_attn.train import train
     lines = [line for line in result.stderr.splitlines() if line.startswith("fused-attn: ")]
     for line, (command, extra) in zip(lines, EXTRA_OF.items(), strict=True):
         missing = ", ".join(_extras.EXTRAS[extra])
-        assert line == f"fused-attn: error: fused-attn {command} needs {missing}: pip install 'fused-attn[{extra}]'"
+        hint = f"pip install 'fused-attn[{extra}]', or '.[{extra}]' in a clone"
+        assert line == f"fused-attn: error: fused-attn {command} needs {missing}: {hint}"
     last = result.stderr.splitlines()[-1]
     assert last.startswith("fused_attn._extras.MissingExtraError: fused_attn.train needs accelerate, ")
+
+
+@pytest.mark.parametrize(
+    ("files", "imported", "reason"),
+    [
+        ({"__init__.py": "raise AttributeError('no such thing')"}, "broken", "AttributeError: no such thing"),
+        ({"__init__.py": "import lacking"}, "broken", "ModuleNotFoundError: No module named 'lacking'"),
+        (
+            {"__init__.py": "", "sub.py": "open('/none/lib')"},
+            "broken.sub",
+            "FileNotFoundError: .*/none/lib'",
+        ),
+        ({"__init__.py": ""}, "broken.sub", "ModuleNotFoundError: No module named 'broken.sub'"),
+    ],
+)
+def test_a_package_that_is_there_but_broken_is_named(tmp_path, monkeypatch, files, imported, reason):
+    (tmp_path / "broken").mkdir()
+    for name, text in files.items():
+        (tmp_path / "broken" / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(_extras.EXTRAS, "train", ("broken",))
+    expected = "here needs broken, which is installed but cannot be imported "
+    expected += rf"\({reason}\): pip install --force-reinstall broken$"
+    with pytest.raises(_extras.MissingExtraError, match=expected) as caught, _extras.needs("train", "here"):
+        importlib.import_module(imported)
+    assert type(caught.value.__cause__).__name__ == reason.partition(":")[0]
+    sys.modules.pop("broken", None)
+
+
+def test_other_errors_of_a_command_stay_what_they_are():
+    for error in (ValueError("no import"), ModuleNotFoundError("No module named 'ours'", name="ours")):
+        with pytest.raises(type(error)) as caught, _extras.needs("bench", "here"):
+            raise error
+        assert caught.value is error
+
+
+def test_a_command_with_a_broken_package_ends_in_one_line(tmp_path):
+    (tmp_path / "tyro.py").write_text("raise RuntimeError('not made for this Python')")
+    env = environment(PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT))))
+    result = python("-m", "fused_attn.cli", "bench", "--help", env=env)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "fused-attn: error: fused-attn bench needs tyro, which is installed but cannot be imported "
+        "(RuntimeError: not made for this Python): pip install --force-reinstall tyro\n"
+    )
 
 
 def test_extras_are_those_of_the_metadata():

@@ -36,7 +36,7 @@ def measure_ceilings(dtype: torch.dtype, device: str) -> dict[str, float]:
 
 
 def _matmul_gflops(dtype: torch.dtype, device: str) -> float:
-    """Of square products, large enough for each to be timed."""
+    """1e9 FLOP per second of square products, large enough for each to be timed."""
     n, seconds = 256, 0.0
     while seconds < 0.02 and n < 16384:
         n *= 2

@@ -34,22 +34,22 @@ class BenchConfig:
     shape: tuple[str, ...] = ()
     """sizes, as B=8,heads=8,H=32,W=32,d_k=20,d_v=2, or names of the op's own cases; several are separated by spaces"""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """of all tensors"""
+    """dtype of all tensors"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where to run"""
     passes: Annotated[str, tyro.conf.arg(name="pass")] = "fwd,bwd,both"
-    """forward without autograd, backward, forward and backward"""
+    """what to time, one or more of fwd (forward without autograd), bwd (backward), both (forward and backward)"""
     threads: int | None = None
-    """of PyTorch on the CPU; its own choice when not given"""
+    """CPU threads of PyTorch; its own choice when not given"""
     seconds: float = 10.0
-    """to time each case for; every implementation and peer has at least nine turns, however long they take"""
+    """seconds to time each case for; every implementation and peer has at least nine turns, however long they take"""
     out: Path | None = None
     """folder for JSON, CSV, Markdown and pictures; results of the same op in it are replaced"""
     providers: tuple[str, ...] = ()
     """implementations and peers to measure; all but the reference when none is named"""
     allocator: Literal["caching", "default"] = "caching"
-    """of the CPU: keep what is freed, as jemalloc and tcmalloc do; or the C library's default: large blocks may go
-    back to the system and come anew, page fault by page fault, and times vary by what was allocated before"""
+    """CPU memory.  caching: freed memory is kept, as jemalloc and tcmalloc do.  default: what the C library does; large
+    blocks may go back to the system and come back page fault by page fault, so times depend on earlier allocations"""
     growth: bool = True
     """with --out and without --shape, measure at growing sizes too: time and memory against N"""
     memory: bool = True

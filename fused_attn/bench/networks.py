@@ -52,15 +52,15 @@ class NetworksConfig:
     batch_size: int | None = None
     """images in a step; 8 on the CPU and 128 on a GPU when not given"""
     coverage: tuple[str, ...] = tuple(COVERAGES)
-    """rows of the table"""
+    """blocks with attention: rows of the table"""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """of the convolutions and the attention, by autocast; weights are in float32"""
+    """dtype of the convolutions and the attention, by autocast; weights are in float32"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where to run"""
     threads: int | None = None
-    """of PyTorch on the CPU; its own choice when not given"""
+    """CPU threads of PyTorch; its own choice when not given"""
     seconds: float = 60.0
-    """to time all networks for together; each has at least three steps, however long they take"""
+    """seconds to time all networks for, together; each has at least three steps, however long they take"""
     out: Path | None = None
     """folder for networks.json, networks.md and networks.png; with device and dtype in the name where they are not CPU
     and fp32"""
@@ -94,7 +94,7 @@ class TrainingStep:
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
 
     def loss(self, images: int | None = None) -> Tensor:
-        """Of that many images of the batch."""
+        """Loss on the first ``images`` images of the batch."""
         with torch.autocast(self.device, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16)):
             return F.cross_entropy(self.network(self.images[:images]), self.labels[:images])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-#: What one provider took in one case, by column.
+#: One provider's time of one pass of one case, and its memory: column -> value.
 Row = dict[str, Any]
 #: All that one run measured: ``"rows"``, and on what.
 Report = dict[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import select
 import signal
@@ -13,16 +14,19 @@ from typing import TextIO
 
 import torch
 
-from .._extras import MissingExtraError, require
+from .._extras import MissingExtraError, needs
 from ..bench import BenchError
 from ..train.errors import NonFiniteError, TrainError
 from ..train.recipes import RECIPES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 (the machine failed), 2 (a setting, the data or a file of the run
-    is not usable, or an extra is not installed), 3 (the training came to a loss, gradient or weight that is inf or
-    nan), 130 (interrupted) or 141 (the reader of its output has closed it, as ``head`` does)."""
+    """Run one command and return its exit status.
+
+    0: done.  1: the machine failed.  2: a setting, the data or a file of the run is not usable, or packages of an extra
+    are not installed or broken.  3: the training came to a loss, gradient or weight that is inf or nan.  130:
+    interrupted.  141: the reader of its output has closed it, as ``head`` does.
+    """
     try:
         try:
             return _run(list(sys.argv[1:] if arguments is None else arguments))
@@ -54,9 +58,9 @@ def _run(arguments: list[str]) -> int:
         print(usage, file=sys.stdout if wants_help else sys.stderr)
         return 0 if wants_help else 2
     try:
-        if arguments[0] in EXTRA_OF:
-            require(EXTRA_OF[arguments[0]], f"fused-attn {arguments[0]}")
-        return COMMANDS[arguments[0]](arguments[1:])
+        extra = EXTRA_OF.get(arguments[0])
+        with needs(extra, f"fused-attn {arguments[0]}") if extra else contextlib.nullcontext():
+            return COMMANDS[arguments[0]](arguments[1:])
     except NonFiniteError as error:
         return _failed(error, 3)
     except (TrainError, BenchError, MissingExtraError) as error:

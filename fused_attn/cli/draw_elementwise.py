@@ -11,7 +11,7 @@ import tyro
 from torch import Tensor, nn
 
 from ..modules import ElementwiseAttentionBlock
-from ..options import check
+from ..options import check, check_folder
 from ..train import augment, data, weights
 from ..train.config import TrainConfig, saved_config
 from ..train.errors import TrainError
@@ -40,7 +40,7 @@ def run(
         head: Which attention head, counted from 0.
         dataset: Data set of a model; digits when not given.  A run has its own.
         data_dir: Local folder of the data set; the run's own when not given.
-        out: The picture; inspect.png in the folder of the run, or MODEL.png, when not given.
+        out: The picture, a PNG file; inspect.png in the folder of the run, or MODEL.png, when not given.
     """
     check("inspect", run, locals(), TrainError)
     folder = Path(source)
@@ -62,6 +62,7 @@ def run(
         path = out or Path(f"{source}.png")
     if not path.parent.is_dir() or path.is_dir():
         raise TrainError(f"out must be a file in a folder that exists, got {path}")
+    check_folder(path.parent, TrainError)
 
     from ..train.loop import build_network
 

@@ -37,9 +37,9 @@ class ScalesConfig:
     stage: int = 3
     """Stage whose layers the plot shows for every image; the table has all stages."""
     seed: int = 0
-    """Of the draw."""
+    """Seed of the choice of test images."""
     data_dir: Path | None = None
-    """Folder of the data, where it is not that of the runs any more."""
+    """Local folder of the data set; the runs' own when not given."""
 
     def __post_init__(self) -> None:
         check("scales", type(self), vars(self), TrainError)

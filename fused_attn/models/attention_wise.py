@@ -13,7 +13,7 @@ STD = 0.02
 
 
 class _PapersStart(Model):
-    """Weights start at a normal distribution of standard deviation 0.02, biases at 0 (section 2.3)."""
+    """A model whose weights start at a normal distribution of standard deviation 0.02, biases at 0 (section 2.3)."""
 
     def initialise(self) -> None:
         for module in self.modules():

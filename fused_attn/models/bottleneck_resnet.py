@@ -100,7 +100,7 @@ KINDS = {
 
 
 def make_stem(kind: str, in_chans: int) -> tuple[nn.Module, int, nn.Module]:
-    """(convolutions to 64 channels but for the last BN and ReLU, their stride, pooling).
+    """(convolutions to 64 channels, without the last BN and ReLU; their stride; the pooling).
 
     Raises:
         ValueError: ``kind`` is unknown.

@@ -45,7 +45,7 @@ class CifarBlock(nn.Module):
 
 
 class LayersStage(nn.Sequential):
-    """Blocks of a stage that give their layers too."""
+    """The blocks of a stage; returns the outputs of its layers beside its own."""
 
     def forward(self, x: Tensor, every_convolution: bool, pooled: bool) -> tuple[Tensor, ...]:
         """The last output, then all layers, as maps or ``pooled``: their global averages."""

@@ -21,4 +21,4 @@ class Model(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Draw what does not start as its layer draws it."""
+        """Draw the weights that do not start as their layer's own ``reset_parameters`` draws them."""

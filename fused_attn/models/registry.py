@@ -1,4 +1,4 @@
-"""Names of models.  A name stands for a class and the defaults of some of its options."""
+"""Names of models.  A name stands for a class, and may set other defaults for some of its options."""
 
 from __future__ import annotations
 

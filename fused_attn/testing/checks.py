@@ -72,7 +72,7 @@ def bound(spec: OpSpec, impl: str) -> Callable[..., Tensor]:
 
 @contextlib.contextmanager
 def nan_in_unwritten_memory():
-    """Every allocation through PyTorch starts as NaN, so that an element nobody writes shows."""
+    """Within: every allocation through PyTorch starts as NaN, so that an element that no kernel writes is noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .._extras import require
+from .._extras import needs
 from .errors import TrainError
 
 if TYPE_CHECKING:
@@ -18,13 +18,13 @@ def __getattr__(name: str) -> Any:
     # Errors, recipes and the description of the machine work without the extra.  Accelerate and torchmetrics take
     # seconds to import: not for a look at the settings.
     if name == "TrainConfig":
-        require("train", "fused_attn.train")
-        from .config import TrainConfig
+        with needs("train", "fused_attn.train"):
+            from .config import TrainConfig
 
         return TrainConfig
     if name == "train":
-        require("train", "fused_attn.train")
-        from .loop import train
+        with needs("train", "fused_attn.train"):
+            from .loop import train
 
         return train
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

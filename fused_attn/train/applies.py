@@ -1,4 +1,4 @@
-"""Options that have no effect in a run: giving one is an error, so that nobody believes it was heeded."""
+"""Options that have no effect in a run: giving one is an error, so that nobody believes it had one."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ _WHY_NOT: dict[str, Callable[[TrainConfig], str | None]] = {
     "skip_unreadable": _skip_unreadable,
     "eval_batch_size": _evaluation,
 }
-#: Values that ask for nothing: they are right in a run in which the option has no effect.
+#: Values that ask for nothing: these may be given in a run in which the option has no effect.
 _NOTHING = {"momentum": 0.0, "nesterov": False, "skip_unreadable": False}
 
 
 def check(config: TrainConfig, before: TrainConfig | None = None) -> None:
-    """Refuse options that were given and have no effect.
+    """Refuse options that were given and have no effect in this run.
 
     A value counts as given unless it is the default or the recipe's.
 

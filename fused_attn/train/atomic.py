@@ -15,7 +15,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold a file or folder."""
+    """Return only when a file or folder is on the disk, not in the system's cache alone (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

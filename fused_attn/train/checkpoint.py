@@ -69,7 +69,7 @@ def save(folder: Path, step: int, weights: Mapping[str, Mapping[str, Tensor]], s
 
 
 def find(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first; copies of them under other names are left out."""
+    """Paths of the complete checkpoints in ``folder``, oldest first; copies under other names are left out."""
     paths = folder.iterdir() if folder.is_dir() else ()
     found = [path for path in paths if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
     return sorted(found, key=step_of)

@@ -17,7 +17,7 @@ from . import checkpoint
 from .errors import TrainError, reason
 from .json_files import read_object
 
-#: Settings that may change between the start of a run and its resumption: they do not change what was computed so far.
+#: Settings that may change between the start of a run and its resumption: no step computed so far depends on them.
 MAY_CHANGE = (
     "out", "resume", "data_dir", "data_note", "log_every", "checkpoint_every", "eval_batch_size", "threads",
     "on_nonfinite", "skip_unreadable",
@@ -42,7 +42,7 @@ class TrainConfig:
     dataset: str
     """digits, cifar10, cifar100, fashion_mnist, synthetic, imagefolder, or owner/name of a data set on the hub."""
     out: Path
-    """Folder of the run; it must not exist or be empty, unless ``--resume``."""
+    """Folder of the run: a new or an empty one, unless ``--resume`` is given."""
 
     resume: bool = False
     """Go on from the last checkpoint in ``out``, or, where there is none yet, from the beginning.  ``epochs`` and
@@ -50,19 +50,20 @@ class TrainConfig:
     on, that of the new length."""
     init_from: Path | None = None
     """Weights to begin with: a .safetensors file, or the folder of a run.  A classifier for another number of classes
-    is left as freshly drawn."""
+    starts at random."""
     recipe: str | None = None
     """Start from the settings of a paper; every other option overrides it."""
     data_dir: Path | None = None
     """Local folder of the data set in the hub's Parquet layout (imagefolder: train/CLASS/FILE and val/CLASS/FILE);
     otherwise it is loaded from the hub by name."""
     data_note: str = ""
-    """What to call the data in the metrics, where the name alone would mislead."""
+    """What the metrics call the data, where the name of the data set would mislead."""
     image_size: int | None = None
     """Resize images to this height and width; the data set's own size (digits: 32, imagefolder: 224) when not given.
     Images from files are resized to 8/7 of it and cropped."""
     validation: int = 0
-    """Training images held out, the same ones for every seed; the test set is then read once, at the end."""
+    """Number of training images to hold out for evaluation, the same ones for every seed; the test set is then read
+    once, at the end."""
     train_images: int | None = None
     """Use only this many training images, spread evenly over the classes: the first of each, the second of
     each, and so on.  The same ones for every seed; a smaller set is part of a larger one."""
@@ -80,80 +81,81 @@ class TrainConfig:
     epochs: int = 200
     """Passes over the training images."""
     max_steps: int | None = None
-    """Stop after so many optimizer steps."""
+    """Stop after this many optimizer steps."""
     batch_size: int = 128
-    """Images to an optimizer step, over all processes and accumulation steps."""
+    """Images in an optimizer step, over all processes and accumulation steps."""
     accumulate: int = 1
-    """Forward and backward passes to an optimizer step."""
+    """Forward and backward passes in an optimizer step, each on an equal part of the batch."""
     eval_batch_size: int = 250
-    """Images to a forward pass in evaluation, per process."""
+    """Images in a forward pass of evaluation, per process."""
 
     optimizer: Literal["sgd", "adam"] = "sgd"
     """SGD with momentum, or Adam."""
     lr: float = 0.1
-    """Learning rate at its highest."""
+    """Highest learning rate of the schedule."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD, in [0, 1)."""
     nesterov: bool = True
-    """Nesterov's form of the momentum."""
+    """Nesterov's form of SGD's momentum."""
     weight_decay: float = 5e-4
-    """L2 penalty, on every parameter."""
+    """Factor of the L2 penalty, which is on every parameter."""
     attention_optimizer: Literal["sgd", "adam"] | None = None
     """Separate optimizer for the parameters of the attention modules; the other one then has only the rest.  Its kind
     is that of ``optimizer`` where only ``attention_lr`` is given; both share schedule, momentum and weight decay."""
     attention_lr: float | None = None
-    """Its learning rate at its highest; ``lr`` where only ``attention_optimizer`` is given."""
+    """Highest learning rate of the attention's optimizer; ``lr`` where only ``attention_optimizer`` is given."""
     schedule: Literal["constant", "step", "cosine"] = "cosine"
-    """step: multiply by ``gamma`` at every milestone.  cosine: to 0 at the end of the run."""
+    """Learning rate.  step: multiplied by ``gamma`` at every milestone.  cosine: falls to 0 at the end of the run."""
     milestones: tuple[int, ...] = (60, 120, 160)
-    """Epochs of the step schedule."""
+    """Epochs at which the step schedule multiplies the learning rate."""
     gamma: float = 0.2
     """Factor of the step schedule."""
     warmup_epochs: float = 0.0
-    """Linear warm-up from 0, before any schedule."""
+    """Epochs of linear warm-up of the learning rate from 0, before the schedule."""
     label_smoothing: float = 0.0
-    """Of the cross-entropy."""
+    """Label smoothing of the cross-entropy, in [0, 1)."""
     aux_weights: tuple[float, ...] = ()
     """Weight of each auxiliary classifier's loss, added to the main loss, in the order of the model's stages."""
     ema: float = 0.0
-    """Decay of an exponential moving average of the weights, which is then what is evaluated; 0: none."""
+    """Decay per step of an exponential moving average of the weights, which is evaluated in their place; 0: none."""
     clip_norm: float | None = None
-    """Largest norm of the gradient."""
+    """Scale gradients of a greater norm down to this one; no clipping when not given."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """At a loss or gradient that is inf or nan: stop with an error and exit status 3, before the weights take it up, or
-    leave that step out, count it and go on.  Gradients that fp16's loss scaling overflows are its own business."""
+    """At a loss or gradient that is inf or nan: stop with an error and exit status 3, before it reaches the weights; or
+    skip that step, count it and go on.  With fp16, steps whose gradients its loss scaling overflows are always
+    skipped."""
 
     crop_padding: int | None = None
-    """Images in memory: zero-pad by so many pixels and crop at random, per image; the data set's custom when not
-    given."""
+    """Images in memory: zero-pad by this many pixels on each side and crop at random; the usual for the data set when
+    not given."""
     crop_scale: float | None = None
-    """Images from files: crop at random at least this share of the area, and resize it; 0.08 when not given."""
+    """Images from files: crop at random at least this share of the area, and resize the crop; 0.08 when not given."""
     flip: bool | None = None
-    """Mirror half of the images; the data set's custom when not given."""
+    """Mirror each image left to right with a probability of 1/2; the usual for the data set when not given."""
     rotate: float = 0.0
-    """Rotate each image by up to so many degrees."""
+    """Rotate each image at random by up to this many degrees either way."""
     normalize: bool = True
     """Subtract the mean of every channel and divide by its standard deviation; otherwise pixels are in [0, 1]."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Autocast dtype."""
+    """Dtype of autocast; no: everything in float32."""
     channels_last: bool = True
-    """Memory format of the network and its inputs."""
+    """channels_last memory format for the network and its inputs; otherwise contiguous."""
     compile: bool = False
-    """torch.compile the network."""
+    """Compile the network with torch.compile."""
     seed: int = 0
-    """Of the initialisation, the order of the images and everything drawn in a step."""
+    """Seed of the initial weights, the order of the images and all that is drawn in a step."""
     threads: int | None = None
-    """CPU threads; PyTorch's choice when not given."""
+    """CPU threads of PyTorch; its own choice when not given."""
     deterministic: bool = True
-    """Only algorithms that give the same bits at every run."""
+    """Use algorithms that give the same bits at every run; warn where PyTorch has none."""
 
     eval_every: int = 1
     """Epochs between evaluations; 0: none, not even at the end."""
     log_every: int = 10
-    """Steps between lines of the log."""
+    """Optimizer steps between lines of the log."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; one is also written at every end of an epoch that is evaluated."""
+    """Optimizer steps between checkpoints; one is also written at the end of every epoch that is evaluated."""
 
     def __post_init__(self) -> None:
         for name, expected in typing.get_type_hints(type(self)).items():

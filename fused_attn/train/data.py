@@ -90,7 +90,7 @@ SOURCES = {
     "synthetic": Source(),
     "imagefolder": Source(files=True),
 }
-#: Height and width of images from files, and by how much the loaded square exceeds what the network sees: 256 for 224.
+#: Default height and width of images from files, and the ratio of the loaded square to what a network sees: 256:224.
 FILE_SIZE, FILE_MARGIN = 224, 8 / 7
 #: Training images from which mean and standard deviation are taken where decoding all would take long.
 SAMPLE = 512

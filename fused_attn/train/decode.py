@@ -12,9 +12,9 @@ from PIL import Image, UnidentifiedImageError
 
 from .errors import TrainError
 
-#: What shines through transparent pixels: the page on which viewers and browsers show an image.
+#: What is seen through transparent pixels: white, as viewers and browsers show them.
 BACKGROUND = "white"
-#: How an image is turned upright, by its EXIF orientation (1: it is).
+#: EXIF orientation -> how to turn an image upright; orientation 1 is upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -24,7 +24,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-#: What else than a file may have its name.
+#: What may stand in place of a regular file, for the error text.
 _OTHERS = {
     stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
@@ -33,14 +33,14 @@ _GREY = ("1", "L", "LA", "La")
 
 
 class Encoded(NamedTuple):
-    """An image file: what to call it in an error, and its bytes, or its path; None where a row has no image."""
+    """An image file: its name for error texts, and its bytes or its path; None where a row of a table has no image."""
 
     name: str
     content: bytes | str | None
 
 
 class UnreadableImage(TrainError):
-    """An image could not be decoded; ``name`` is its file's, ``reason`` what stood in the way."""
+    """An image could not be decoded; ``name`` is that of its file, ``reason`` says why."""
 
     def __init__(self, name: str, error: Exception) -> None:
         self.name, self.reason = one_line(name), " ".join(f"{type(error).__name__}: {error}".split())

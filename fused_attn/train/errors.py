@@ -10,6 +10,6 @@ class NonFiniteError(TrainError):
 
 
 def reason(error: BaseException) -> str:
-    """The text of another library's error, for a line of ours: its first lines on one, or its type without any."""
+    """The text of another library's error on one line, at most 300 characters of it; its type if it has no text."""
     text = " ".join(str(error).split())
     return (text if len(text) <= 300 else f"{text[:300]} ...") or type(error).__name__

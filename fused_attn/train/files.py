@@ -61,7 +61,7 @@ class ImageColumn:
 
 
 class Split(NamedTuple):
-    """Encoded images and their labels (N,) int64."""
+    """Encoded images and their labels, (N,) int64, on the CPU."""
 
     files: FilePaths | ImageColumn
     labels: Tensor

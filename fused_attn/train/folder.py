@@ -1,4 +1,4 @@
-"""The folder of a run: new, or one to go on in, and for one process to write into."""
+"""The folder of a run: a new one or one to resume, which one process at a time may write into."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ..options import make_folder
 from .config import TrainConfig, resumed_config
 from .errors import TrainError
 
-#: The file of a run's folder that the process writing into it holds locked.
+#: File in a run's folder; the process that writes into the folder holds a lock on it.
 LOCK = ".lock"
 
 
 def is_taken(out: Path) -> bool:
-    """Whether there is something of value; the lock, and what a killed process was writing, is not.
+    """Whether the folder holds anything but the lock and the temporary files of a killed process.
 
     Raises:
         TrainError: the folder cannot be read.
@@ -53,7 +53,7 @@ def claim(config: TrainConfig, taken: bool) -> TrainConfig:
 
 
 def lock(out: Path) -> IO[str]:
-    """Until the file is closed, or this process ends, however it ends, no other can write into the run's folder.
+    """Lock a run's folder against other processes until the returned file is closed or this process ends, however.
 
     Raises:
         TrainError: another has it, or it cannot be written into.

@@ -14,7 +14,7 @@ _GO_ON = "go on with the same data, or start a new run"
 
 
 def of(dataset: Dataset) -> dict[str, Any]:
-    """For a checkpoint: the images of each split, the classes, and a digest of the training images' labels in order."""
+    """What a checkpoint keeps of the data: images in each split, classes, a digest of the training labels in order."""
     return {
         "train": len(dataset.train),
         "test": len(dataset.test),

@@ -114,7 +114,7 @@ class _SplitFolder:
             )
 
     def check_wrapper(self) -> None:
-        """Refuse a single folder of folders: it may be a class, or its folders are."""
+        """Refuse a split with one folder that holds folders: either may be the classes."""
         if len(self.classes) > 1:
             return
         paths = [file.path for file in self.files(self.classes[0])]

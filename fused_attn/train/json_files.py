@@ -16,7 +16,7 @@ def dumps(value: Any, indent: int | None = None) -> str:
 
 
 def loads(text: str) -> Any:
-    """The value of a JSON text; a bare NaN or Infinity, which Python writes where nobody forbids it, is None.
+    """The value of a JSON text; a bare NaN or Infinity, which Python writes unless told not to, is None.
 
     Raises:
         ValueError: the text is not JSON.

@@ -52,7 +52,7 @@ class RunLog:
         return [event for event in events if kind in (None, event["event"])]
 
     def rewind(self, step: int) -> None:
-        """Forget what came after ``step``: it is about to be done again."""
+        """Remove the events after ``step``: the run resumes there and does those steps again."""
         kept = [event for event in self.events() if event["step"] <= step]
         write_text(self.path, "".join(dumps(event) + "\n" for event in kept))
 

@@ -33,7 +33,7 @@ from .log import RunLog
 from .optim import attention_factor, build_optimizers, learning_rate
 from .results import read_metrics, shown
 
-#: Below this scale of the loss, a gradient that is not finite in fp16 is none that the scaling could repair.
+#: Least scale of the loss at which fp16's loss scaling may still explain a gradient that is not finite.
 LEAST_SCALE = 1.0
 
 
@@ -258,9 +258,9 @@ class Run:
     def _update(self, loss: Tensor) -> bool:
         """Step the optimizers, where loss and gradients are finite; otherwise stop, or say that the step is left out.
 
-        With fp16, a gradient that is not finite is the scaler's to handle: it leaves the step out and halves its scale,
-        which helps where scaling made the overflow, hence not below ``LEAST_SCALE``.  It never helps the loss, which
-        comes before scaling.
+        With fp16, a gradient that is not finite is the gradient scaler's: it leaves the step out and halves its scale.
+        That helps where the scaling caused the overflow, which below ``LEAST_SCALE`` it did not.  It never helps a loss
+        that is not finite, which is computed before scaling.
         """
         accelerator, scaler = self.accelerator, self.accelerator.scaler
         if scaler is not None and not scaler.is_enabled():  # fp16 on the CPU
@@ -283,7 +283,7 @@ class Run:
         return usable
 
     def _clip(self) -> Tensor:
-        """Norm of the whole gradient, which is clipped where it is to be."""
+        """Norm of the whole gradient before clipping; with ``clip_norm`` the gradient is clipped."""
         if self.config.clip_norm is not None:
             return self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         return nn.utils.get_total_norm([each.grad for each in self.model.parameters() if each.grad is not None])
@@ -308,7 +308,7 @@ class Run:
             self.bar.write(f"step {number} is left out: {what}")
 
     def _loss(self, outputs: Tensor | tuple[Tensor, list[Tensor]], labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits that count, and the loss: with auxiliary classifiers the weighted sum of all losses."""
+        """The main logits, and the loss: with auxiliary classifiers the weighted sum of all losses."""
         logits, auxiliary = outputs if isinstance(outputs, tuple) else (outputs, [])
         losses = [
             F.cross_entropy(out.float(), labels, label_smoothing=self.config.label_smoothing)
@@ -321,7 +321,7 @@ class Run:
         return self.step % self.steps_per_epoch == 0 or self.step == self.last_step
 
     def _catch_up(self, results: dict[str, float | None]) -> dict[str, float | None]:
-        """Evaluate at the checkpoint that the run goes on from, where it ended between that and its line in the log."""
+        """Evaluate a resumed run at its checkpoint, if it ended between writing that and logging the evaluation."""
         if not self._evaluates_here():
             return results
         logged = self.accelerator.is_main_process and any(

@@ -52,8 +52,9 @@ def files_of_splits(data_dir: Path) -> dict[str, list[str]]:
 
 
 def check_labels(data_dir: Path, files: Sequence[str], column: str, names: Sequence[str] | None) -> None:
-    """Refuse files whose labels mean different things: ``datasets`` takes the names of the classes from one of them,
-    and reads the numbers, or texts as numbers, in all others by these.
+    """Refuse files whose labels mean different things.
+
+    ``datasets`` takes the names of the classes from one file and applies them to the labels of all others.
 
     Args:
         data_dir: for the error's text.

@@ -19,6 +19,6 @@ def read_metrics(out: Path) -> dict[str, Any]:
 
 
 def shown(results: dict[str, Any]) -> str:
-    """Losses and accuracies in words, those that are not finite as nan."""
+    """One line of losses and accuracies; numbers that are not finite, null in the JSON, are shown as nan."""
     values = {name: math.nan if value is None else value for name, value in results.items()}
     return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.endswith(("_loss", "_accuracy")))

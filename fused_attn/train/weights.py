@@ -15,13 +15,14 @@ from .errors import TrainError, reason
 
 
 def file_of(source: Path, option: str, finished: bool = False) -> Path:
-    """The file of the weights in a run's folder: those that it evaluated at its end, or, before it ended, those of its
-    last checkpoint; or ``source`` itself, where it is a safetensors file.
+    """Find the weights of a run: those evaluated at its end or, before that, those of its last checkpoint.
+
+    Where ``source`` is a safetensors file, it is returned itself.
 
     Args:
         source: folder or file.
         option: begins the error's text.
-        finished: take a run that has ended only.
+        finished: accept only a run that has ended.
 
     Raises:
         TrainError: there is no such file.

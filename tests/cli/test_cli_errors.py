@@ -147,7 +147,7 @@ WORK = {
 
 
 @pytest.mark.parametrize("command", WORK)
-@pytest.mark.parametrize("out", ["file", "file/below"])
+@pytest.mark.parametrize("out", ["file", "file/below", "/proc", "/proc/below"])
 def test_results_that_could_not_be_written(one_line, monkeypatch, command, out):
     """Said before anything is trained or measured."""
 
@@ -176,6 +176,10 @@ def test_results_that_could_not_be_written(one_line, monkeypatch, command, out):
         ("scales folder --out s", "runs must be folders of finished runs, got folder"),
         ("bench none", "op must be one of"),
         ("bench squeeze_excite --shape=", "shape must be KEY=NUMBER"),
+        (
+            "bench squeeze_excite --shape B=1,C=8",
+            "with the keys B, C, H, W, hidden and, if wanted, n; H, W, hidden missing in 'B=1,C=8'",
+        ),
         ("bench squeeze_excite --shape B=0,C=8,H=2,W=2,hidden=2", "positive numbers; got 'B=0'"),
         ("bench squeeze_excite --shape B=9999999999999999999,C=8,H=2,W=2,hidden=2", "shape must have sizes with a"),
         ("bench squeeze_excite --pass=", "pass must be some of fwd,bwd,both, got ''"),

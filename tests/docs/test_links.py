@@ -11,7 +11,7 @@ from documents import DOCUMENTS, read
 links = tool("report/links")
 RESULTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks/results").glob("*.md"))
 _CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
-_INCLUDE = re.compile(r"^\[[^\]]*\]\((\S+)\) <!-- include -->$", re.MULTILINE)
+_INCLUDE = re.compile(r"\A(?:.*\n)*?\[[^\]]*\]\((\S+)\) <!-- include -->$", re.MULTILINE)
 
 
 def text_of(document: str) -> str:
@@ -66,3 +66,10 @@ def test_links_move_with_their_text():
     text = "[a](x.md#y) [b](../z) [c](https://example.org/x) [d](#e)"
     assert links.relocate(text, "one/two", "") == "[a](one/two/x.md#y) [b](one/z) [c](https://example.org/x) [d](#e)"
     assert links.relocate(text, "one/two", "one") == "[a](two/x.md#y) [b](z) [c](https://example.org/x) [d](#e)"
+
+
+@pytest.mark.parametrize("page", [each for each in DOCUMENTS if each.startswith("docs/ops/")])
+def test_an_ops_page_lists_its_functions_without_the_site_too(page):
+    listed = re.findall(r"^- \[`(\w+)`\]\(\S+/(\w+)\.py\)", read(page), re.MULTILINE)
+    in_site = re.findall(r"^::: fused_attn\.ops\.\w+\.(\w+)\.(\w+)$", read(page), re.MULTILINE)
+    assert [(module, name) for name, module in listed] == in_site != []

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
-#: The only level there is: PyTorch refuses to nest them, and ``torch.func.jvp`` nests by wrapping tensors.
+#: The only level of ``forward_ad`` there is: PyTorch refuses to nest them, and ``torch.func.jvp`` nests by wrapping
+#: tensors.
 _LEVEL = 0
 _LIBRARY = torch.library.Library("fused_attn", "FRAGMENT")
 
@@ -147,13 +148,13 @@ def _register(name: str, lists: Sequence[int], backward, save, forward_mode) -> 
 
 
 def _rename(function: type[_SingleLevelFunction], name: str) -> None:
-    """As if it was defined under this name, which its nodes in a graph then carry."""
+    """Name an autograd function after its operator: its nodes in graphs are then called ``<name>Backward``."""
     function.__name__ = function.__qualname__ = name
     function._backward_cls.__name__ = function._backward_cls.__qualname__ = f"{name}Backward"
 
 
 class _Recording:
-    """Within ``forward``: outer transforms of torch.func go on recording, which ``apply`` has turned off."""
+    """Turns on, within ``forward``, the recording that ``apply`` turned off: outer transforms of torch.func need it."""
 
     def __enter__(self) -> None:
         self.before = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
@@ -166,7 +167,7 @@ class _Recording:
 
 
 class _AllowedInTorchFunc:
-    """Lets a single-level function run under a transform of torch.func, which otherwise asks for the other kind."""
+    """Lets a single-level function run under torch.func, which otherwise asks for one with ``setup_context``."""
 
     def __enter__(self) -> None:
         self.before = torch._C._functorch.get_single_level_autograd_function_allowed()
@@ -177,8 +178,10 @@ class _AllowedInTorchFunc:
 
 
 def _unpack(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Primal and tangent; no tangent outside forward mode.  Python's count of levels is not asked: in a compiled
-    graph it stands still."""
+    """Primal and tangent; the tangent is None outside forward mode.
+
+    ``forward_ad.unpack_dual`` would ask Python's count of levels, which a compiled graph does not update.
+    """
     return torch._VF._unpack_dual(tensor, level=_LEVEL)
 
 

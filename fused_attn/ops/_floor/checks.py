@@ -40,8 +40,8 @@ _NUMBERS = (numbers.Real, torch.SymInt, torch.SymFloat)
 def _check_number_tensor(name: str, value: Tensor) -> None:
     if value.requires_grad:
         raise TypeError(
-            f"{name} must be a number, got a tensor that requires grad, which its gradient would not reach; "
-            "detach() it, or multiply an argument with it that has a gradient"
+            f"{name} must be a number, got a tensor that requires grad, which its gradient would not reach: "
+            "detach() it, or multiply an argument by it instead"
         )
     if value.dim() > 0:
         raise TypeError(
@@ -62,8 +62,8 @@ def _lost(name: str) -> TypeError:
     return TypeError(f"{name} must be a number, got a tensor with a forward-mode tangent, which would be lost")
 
 
-# An operator, as nested function transforms bring one to all their levels: a tensor shows the tangent of the innermost
-# level alone.
+# An operator, because nested function transforms run one at each of their levels; a tensor itself shows the tangent of
+# the innermost level alone.
 _LIBRARY = torch.library.Library("fused_attn", "FRAGMENT")
 _LIBRARY.define("without_tangent(Tensor value, str name) -> Tensor")
 _without_tangent = torch.ops.fused_attn.without_tangent.default

@@ -135,14 +135,16 @@ class OpSpec:
             for parameter in inspect.signature(self.make_shape).parameters.values()
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         }
-        expected = f"a shape of {self.name} must be KEY=NUMBER,... with the keys {', '.join(known)}"
+        required, optional = ([key for key, must in known.items() if must is kind] for kind in (True, False))
+        keys = ", ".join(required) + (f" and, if wanted, {', '.join(optional)}" if optional else "")
+        expected = f"a shape of {self.name} must be KEY=NUMBER,... with the keys {keys}"
         sizes = {}
         for part in text.split(","):
             key, _, value = (piece.strip() for piece in part.partition("="))
             if key not in known or key in sizes or not value.isdecimal() or int(value) < 1:
                 raise ValueError(f"{expected}, each once, and positive numbers; got {part.strip()!r}")
             sizes[key] = int(value)
-        missing = [key for key, required in known.items() if required and key not in sizes]
+        missing = [key for key in required if key not in sizes]
         if missing:
             raise ValueError(f"{expected}; {', '.join(missing)} missing in {text!r}")
         return self.make_shape(**sizes)
@@ -152,9 +154,10 @@ class OpSpec:
 
 
 def seed_generators(seed: int) -> None:
-    """``torch.manual_seed`` of the devices that are there.
+    """Seed the generators of the CPU and of the GPUs that are there.
 
-    Of those that are not, PyTorch keeps every call with a stack trace, which takes longer than most ops.
+    ``torch.manual_seed`` on a machine without GPU queues a call with its stack trace for later, which takes longer than
+    most ops.
     """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_available():
@@ -188,7 +191,7 @@ def with_tensors(inputs: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[
 
 
 def convert(inputs: Mapping[str, Any], dtype: torch.dtype, keep: Collection[str] = ()) -> dict[str, Any]:
-    """The same call with its floating-point tensors in ``dtype``; but for those of names to ``keep``."""
+    """The same call with its floating-point tensors in ``dtype``, except those whose names are in ``keep``."""
     return with_tensors(
         inputs, {name: tensor.to(dtype) for name, tensor in differentiable(inputs).items() if name not in keep}
     )

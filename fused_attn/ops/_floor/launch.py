@@ -51,7 +51,7 @@ def checked(programs: int, inputs: str) -> int:
 
 
 def bucket_size(count: int) -> int:
-    """The power of two from ``count`` on: one compilation serves many lengths."""
+    """The least power of two that is at least ``count``: one compilation serves many lengths."""
     return 1 << (count - 1).bit_length()
 
 
@@ -62,7 +62,7 @@ def bucket(items: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def strides(tensor: Tensor | None) -> tuple[int, ...] | None:
-    """Strides, 0 along dimensions of size 1: what they say there is arbitrary."""
+    """Strides, with 0 along dimensions of size 1, whose stride is arbitrary and could compile a kernel anew."""
     if tensor is None:
         return None
     shape = tensor.shape
@@ -72,8 +72,11 @@ def strides(tensor: Tensor | None) -> tuple[int, ...] | None:
 
 
 def alignment(tensor: Tensor | None, steps: Sequence[int] | None) -> int:
-    """Elements, up to 16 bytes, that divide the address of a tensor and its ``steps``, :func:`strides` that end in that
-    of the depth; 1 where the depth is not contiguous."""
+    """Alignment of the rows of a tensor, in elements: a power of two of at most 16 bytes.
+
+    It divides the tensor's address and all ``steps`` but the last, which is the stride of the depth.  1 where that is
+    not contiguous, and where there is no tensor.
+    """
     if tensor is None or steps[-1] != 1:
         return 1
     itemsize = tensor.element_size()

@@ -339,7 +339,7 @@ def _like_arguments(places: Sequence[int]) -> Callable[..., tuple]:
 
 
 def _filled(allocate: Callable[..., tuple], kernel: Kernel) -> Callable[..., tuple]:
-    """What ``allocate`` gives, with ``kernel``'s results in it."""
+    """A function that allocates the outputs, has ``kernel`` fill them, and returns them."""
 
     def run(*args):
         outputs = allocate(*args)
@@ -350,7 +350,7 @@ def _filled(allocate: Callable[..., tuple], kernel: Kernel) -> Callable[..., tup
 
 
 def _unwrapped(function: Callable[..., tuple]) -> Callable:
-    """As an operator gives its outputs: one alone is no tuple."""
+    """Return a single output itself, as an operator does, not a tuple of one."""
 
     def run(*args):
         outputs = function(*args)
@@ -369,12 +369,12 @@ _dispatch_keys, _included, _excluded = (
 
 
 def _state() -> tuple[int, int]:
-    """What modes, transforms and guards have told PyTorch's dispatcher to add to and leave out of a call's keys."""
+    """The dispatch keys that active modes, transforms and guards add to every call, and those that they leave out."""
     return _included().raw_repr(), _excluded().raw_repr()
 
 
 def _keys(device: str) -> set[int]:
-    """The dispatch keys of dense tensors on a device: of usual ones, and of those made in inference mode."""
+    """The sets of dispatch keys that dense tensors on a device have: made outside and inside inference mode."""
     usual = torch.empty(0, device=device)
     with torch.inference_mode():
         return {_dispatch_keys(tensor).raw_repr() for tensor in (usual, torch.empty(0, device=device))}

@@ -11,16 +11,20 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Why the tensors of a layer do not stand for calling it; None where they do.
+    """Say why computing with a layer's weights would differ from calling the layer; None where it would not.
 
     Args:
         module: what stands where the constructor put a ``kind``.
         kind: ``nn.Linear``, ``nn.BatchNorm2d``.
 
-    Not plain are: another class, which is what adapters (LoRA), quantisation, ``torch.nn.utils.parametrize``,
-    ``fully_shard`` and ``convert_sync_batchnorm`` leave; hooks, its own as those of all modules, which are also how
-    pruning and the older weight and spectral norms renew the weight; a ``forward`` of its own, as accelerate's
-    offloading sets; parameters under other names; tensors of a class that wraps others, as ``DTensor``.
+    A layer is not plain if
+
+    - it has another class: adapters (LoRA), quantisation, ``torch.nn.utils.parametrize``, ``fully_shard`` and
+      ``convert_sync_batchnorm`` put one there;
+    - it has hooks, or all modules have: pruning and the older weight and spectral norms compute the weight in one;
+    - its ``forward`` was replaced on the instance, as accelerate's offloading does;
+    - its parameters have other names than ``weight`` and ``bias``;
+    - its tensors are of a class that wraps others, such as ``DTensor``.
     """
     if type(module) is not kind:
         return f"is a {type(module).__name__}"
@@ -37,5 +41,5 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a ``kind`` is in no way changed from outside: see :func:`why_not_plain`."""
+    """Whether computing with the layer's weights is the same as calling it: see :func:`why_not_plain`."""
     return why_not_plain(module, kind) is None

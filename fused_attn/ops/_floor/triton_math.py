@@ -6,9 +6,10 @@ import triton.language as tl
 
 @triton.jit
 def exp_nonpositive(x):
-    """e**x of a float32 x <= 0 to 1 ulp, with additions and products only.  ``tl.exp`` rounds x * log2(e): on a GPU it
-    loses half an ulp for every unit of x besides the 2 of its instruction, and float32 gradients of a softmax show
-    both.
+    """e**x of a float32 x <= 0 to 1 ulp, with additions and products only.
+
+    ``tl.exp`` rounds x * log2(e): on a GPU its error is 2 ulp of the instruction and half an ulp per unit of ``|x|``,
+    which shows in float32 gradients of a softmax.
 
     x = n * log(2) + r, with n in the low bits of a number so large that its last digit is 1, and e**r as a polynomial
     (coefficients: Cephes' expf).  Below -88 the result is 0, of -inf too; NaN stays.
@@ -29,9 +30,9 @@ def exp_nonpositive(x):
 
 @triton.jit
 def softmax_exp(x, EXACT: tl.constexpr):
-    """e**x of a float32 x <= 0, for what is float32 (EXACT) or rounded to 16 bits.
+    """e**x of a float32 x <= 0: to 1 ulp if EXACT, else as exactly as results that are rounded to 16 bits need.
 
-    ``tl.exp`` takes three instructions more than a product and ``exp2``, for results that are subnormal.
+    Not ``tl.exp``, which takes three instructions more than a product and ``exp2``, for subnormal results alone.
     """
     if EXACT:
         return exp_nonpositive(x)
@@ -41,8 +42,10 @@ def softmax_exp(x, EXACT: tl.constexpr):
 
 @triton.jit
 def reciprocal(x, EXACT: tl.constexpr = True):
-    """1 / x to 2 ulp, as ``/`` is on a GPU, or to 1 (EXACT), by a step of Newton's where there is one to take.
-    ``tl.div_rn`` may take a call, around which registers can spill."""
+    """1 / x to 2 ulp, which is what ``/`` gives on a GPU; to 1 ulp if EXACT, by a Newton step unless 1 / x is 0 or inf.
+
+    Not ``tl.div_rn``, which may compile to a call, around which registers can spill.
+    """
     near = 1.0 / x
     if EXACT:
         refined = tl.fma(near, tl.fma(-x, near, 1.0), near)

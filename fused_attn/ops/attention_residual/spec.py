@@ -60,7 +60,7 @@ def make_inputs(
     edit: Callable[[dict[str, Any]], None] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Arguments of ``attention_residual``; ``edit`` changes them afterwards.  Logits have a standard deviation of 1."""
+    """Arguments of ``attention_residual``, with logits of standard deviation 1; ``edit`` changes them at the end."""
     inputs = {
         "values": [each(shape, dtype, device) for each in layouts or (layout,) * values],
         "query": (torch.randn(shape[-1:], dtype=torch.float64) * shape[-1] ** -0.5).to(device, dtype),

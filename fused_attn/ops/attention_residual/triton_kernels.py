@@ -39,7 +39,7 @@ def _lanes(BLOCK_T: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def _inside(token, tokens, lanes, size, BLOCK_T: tl.constexpr):
-    """Where a tile has elements: token < tokens and lanes < size."""
+    """Mask of the elements of a tile that exist: token < tokens and lanes < size."""
     if BLOCK_T == 1:  # without an ``and`` of a scalar and a tensor, of which Triton's interpreter makes no mask
         return lanes < tl.where(token < tokens, size, 0)
     else:
@@ -48,13 +48,13 @@ def _inside(token, tokens, lanes, size, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def _sum(x):
-    """Of the row of each token."""
+    """Sum of each token's row."""
     return tl.sum(x, 0) if len(x.shape) == 1 else tl.sum(x, 1, keep_dims=True)
 
 
 @triton.jit
 def _max(x):
-    """Of the row of each token."""
+    """Largest number of each token's row."""
     return tl.max(x, 0) if len(x.shape) == 1 else tl.max(x, 1, keep_dims=True)
 
 
@@ -70,8 +70,11 @@ def _score(query_ptr, norm_weight_ptr, query_stride, norm_weight_stride, columns
 
 @triton.jit
 def _unit(score):
-    """The power of two below the largest number of ``score``: divided by it, but not by ``/``, which is rounded, no
-    digit of a product changes, and the product with a value is finite wherever the logit is."""
+    """The largest power of two that is at most max(abs(score)); 1 where that is subnormal or not finite.
+
+    Divided by it, the products of ``score`` with a value are finite wherever the logit is, and no digit of them
+    changes.  The division must not be ``/``, which is rounded on a GPU.
+    """
     bits = tl.max(tl.abs(score)).to(tl.int32, bitcast=True) & 0x7F800000
     bits = tl.where((bits == 0) | (bits == 0x7F800000), 0x3F800000, bits)
     return bits.to(tl.float32, bitcast=True)

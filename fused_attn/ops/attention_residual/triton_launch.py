@@ -44,7 +44,7 @@ class TokenLaunch(Launch):
 
 @functools.cache
 def _tile(depth: int, elements_per_thread: int) -> tuple[int, int, int]:
-    """(tokens, padded depth, warps) of a tile: one row of 256 numbers or more, else 1,024 numbers, but not square.
+    """(tokens, padded depth, warps) of a tile: one token of 256 numbers or more, else 1,024 numbers, but not square.
 
     Triton 3.6 does not compile the forward kernel for a tile of 32 x 32 by one warp and three values or more: a layout
     conversion that it moves up leaves the branch that defines its operand.

@@ -75,7 +75,7 @@ def elementwise_attention(
         weight_row: (heads, C, H, W), dtype of ``x``: weights of the softmax over W ("x weights" in the paper).
         weight_col: (heads, C, H, W), dtype of ``x``: weights of the softmax over H ("y weights").
         running_mean: (heads*C,), floating point; head h, channel c is entry h*C + c.  None in training: not kept.
-        running_var: (heads*C,), likewise.
+        running_var: (heads*C,), floating point, likewise.
         training: normalise with the statistics of the batch and update the running ones, in place; otherwise
             normalise with the running ones.
         momentum: share of the batch in the updated running statistics.  (A cumulative average, ``momentum=None`` of
@@ -95,9 +95,10 @@ def elementwise_attention(
     Gradients reach x and both weights, in training through the batch statistics; they are computed without atomics and
     are bitwise the same at every run and number of threads.  Saved for backward: the inputs, two float32 numbers per
     row and column of each plane, and the statistics; the output is not.  ``running_var`` takes the unbiased variance,
-    as in ``BatchNorm2d``; an empty batch leaves both as they are.  Autocast is as in
-    :func:`row_col_softmax`.  The output is not saved, so that float32 costs little memory between forward and backward:
-    of the size of x, 1/heads of the output, where x came in lower precision.
+    as in ``BatchNorm2d``; an empty batch leaves both as they are.
+
+    Autocast is as in :func:`row_col_softmax`.  Where that casts x to float32, the copy is saved for backward; it has
+    1/heads of the elements of the output, which is not saved.
 
     Source: Araujo Bacochina and de Souza 2023, "Element-Wise Attention Layers", section 2.2.
     """

@@ -51,7 +51,7 @@ def _attention(x, weight_row, weight_col, mean, var, eps, *outputs) -> None:
 
 
 def _unless_empty(kernel):
-    """A backward pass of no element leaves zeros."""
+    """A kernel of the backward pass whose gradients are zeros where the inputs have no element."""
 
     def run(grad_out, *args) -> None:
         if grad_out.numel() == 0:

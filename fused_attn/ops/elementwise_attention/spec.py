@@ -137,7 +137,7 @@ _WEIGHTED = {
 
 
 def _mask(inputs: dict[str, Any]) -> None:
-    """A masked row, a masked column and masked elements: their softmaxes are NaN, or 0, as PyTorch's are."""
+    """A row, a column and single elements at -inf: softmax is NaN over a whole row or column, else 0, as PyTorch's."""
     x = inputs["x"]
     x[0, 0, 1] = x[0, 0, :, 2] = float("-inf")
     x[1, 0, 0, 0] = float("-inf")
@@ -150,12 +150,12 @@ def _mask_least(inputs: dict[str, Any]) -> None:
 
 
 def _far_above(inputs: dict[str, Any]) -> None:
-    """A row far above the others: no one shift serves it and them."""
+    """A row whose logits are far above the others': no single shift keeps the exponentials of both in range."""
     inputs["x"][..., -5, :] += 60
 
 
 def _far_below(inputs: dict[str, Any]) -> None:
-    """A row and a column far below the others, which alone decide about the softmaxes across them."""
+    """A row and a column whose logits are far below the others', so that softmaxes across them ignore them."""
     inputs["x"][..., -5, :] -= 60
     inputs["x"][..., 7] -= 60
 

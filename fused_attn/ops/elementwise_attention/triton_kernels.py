@@ -28,7 +28,8 @@ def _tile(plane_ptr, y, x, y_stride, x_stride, inside):
 
 @triton.jit
 def _inputs(x_ptr, row_ptr, col_ptr, x_strides, row_strides, col_strides, image, head, channel, y, x, inside):
-    """Values, weights (without, anything) and row and column logits of a tile; logits are -inf outside."""
+    """Values, weights and row and column logits of a tile; logits are -inf outside.  Where the op has no weights, those
+    returned are not to be read."""
     value = _tile(x_ptr + image * x_strides[0] + channel * x_strides[1], y, x, x_strides[2], x_strides[3], inside)
     if row_ptr is not None:
         row = row_ptr + head * row_strides[0] + channel * row_strides[1]
@@ -71,7 +72,7 @@ def _softmaxes(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, 
 
 @triton.jit
 def _product(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width, EXACT: tl.constexpr):
-    """Their product, with one exponential."""
+    """Product of the row and the column softmax of a tile, with one exponential."""
     row_max, row_sum, col_max, col_sum = _statistics(row_stats_ptr, col_stats_ptr, plane, y, x, height, width)
     both = softmax_exp((row_logit - row_max) + (col_logit - col_max), EXACT)
     return both * reciprocal(row_sum, EXACT) * reciprocal(col_sum, EXACT)

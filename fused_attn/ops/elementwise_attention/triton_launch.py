@@ -35,7 +35,7 @@ class PlaneLaunch(Launch):
 
     @property
     def bytes_per_tile(self) -> int:
-        """What crosses memory in one iteration; statistics, sums and gradients of x and weights are not counted."""
+        """Bytes read and written in one iteration, without statistics, sums and gradients of x and weights."""
         a = self.arguments
         moved = (a.get(name) for name in ("grad_out_ptr", "x_ptr", "row_ptr", "col_ptr", "out_ptr"))
         return a["ROWS"] * a["COLUMNS"] * sum(tensor.element_size() for tensor in moved if tensor is not None)
@@ -56,7 +56,7 @@ class Tiling(NamedTuple):
 
 @functools.cache
 def tiling(height: int, width: int) -> Tiling:
-    """Tiles of powers of two."""
+    """How a plane of (height, width) is cut into tiles, whose sides are powers of two."""
     rows, columns = triton.next_power_of_2(height), triton.next_power_of_2(width)
     if rows * columns <= WHOLE_PLANE:
         return Tiling(rows, columns, 1, True)
@@ -109,7 +109,7 @@ def plan_output(x, row, col, out, row_stats, col_stats, mean=None, scale=None) -
 
 
 def _combine_columns(partials: Tensor, col_stats: Tensor) -> None:
-    """Over the chunks, in one fixed order: partials (chunks, planes, 2, width)."""
+    """Column statistics of whole planes from those of their chunks, (chunks, planes, 2, width), in one fixed order."""
     maximum, total = partials.unbind(2)
     largest = maximum.amax(0)
     shift = largest.masked_fill(largest == float("-inf"), 0.0)

@@ -26,8 +26,8 @@ def gated_shortcut(gate: Tensor, value: Tensor, weight: Tensor, shortcut: Tensor
         TypeError: an argument is not a tensor, or not of a floating-point dtype.
         ValueError: shapes, dtypes or devices do not fit, or ``impl`` is unknown.
 
-    Gradients reach all four.  Under autocast the maps keep their dtype, the wider one of value and shortcut, as in the
-    products and the sum element by element; gate and weight are cast to it.
+    Gradients reach all four tensors, with the same bits at every run.  Under autocast the maps keep their dtype, the
+    wider one of value and shortcut, as in the products and the sum element by element; gate and weight are cast to it.
 
     Source: Fang et al. 2023, "Cross-Layer Retrospective Retrieving via Layer Attention", MRLA-light: with
     gate = sigmoid(scale * query.key) of the current layer, one step of the recurrence over layers.

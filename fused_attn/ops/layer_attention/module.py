@@ -131,7 +131,8 @@ class _MRLA(nn.Module):
     """Query, key and value of MRLA.
 
     Query and key are one convolution each over the channels of the global average, as in ECA-Net, of kernel size
-    (log2(C) + 1) / 2 rounded down and made odd; the value is a depthwise 3x3 convolution; none has a bias.
+    (log2(C) + 1) / 2, rounded down to an integer and up from that to an odd one; the value is a depthwise 3x3
+    convolution; none has a bias.
     """
 
     def __init__(

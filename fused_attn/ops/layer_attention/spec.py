@@ -93,7 +93,7 @@ def make_sum_inputs(
     depth: int = 0,
     **layouts: Any,
 ) -> dict[str, Any]:
-    """Arguments of ``weighted_layer_sum``; a depth is of no meaning here."""
+    """Arguments of ``weighted_layer_sum``; ``depth`` is ignored."""
     return {
         "weights": _contiguous((batch, groups, layers), dtype, device),
         "values": _values(dtype, device, layers, batch, channels, spatial, **layouts),

@@ -47,8 +47,8 @@ def sam_relative_logits(
 
     Raises:
         TypeError: ``query`` or a table is not a floating-point tensor.
-        ValueError: ``query`` has not 5 dimensions or no position, a table does not fit its shape, dtype or device, or
-            ``key_size`` is not two positive sizes.
+        ValueError: ``query`` does not have 5 dimensions or has no position, a table does not fit its shape, dtype or
+            device, or ``key_size`` is not two positive sizes.
 
     Under autocast the products are computed in the autocast dtype, as by ``torch.einsum``; tables may be float32.
 

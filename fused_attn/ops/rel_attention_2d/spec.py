@@ -206,7 +206,7 @@ REL_SAMPLES = (
 
 
 def _mask_rows(inputs: dict[str, Any]) -> None:
-    """Key row 0 for every query; every key for the queries of row 1."""
+    """Mask key row 0 for every query, and every key for the queries of row 1."""
     inputs["bias_h"][..., 0] = float("-inf")
     inputs["bias_h"][:, :, 1] = float("-inf")
 
@@ -224,12 +224,12 @@ def _mask_crossed(inputs: dict[str, Any]) -> None:
 
 
 def _mask_image(inputs: dict[str, Any]) -> None:
-    """Every key of one whole image."""
+    """Mask every key of one whole image."""
     inputs["bias_h"][-1] = float("-inf")
 
 
 def _mask_least(inputs: dict[str, Any]) -> None:
-    """By the least finite number: every key of some queries, through either term, and some keys of the others."""
+    """Masks of the least finite number: every key of some queries, through either term, some keys of the others."""
     least = torch.finfo(inputs["bias_h"].dtype).min
     inputs["bias_h"][:, :, 1] = least
     inputs["bias_w"][:, :, 2, 0] = least
@@ -237,7 +237,7 @@ def _mask_least(inputs: dict[str, Any]) -> None:
 
 
 def _mask_mixed(inputs: dict[str, Any]) -> None:
-    """Every key of some queries, by numbers that round a logit away and by the least finite number or -inf."""
+    """Every key of some queries masked, by numbers beside which logits round away, the least finite one or -inf."""
     least = torch.finfo(inputs["bias_h"].dtype).min
     inputs["bias_h"][:, :, 1] = max(least, -1e9)
     inputs["bias_h"][:, :, 1, :, 1:] = least

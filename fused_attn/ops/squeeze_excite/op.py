@@ -26,7 +26,7 @@ def _allocate(x: Tensor, fc1_weight: Tensor, *_) -> tuple[Tensor, ...]:
 def _allocate_backward(
     grad_out, x, fc1_weight, fc2_weight, result, active, z, hidden, scale, share_grad, residual_grad
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients; those nobody asked for are empty."""
+    """The gradients, unwritten; those that were not asked for are empty."""
     width, (batch, channels) = fc1_weight.shape[0], x.shape[:2]
     return (
         _empty_like(x),
@@ -66,7 +66,7 @@ _SHARE, _RESIDUAL, _RELU, _OUT = 6, 7, 8, 9
 
 
 def _complete(arguments: tuple, grads: tuple) -> tuple:
-    """A residual without an activation has the gradient of the output."""
+    """The gradients, with that of a residual without activation, which no kernel forms: it is the output's gradient."""
     *others, grad_residual = grads
     grad_out, *_, residual_grad = arguments
     return (*others, grad_residual if residual_grad else grad_out)

@@ -191,9 +191,9 @@ def fuzz(draw: random.Random) -> Sample:
 
 
 def _off_the_kink(inputs: dict[str, Any]) -> None:
-    """Moves the residual where the ReLU's argument is so near 0 that rounding decides its sign.
+    """Change the residual where the argument of the ReLU is so near 0 that rounding decides its sign.
 
-    Of tens of millions of random values one or two are, and there the gradients of two right results differ entirely.
+    One or two in tens of millions of random values are; the gradients of two correct results differ entirely there.
     """
     x, residual = inputs["x"], inputs["residual"]
     small = [inputs.get(name) for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "result")]
