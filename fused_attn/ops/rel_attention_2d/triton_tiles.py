@@ -1,4 +1,7 @@
-"""What the three Triton kernels share: tiles in memory, their logits, dropout, softmax statistics."""
+"""What the three Triton kernels share: tiles in memory, their logits, dropout, softmax statistics.
+
+Where a function gives None it has no return: Triton 3.6 compiles no ``return None``.
+"""
 
 import triton
 import triton.language as tl
@@ -62,13 +65,15 @@ def load(ptr, batch, head, y, x, depth, live, live_depth, strides, ALIGN: tl.con
 @triton.jit
 def along(pointers, first, strides):
     """Pointers from ``first`` of the depth on, if any."""
-    return None if pointers is None else pointers + int64(first) * strides[4]
+    if pointers is not None:
+        return pointers + int64(first) * strides[4]
 
 
 @triton.jit
 def tile(plane_ptr, offsets, y, x, strides, ALIGN: tl.constexpr):
     """Pointers, if any, to the tile whose first position is (y, x); ``offsets`` are those of every tile."""
-    return None if plane_ptr is None else plane_ptr + _shift(y, x, strides, ALIGN) + offsets
+    if plane_ptr is not None:
+        return plane_ptr + _shift(y, x, strides, ALIGN) + offsets
 
 
 @triton.jit
@@ -109,8 +114,6 @@ def axis_logits(pointers, scale, live_m, live_n, PAD: tl.constexpr):
         return tl.load(pointers, mask=live_m & live_n, other=past).to(tl.float32) * scale
     elif PAD:
         return tl.where(live_n, 0.0, past)
-    else:
-        return None
 
 
 @triton.jit
