@@ -16,83 +16,7 @@ import triton
 import triton.language as tl
 
 from .._floor.triton_math import reciprocal, softmax_exp
-
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b, accumulated in float32."""
-    if _INTERPRETED:
-        # The interpreter multiplies the bit patterns of bfloat16; products of two are exact in float32.
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _int64(x):
-    return tl.full((), 0, tl.int64) + x
-
-
-@triton.jit
-def _plane(ptr, batch, head, strides, ALIGN: tl.constexpr):
-    """Pointer to a (batch, head) plane.  ALIGN elements divide its address and every stride but that of the depth."""
-    ptr += batch * strides[0] + head * strides[1]
-    if ALIGN > 1:
-        ptr = tl.multiple_of(ptr, ALIGN * (ptr.dtype.element_ty.primitive_bitwidth // 8))
-    return ptr
-
-
-@triton.jit
-def _offsets(y, x, depth, strides, ALIGN: tl.constexpr):
-    """(positions, depth) offsets inside a plane."""
-    positions = y.to(tl.int64) * strides[2] + x.to(tl.int64) * strides[3]
-    if ALIGN > 1:
-        positions = tl.multiple_of(positions, ALIGN)
-    return positions[:, None] + (depth.to(tl.int64) * strides[4])[None, :]
-
-
-@triton.jit
-def _shift(y, x, strides, ALIGN: tl.constexpr):
-    """Offset of the tile whose first position is (y, x)."""
-    shift = _int64(y) * strides[2] + _int64(x) * strides[3]
-    if ALIGN > 1:
-        shift = tl.multiple_of(shift, ALIGN)
-    return shift
-
-
-@triton.jit
-def _row_keys(seed_ptr, row):
-    """Two 32-bit keys for every int64 ``row`` of the dropout mask: fused_attn/ops/_floor/dropout.py, bit for bit."""
-    z = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
-    z = z + (row + 1).to(tl.uint64, bitcast=True) * 0x9E3779B97F4A7C15
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    z = z ^ (z >> 31)
-    return z.to(tl.uint32), (z >> 32).to(tl.uint32)
-
-
-@triton.jit
-def _keep(key0, key1, column, threshold):
-    """Dropout mask of row keys against int32 ``column`` indices, broadcast."""
-    x = column.to(tl.uint32, bitcast=True) * tl.full((), 0x9E3779B1, tl.uint32) + key0
-    x = (x ^ (x >> 16)) * tl.full((), 0x21F0AAAD, tl.uint32)
-    x = x ^ (x >> 15) ^ key1
-    x = x * tl.full((), 0x735A2D97, tl.uint32)
-    x = x ^ (x >> 15)
-    return x >= _int64(threshold).to(tl.uint32)
-
-
-@triton.jit
-def _normaliser(statistics_ptr, query, live):
-    """(a, b) such that a softmax weight is e**(logit - a) * b; 0 for a masked query.
-
-    Two numbers, not a log-sum-exp: its rounding error would be that of a whole row of float32 weights, and the sum
-    would vanish in it beside a large maximum (a query with every key at -1e9).
-    """
-    maximum = tl.load(statistics_ptr + 2 * query, mask=live, other=0.0)
-    total = tl.load(statistics_ptr + 2 * query + 1, mask=live, other=0.0)
-    return tl.where(total == 0.0, float("inf"), maximum), tl.where(total == 0.0, 0.0, tl.div_rn(1.0, total))
+from . import triton_tiles as tiles
 
 
 @triton.jit
@@ -100,16 +24,16 @@ def rel_attention_fwd_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    row_ptr,
-    col_ptr,
+    row_logits_ptr,
+    col_logits_ptr,
     out_ptr,
     statistics_ptr,
     seed_ptr,
     query_strides,
     key_strides,
     value_strides,
-    row_strides,
-    col_strides,
+    row_logits_strides,
+    col_logits_strides,
     out_strides,
     heads,
     queries,
@@ -132,8 +56,8 @@ def rel_attention_fwd_kernel(
     EVEN_H: tl.constexpr,
     EVEN_W: tl.constexpr,
     QUERY_ALIGN: tl.constexpr,
-    ROW_ALIGN: tl.constexpr,
-    COL_ALIGN: tl.constexpr,
+    ROW_LOGITS_ALIGN: tl.constexpr,
+    COL_LOGITS_ALIGN: tl.constexpr,
     KEY_ALIGN: tl.constexpr,
     VALUE_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -146,12 +70,7 @@ def rel_attention_fwd_kernel(
     BLOCK_N: tl.constexpr = ROWS * BLOCK_W
     EXACT: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
     ONES_COLUMN: tl.constexpr = (BLOCK_DV > D_V) and (seed_ptr is None)
-    HAS_ROW: tl.constexpr = (row_ptr is not None) or (not EVEN_H)
-    HAS_COL: tl.constexpr = (col_ptr is not None) or (not EVEN_W)
-    tiles = tl.cdiv(queries, BLOCK_M)
-    plane = _int64(tl.program_id(0) // tiles)
-    batch, head = plane // heads, plane % heads
-    m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    plane, batch, head, m = tiles.own_queries(heads, queries, BLOCK_M)
     live_m = m < queries
     y_m, x_m = m // query_width, m % query_width
     n = tl.arange(0, BLOCK_N)
@@ -160,19 +79,19 @@ def rel_attention_fwd_kernel(
     d_k, d_v = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
     live_k, live_v = (d_k < D_K)[None, :], (d_v < D_V)[None, :]
 
-    q_ptrs = _plane(query_ptr, batch, head, query_strides, QUERY_ALIGN)
-    q_ptrs += _offsets(y_m, x_m, d_k, query_strides, QUERY_ALIGN)
-    q_block = tl.load(q_ptrs, mask=live_m[:, None] & live_k, other=0.0)
-    key_ptr = _plane(key_ptr, batch, head, key_strides, KEY_ALIGN)
-    k_offsets = _offsets(y_n, x_n, d_k, key_strides, KEY_ALIGN)
-    value_ptr = _plane(value_ptr, batch, head, value_strides, VALUE_ALIGN)
-    v_offsets = _offsets(y_n, x_n, d_v, value_strides, VALUE_ALIGN)
-    if row_ptr is not None:
-        row_ptrs = _plane(row_ptr, batch, head, row_strides, ROW_ALIGN) + _offsets(y_m, x_m, r, row_strides, ROW_ALIGN)
-    if col_ptr is not None:
-        col_ptrs = _plane(col_ptr, batch, head, col_strides, COL_ALIGN) + _offsets(y_m, x_m, w, col_strides, COL_ALIGN)
+    q_block = tiles.load(query_ptr, batch, head, y_m, x_m, d_k, live_m[:, None], live_k, query_strides, QUERY_ALIGN)
+    key_ptr = tiles.plane(key_ptr, batch, head, key_strides, KEY_ALIGN)
+    k_offsets = tiles.offsets(y_n, x_n, d_k, key_strides, KEY_ALIGN)
+    value_ptr = tiles.plane(value_ptr, batch, head, value_strides, VALUE_ALIGN)
+    v_offsets = tiles.offsets(y_n, x_n, d_v, value_strides, VALUE_ALIGN)
+    row_ptrs = None
+    if row_logits_ptr is not None:
+        row_ptrs = tiles.pointers(row_logits_ptr, batch, head, y_m, x_m, r, row_logits_strides, ROW_LOGITS_ALIGN)
+    col_ptrs = None
+    if col_logits_ptr is not None:
+        col_ptrs = tiles.pointers(col_logits_ptr, batch, head, y_m, x_m, w, col_logits_strides, COL_LOGITS_ALIGN)
     if seed_ptr is not None:
-        key0, key1 = _row_keys(seed_ptr, plane * queries + m)
+        key0, key1 = tiles.row_keys(seed_ptr, plane * queries + m)
 
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
@@ -180,38 +99,21 @@ def rel_attention_fwd_kernel(
     one = tl.full((1, 1), 1.0, tl.float32).to(value_ptr.dtype.element_ty)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     for x0 in range(0, BLOCK_W if ONE_STRIP else key_width, BLOCK_W):
-        live_w = x0 + w < key_width
-        if col_ptr is not None:
-            col_mask = live_m[:, None] & live_w[None, :]
-            col = tl.load(col_ptrs + _int64(x0) * col_strides[4], mask=col_mask, other=float("-inf"))
-            col = col.to(tl.float32) * col_scale
-        elif HAS_COL:
-            col = tl.where(live_w, 0.0, float("-inf"))[None, :]
+        col_tile = tiles.along(col_ptrs, x0, col_logits_strides)
+        live_w = (x0 + w < key_width)[None, :]
+        col_logits = tiles.axis_logits(col_tile, col_scale, live_m[:, None], live_w, not EVEN_W)
         for y0 in range(0, key_height, ROWS):
-            live_r = y0 + r < key_height
-            live_n = ((y0 + y_n < key_height) & (x0 + x_n < key_width))[:, None]
-            if EVEN_H and EVEN_W:
-                live_n = tl.full((BLOCK_N, 1), 1, tl.int1)
-            k_block = tl.load(
-                key_ptr + _shift(y0, x0, key_strides, KEY_ALIGN) + k_offsets, mask=live_n & live_k, other=0.0
-            )
-            v_block = tl.load(
-                value_ptr + _shift(y0, x0, value_strides, VALUE_ALIGN) + v_offsets, mask=live_n & live_v, other=0.0
-            )
+            y, x = y0 + y_n, x0 + x_n
+            live_n = tiles.inside(y, x, key_height, key_width, EVEN_H and EVEN_W)[:, None]
+            k_block = tiles.load_tile(key_ptr, k_offsets, y0, x0, live_n, live_k, key_strides, KEY_ALIGN)
+            v_block = tiles.load_tile(value_ptr, v_offsets, y0, x0, live_n, live_v, value_strides, VALUE_ALIGN)
             if ONES_COLUMN:
                 v_block = tl.where((d_v == D_V)[None, :], one, v_block)
 
-            s = _dot(q_block, tl.trans(k_block), None, PRECISION)
-            s = tl.reshape(s, (BLOCK_M, ROWS, BLOCK_W)) * scale
-            if HAS_COL:
-                s += col[:, None, :]
-            if row_ptr is not None:
-                row_mask = live_m[:, None] & live_r[None, :]
-                row = tl.load(row_ptrs + _int64(y0) * row_strides[4], mask=row_mask, other=float("-inf"))
-                s += (row.to(tl.float32) * row_scale)[:, :, None]
-            elif HAS_ROW:
-                s += tl.where(live_r, 0.0, float("-inf"))[None, :, None]
-
+            s = tiles.scores(q_block, k_block, scale, ROWS, False, PRECISION)
+            row_tile = tiles.along(row_ptrs, y0, row_logits_strides)
+            live_r = (y0 + r < key_height)[None, :]
+            s = tiles.logits(s, col_logits, row_tile, row_scale, live_m[:, None], live_r, not EVEN_H, False)
             s = tl.reshape(s, (BLOCK_M, BLOCK_N))
             m_new = tl.maximum(m_i, tl.max(s, 1))
             # With every logit so far at -inf, subtracting the maximum would make NaN; any finite number will do.
@@ -225,16 +127,15 @@ def rel_attention_fwd_kernel(
             if not ONES_COLUMN:
                 l_i = l_i * alpha + tl.sum(p, 1)
             if seed_ptr is not None:
-                column = (y0 + y_n) * key_width + x0 + x_n
-                p = tl.where(_keep(key0[:, None], key1[:, None], column[None, :], threshold), p * keep_scale, 0.0)
-            acc = _dot(p.to(v_block.dtype), v_block, acc, PRECISION)
+                keep = tiles.keep(key0[:, None], key1[:, None], (y * key_width + x)[None, :], threshold)
+                p = tiles.dropped(p, keep, keep_scale)
+            acc = tiles.dot(p.to(v_block.dtype), v_block, acc, PRECISION)
 
     if ONES_COLUMN:
         l_i = tl.sum(tl.where((d_v == D_V)[None, :], acc, 0.0), 1)
     shift = tl.where(m_i == float("-inf"), 0.0, m_i)
     out = acc * reciprocal(tl.where(l_i == 0.0, 1.0, l_i), EXACT)[:, None]
-    o_ptrs = _plane(out_ptr, batch, head, out_strides, 1) + _offsets(y_m, x_m, d_v, out_strides, 1)
-    tl.store(o_ptrs, out.to(out_ptr.dtype.element_ty), mask=live_m[:, None] & live_v)
+    tiles.store(out_ptr, batch, head, y_m, x_m, d_v, out_strides, out, live_m[:, None] & live_v)
     tl.store(statistics_ptr + 2 * (plane * queries + m), shift, mask=live_m)
     tl.store(statistics_ptr + 2 * (plane * queries + m) + 1, l_i, mask=live_m)
 
@@ -245,25 +146,25 @@ def rel_attention_bwd_dq_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    row_ptr,
-    col_ptr,
+    row_logits_ptr,
+    col_logits_ptr,
     out_ptr,
     statistics_ptr,
-    normaliser_ptr,
+    per_query_ptr,
     grad_query_ptr,
-    grad_row_ptr,
-    grad_col_ptr,
+    grad_row_logits_ptr,
+    grad_col_logits_ptr,
     seed_ptr,
     grad_out_strides,
     query_strides,
     key_strides,
     value_strides,
-    row_strides,
-    col_strides,
+    row_logits_strides,
+    col_logits_strides,
     out_strides,
     grad_query_strides,
-    grad_row_strides,
-    grad_col_strides,
+    grad_row_logits_strides,
+    grad_col_logits_strides,
     planes,
     heads,
     queries,
@@ -289,31 +190,26 @@ def rel_attention_bwd_dq_kernel(
     EVEN_H: tl.constexpr,
     EVEN_W: tl.constexpr,
     QUERY_ALIGN: tl.constexpr,
-    ROW_ALIGN: tl.constexpr,
-    COL_ALIGN: tl.constexpr,
+    ROW_LOGITS_ALIGN: tl.constexpr,
+    COL_LOGITS_ALIGN: tl.constexpr,
     KEY_ALIGN: tl.constexpr,
     VALUE_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     DELTA_ONLY: tl.constexpr,
 ):
     """grad_query, the gradients of the row and column logits, and what the dK/dV pass needs to know of each query:
-    normaliser (5, B, heads, Hq, Wq), float32, is a of ``_normaliser``, delta, b of ``_normaliser``, and the bits of
-    both dropout keys if there is dropout.
+    per_query (5, B, heads, Hq, Wq), float32, is maximum and delta, inverse_sum, and the bits of both dropout keys if
+    there is dropout.
 
-    grad_row is (strips, B*heads, queries, Hk): one partial sum per column strip, float32 when there are several.
+    grad_row_logits is (strips, B*heads, queries, Hk): one partial sum per column strip, float32 when there are several.
     Grid and ownership as in the forward kernel.
 
     delta, the mean over keys of the gradient of the weights, is rowsum(grad_out * out).  The rounding of ``out`` in it
     is amplified where the weights' gradients cancel; float32 sums it from the weights, in a DELTA_ONLY launch before.
     """
     BLOCK_N: tl.constexpr = ROWS * BLOCK_W
-    HAS_COL: tl.constexpr = (col_ptr is not None) or (not EVEN_W)
-    HAS_ROW: tl.constexpr = (row_ptr is not None) or (not EVEN_H)
     EXACT: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
-    tiles = tl.cdiv(queries, BLOCK_M)
-    plane = _int64(tl.program_id(0) // tiles)
-    batch, head = plane // heads, plane % heads
-    m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    plane, batch, head, m = tiles.own_queries(heads, queries, BLOCK_M)
     live_m = m < queries
     y_m, x_m = m // query_width, m % query_width
     n = tl.arange(0, BLOCK_N)
@@ -322,113 +218,95 @@ def rel_attention_bwd_dq_kernel(
     d_k, d_v = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
     live_k, live_v = (d_k < D_K)[None, :], (d_v < D_V)[None, :]
 
-    q_ptrs = _plane(query_ptr, batch, head, query_strides, QUERY_ALIGN)
-    q_ptrs += _offsets(y_m, x_m, d_k, query_strides, QUERY_ALIGN)
-    q_block = tl.load(q_ptrs, mask=live_m[:, None] & live_k, other=0.0)
-    do_ptrs = _plane(grad_out_ptr, batch, head, grad_out_strides, 1) + _offsets(y_m, x_m, d_v, grad_out_strides, 1)
-    do_block = tl.load(do_ptrs, mask=live_m[:, None] & live_v, other=0.0)
+    q_block = tiles.load(query_ptr, batch, head, y_m, x_m, d_k, live_m[:, None], live_k, query_strides, QUERY_ALIGN)
+    do_block = tiles.load(grad_out_ptr, batch, head, y_m, x_m, d_v, live_m[:, None], live_v, grad_out_strides, 1)
     index = plane * queries + m
-    maximum, inverse_sum = _normaliser(statistics_ptr, index, live_m)
-    total = _int64(queries) * planes
+    maximum, inverse_sum = tiles.load_statistics(statistics_ptr, index, live_m)
+    total = tiles.int64(queries) * planes
     if DELTA_ONLY:
         delta = tl.zeros((BLOCK_M,), tl.float32)
     elif EXACT:
-        delta = tl.load(normaliser_ptr + total + index, mask=live_m, other=0.0)
+        delta = tl.load(per_query_ptr + total + index, mask=live_m, other=0.0)
     else:
-        o_ptrs = _plane(out_ptr, batch, head, out_strides, 1) + _offsets(y_m, x_m, d_v, out_strides, 1)
-        o_block = tl.load(o_ptrs, mask=live_m[:, None] & live_v, other=0.0)
+        o_block = tiles.load(out_ptr, batch, head, y_m, x_m, d_v, live_m[:, None], live_v, out_strides, 1)
         delta = tl.sum(do_block.to(tl.float32) * o_block.to(tl.float32), 1)
-        tl.store(normaliser_ptr + total + index, delta, mask=live_m)
-    tl.store(normaliser_ptr + index, maximum, mask=live_m)
-    tl.store(normaliser_ptr + 2 * total + index, inverse_sum, mask=live_m)
+        tl.store(per_query_ptr + total + index, delta, mask=live_m)
+    tl.store(per_query_ptr + index, maximum, mask=live_m)
+    tl.store(per_query_ptr + 2 * total + index, inverse_sum, mask=live_m)
     if seed_ptr is not None:
-        key0, key1 = _row_keys(seed_ptr, index)
-        tl.store(normaliser_ptr + 3 * total + index, key0.to(tl.float32, bitcast=True), mask=live_m)
-        tl.store(normaliser_ptr + 4 * total + index, key1.to(tl.float32, bitcast=True), mask=live_m)
+        key0, key1 = tiles.row_keys(seed_ptr, index)
+        tl.store(per_query_ptr + 3 * total + index, key0.to(tl.float32, bitcast=True), mask=live_m)
+        tl.store(per_query_ptr + 4 * total + index, key1.to(tl.float32, bitcast=True), mask=live_m)
 
-    key_ptr = _plane(key_ptr, batch, head, key_strides, KEY_ALIGN)
-    k_offsets = _offsets(y_n, x_n, d_k, key_strides, KEY_ALIGN)
-    value_ptr = _plane(value_ptr, batch, head, value_strides, VALUE_ALIGN)
-    v_offsets = _offsets(y_n, x_n, d_v, value_strides, VALUE_ALIGN)
-    if row_ptr is not None:
-        row_ptrs = _plane(row_ptr, batch, head, row_strides, ROW_ALIGN) + _offsets(y_m, x_m, r, row_strides, ROW_ALIGN)
-        grad_row_ptrs = _plane(grad_row_ptr, batch, head, grad_row_strides, 1)
-        grad_row_ptrs += _offsets(y_m, x_m, r, grad_row_strides, 1)
-    if col_ptr is not None:
-        col_ptrs = _plane(col_ptr, batch, head, col_strides, COL_ALIGN) + _offsets(y_m, x_m, w, col_strides, COL_ALIGN)
-        grad_col_ptrs = _plane(grad_col_ptr, batch, head, grad_col_strides, 1)
-        grad_col_ptrs += _offsets(y_m, x_m, w, grad_col_strides, 1)
+    key_ptr = tiles.plane(key_ptr, batch, head, key_strides, KEY_ALIGN)
+    k_offsets = tiles.offsets(y_n, x_n, d_k, key_strides, KEY_ALIGN)
+    value_ptr = tiles.plane(value_ptr, batch, head, value_strides, VALUE_ALIGN)
+    v_offsets = tiles.offsets(y_n, x_n, d_v, value_strides, VALUE_ALIGN)
+    row_ptrs = None
+    if row_logits_ptr is not None:
+        row_ptrs = tiles.pointers(row_logits_ptr, batch, head, y_m, x_m, r, row_logits_strides, ROW_LOGITS_ALIGN)
+        grad_row_ptrs = tiles.pointers(grad_row_logits_ptr, batch, head, y_m, x_m, r, grad_row_logits_strides, 1)
+    col_ptrs = None
+    if col_logits_ptr is not None:
+        col_ptrs = tiles.pointers(col_logits_ptr, batch, head, y_m, x_m, w, col_logits_strides, COL_LOGITS_ALIGN)
+        grad_col_ptrs = tiles.pointers(grad_col_logits_ptr, batch, head, y_m, x_m, w, grad_col_logits_strides, 1)
 
     dq = tl.zeros((BLOCK_M, BLOCK_DK), tl.float32)
     for x0 in range(0, BLOCK_W if ONE_STRIP else key_width, BLOCK_W):
-        live_w = x0 + w < key_width
-        if col_ptr is not None:
-            col_mask = live_m[:, None] & live_w[None, :]
-            col = tl.load(col_ptrs + _int64(x0) * col_strides[4], mask=col_mask, other=float("-inf"))
-            col = col.to(tl.float32) * col_scale
-            d_col = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
-        elif HAS_COL:
-            col = tl.where(live_w, 0.0, float("-inf"))[None, :]
+        col_tile = tiles.along(col_ptrs, x0, col_logits_strides)
+        live_w = (x0 + w < key_width)[None, :]
+        col_logits = tiles.axis_logits(col_tile, col_scale, live_m[:, None], live_w, not EVEN_W)
+        if col_logits_ptr is not None:
+            d_col_logits = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
         for y0 in range(0, key_height, ROWS):
-            live_r = y0 + r < key_height
-            live_n = ((y0 + y_n < key_height) & (x0 + x_n < key_width))[:, None]
-            if EVEN_H and EVEN_W:
-                live_n = tl.full((BLOCK_N, 1), 1, tl.int1)
-            k_block = tl.load(
-                key_ptr + _shift(y0, x0, key_strides, KEY_ALIGN) + k_offsets, mask=live_n & live_k, other=0.0
-            )
-            v_block = tl.load(
-                value_ptr + _shift(y0, x0, value_strides, VALUE_ALIGN) + v_offsets, mask=live_n & live_v, other=0.0
-            )
+            y, x = y0 + y_n, x0 + x_n
+            live_n = tiles.inside(y, x, key_height, key_width, EVEN_H and EVEN_W)[:, None]
+            k_block = tiles.load_tile(key_ptr, k_offsets, y0, x0, live_n, live_k, key_strides, KEY_ALIGN)
+            v_block = tiles.load_tile(value_ptr, v_offsets, y0, x0, live_n, live_v, value_strides, VALUE_ALIGN)
 
-            s = _dot(q_block, tl.trans(k_block), None, PRECISION)
-            s = tl.reshape(s, (BLOCK_M, ROWS, BLOCK_W)) * scale
-            if HAS_COL:
-                s += col[:, None, :]
-            if HAS_ROW:
-                row_mask = live_m[:, None] & live_r[None, :]
-                if row_ptr is not None:
-                    row = tl.load(row_ptrs + _int64(y0) * row_strides[4], mask=row_mask, other=float("-inf"))
-                    row = row.to(tl.float32) * row_scale
-                else:
-                    row = tl.where(live_r, 0.0, float("-inf"))[None, :]
-                s += row[:, :, None]
-            p = softmax_exp(
-                s - maximum[:, None, None], EXACT
-            )  # times inverse_sum: the sums over keys are multiplied by it
+            s = tiles.scores(q_block, k_block, scale, ROWS, False, PRECISION)
+            row_tile = tiles.along(row_ptrs, y0, row_logits_strides)
+            live_r = (y0 + r < key_height)[None, :]
+            s = tiles.logits(s, col_logits, row_tile, row_scale, live_m[:, None], live_r, not EVEN_H, False)
+            # Times inverse_sum: the sums over keys are multiplied by it.
+            p = softmax_exp(s - maximum[:, None, None], EXACT)
 
-            dp = _dot(do_block, tl.trans(v_block), None, PRECISION)
+            dp = tiles.dot(do_block, tl.trans(v_block), None, PRECISION)
             if seed_ptr is not None:
-                column = (y0 + y_n) * key_width + x0 + x_n
-                dp = tl.where(_keep(key0[:, None], key1[:, None], column[None, :], threshold), dp * keep_scale, 0.0)
+                keep = tiles.keep(key0[:, None], key1[:, None], (y * key_width + x)[None, :], threshold)
+                dp = tiles.dropped(dp, keep, keep_scale)
             if DELTA_ONLY:
                 delta += tl.sum(tl.reshape(p, (BLOCK_M, BLOCK_N)) * dp, 1)
             else:
                 ds = p * (tl.reshape(dp, (BLOCK_M, ROWS, BLOCK_W)) - delta[:, None, None])
-                if col_ptr is not None:
-                    d_col += tl.sum(ds, 1)
-                if row_ptr is not None:
-                    d_row = tl.sum(ds, 2) * (inverse_sum * grad_row_scale)[:, None]
-                    row_shift = _int64(y0) * grad_row_strides[4] + _int64(x0 // BLOCK_W) * grad_row_strides[5]
-                    tl.store(grad_row_ptrs + row_shift, d_row.to(grad_row_ptr.dtype.element_ty), mask=row_mask)
+                if col_logits_ptr is not None:
+                    d_col_logits += tl.sum(ds, 1)
+                if row_logits_ptr is not None:
+                    d_row_logits = tl.sum(ds, 2) * (inverse_sum * grad_row_scale)[:, None]
+                    shift = (
+                        tiles.int64(y0) * grad_row_logits_strides[4]
+                        + tiles.int64(x0 // BLOCK_W) * grad_row_logits_strides[5]
+                    )
+                    row_mask = live_m[:, None] & live_r
+                    tl.store(grad_row_ptrs + shift, d_row_logits.to(grad_row_ptrs.dtype.element_ty), mask=row_mask)
                 ds = tl.reshape(ds, (BLOCK_M, BLOCK_N)).to(k_block.dtype)
                 if EXACT:
                     # A sum of its own for every tile, as one chain of additions over all tiles rounds more than
                     # float32 results may; the factor keeps the compiler from making one of them.
-                    dq += _dot(ds, k_block, None, PRECISION) * inverse_sum[:, None]
+                    dq += tiles.dot(ds, k_block, None, PRECISION) * inverse_sum[:, None]
                 else:
-                    dq = _dot(ds, k_block, dq, PRECISION)
-        if (col_ptr is not None) and (not DELTA_ONLY):
-            d_col = (d_col * (inverse_sum * grad_col_scale)[:, None]).to(grad_col_ptr.dtype.element_ty)
-            tl.store(grad_col_ptrs + _int64(x0) * grad_col_strides[4], d_col, mask=col_mask)
+                    dq = tiles.dot(ds, k_block, dq, PRECISION)
+        if (col_logits_ptr is not None) and (not DELTA_ONLY):
+            d_col_logits *= (inverse_sum * grad_col_scale)[:, None]
+            shift = tiles.int64(x0) * grad_col_logits_strides[4]
+            col_mask = live_m[:, None] & live_w
+            tl.store(grad_col_ptrs + shift, d_col_logits.to(grad_col_ptrs.dtype.element_ty), mask=col_mask)
 
     if DELTA_ONLY:
-        tl.store(normaliser_ptr + total + index, delta * inverse_sum, mask=live_m)
+        tl.store(per_query_ptr + total + index, delta * inverse_sum, mask=live_m)
     else:
-        dq_ptrs = _plane(grad_query_ptr, batch, head, grad_query_strides, 1)
-        dq_ptrs += _offsets(y_m, x_m, d_k, grad_query_strides, 1)
         dq *= grad_scale if EXACT else (inverse_sum * grad_scale)[:, None]
-        tl.store(dq_ptrs, dq.to(grad_query_ptr.dtype.element_ty), mask=live_m[:, None] & live_k)
+        tiles.store(grad_query_ptr, batch, head, y_m, x_m, d_k, grad_query_strides, dq, live_m[:, None] & live_k)
 
 
 @triton.jit
@@ -437,9 +315,9 @@ def rel_attention_bwd_dkv_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    row_ptr,
-    col_ptr,
-    normaliser_ptr,
+    row_logits_ptr,
+    col_logits_ptr,
+    per_query_ptr,
     grad_key_ptr,
     grad_value_ptr,
     seed_ptr,
@@ -447,8 +325,8 @@ def rel_attention_bwd_dkv_kernel(
     query_strides,
     key_strides,
     value_strides,
-    row_strides,
-    col_strides,
+    row_logits_strides,
+    col_logits_strides,
     grad_key_strides,
     grad_value_strides,
     planes,
@@ -474,8 +352,8 @@ def rel_attention_bwd_dkv_kernel(
     ONE_STRIP: tl.constexpr,
     EVEN_M: tl.constexpr,
     QUERY_ALIGN: tl.constexpr,
-    ROW_ALIGN: tl.constexpr,
-    COL_ALIGN: tl.constexpr,
+    ROW_LOGITS_ALIGN: tl.constexpr,
+    COL_LOGITS_ALIGN: tl.constexpr,
     GRAD_OUT_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -490,82 +368,70 @@ def rel_attention_bwd_dkv_kernel(
     EXACT: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
     row_tiles, strips = tl.cdiv(key_height, ROWS), tl.cdiv(key_width, BLOCK_W)
     tile = tl.program_id(0) % (row_tiles * strips)
-    plane = _int64(tl.program_id(0) // (row_tiles * strips))
+    plane = tiles.int64(tl.program_id(0) // (row_tiles * strips))
     batch, head = plane // heads, plane % heads
     y_tile, x_tile = (tile // strips) * ROWS, (tile % strips) * BLOCK_W
     n = tl.arange(0, BLOCK_N)
     y_n, x_n = y_tile + n // BLOCK_W, x_tile + n % BLOCK_W
     d_k, d_v = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
-    live_n = ((y_n < key_height) & (x_n < key_width))[:, None]
+    live_n = tiles.inside(y_n, x_n, key_height, key_width, False)[:, None]
     live_k, live_v = (d_k < D_K)[None, :], (d_v < D_V)[None, :]
 
     # Padded keys need no mask on the scores: their rows of dK and dV are never stored.
-    k_ptrs = _plane(key_ptr, batch, head, key_strides, 1) + _offsets(y_n, x_n, d_k, key_strides, 1)
-    k_block = tl.load(k_ptrs, mask=live_n & live_k, other=0.0)
-    v_ptrs = _plane(value_ptr, batch, head, value_strides, 1) + _offsets(y_n, x_n, d_v, value_strides, 1)
-    v_block = tl.load(v_ptrs, mask=live_n & live_v, other=0.0)
+    k_block = tiles.load(key_ptr, batch, head, y_n, x_n, d_k, live_n, live_k, key_strides, 1)
+    v_block = tiles.load(value_ptr, batch, head, y_n, x_n, d_v, live_n, live_v, value_strides, 1)
     m = tl.arange(0, BLOCK_M)
     y_m, x_m = m // QUERY_W, m % QUERY_W
-    query_ptr = _plane(query_ptr, batch, head, query_strides, QUERY_ALIGN)
-    q_offsets = _offsets(y_m, x_m, d_k, query_strides, QUERY_ALIGN)
-    grad_out_ptr = _plane(grad_out_ptr, batch, head, grad_out_strides, GRAD_OUT_ALIGN)
-    do_offsets = _offsets(y_m, x_m, d_v, grad_out_strides, GRAD_OUT_ALIGN)
-    if row_ptr is not None:
-        row_ptr = _plane(row_ptr, batch, head, row_strides, ROW_ALIGN)
-        row_offsets = tl.trans(_offsets(y_m, x_m, y_tile + tl.arange(0, ROWS), row_strides, ROW_ALIGN))
-        live_r = (y_tile + tl.arange(0, ROWS) < key_height)[:, None]
-    if col_ptr is not None:
-        col_ptr = _plane(col_ptr, batch, head, col_strides, COL_ALIGN)
-        col_offsets = tl.trans(_offsets(y_m, x_m, x_tile + tl.arange(0, BLOCK_W), col_strides, COL_ALIGN))
-        live_w = (x_tile + tl.arange(0, BLOCK_W) < key_width)[:, None]
+    query_ptr = tiles.plane(query_ptr, batch, head, query_strides, QUERY_ALIGN)
+    q_offsets = tiles.offsets(y_m, x_m, d_k, query_strides, QUERY_ALIGN)
+    grad_out_ptr = tiles.plane(grad_out_ptr, batch, head, grad_out_strides, GRAD_OUT_ALIGN)
+    do_offsets = tiles.offsets(y_m, x_m, d_v, grad_out_strides, GRAD_OUT_ALIGN)
+    y_r, x_w = y_tile + tl.arange(0, ROWS), x_tile + tl.arange(0, BLOCK_W)
+    live_r, live_w = (y_r < key_height)[:, None], (x_w < key_width)[:, None]
+    row_offsets, col_offsets = None, None
+    if row_logits_ptr is not None:
+        row_logits_ptr = tiles.plane(row_logits_ptr, batch, head, row_logits_strides, ROW_LOGITS_ALIGN)
+        row_offsets = tl.trans(tiles.offsets(y_m, x_m, y_r, row_logits_strides, ROW_LOGITS_ALIGN))
+    if col_logits_ptr is not None:
+        col_logits_ptr = tiles.plane(col_logits_ptr, batch, head, col_logits_strides, COL_LOGITS_ALIGN)
+        col_offsets = tl.trans(tiles.offsets(y_m, x_m, x_w, col_logits_strides, COL_LOGITS_ALIGN))
 
     queries = query_height * query_width
-    total = _int64(queries) * planes
+    total = tiles.int64(queries) * planes
     dk = tl.zeros((BLOCK_N, BLOCK_DK), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     for x0 in range(0, QUERY_W if ONE_STRIP else query_width, QUERY_W):
         for y0 in range(0, query_height, QUERY_ROWS):
-            live_m = (y0 + y_m < query_height) & (x0 + x_m < query_width)
-            if EVEN_M:
-                live_m = tl.full((BLOCK_M,), 1, tl.int1)
-            q_shift = _shift(y0, x0, query_strides, QUERY_ALIGN)
-            q_block = tl.load(query_ptr + q_shift + q_offsets, mask=live_m[:, None] & live_k, other=0.0)
-            do_shift = _shift(y0, x0, grad_out_strides, GRAD_OUT_ALIGN)
-            do_block = tl.load(grad_out_ptr + do_shift + do_offsets, mask=live_m[:, None] & live_v, other=0.0)
+            live_m = tiles.inside(y0 + y_m, x0 + x_m, query_height, query_width, EVEN_M)
+            q_block = tiles.load_tile(query_ptr, q_offsets, y0, x0, live_m[:, None], live_k, query_strides, QUERY_ALIGN)
+            do_block = tiles.load_tile(
+                grad_out_ptr, do_offsets, y0, x0, live_m[:, None], live_v, grad_out_strides, GRAD_OUT_ALIGN
+            )
             index = plane * queries + y0 * query_width + x0 + (y_m * query_width + x_m)
-            maximum = tl.load(normaliser_ptr + index, mask=live_m, other=float("inf"))
-            delta = tl.load(normaliser_ptr + total + index, mask=live_m, other=0.0)
-            inverse_sum = tl.load(normaliser_ptr + 2 * total + index, mask=live_m, other=0.0)
+            maximum = tl.load(per_query_ptr + index, mask=live_m, other=float("inf"))
+            delta = tl.load(per_query_ptr + total + index, mask=live_m, other=0.0)
+            inverse_sum = tl.load(per_query_ptr + 2 * total + index, mask=live_m, other=0.0)
 
-            s = _dot(k_block, tl.trans(q_block), None, PRECISION)
-            s = tl.reshape(s, (ROWS, BLOCK_W, BLOCK_M)) * scale
-            if col_ptr is not None:
-                col_mask = live_w & live_m[None, :]
-                col = tl.load(col_ptr + _shift(y0, x0, col_strides, COL_ALIGN) + col_offsets, mask=col_mask, other=0.0)
-                s += (col.to(tl.float32) * col_scale)[None, :, :]
-            if row_ptr is not None:
-                row_mask = live_r & live_m[None, :]
-                row = tl.load(row_ptr + _shift(y0, x0, row_strides, ROW_ALIGN) + row_offsets, mask=row_mask, other=0.0)
-                s += (row.to(tl.float32) * row_scale)[:, None, :]
+            s = tiles.scores(k_block, q_block, scale, ROWS, True, PRECISION)
+            col_tile = tiles.tile(col_logits_ptr, col_offsets, y0, x0, col_logits_strides, COL_LOGITS_ALIGN)
+            col_logits = tiles.axis_logits(col_tile, col_scale, live_m[None, :], live_w, False)
+            row_tile = tiles.tile(row_logits_ptr, row_offsets, y0, x0, row_logits_strides, ROW_LOGITS_ALIGN)
+            s = tiles.logits(s, col_logits, row_tile, row_scale, live_m[None, :], live_r, False, True)
             p = softmax_exp(s - maximum[None, None, :], EXACT) * inverse_sum[None, None, :]
             p = tl.reshape(p, (BLOCK_N, BLOCK_M))
 
-            dp = _dot(v_block, tl.trans(do_block), None, PRECISION)
+            dp = tiles.dot(v_block, tl.trans(do_block), None, PRECISION)
             if seed_ptr is not None:
-                key0 = tl.load(normaliser_ptr + 3 * total + index, mask=live_m, other=0.0).to(tl.uint32, bitcast=True)
-                key1 = tl.load(normaliser_ptr + 4 * total + index, mask=live_m, other=0.0).to(tl.uint32, bitcast=True)
-                column = y_n * key_width + x_n
-                keep = _keep(key0[None, :], key1[None, :], column[:, None], threshold)
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-                p_kept = tl.where(keep, p * keep_scale, 0.0)
-                dv = _dot(p_kept.to(do_block.dtype), do_block, dv, PRECISION)
+                key0 = tl.load(per_query_ptr + 3 * total + index, mask=live_m, other=0.0).to(tl.uint32, bitcast=True)
+                key1 = tl.load(per_query_ptr + 4 * total + index, mask=live_m, other=0.0).to(tl.uint32, bitcast=True)
+                keep = tiles.keep(key0[None, :], key1[None, :], (y_n * key_width + x_n)[:, None], threshold)
+                dp = tiles.dropped(dp, keep, keep_scale)
+                p_kept = tiles.dropped(p, keep, keep_scale)
+                dv = tiles.dot(p_kept.to(do_block.dtype), do_block, dv, PRECISION)
             else:
-                dv = _dot(p.to(do_block.dtype), do_block, dv, PRECISION)
+                dv = tiles.dot(p.to(do_block.dtype), do_block, dv, PRECISION)
             ds = p * (dp - delta[None, :])
-            dk = _dot(ds.to(q_block.dtype), q_block, dk, PRECISION)
+            dk = tiles.dot(ds.to(q_block.dtype), q_block, dk, PRECISION)
 
-    dk_ptrs = _plane(grad_key_ptr, batch, head, grad_key_strides, 1) + _offsets(y_n, x_n, d_k, grad_key_strides, 1)
-    tl.store(dk_ptrs, (dk * grad_scale).to(grad_key_ptr.dtype.element_ty), mask=live_n & live_k)
-    dv_ptrs = _plane(grad_value_ptr, batch, head, grad_value_strides, 1)
-    dv_ptrs += _offsets(y_n, x_n, d_v, grad_value_strides, 1)
-    tl.store(dv_ptrs, dv.to(grad_value_ptr.dtype.element_ty), mask=live_n & live_v)
+    tiles.store(grad_key_ptr, batch, head, y_n, x_n, d_k, grad_key_strides, dk * grad_scale, live_n & live_k)
+    tiles.store(grad_value_ptr, batch, head, y_n, x_n, d_v, grad_value_strides, dv, live_n & live_v)

@@ -48,13 +48,13 @@ class AttentionLaunch(Launch):
 
 
 class Terms(NamedTuple):
-    """What the logits and the output are made of; ``row`` and ``col`` are finished logits, not tables."""
+    """What the logits and the output are made of."""
 
     query: Tensor
     key: Tensor
     value: Tensor
-    row: Tensor | None
-    col: Tensor | None
+    row_logits: Tensor | None
+    col_logits: Tensor | None
 
 
 class Factors(NamedTuple):
@@ -68,13 +68,13 @@ class Factors(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of :class:`Terms`, to be written; ``row`` with one entry per column strip (:func:`strips`) in front."""
+    """Of :class:`Terms`, to be written; ``row_logits`` with one entry per column strip (:func:`strips`) in front."""
 
     query: Tensor
     key: Tensor
     value: Tensor
-    row: Tensor | None
-    col: Tensor | None
+    row_logits: Tensor | None
+    col_logits: Tensor | None
 
 
 # Kernel -> depth bucket -> tile; the bucket is the larger padded depth of key and value.  Chosen by
@@ -153,21 +153,21 @@ def _precision(dtype: torch.dtype) -> str:
 
 def _common(terms: Terms, factors: Factors) -> dict[str, Any]:
     """Arguments that all three kernels take, by name, but for those of the tile."""
-    query, key, value, row, col = terms
+    query, key, value, row_logits, col_logits = terms
     _, heads, _, width, d_k = query.shape
-    query_strides, row_strides, col_strides = strides(query), strides(row), strides(col)
+    query_strides, row_logits_strides, col_logits_strides = strides(query), strides(row_logits), strides(col_logits)
     return {
         "query_ptr": query,
         "key_ptr": key,
         "value_ptr": value,
-        "row_ptr": row,
-        "col_ptr": col,
+        "row_logits_ptr": row_logits,
+        "col_logits_ptr": col_logits,
         "seed_ptr": factors.seed if factors.dropout_p > 0.0 else None,
         "query_strides": query_strides,
         "key_strides": strides(key),
         "value_strides": strides(value),
-        "row_strides": row_strides,
-        "col_strides": col_strides,
+        "row_logits_strides": row_logits_strides,
+        "col_logits_strides": col_logits_strides,
         "heads": heads,
         "query_width": width,
         "key_height": key.shape[2],
@@ -180,8 +180,8 @@ def _common(terms: Terms, factors: Factors) -> dict[str, Any]:
         "D_K": d_k,
         "D_V": value.shape[4],
         "QUERY_ALIGN": alignment(query, query_strides),
-        "ROW_ALIGN": alignment(row, row_strides),
-        "COL_ALIGN": alignment(col, col_strides),
+        "ROW_LOGITS_ALIGN": alignment(row_logits, row_logits_strides),
+        "COL_LOGITS_ALIGN": alignment(col_logits, col_logits_strides),
         "PRECISION": _precision(query.dtype),
     }
 
@@ -233,11 +233,11 @@ def plan_backward(
     factors: Factors,
     out: Tensor,
     statistics: Tensor,
-    normaliser: Tensor,
+    per_query: Tensor,
     grads: Gradients,
     arch: str,
 ) -> list[Launch]:
-    """The backward launches in order: dQ, which also writes ``normaliser``, then dK and dV, which read it.
+    """The backward launches in order: dQ, which also writes ``per_query``, then dK and dV, which read it.
 
     In float32 a launch of the dQ kernel that only sums delta precedes them.
     """
@@ -246,7 +246,7 @@ def plan_backward(
         "grad_out_ptr": grad_out,
         "grad_out_strides": strides(grad_out),
         "planes": grad_out.shape[0] * grad_out.shape[1],
-        "normaliser_ptr": normaliser,
+        "per_query_ptr": per_query,
         "grad_scale": factors.scale,
     }
     dq = _plan_dq(common, out, statistics, grads, factors, arch)
@@ -257,17 +257,17 @@ def plan_backward(
 
 
 def _plan_dq(common: dict[str, Any], out, statistics, grads: Gradients, factors: Factors, arch: str) -> Launch:
-    row_strides = None if grads.row is None else (*strides(grads.row[0]), grads.row.stride(0))
+    d_row = grads.row_logits
     arguments = {
         "out_ptr": out,
         "out_strides": strides(out),
         "statistics_ptr": statistics,
         "grad_query_ptr": grads.query,
         "grad_query_strides": strides(grads.query),
-        "grad_row_ptr": grads.row,
-        "grad_row_strides": row_strides,
-        "grad_col_ptr": grads.col,
-        "grad_col_strides": strides(grads.col),
+        "grad_row_logits_ptr": d_row,
+        "grad_row_logits_strides": None if d_row is None else (*strides(d_row[0]), d_row.stride(0)),
+        "grad_col_logits_ptr": grads.col_logits,
+        "grad_col_logits_strides": strides(grads.col_logits),
         "grad_row_scale": factors.row_scale,
         "grad_col_scale": factors.col_scale,
         "DELTA_ONLY": False,
@@ -304,7 +304,7 @@ def _plan_dkv(common: dict[str, Any], grads: Gradients, arch: str) -> Launch:
 
 
 def strips(query: Tensor, key: Tensor, value: Tensor, arch: str) -> int:
-    """Column strips that the dQ pass walks: the leading dimension of its ``grad_row``."""
+    """Column strips that the dQ pass walks: the leading dimension of its ``grad_row_logits``."""
     tile, _, _ = _blocks("backward_dq", arch, query.dtype, query.shape[4], value.shape[4])
     return -(-key.shape[3] // key_tile(tile.block_n, *key.shape[2:4])[1])
 
@@ -316,8 +316,14 @@ def _logits(query, term, key_length, axis, rel_scale, key_minus_query):
     return relative_logits(query, term, key_length, axis, key_minus_query), rel_scale
 
 
+def _terms_factors(query, key, value, row_term, col_term, scale, rel_scale, key_minus_query, dropout_p, seed):
+    row_logits, row_scale = _logits(query, row_term, key.shape[2], 2, rel_scale, key_minus_query)
+    col_logits, col_scale = _logits(query, col_term, key.shape[3], 3, rel_scale, key_minus_query)
+    return Terms(query, key, value, row_logits, col_logits), Factors(scale, row_scale, col_scale, dropout_p, seed)
+
+
 def forward(
-    query, key, value, row, col, scale, rel_scale, key_minus_query, dropout_p, seed, out, statistics
+    query, key, value, row_term, col_term, scale, rel_scale, key_minus_query, dropout_p, seed, out, statistics
 ) -> None:  # fmt: skip
     """Forward of the operators in op.py."""
     if key.shape[2] * key.shape[3] == 0:
@@ -326,45 +332,55 @@ def forward(
     if statistics.numel() == 0:
         return
     with torch.cuda.device_of(query):
-        row, row_scale = _logits(query, row, key.shape[2], 2, rel_scale, key_minus_query)
-        col, col_scale = _logits(query, col, key.shape[3], 3, rel_scale, key_minus_query)
-        terms, factors = Terms(query, key, value, row, col), Factors(scale, row_scale, col_scale, dropout_p, seed)
+        terms, factors = _terms_factors(
+            query, key, value, row_term, col_term, scale, rel_scale, key_minus_query, dropout_p, seed
+        )
         plan_forward(terms, factors, out, statistics, architecture(query)).run()
 
 
 def backward(
-    grad_out, query, key, value, row, col, out, statistics, scale, rel_scale, key_minus_query, dropout_p, seed, *grads
+    grad_out, query, key, value, row_term, col_term, out, statistics, scale, rel_scale, key_minus_query, dropout_p,
+    seed, *grads,
 ) -> None:  # fmt: skip
     """Backward of the operators in op.py.  Logits of tables are computed again, not saved."""
     if 0 in (statistics.numel(), key.shape[2] * key.shape[3], value.shape[4]):
         for grad in grads:
             grad.zero_()
         return
-    grad_query, _, _, grad_row, grad_col = grads
+    grad_query, _, _, grad_row_term, grad_col_term = grads
     arch = architecture(query)
     with torch.cuda.device_of(query):
-        tables = {2: row, 3: col}
-        row, row_scale = _logits(query, row, key.shape[2], 2, rel_scale, key_minus_query)
-        col, col_scale = _logits(query, col, key.shape[3], 3, rel_scale, key_minus_query)
-        # Where the term is a table, what the kernel writes is the gradient of its logits.
-        d_row = grad_row if row is tables[2] else torch.empty_like(row, memory_format=torch.contiguous_format)
-        d_col = grad_col if col is tables[3] else torch.empty_like(col, memory_format=torch.contiguous_format)
-        count = strips(query, key, value, arch)
-        strip_rows = d_row[None] if count == 1 else d_row.new_empty((count, *d_row.shape), dtype=torch.float32)
-        written = Gradients(*grads[:3], None if row is None else strip_rows, None if col is None else d_col)
-        normaliser = statistics.new_empty((5, *query.shape[:4]))
-        terms, factors = Terms(query, key, value, row, col), Factors(scale, row_scale, col_scale, dropout_p, seed)
-        for launch in plan_backward(grad_out, terms, factors, out, statistics, normaliser, written, arch):
+        terms, factors = _terms_factors(
+            query, key, value, row_term, col_term, scale, rel_scale, key_minus_query, dropout_p, seed
+        )
+        d_row = _grad_of_logits(terms.row_logits, row_term, grad_row_term)
+        d_col = _grad_of_logits(terms.col_logits, col_term, grad_col_term)
+        d_row_strips = d_row
+        if d_row is not None:
+            count = strips(query, key, value, arch)
+            d_row_strips = d_row[None] if count == 1 else d_row.new_empty((count, *d_row.shape), dtype=torch.float32)
+        per_query = statistics.new_empty((5, *query.shape[:4]))
+        written = Gradients(*grads[:3], d_row_strips, d_col)
+        for launch in plan_backward(grad_out, terms, factors, out, statistics, per_query, written, arch):
             launch.run()
-        if row is not None and count > 1:
-            d_row.copy_(strip_rows.sum(0))
+        if d_row is not None and len(d_row_strips) > 1:
+            d_row.copy_(d_row_strips.sum(0))
 
-        for axis, d_logits, grad_table in ((2, d_row, grad_row), (3, d_col, grad_col)):
-            table = tables[axis]
+        for axis, d_logits, table, grad_table in (
+            (2, d_row, row_term, grad_row_term),
+            (3, d_col, col_term, grad_col_term),
+        ):
             if table is not None and table.dim() != 5:
                 d_query, d_table = relative_logits_backward(d_logits, query, table, axis, key_minus_query)
                 grad_query.add_(d_query)
                 grad_table.copy_(d_table)
+
+
+def _grad_of_logits(logits: Tensor | None, term: Tensor | None, grad_term: Tensor) -> Tensor | None:
+    """What the kernel writes: the gradient of the term, or that of its logits where the term is a table."""
+    if logits is None or logits is term:
+        return None if logits is None else grad_term
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 #: Cases of the compile report: name -> (query grid, d_k, d_v, dtype, options).
@@ -419,19 +435,18 @@ def _plan_all(grid, d_k, d_v, dtype, arch, *, channels_first=False, dropout_p=0.
         return empty(*lead, depth, *grid).permute(0, 1, 3, 4, 2) if channels_first else empty(*lead, *grid, depth)
 
     query, key, value, out, grad_out = feature(d_k), feature(d_k), feature(d_v), feature(d_v), feature(d_v)
-    row = empty(*lead, *grid, grid[0]) if logits else None
-    col = empty(*lead, *grid, grid[1]) if logits else None
+    row_logits = empty(*lead, *grid, grid[0]) if logits else None
+    col_logits = empty(*lead, *grid, grid[1]) if logits else None
     statistics = empty(*lead, *grid, 2, dtype=torch.float32)
-    normaliser = empty(5, *lead, *grid, dtype=torch.float32)
+    per_query = empty(5, *lead, *grid, dtype=torch.float32)
     seed = torch.empty(1, dtype=torch.int64, device="meta")
-    terms, factors = Terms(query, key, value, row, col), Factors(d_k**-0.5, 1.0, 1.0, dropout_p, seed)
+    terms, factors = Terms(query, key, value, row_logits, col_logits), Factors(d_k**-0.5, 1.0, 1.0, dropout_p, seed)
     d_row = None
     if logits:
         count = strips(query, key, value, arch)
-        d_row = row[None] if count == 1 else empty(count, *row.shape, dtype=torch.float32)
+        d_row = row_logits[None] if count == 1 else empty(count, *row_logits.shape, dtype=torch.float32)
+    grads = Gradients(query, key, value, d_row, col_logits)
     return [
         plan_forward(terms, factors, out, statistics, arch),
-        *plan_backward(
-            grad_out, terms, factors, out, statistics, normaliser, Gradients(query, key, value, d_row, col), arch
-        ),
+        *plan_backward(grad_out, terms, factors, out, statistics, per_query, grads, arch),
     ]
