@@ -214,22 +214,10 @@ def check_segments(
     """The segments as the kernels take them: contiguous."""
     if query_segments is None and key_segments is None:
         return None, None
-    grids = {
-        "query_segments": (query_segments, query.shape[2:4], "(S, Hq, Wq)"),
-        "key_segments": (key_segments, key.shape[2:4], "(S, Hk, Wk)"),
-    }
-    for name, (segments, grid, layout) in grids.items():
-        if segments is None:
-            other = next(given for given in grids if given != name)
-            raise ValueError(f"{name} must be given where {other} is, got None")
-        if not isinstance(segments, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(segments).__name__}")
-        if segments.dtype != torch.int32:
-            raise TypeError(f"{name} must have dtype torch.int32, got {segments.dtype}")
-        if segments.dim() != 3 or segments.shape[1:] != grid:
-            raise ValueError(f"{name} must have shape {layout}=(S, {grid[0]}, {grid[1]}), got {tuple(segments.shape)}")
-        if segments.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {segments.device}")
+    query_segments = _given("query_segments", query_segments, "key_segments")
+    key_segments = _given("key_segments", key_segments, "query_segments")
+    _check_segments_of("query_segments", query_segments, query, "q")
+    _check_segments_of("key_segments", key_segments, key, "k")
     sets, batch = query_segments.shape[0], query.shape[0]
     if key_segments.shape[0] != sets:
         raise ValueError(
@@ -240,27 +228,48 @@ def check_segments(
     return query_segments.contiguous(), key_segments.contiguous()
 
 
+def _check_segments_of(name: str, segments: Tensor, of: Tensor, letter: str) -> None:
+    height, width = of.shape[2:4]
+    if not isinstance(segments, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(segments).__name__}")
+    if segments.dtype != torch.int32:
+        raise TypeError(f"{name} must have dtype torch.int32, got {segments.dtype}")
+    if segments.dim() != 3 or segments.shape[1:] != (height, width):
+        raise ValueError(
+            f"{name} must have shape (S, H{letter}, W{letter})=(S, {height}, {width}), got {tuple(segments.shape)}"
+        )
+    if segments.device != of.device:
+        raise ValueError(f"{name} must be on the device of query, {of.device}, got {segments.device}")
+
+
 def check_prefix(query: Tensor, value: Tensor, prefix_key: Tensor | None, prefix_value: Tensor | None) -> None:
     if prefix_key is None and prefix_value is None:
         return
-    batch, heads, depth = query.shape[0], query.shape[1], {"prefix_key": query.shape[4], "prefix_value": value.shape[4]}
-    given = {"prefix_key": prefix_key, "prefix_value": prefix_value}
-    for (name, prefix), letter in zip(given.items(), "kv", strict=True):
-        if prefix is None:
-            raise ValueError(
-                f"{name} must be given where {'prefix_value' if name == 'prefix_key' else 'prefix_key'} is, got None"
-            )
-        checks.tensor(name, prefix)
-        if prefix.dim() != 4 or (*prefix.shape[:2], prefix.shape[3]) != (batch, heads, depth[name]):
-            raise ValueError(
-                f"{name} must have shape (B, heads, P, d_{letter})=({batch}, {heads}, P, {depth[name]}), "
-                f"got {tuple(prefix.shape)}"
-            )
+    prefix_key = _given("prefix_key", prefix_key, "prefix_value")
+    prefix_value = _given("prefix_value", prefix_value, "prefix_key")
+    _check_prefix_of("prefix_key", prefix_key, query, "k")
+    _check_prefix_of("prefix_value", prefix_value, value, "v")
     if prefix_key.shape[2] != prefix_value.shape[2]:
         raise ValueError(
             f"prefix_value must have as many positions P as prefix_key, {prefix_key.shape[2]}, "
             f"got {prefix_value.shape[2]}"
         )
+
+
+def _check_prefix_of(name: str, prefix: Tensor, of: Tensor, letter: str) -> None:
+    checks.tensor(name, prefix)
+    batch, heads, depth = of.shape[0], of.shape[1], of.shape[4]
+    if prefix.dim() != 4 or (*prefix.shape[:2], prefix.shape[3]) != (batch, heads, depth):
+        raise ValueError(
+            f"{name} must have shape (B, heads, P, d_{letter})=({batch}, {heads}, P, {depth}), "
+            f"got {tuple(prefix.shape)}"
+        )
+
+
+def _given(name: str, value: Tensor | None, other: str) -> Tensor:
+    if value is None:
+        raise ValueError(f"{name} must be given where {other} is, got None")
+    return value
 
 
 def _check_table(name: str, table: Tensor | None, query: Tensor, key: Tensor, axis: int) -> None:
