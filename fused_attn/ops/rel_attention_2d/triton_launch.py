@@ -37,14 +37,37 @@ class AttentionLaunch(Launch):
     @property
     def tile(self) -> str:
         a = self.arguments
-        queries = f"({a['QUERY_ROWS']}x{a['QUERY_W']})" if "QUERY_W" in a else a["BLOCK_M"]
-        return f"{queries} x ({a['ROWS']}x{a['BLOCK_W']})"
+        if "BLOCK_M" in a:
+            return f"{a['BLOCK_M']} x ({a['ROWS']}x{a['BLOCK_W']})"
+        rows, columns = self._query_tile
+        return f"({rows}x{columns}) x ({a['ROWS']}x{a['BLOCK_W']})"
+
+    @property
+    def _query_tile(self) -> tuple[int, int]:
+        a = self.arguments
+        return a.get("QUERY_ROWS", a["ROWS"]), a.get("QUERY_W", a["BLOCK_W"])
 
     @property
     def scores_per_tile(self) -> int:
         a = self.arguments
-        queries = a["QUERY_ROWS"] * a["QUERY_W"] if "QUERY_W" in a else a["BLOCK_M"]
-        return queries * a["ROWS"] * a["BLOCK_W"]
+        rows, columns = self._query_tile
+        return a.get("BLOCK_M", rows * columns) * a["ROWS"] * a["BLOCK_W"]
+
+
+class FoldLaunch(Launch):
+    """The launch that sums partial gradients of a free table."""
+
+    __slots__ = ()
+
+    @property
+    def tile(self) -> str:
+        a = self.arguments
+        return f"{a['BLOCK_E']} x ({a['ROWS']}x{a['BLOCK_W']})"
+
+    @property
+    def bytes_per_tile(self) -> int:
+        a = self.arguments
+        return 4 * a["BLOCK_E"] * a["ROWS"] * a["BLOCK_W"]
 
 
 class Terms(NamedTuple):
@@ -411,9 +434,10 @@ def _plan_table(common: dict[str, Any], terms: Terms, factors: Factors, grad_tab
         **shape,
         "BLOCK_E": 8,
     }
+    programs = checked(heads * -(-entries // 8), "the bias table makes")
     return [
         _launch(triton_kernels.rel_attention_bwd_table_kernel, splits * tiles, arguments, tile),
-        _launch(triton_kernels.rel_attention_bwd_table_fold_kernel, heads * -(-entries // 8), fold, Tile(8, 8, 4, 1)),
+        FoldLaunch(triton_kernels.rel_attention_bwd_table_fold_kernel, programs, fold, compiler_options(4, 1)),
     ]
 
 
@@ -538,6 +562,12 @@ _COMPILE_SHAPES: dict[str, tuple] = {
     "aa-wrn stage 1, float32": ((32, 32), 20, 2, torch.float32, {}),
     "sam global 64x64, float32": ((64, 64), 64, 64, torch.float32, {}),
     "botnet 14x14, float32": ((14, 14), 128, 128, torch.float32, {}),
+    "swin 7x7": ((7, 7), 32, 32, torch.bfloat16, {"logits": False, "table": True, "segments": True}),
+    "swin 7x7, float32": ((7, 7), 32, 32, torch.float32, {"logits": False, "table": True, "segments": True}),
+    "coatnet 14x14": ((14, 14), 32, 32, torch.bfloat16, {"logits": False, "table": True}),
+    "free table 16x16, d 64": ((16, 16), 64, 64, torch.bfloat16, {"logits": False, "table": True}),
+    "mvit 14x14, prefix": ((14, 14), 96, 96, torch.bfloat16, {"prefixes": 1}),
+    "mvit 14x14, prefix, float32": ((14, 14), 96, 96, torch.float32, {"prefixes": 1}),
 }
 
 COMPILE_NOTES = """
@@ -561,10 +591,18 @@ def compile_cases(arch: str) -> Iterator[tuple[str, Launch]]:
     """(case, launch) of every shipped configuration on ``arch``, over meta tensors: see compile_report.py."""
     for name, (grid, d_k, d_v, dtype, options) in _COMPILE_SHAPES.items():
         for launch in _plan_all(grid, d_k, d_v, dtype, arch, **options):
-            yield f"{name}, delta" if launch.arguments.get("DELTA_ONLY") else name, launch
+            if launch.arguments.get("DELTA_ONLY"):
+                yield f"{name}, delta", launch
+            elif launch.arguments.get("first_key"):
+                yield f"{name}, prefix keys", launch
+            else:
+                yield name, launch
 
 
-def _plan_all(grid, d_k, d_v, dtype, arch, *, channels_first=False, dropout_p=0.0, logits=True) -> list[Launch]:
+def _plan_all(
+    grid, d_k, d_v, dtype, arch, *, channels_first=False, dropout_p=0.0, logits=True, table=False, segments=False,
+    prefixes=0,
+) -> list[Launch]:  # fmt: skip
     lead = (8, 8)
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -579,15 +617,16 @@ def _plan_all(grid, d_k, d_v, dtype, arch, *, channels_first=False, dropout_p=0.
     statistics = empty(*lead, *grid, 2, dtype=torch.float32)
     per_query = empty(5, *lead, *grid, dtype=torch.float32)
     seed = torch.empty(1, dtype=torch.int64, device="meta")
-    terms, factors = (
-        Terms(query, key, value, row_logits, col_logits),
-        Factors(d_k**-0.5, 1.0, 1.0, dropout_p, seed, True),
-    )
+    bias_table = empty(lead[1], 2 * grid[0] - 1, 2 * grid[1] - 1) if table else None
+    segments_of = empty(4, *grid, dtype=torch.int32) if segments else None
+    prefix = [empty(*lead, 1, prefixes, depth) if prefixes else None for depth in (d_k, d_v)]
+    terms = Terms(query, key, value, row_logits, col_logits, bias_table, segments_of, segments_of, *prefix)
+    factors = Factors(d_k**-0.5, 1.0, 1.0, dropout_p, seed, True)
     d_row = None
     if logits:
         count = strips(query, key, value, arch)
         d_row = row_logits[None] if count == 1 else empty(count, *row_logits.shape, dtype=torch.float32)
-    grads = Gradients(query, key, value, d_row, col_logits)
+    grads = Gradients(query, key, value, d_row, col_logits, bias_table, *prefix)
     return [
         plan_forward(terms, factors, out, statistics, arch),
         *plan_backward(grad_out, terms, factors, out, statistics, per_query, grads, arch),
