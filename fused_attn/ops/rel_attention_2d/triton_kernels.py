@@ -167,13 +167,20 @@ def rel_attention_fwd_kernel(
             if ONES_COLUMN:
                 v_block = tl.where((d_v == D_V)[None, :], one, v_block)
 
-            s = tiles.scores(q_block, k_block, scale, ROWS, False, PRECISION)
-            row_tile = tiles.along(row_ptrs, y0, row_logits_strides)
-            live_r = (y0 + r < key_height)[None, :]
-            s = tiles.logits(s, col_logits, row_tile, row_scale, live_m[:, None], live_r, not EVEN_H, False)
-            key_places = tiles.table_places(table_ptr, y, x, key_height, key_width, table_steps)
-            s = tiles.add_biases(s, table_ptr, query_places, key_places, False)
-            s = tl.reshape(s, (BLOCK_M, BLOCK_N))
+            if table_ptr is not None:
+                s = tiles.dot(q_block, tl.trans(k_block), None, PRECISION) * scale
+                key_places = tiles.table_places(y, x, key_height, key_width, table_steps)
+                bias_ptrs = table_ptr + (query_places[:, None] - key_places[None, :])
+                if EVEN_H and EVEN_W:
+                    s += tl.load(bias_ptrs).to(tl.float32)
+                else:
+                    s += tl.load(bias_ptrs, mask=tl.trans(live_n), other=float("-inf")).to(tl.float32)
+            else:
+                s = tiles.scores(q_block, k_block, scale, ROWS, False, PRECISION)
+                row_tile = tiles.along(row_ptrs, y0, row_logits_strides)
+                live_r = (y0 + r < key_height)[None, :]
+                s = tiles.logits(s, col_logits, row_tile, row_scale, live_m[:, None], live_r, not EVEN_H, False)
+                s = tl.reshape(s, (BLOCK_M, BLOCK_N))
             n_live = tiles.inside(y, x, key_height, key_width, EVEN_H and EVEN_W)
             key_segment = tiles.load_segments(key_segments_ptr, y * key_width + x, n_live, -1)
             s = tiles.seen(s, tiles.same_segment(query_segment, key_segment), float("-inf"))
@@ -352,17 +359,27 @@ def rel_attention_bwd_dq_kernel(
             k_block = tiles.load_tile(key_ptr, k_offsets, y0, x0, live_n, live_k, key_strides, KEY_ALIGN)
             v_block = tiles.load_tile(value_ptr, v_offsets, y0, x0, live_n, live_v, value_strides, VALUE_ALIGN)
 
-            s = tiles.scores(q_block, k_block, scale, ROWS, False, PRECISION)
-            row_tile = tiles.along(row_ptrs, y0, row_logits_strides)
-            live_r = (y0 + r < key_height)[None, :]
-            s = tiles.logits(s, col_logits, row_tile, row_scale, live_m[:, None], live_r, not EVEN_H, False)
-            key_places = tiles.table_places(table_ptr, y, x, key_height, key_width, table_steps)
-            s = tiles.add_biases(s, table_ptr, query_places, key_places, False)
+            if table_ptr is not None:
+                s = tiles.dot(q_block, tl.trans(k_block), None, PRECISION) * scale
+                key_places = tiles.table_places(y, x, key_height, key_width, table_steps)
+                bias_ptrs = table_ptr + (query_places[:, None] - key_places[None, :])
+                if EVEN_H and EVEN_W:
+                    s += tl.load(bias_ptrs).to(tl.float32)
+                else:
+                    s += tl.load(bias_ptrs, mask=tl.trans(live_n), other=float("-inf")).to(tl.float32)
+            else:
+                s = tiles.scores(q_block, k_block, scale, ROWS, False, PRECISION)
+                row_tile = tiles.along(row_ptrs, y0, row_logits_strides)
+                live_r = (y0 + r < key_height)[None, :]
+                s = tiles.logits(s, col_logits, row_tile, row_scale, live_m[:, None], live_r, not EVEN_H, False)
             n_live = tiles.inside(y, x, key_height, key_width, EVEN_H and EVEN_W)
             key_segment = tiles.load_segments(key_segments_ptr, y * key_width + x, n_live, -1)
             same = tiles.same_segment(query_segment, key_segment)
             # Times inverse_sum: the sums over keys are multiplied by it.
-            p = softmax_exp(s - maximum[:, None, None], EXACT)
+            if table_ptr is not None:
+                p = softmax_exp(s - maximum[:, None], EXACT)
+            else:
+                p = softmax_exp(s - maximum[:, None, None], EXACT)
 
             dp = tiles.dot(do_block, tl.trans(v_block), None, PRECISION)
             if seed_ptr is not None:
@@ -371,7 +388,10 @@ def rel_attention_bwd_dq_kernel(
             if DELTA_ONLY:
                 delta += tl.sum(tiles.seen(tl.reshape(p, (BLOCK_M, BLOCK_N)) * dp, same, 0.0), 1)
             else:
-                ds = p * (tl.reshape(dp, (BLOCK_M, ROWS, BLOCK_W)) - delta[:, None, None])
+                if table_ptr is not None:
+                    ds = p * (dp - delta[:, None])
+                else:
+                    ds = p * (tl.reshape(dp, (BLOCK_M, ROWS, BLOCK_W)) - delta[:, None, None])
                 ds = tiles.seen(ds, same, 0.0)
                 if col_logits_ptr is not None:
                     d_col_logits += tl.sum(ds, 1)
@@ -524,7 +544,7 @@ def rel_attention_bwd_dkv_kernel(
     key_places, key_segment = None, None
     if table_ptr is not None:
         table_ptr += head * table_steps[0] + table_steps[1]
-        key_places = tiles.table_places(table_ptr, y_n, x_n, key_height, key_width, table_steps)
+        key_places = tiles.table_places(y_n, x_n, key_height, key_width, table_steps)
     if key_segments_ptr is not None:
         segments_of = batch % segment_sets
         query_segments_ptr += segments_of * queries
@@ -549,18 +569,23 @@ def rel_attention_bwd_dkv_kernel(
             delta = tl.load(per_query_ptr + total + index, mask=live_m, other=0.0)
             inverse_sum = tl.load(per_query_ptr + 2 * total + index, mask=live_m, other=0.0)
 
-            s = tiles.scores(k_block, q_block, scale, ROWS, True, PRECISION)
-            col_tile = tiles.tile(col_logits_ptr, col_offsets, y0, x0, col_logits_strides, COL_LOGITS_ALIGN)
-            col_logits = tiles.axis_logits(col_tile, col_scale, live_m[None, :], live_w, False)
-            row_tile = tiles.tile(row_logits_ptr, row_offsets, y0, x0, row_logits_strides, ROW_LOGITS_ALIGN)
-            s = tiles.logits(s, col_logits, row_tile, row_scale, live_m[None, :], live_r, False, True)
-            query_places = tiles.table_places(table_ptr, y0 + y_m, x0 + x_m, query_height, query_width, table_steps)
-            s = tiles.add_biases(s, table_ptr, query_places, key_places, True)
+            if table_ptr is not None:
+                s = tiles.dot(k_block, tl.trans(q_block), None, PRECISION) * scale
+                query_places = tiles.table_places(y0 + y_m, x0 + x_m, query_height, query_width, table_steps)
+                s += tl.load(table_ptr + (query_places[None, :] - key_places[:, None])).to(tl.float32)
+                p = softmax_exp(s - maximum[None, :], EXACT) * inverse_sum[None, :]
+            else:
+                s = tiles.scores(k_block, q_block, scale, ROWS, True, PRECISION)
+                col_tile = tiles.tile(col_logits_ptr, col_offsets, y0, x0, col_logits_strides, COL_LOGITS_ALIGN)
+                col_logits = tiles.axis_logits(col_tile, col_scale, live_m[None, :], live_w, False)
+                row_tile = tiles.tile(row_logits_ptr, row_offsets, y0, x0, row_logits_strides, ROW_LOGITS_ALIGN)
+                s = tiles.logits(s, col_logits, row_tile, row_scale, live_m[None, :], live_r, False, True)
+                p = softmax_exp(s - maximum[None, None, :], EXACT) * inverse_sum[None, None, :]
+                p = tl.reshape(p, (BLOCK_N, BLOCK_M))
             place = y0 * query_width + x0 + (y_m * query_width + x_m)
             query_segment = tiles.load_segments(query_segments_ptr, place, live_m, -2)
             same = tiles.same_segment(key_segment, query_segment)
-            p = softmax_exp(s - maximum[None, None, :], EXACT) * inverse_sum[None, None, :]
-            p = tiles.seen(tl.reshape(p, (BLOCK_N, BLOCK_M)), same, 0.0)
+            p = tiles.seen(p, same, 0.0)
 
             dp = tiles.dot(v_block, tl.trans(do_block), None, PRECISION)
             if seed_ptr is not None:

@@ -153,24 +153,10 @@ def logits(scores, col_logits, row_pointers, row_scale, live_m, live_r, PAD: tl.
 
 
 @triton.jit
-def table_places(table_ptr, y, x, height, width, steps):
+def table_places(y, x, height, width, steps):
     """Of positions, int32 numbers such that those of a query less those of a key are the place of their bias in the
     head's table; past the grid, those of its edge: every place is in the table."""
-    if table_ptr is not None:
-        return tl.minimum(y, height - 1) * steps[2] + tl.minimum(x, width - 1) * steps[3]
-
-
-@triton.jit
-def add_biases(scores, table_ptr, query_places, key_places, KEYS_FIRST: tl.constexpr):
-    """Scores, in their layout, with the biases of the head's table, if there is one."""
-    if table_ptr is None:
-        return scores
-    elif KEYS_FIRST:
-        biases = tl.load(table_ptr + (query_places[None, :] - key_places[:, None]))
-        return scores + tl.reshape(biases.to(tl.float32), scores.shape)
-    else:
-        biases = tl.load(table_ptr + (query_places[:, None] - key_places[None, :]))
-        return scores + tl.reshape(biases.to(tl.float32), scores.shape)
+    return tl.minimum(y, height - 1) * steps[2] + tl.minimum(x, width - 1) * steps[3]
 
 
 @triton.jit
