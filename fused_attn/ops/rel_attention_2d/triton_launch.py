@@ -37,14 +37,37 @@ class AttentionLaunch(Launch):
     @property
     def tile(self) -> str:
         a = self.arguments
-        queries = f"({a['QUERY_ROWS']}x{a['QUERY_W']})" if "QUERY_W" in a else a["BLOCK_M"]
-        return f"{queries} x ({a['ROWS']}x{a['BLOCK_W']})"
+        if "BLOCK_M" in a:
+            return f"{a['BLOCK_M']} x ({a['ROWS']}x{a['BLOCK_W']})"
+        rows, columns = self._query_tile
+        return f"({rows}x{columns}) x ({a['ROWS']}x{a['BLOCK_W']})"
+
+    @property
+    def _query_tile(self) -> tuple[int, int]:
+        a = self.arguments
+        return a.get("QUERY_ROWS", a["ROWS"]), a.get("QUERY_W", a["BLOCK_W"])
 
     @property
     def scores_per_tile(self) -> int:
         a = self.arguments
-        queries = a["QUERY_ROWS"] * a["QUERY_W"] if "QUERY_W" in a else a["BLOCK_M"]
-        return queries * a["ROWS"] * a["BLOCK_W"]
+        rows, columns = self._query_tile
+        return a.get("BLOCK_M", rows * columns) * a["ROWS"] * a["BLOCK_W"]
+
+
+class FoldLaunch(Launch):
+    """The launch that sums partial gradients of a free table."""
+
+    __slots__ = ()
+
+    @property
+    def tile(self) -> str:
+        a = self.arguments
+        return f"{a['BLOCK_E']} x ({a['ROWS']}x{a['BLOCK_W']})"
+
+    @property
+    def bytes_per_tile(self) -> int:
+        a = self.arguments
+        return 4 * a["BLOCK_E"] * a["ROWS"] * a["BLOCK_W"]
 
 
 class Terms(NamedTuple):
@@ -53,8 +76,13 @@ class Terms(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    row_logits: Tensor | None
-    col_logits: Tensor | None
+    row_logits: Tensor | None = None
+    col_logits: Tensor | None = None
+    bias_table: Tensor | None = None
+    query_segments: Tensor | None = None
+    key_segments: Tensor | None = None
+    prefix_key: Tensor | None = None  # a grid of one row, (B, heads, 1, P, depth), as prefix_value
+    prefix_value: Tensor | None = None
 
 
 class Factors(NamedTuple):
@@ -65,16 +93,22 @@ class Factors(NamedTuple):
     col_scale: float
     dropout_p: float
     seed: Tensor | None
+    key_minus_query: bool
 
 
 class Gradients(NamedTuple):
-    """Of :class:`Terms`, to be written; ``row_logits`` with one entry per column strip (:func:`strips`) in front."""
+    """Of :class:`Terms`, to be written; ``row_logits`` with one entry per column strip (:func:`strips`) in front,
+    ``bias_table`` contiguous.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
-    row_logits: Tensor | None
-    col_logits: Tensor | None
+    row_logits: Tensor | None = None
+    col_logits: Tensor | None = None
+    bias_table: Tensor | None = None
+    prefix_key: Tensor | None = None
+    prefix_value: Tensor | None = None
 
 
 # Kernel -> depth bucket -> tile; the bucket is the larger padded depth of key and value.  Chosen by
@@ -84,6 +118,12 @@ _TILES_NVIDIA = {
     "forward": {32: Tile(128, 128, 8, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 1)},
     "backward_dq": {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 8, 1)},
     "backward_dkv": {32: Tile(64, 64, 4, 2), 64: Tile(32, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 8, 1)},
+    "backward_table": {
+        32: Tile(64, 64, 8, 1),
+        64: Tile(64, 64, 8, 1),
+        128: Tile(32, 32, 4, 1),
+        256: Tile(32, 32, 8, 1),
+    },
 }
 # Where a family's registers do not hold the tile above.  sm_80 stands for every part with warp-level matrix products.
 _TILES_BY_FAMILY = {
@@ -101,17 +141,24 @@ _TILES_AMD = {
     "forward": {32: Tile(128, 64, 4, 1), 64: Tile(128, 64, 4, 1), 128: Tile(64, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
     "backward_dq": {32: Tile(128, 64, 4, 1), 64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
     "backward_dkv": {32: Tile(64, 64, 4, 1), 64: Tile(32, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
+    "backward_table": {
+        32: Tile(64, 64, 8, 1),
+        64: Tile(64, 64, 8, 1),
+        128: Tile(32, 32, 4, 1),
+        256: Tile(32, 32, 8, 1),
+    },
 }
 # IEEE float32 products run on the vector units and keep whole rows of operands in registers: none holds a depth of 256.
 _TILES_FLOAT32 = {
     "forward": {32: Tile(32, 64, 4, 1), 64: Tile(64, 32, 8, 1), 128: Tile(16, 16, 8, 1)},
     "backward_dq": {32: Tile(64, 32, 4, 1), 64: Tile(16, 32, 8, 1), 128: Tile(16, 16, 8, 1)},
     "backward_dkv": {32: Tile(32, 32, 4, 1), 64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 4, 1)},
+    "backward_table": {32: Tile(32, 32, 4, 1), 64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 4, 1)},
 }
 
 
 def choose_tile(kernel: str, arch: str, dtype: torch.dtype, block_dk: int, block_dv: int) -> Tile:
-    """Tile of ``kernel`` ("forward", "backward_dq" or "backward_dkv") on ``arch``."""
+    """Tile of ``kernel`` ``kernel`` ("forward", "backward_dq", "backward_dkv" or "backward_table") on on ``arch``."""
     bucket = max(32, block_dk, block_dv)
     if dtype == torch.float32:
         return _TILES_FLOAT32[kernel][bucket]
@@ -153,7 +200,8 @@ def _precision(dtype: torch.dtype) -> str:
 
 def _common(terms: Terms, factors: Factors) -> dict[str, Any]:
     """Arguments that all three kernels take, by name, but for those of the tile."""
-    query, key, value, row_logits, col_logits = terms
+    query, key, value, row_logits, col_logits = terms[:5]
+    segments = terms.query_segments
     _, heads, _, width, d_k = query.shape
     query_strides, row_logits_strides, col_logits_strides = strides(query), strides(row_logits), strides(col_logits)
     return {
@@ -162,12 +210,17 @@ def _common(terms: Terms, factors: Factors) -> dict[str, Any]:
         "value_ptr": value,
         "row_logits_ptr": row_logits,
         "col_logits_ptr": col_logits,
+        "table_ptr": terms.bias_table,
+        "query_segments_ptr": segments,
+        "key_segments_ptr": terms.key_segments,
         "seed_ptr": factors.seed if factors.dropout_p > 0.0 else None,
         "query_strides": query_strides,
         "key_strides": strides(key),
         "value_strides": strides(value),
         "row_logits_strides": row_logits_strides,
         "col_logits_strides": col_logits_strides,
+        "table_steps": table_steps(terms, factors.key_minus_query),
+        "segment_sets": None if segments is None else segments.shape[0],
         "heads": heads,
         "query_width": width,
         "key_height": key.shape[2],
@@ -186,7 +239,22 @@ def _common(terms: Terms, factors: Factors) -> dict[str, Any]:
     }
 
 
-def _launch_over_queries(name: str, kernel, common: dict[str, Any], arguments: dict[str, Any], arch: str) -> Launch:
+def table_steps(terms: Terms, key_minus_query: bool, table: Tensor | None = None) -> tuple[int, int, int, int] | None:
+    """How a table, ``bias_table`` unless given, is walked: from one head to the next; from its beginning to the bias of
+    a query and a key at the same place; as the query goes one row down, or one column to the right.
+    """
+    table = terms.bias_table if table is None else table
+    if table is None:
+        return None
+    head, down, right = table.stride()
+    height, width = (terms.query if key_minus_query else terms.key).shape[2:4]
+    sign = -1 if key_minus_query else 1
+    return head, (height - 1) * down + (width - 1) * right, sign * down, sign * right
+
+
+def _launch_over_queries(
+    name: str, kernel, common: dict[str, Any], arguments: dict[str, Any], terms: Terms, arch: str
+) -> Launch:
     """A launch of a kernel that owns queries and loops over keys."""
     query, key, value = common["query_ptr"], common["key_ptr"], common["value_ptr"]
     batch, heads, height, width, d_k = query.shape
@@ -195,10 +263,18 @@ def _launch_over_queries(name: str, kernel, common: dict[str, Any], arguments: d
     rows, columns = key_tile(tile.block_n, key_height, key_width)
     queries = height * width
     block_m = max(16, min(tile.block_m, bucket_size(queries)))
+    prefix = terms.prefix_key
+    prefixes = None if prefix is None else prefix.shape[3]
     arguments = {
         **common,
         **arguments,
         "queries": queries,
+        "prefix_key_ptr": prefix,
+        "prefix_value_ptr": terms.prefix_value,
+        "prefix_key_strides": strides(prefix),
+        "prefix_value_strides": strides(terms.prefix_value),
+        "prefixes": prefixes,
+        "BLOCK_P": None if prefixes is None else max(16, min(tile.block_n, bucket_size(prefixes))),
         "BLOCK_DK": block_dk,
         "BLOCK_DV": block_dv,
         "BLOCK_M": block_m,
@@ -224,7 +300,7 @@ def plan_forward(terms: Terms, factors: Factors, out: Tensor, statistics: Tensor
     """The forward launch; writes ``out`` and ``statistics``."""
     outputs = {"out_ptr": out, "out_strides": strides(out), "statistics_ptr": statistics}
     kernel = triton_kernels.rel_attention_fwd_kernel
-    return _launch_over_queries("forward", kernel, _common(terms, factors), outputs, arch)
+    return _launch_over_queries("forward", kernel, _common(terms, factors), outputs, terms, arch)
 
 
 def plan_backward(
@@ -237,26 +313,35 @@ def plan_backward(
     grads: Gradients,
     arch: str,
 ) -> list[Launch]:
-    """The backward launches in order: dQ, which also writes ``per_query``, then dK and dV, which read it.
+    """The backward launches in order: dQ, which also writes ``per_query``, then those that read it: dK and dV, of the
+    grid and of prefix keys, and the gradient of the free table.
 
     In float32 a launch of the dQ kernel that only sums delta precedes them.
     """
     common = _common(terms, factors)
-    common |= {
+    over_keys = {
         "grad_out_ptr": grad_out,
         "grad_out_strides": strides(grad_out),
         "planes": grad_out.shape[0] * grad_out.shape[1],
         "per_query_ptr": per_query,
         "grad_scale": factors.scale,
     }
-    dq = _plan_dq(common, out, statistics, grads, factors, arch)
-    launches = [dq, _plan_dkv(common, grads, arch)]
+    dq = _plan_dq(common | over_keys, out, statistics, grads, terms, factors, arch)
+    launches = [dq, _plan_dkv(common | over_keys, grads.key, grads.value, arch)]
+    if terms.prefix_key is not None:
+        prefix = Terms(terms.query, terms.prefix_key, terms.prefix_value)
+        first = {"first_key": terms.key.shape[2] * terms.key.shape[3]}
+        launches.append(
+            _plan_dkv(_common(prefix, factors) | over_keys | first, grads.prefix_key, grads.prefix_value, arch)
+        )
+    if terms.bias_table is not None:
+        launches += _plan_table(common | over_keys, terms, factors, grads.bias_table, arch)
     if grad_out.dtype != torch.float32:
         return launches
     return [dq._replace(arguments={**dq.arguments, "DELTA_ONLY": True}), *launches]
 
 
-def _plan_dq(common: dict[str, Any], out, statistics, grads: Gradients, factors: Factors, arch: str) -> Launch:
+def _plan_dq(common: dict[str, Any], out, statistics, grads: Gradients, terms: Terms, factors, arch: str) -> Launch:
     d_row = grads.row_logits
     arguments = {
         "out_ptr": out,
@@ -272,10 +357,11 @@ def _plan_dq(common: dict[str, Any], out, statistics, grads: Gradients, factors:
         "grad_col_scale": factors.col_scale,
         "DELTA_ONLY": False,
     }
-    return _launch_over_queries("backward_dq", triton_kernels.rel_attention_bwd_dq_kernel, common, arguments, arch)
+    kernel = triton_kernels.rel_attention_bwd_dq_kernel
+    return _launch_over_queries("backward_dq", kernel, common, arguments, terms, arch)
 
 
-def _plan_dkv(common: dict[str, Any], grads: Gradients, arch: str) -> Launch:
+def _plan_dkv(common: dict[str, Any], grad_key: Tensor, grad_value: Tensor, arch: str) -> Launch:
     batch, heads, height, width, d_k = common["query_ptr"].shape
     key_height, key_width = common["key_height"], common["key_width"]
     grad_out = common["grad_out_ptr"]
@@ -283,11 +369,12 @@ def _plan_dkv(common: dict[str, Any], grads: Gradients, arch: str) -> Launch:
     rows, columns = key_tile(tile.block_n, key_height, key_width)
     query_rows, query_columns = key_tile(tile.block_m, height, width)
     arguments = {
+        "first_key": None,
         **common,
-        "grad_key_ptr": grads.key,
-        "grad_key_strides": strides(grads.key),
-        "grad_value_ptr": grads.value,
-        "grad_value_strides": strides(grads.value),
+        "grad_key_ptr": grad_key,
+        "grad_key_strides": strides(grad_key),
+        "grad_value_ptr": grad_value,
+        "grad_value_strides": strides(grad_value),
         "query_height": height,
         "BLOCK_DK": block_dk,
         "BLOCK_DV": block_dv,
@@ -303,6 +390,57 @@ def _plan_dkv(common: dict[str, Any], grads: Gradients, arch: str) -> Launch:
     return _launch(triton_kernels.rel_attention_bwd_dkv_kernel, programs, arguments, tile)
 
 
+#: Programs that the gradient of a free table is shared out to where the batch is large enough.
+_TABLE_PROGRAMS = 512
+
+
+def _plan_table(common: dict[str, Any], terms: Terms, factors: Factors, grad_table: Tensor, arch: str) -> list[Launch]:
+    """Launches that sum the gradient of the free table.
+
+    Tiles of queries and of keys have one shape.  Where they lie apart alike, so do their queries and keys: those pairs
+    of tiles, of a part of the images, add up in registers, and are one tile of ``partial``, float32 (splits, heads,
+    tiles apart, queries, keys).  It holds 4 * block numbers per head and position of the grid at most, and no more than
+    about ``_TABLE_PROGRAMS`` tiles where it is split; the second launch sums its diagonals.
+    """
+    query, key = terms.query, terms.key
+    batch, heads, height, width, d_k = query.shape
+    key_height, key_width = key.shape[2:4]
+    tile, block_dk, block_dv = _blocks("backward_table", arch, query.dtype, d_k, common["D_V"])
+    rows, columns = key_tile(tile.block_n, max(height, key_height), max(width, key_width))
+    apart = (-(-height // rows) + -(-key_height // rows) - 1, -(-width // columns) + -(-key_width // columns) - 1)
+    tiles = heads * apart[0] * apart[1]
+    images = -(-batch // min(batch, -(-_TABLE_PROGRAMS // tiles)))
+    splits = -(-batch // images)
+    partial = grad_table.new_empty((splits, tiles, rows * columns, rows * columns), dtype=torch.float32)
+    names = ("row_logits_ptr", "col_logits_ptr", "row_logits_strides", "col_logits_strides", "row_scale", "col_scale")
+    names += ("grad_scale", "ROW_LOGITS_ALIGN", "COL_LOGITS_ALIGN")
+    arguments = {name: argument for name, argument in common.items() if name not in names}
+    shape = {"ROWS": rows, "BLOCK_W": columns, "heads": heads, "key_height": key_height, "key_width": key_width}
+    shape |= {"query_height": height, "query_width": width, "partial_ptr": partial}
+    arguments |= shape | {
+        "batch": batch,
+        "images": images,
+        "BLOCK_DK": block_dk,
+        "BLOCK_DV": block_dv,
+        "KEY_ALIGN": alignment(key, common["key_strides"]),
+        "VALUE_ALIGN": alignment(terms.value, common["value_strides"]),
+        "GRAD_OUT_ALIGN": alignment(common["grad_out_ptr"], common["grad_out_strides"]),
+    }
+    entries = grad_table.shape[1] * grad_table.shape[2]
+    fold = {
+        "grad_table_ptr": grad_table,
+        "grad_table_steps": table_steps(terms, factors.key_minus_query, grad_table),
+        "splits": splits,
+        **shape,
+        "BLOCK_E": 8,
+    }
+    programs = checked(heads * -(-entries // 8), "the bias table makes")
+    return [
+        _launch(triton_kernels.rel_attention_bwd_table_kernel, splits * tiles, arguments, tile),
+        FoldLaunch(triton_kernels.rel_attention_bwd_table_fold_kernel, programs, fold, compiler_options(4, 1)),
+    ]
+
+
 def strips(query: Tensor, key: Tensor, value: Tensor, arch: str) -> int:
     """Column strips that the dQ pass walks: the leading dimension of its ``grad_row_logits``."""
     tile, _, _ = _blocks("backward_dq", arch, query.dtype, query.shape[4], value.shape[4])
@@ -316,64 +454,89 @@ def _logits(query, term, key_length, axis, rel_scale, key_minus_query):
     return relative_logits(query, term, key_length, axis, key_minus_query), rel_scale
 
 
-def _terms_factors(query, key, value, row_term, col_term, scale, rel_scale, key_minus_query, dropout_p, seed):
+def _problem(
+    query, key, value, row_term, col_term, bias_table, query_segments, key_segments, prefix_key, prefix_value, scale,
+    rel_scale, key_minus_query, dropout_p, seed,
+) -> tuple[Terms, Factors]:  # fmt: skip
+    """What the kernels get of the arguments of the operators."""
     row_logits, row_scale = _logits(query, row_term, key.shape[2], 2, rel_scale, key_minus_query)
     col_logits, col_scale = _logits(query, col_term, key.shape[3], 3, rel_scale, key_minus_query)
-    return Terms(query, key, value, row_logits, col_logits), Factors(scale, row_scale, col_scale, dropout_p, seed)
+    factors = Factors(scale, row_scale, col_scale, dropout_p, seed, key_minus_query)
+    prefix = [
+        None if tensor is None or 0 in tensor.shape[:3] else tensor[:, :, None] for tensor in (prefix_key, prefix_value)
+    ]
+    if key.shape[2] * key.shape[3] == 0:  # prefix keys alone are a grid
+        return Terms(query, *prefix), factors
+    # The kernels' places in a head's table have 32 bits.
+    if (
+        bias_table is not None
+        and sum(n * abs(s) for n, s in zip(bias_table.shape[1:], bias_table.stride()[1:], strict=True)) >= 2**31
+    ):
+        bias_table = bias_table.contiguous()
+    return Terms(query, key, value, row_logits, col_logits, bias_table, query_segments, key_segments, *prefix), factors
 
 
-def forward(
-    query, key, value, row_term, col_term, scale, rel_scale, key_minus_query, dropout_p, seed, out, statistics
-) -> None:  # fmt: skip
+def forward(query, key, value, *arguments) -> None:
     """Forward of the operators in op.py."""
-    if key.shape[2] * key.shape[3] == 0:
-        out.zero_(), statistics.zero_()
-        return
+    *arguments, out, statistics = arguments
     if statistics.numel() == 0:
         return
     with torch.cuda.device_of(query):
-        terms, factors = _terms_factors(
-            query, key, value, row_term, col_term, scale, rel_scale, key_minus_query, dropout_p, seed
-        )
+        terms, factors = _problem(query, key, value, *arguments)
+        if terms.key is None:
+            out.zero_(), statistics.zero_()
+            return
         plan_forward(terms, factors, out, statistics, architecture(query)).run()
 
 
-def backward(
-    grad_out, query, key, value, row_term, col_term, out, statistics, scale, rel_scale, key_minus_query, dropout_p,
-    seed, *grads,
-) -> None:  # fmt: skip
+def backward(grad_out, query, key, value, row_term, col_term, *arguments) -> None:
     """Backward of the operators in op.py.  Logits of tables are computed again, not saved."""
-    if 0 in (statistics.numel(), key.shape[2] * key.shape[3], value.shape[4]):
-        for grad in grads:
-            grad.zero_()
-        return
-    grad_query, _, _, grad_row_term, grad_col_term = grads
-    arch = architecture(query)
+    *arguments, grad_query, grad_key, grad_value, d_row_term, d_col_term, d_table, d_prefix_key, d_prefix_value = (
+        arguments
+    )
+    bias_table, query_segments, key_segments, prefix_key, prefix_value, out, statistics, *numbers = arguments
+    key_minus_query = numbers[2]
+    inputs = bias_table, query_segments, key_segments, prefix_key, prefix_value
     with torch.cuda.device_of(query):
-        terms, factors = _terms_factors(
-            query, key, value, row_term, col_term, scale, rel_scale, key_minus_query, dropout_p, seed
-        )
-        d_row = _grad_of_logits(terms.row_logits, row_term, grad_row_term)
-        d_col = _grad_of_logits(terms.col_logits, col_term, grad_col_term)
+        terms, factors = _problem(query, key, value, row_term, col_term, *inputs, *numbers)
+        on_grid = key.shape[2] * key.shape[3] > 0
+        if statistics.numel() == 0 or terms.key is None or value.shape[4] == 0 or not on_grid:
+            for grad in (
+                grad_query,
+                grad_key,
+                grad_value,
+                d_row_term,
+                d_col_term,
+                d_table,
+                d_prefix_key,
+                d_prefix_value,
+            ):
+                if grad.numel() > 0:
+                    grad.zero_()
+            if statistics.numel() == 0 or terms.key is None or value.shape[4] == 0:
+                return
+        arch = architecture(query)
+        d_prefix = (d_prefix_key[:, :, None], d_prefix_value[:, :, None]) if prefix_key is not None else (None, None)
+        d_row = _grad_of_logits(terms.row_logits, row_term, d_row_term)
+        d_col = _grad_of_logits(terms.col_logits, col_term, d_col_term)
         d_row_strips = d_row
         if d_row is not None:
             count = strips(query, key, value, arch)
             d_row_strips = d_row[None] if count == 1 else d_row.new_empty((count, *d_row.shape), dtype=torch.float32)
         per_query = statistics.new_empty((5, *query.shape[:4]))
-        written = Gradients(*grads[:3], d_row_strips, d_col)
+        written = Gradients(grad_query, grad_key, grad_value, d_row_strips, d_col, d_table, *d_prefix)
+        if not on_grid:
+            written = Gradients(grad_query, *d_prefix)
         for launch in plan_backward(grad_out, terms, factors, out, statistics, per_query, written, arch):
             launch.run()
         if d_row is not None and len(d_row_strips) > 1:
             d_row.copy_(d_row_strips.sum(0))
 
-        for axis, d_logits, table, grad_table in (
-            (2, d_row, row_term, grad_row_term),
-            (3, d_col, col_term, grad_col_term),
-        ):
-            if table is not None and table.dim() != 5:
-                d_query, d_table = relative_logits_backward(d_logits, query, table, axis, key_minus_query)
+        for axis, d_logits, table, grad_table in ((2, d_row, row_term, d_row_term), (3, d_col, col_term, d_col_term)):
+            if d_logits is not None and table.dim() != 5:
+                d_query, d_axis_table = relative_logits_backward(d_logits, query, table, axis, key_minus_query)
                 grad_query.add_(d_query)
-                grad_table.copy_(d_table)
+                grad_table.copy_(d_axis_table)
 
 
 def _grad_of_logits(logits: Tensor | None, term: Tensor | None, grad_term: Tensor) -> Tensor | None:
@@ -399,6 +562,12 @@ _COMPILE_SHAPES: dict[str, tuple] = {
     "aa-wrn stage 1, float32": ((32, 32), 20, 2, torch.float32, {}),
     "sam global 64x64, float32": ((64, 64), 64, 64, torch.float32, {}),
     "botnet 14x14, float32": ((14, 14), 128, 128, torch.float32, {}),
+    "swin 7x7": ((7, 7), 32, 32, torch.bfloat16, {"logits": False, "table": True, "segments": True}),
+    "swin 7x7, float32": ((7, 7), 32, 32, torch.float32, {"logits": False, "table": True, "segments": True}),
+    "coatnet 14x14": ((14, 14), 32, 32, torch.bfloat16, {"logits": False, "table": True}),
+    "free table 16x16, d 64": ((16, 16), 64, 64, torch.bfloat16, {"logits": False, "table": True}),
+    "mvit 14x14, prefix": ((14, 14), 96, 96, torch.bfloat16, {"prefixes": 1}),
+    "mvit 14x14, prefix, float32": ((14, 14), 96, 96, torch.float32, {"prefixes": 1}),
 }
 
 COMPILE_NOTES = """
@@ -422,10 +591,18 @@ def compile_cases(arch: str) -> Iterator[tuple[str, Launch]]:
     """(case, launch) of every shipped configuration on ``arch``, over meta tensors: see compile_report.py."""
     for name, (grid, d_k, d_v, dtype, options) in _COMPILE_SHAPES.items():
         for launch in _plan_all(grid, d_k, d_v, dtype, arch, **options):
-            yield f"{name}, delta" if launch.arguments.get("DELTA_ONLY") else name, launch
+            if launch.arguments.get("DELTA_ONLY"):
+                yield f"{name}, delta", launch
+            elif launch.arguments.get("first_key"):
+                yield f"{name}, prefix keys", launch
+            else:
+                yield name, launch
 
 
-def _plan_all(grid, d_k, d_v, dtype, arch, *, channels_first=False, dropout_p=0.0, logits=True) -> list[Launch]:
+def _plan_all(
+    grid, d_k, d_v, dtype, arch, *, channels_first=False, dropout_p=0.0, logits=True, table=False, segments=False,
+    prefixes=0,
+) -> list[Launch]:  # fmt: skip
     lead = (8, 8)
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -440,12 +617,16 @@ def _plan_all(grid, d_k, d_v, dtype, arch, *, channels_first=False, dropout_p=0.
     statistics = empty(*lead, *grid, 2, dtype=torch.float32)
     per_query = empty(5, *lead, *grid, dtype=torch.float32)
     seed = torch.empty(1, dtype=torch.int64, device="meta")
-    terms, factors = Terms(query, key, value, row_logits, col_logits), Factors(d_k**-0.5, 1.0, 1.0, dropout_p, seed)
+    bias_table = empty(lead[1], 2 * grid[0] - 1, 2 * grid[1] - 1) if table else None
+    segments_of = empty(4, *grid, dtype=torch.int32) if segments else None
+    prefix = [empty(*lead, 1, prefixes, depth) if prefixes else None for depth in (d_k, d_v)]
+    terms = Terms(query, key, value, row_logits, col_logits, bias_table, segments_of, segments_of, *prefix)
+    factors = Factors(d_k**-0.5, 1.0, 1.0, dropout_p, seed, True)
     d_row = None
     if logits:
         count = strips(query, key, value, arch)
         d_row = row_logits[None] if count == 1 else empty(count, *row_logits.shape, dtype=torch.float32)
-    grads = Gradients(query, key, value, d_row, col_logits)
+    grads = Gradients(query, key, value, d_row, col_logits, bias_table, *prefix)
     return [
         plan_forward(terms, factors, out, statistics, arch),
         *plan_backward(grad_out, terms, factors, out, statistics, per_query, grads, arch),

@@ -83,6 +83,16 @@ def load_tile(plane_ptr, offsets, y, x, live, live_depth, strides, ALIGN: tl.con
 
 
 @triton.jit
+def load_prefix(
+    key_ptr, value_ptr, batch, head, j, d_k, d_v, live, live_k, live_v, key_strides, value_strides
+):  # fmt: skip
+    """Prefix keys ``j`` and their values, which are a grid of one row: (positions, depth) blocks."""
+    y = tl.zeros_like(j)
+    k_block = load(key_ptr, batch, head, y, j, d_k, live, live_k, key_strides, 1)
+    return k_block, load(value_ptr, batch, head, y, j, d_v, live, live_v, value_strides, 1)
+
+
+@triton.jit
 def store(ptr, batch, head, y, x, depth, strides, block, mask):
     """Write a (positions, depth) block to a plane."""
     tl.store(pointers(ptr, batch, head, y, x, depth, strides, 1), block.to(ptr.dtype.element_ty), mask=mask)
@@ -140,6 +150,37 @@ def logits(scores, col_logits, row_pointers, row_scale, live_m, live_r, PAD: tl.
     if row_logits is not None:
         scores += tl.expand_dims(row_logits, 1 if KEYS_FIRST else 2)
     return scores
+
+
+@triton.jit
+def table_places(y, x, height, width, steps):
+    """Of positions, int32 numbers such that those of a query less those of a key are the place of their bias in the
+    head's table; past the grid, those of its edge: every place is in the table."""
+    return tl.minimum(y, height - 1) * steps[2] + tl.minimum(x, width - 1) * steps[3]
+
+
+@triton.jit
+def load_segments(ptr, index, live, NONE: tl.constexpr):
+    """Segments at ``index``; NONE for negative ones and those that are not ``live``."""
+    if ptr is not None:
+        segment = tl.load(ptr + index, mask=live, other=-1)
+        return tl.where(segment < 0, NONE, segment)
+
+
+@triton.jit
+def same_segment(left, right):
+    """Which of ``left`` (axis 0) and ``right`` (axis 1) see each other, if there are segments."""
+    if left is not None:
+        return left[:, None] == right[None, :]
+
+
+@triton.jit
+def seen(x, same, other: tl.constexpr):
+    """``x``, but ``other`` where a key is hidden from a query, whatever is there."""
+    if same is None:
+        return x
+    else:
+        return tl.where(tl.reshape(same, x.shape), x, other)
 
 
 @triton.jit

@@ -42,6 +42,11 @@ def inputs(dtype, heads, query_grid, key_grid, d_k, d_v, terms, batch=1):
     return query, key, value, row, col
 
 
+def operator(query, key, value, row, col, *numbers):
+    """The operator without free table, segments and prefix keys."""
+    return op.rel_attention_2d("triton", query, key, value, row, col, *[None] * 5, *numbers)
+
+
 def run(function, tensors, dtype, grad_out):
     """[out, gradients...] of ``function`` over copies of ``tensors`` in ``dtype`` with the same strides."""
     leaves = []
@@ -66,12 +71,13 @@ def check(tensors, *, rel_scale=0.7, key_minus_query=True, dropout_p=0.0, grad_o
 
     def expected(q, k, v, row, col):
         if any(term is not None and term.dim() == 5 for term in (row, col)):
-            return reference.decomposed_bias_attention(q, k, v, row, col, scale, dropout_p, seed)
+            return reference.decomposed_bias_attention(q, k, v, row, col, scale=scale, dropout_p=dropout_p, seed=seed)
         index = "key_minus_query" if key_minus_query else "query_minus_key"
-        return reference.rel_attention_2d(q, k, v, row, col, scale, rel_scale, index, dropout_p, seed)
+        options = {"scale": scale, "rel_scale": rel_scale, "index": index, "dropout_p": dropout_p, "seed": seed}
+        return reference.rel_attention_2d(q, k, v, row, col, **options)
 
     def actual(q, k, v, row, col):
-        return op.rel_attention_2d("triton", q, k, v, row, col, scale, rel_scale, key_minus_query, dropout_p, seed)
+        return operator(q, k, v, row, col, scale, rel_scale, key_minus_query, dropout_p, seed)
 
     got = run(actual, tensors, query.dtype, grad_out)
     exact = run(expected, tensors, torch.float64, grad_out)
@@ -132,11 +138,11 @@ def test_dropout_draws_the_reference_mask(dtype):
 def test_no_scale():
     tensors = inputs(BF16, 1, (3, 3), (3, 3), 4, 4, "logits")
     query, key, value, row, col = (t.double().requires_grad_() for t in tensors)
-    exact = reference.decomposed_bias_attention(query, key, value, row, col, 0.0)
+    exact = reference.decomposed_bias_attention(query, key, value, row, col, scale=0.0)
     grad_out = draw(*exact.shape, dtype=BF16)
     expected = torch.autograd.grad(exact, (value, row, col), grad_out.double())
     query, key, value, row, col = (t.detach().requires_grad_() for t in tensors)
-    out = op.rel_attention_2d("triton", query, key, value, row, col, 0.0, 1.0, True, 0.0, None)
+    out = operator(query, key, value, row, col, 0.0, 1.0, True, 0.0, None)
     torch.testing.assert_close(out.double(), exact, atol=0.02, rtol=0.02)
     grads = torch.autograd.grad(out, (query, key, value, row, col), grad_out)
     assert not grads[0].any()
@@ -199,8 +205,8 @@ def test_masked_rows_columns_and_queries():
 def test_nan_and_inf_reach_what_they_reach_in_the_reference(which, bad):
     tensors = inputs(F32, 1, (3, 4), (3, 4), 4, 4, "logits")
     tensors[which][0, 0, 1, 2, 3] = bad
-    exact = reference.decomposed_bias_attention(*tensors, 0.5)
-    out = op.rel_attention_2d("triton", *tensors, 0.5, 1.0, True, 0.0, None)
+    exact = reference.decomposed_bias_attention(*tensors, scale=0.5)
+    out = operator(*tensors, 0.5, 1.0, True, 0.0, None)
     assert torch.equal(out.isnan(), exact.isnan())
     assert torch.equal(out.isinf(), exact.isinf())
     finite = exact.isfinite()
@@ -213,7 +219,7 @@ def test_nan_and_inf_reach_what_they_reach_in_the_reference(which, bad):
 )
 def test_empty(batch, query_grid, key_grid, d_v):
     tensors = [t.requires_grad_() for t in inputs(F32, 2, query_grid, key_grid, 4, d_v, "logits", batch=batch)]
-    out = op.rel_attention_2d("triton", *tensors, 0.5, 1.0, True, 0.0, None)
+    out = operator(*tensors, 0.5, 1.0, True, 0.0, None)
     assert torch.equal(out, torch.zeros(batch, 2, *query_grid, d_v))
     for tensor, grad in zip(tensors, torch.autograd.grad(out.sum(), tensors), strict=True):
         assert torch.equal(grad, torch.zeros_like(tensor))
