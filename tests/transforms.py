@@ -317,7 +317,7 @@ def _outcome_of_mask(spec: OpSpec, impl: str, mask: str) -> str:
 def _neutral(text: str) -> str:
     """The text without the names of one op: the same error of two ops is one line of the page."""
     text = re.sub(r"fused_attn::\w+", "fused_attn::OP", text)
-    return re.sub(r"^\w+( and \w+)?: the fused", "OP: the fused", text)
+    return re.sub(r"^[\w, ]+: the fused", "OP: the fused", text)
 
 
 def _call(spec: OpSpec, impl: str, sample: Sample, dtype: torch.dtype, draw: int):
