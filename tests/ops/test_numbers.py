@@ -28,6 +28,11 @@ def _bias(n):
     return {**grid, "bias_h": torch.randn(2, 2, 4, n, 4), "bias_w": torch.randn(2, 2, 4, n, n)}
 
 
+def _table(n):
+    grid = {name: torch.randn(2, 2, 4, n, 8) for name in ("query", "key", "value")}
+    return {**grid, "bias_table": torch.randn(2, 7, 2 * n - 1)}
+
+
 def _layers(n):
     keys = {f"key{i}": torch.randn(2, 3, 4) for i in range(3)}
     return {"query": torch.randn(2, 3, 4), **keys, **{f"value{i}": torch.randn(2, 6, n) for i in range(3)}}
@@ -70,6 +75,7 @@ def _elementwise_attention(x, weight_row, weight_col, **options):
 CALLS = {
     ops.rel_attention_2d: (ops.rel_attention_2d, _rel),
     ops.decomposed_bias_attention: (ops.decomposed_bias_attention, _bias),
+    ops.bias_attention_2d: (ops.bias_attention_2d, _table),
     ops.layer_attention: (_layer_attention(ops.layer_attention), _layers),
     LayerCache.attend: (_layer_attention(_attend), _layers),
     ops.attention_residual: (_attention_residual, _values),
@@ -102,7 +108,7 @@ def evaluate(call, inputs: Mapping, **options):
 def test_every_number_of_every_op_is_tested():
     functions = [getattr(ops, name) for name in ops.__all__ if name not in ("SPECS", "LayerCache")]
     assert {function for function in (*functions, LayerCache.attend) if numbers_of(function)} == set(CALLS)
-    assert len(ARGUMENTS) == 10
+    assert len(ARGUMENTS) == 12
 
 
 @arguments
