@@ -168,19 +168,21 @@ def rel_attention_fwd_kernel(
                 v_block = tl.where((d_v == D_V)[None, :], one, v_block)
 
             if table_ptr is not None:
-                s = tiles.dot(q_block, tl.trans(k_block), None, PRECISION) * scale
+                s = tiles.scores(q_block, k_block, scale, ROWS, False, PRECISION)
                 key_places = tiles.table_places(y, x, key_height, key_width, table_steps)
                 bias_ptrs = table_ptr + (query_places[:, None] - key_places[None, :])
                 if EVEN_H and EVEN_W:
-                    s += tl.load(bias_ptrs).to(tl.float32)
+                    s += tl.reshape(tl.load(bias_ptrs).to(tl.float32), s.shape)
                 else:
-                    s += tl.load(bias_ptrs, mask=tl.trans(live_n), other=float("-inf")).to(tl.float32)
+                    s += tl.reshape(
+                        tl.load(bias_ptrs, mask=tl.trans(live_n), other=float("-inf")).to(tl.float32), s.shape
+                    )
             else:
                 s = tiles.scores(q_block, k_block, scale, ROWS, False, PRECISION)
                 row_tile = tiles.along(row_ptrs, y0, row_logits_strides)
                 live_r = (y0 + r < key_height)[None, :]
                 s = tiles.logits(s, col_logits, row_tile, row_scale, live_m[:, None], live_r, not EVEN_H, False)
-                s = tl.reshape(s, (BLOCK_M, BLOCK_N))
+            s = tl.reshape(s, (BLOCK_M, BLOCK_N))
             n_live = tiles.inside(y, x, key_height, key_width, EVEN_H and EVEN_W)
             key_segment = tiles.load_segments(key_segments_ptr, y * key_width + x, n_live, -1)
             s = tiles.seen(s, tiles.same_segment(query_segment, key_segment), float("-inf"))

@@ -157,9 +157,19 @@ _TILES_FLOAT32 = {
 }
 
 
-def choose_tile(kernel: str, arch: str, dtype: torch.dtype, block_dk: int, block_dv: int) -> Tile:
+# With biases that are read for every score.
+_TILES_WITH_TABLE = {
+    ("16 bits", "forward", 32): Tile(128, 32, 4, 2),
+    ("float32", "forward", 32): Tile(32, 32, 4, 1),
+}
+
+
+def choose_tile(kernel: str, arch: str, dtype: torch.dtype, block_dk: int, block_dv: int, table: bool) -> Tile:
     """Tile of ``kernel`` ``kernel`` ("forward", "backward_dq", "backward_dkv" or "backward_table") on on ``arch``."""
     bucket = max(32, block_dk, block_dv)
+    precision = "float32" if dtype == torch.float32 else "16 bits"
+    if table and (precision, kernel, bucket) in _TILES_WITH_TABLE:
+        return _TILES_WITH_TABLE[precision, kernel, bucket]
     if dtype == torch.float32:
         return _TILES_FLOAT32[kernel][bucket]
     if arch.startswith("gfx"):
@@ -188,10 +198,12 @@ def key_tile(block_n: int, height: int, width: int) -> tuple[int, int]:
 
 
 @functools.cache
-def _blocks(kernel: str, arch: str, dtype: torch.dtype, d_k: int, d_v: int) -> tuple[Tile, int, int]:
+def _blocks(
+    kernel: str, arch: str, dtype: torch.dtype, d_k: int, d_v: int, table: bool = False
+) -> tuple[Tile, int, int]:
     """Tile of a kernel and the padded depths of key and value."""
     block_dk, block_dv = (max(16, triton.next_power_of_2(depth)) for depth in (d_k, d_v))
-    return choose_tile(kernel, arch, dtype, block_dk, block_dv), block_dk, block_dv
+    return choose_tile(kernel, arch, dtype, block_dk, block_dv, table), block_dk, block_dv
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -259,7 +271,7 @@ def _launch_over_queries(
     query, key, value = common["query_ptr"], common["key_ptr"], common["value_ptr"]
     batch, heads, height, width, d_k = query.shape
     key_height, key_width = key.shape[2:4]
-    tile, block_dk, block_dv = _blocks(name, arch, query.dtype, d_k, value.shape[4])
+    tile, block_dk, block_dv = _blocks(name, arch, query.dtype, d_k, value.shape[4], terms.bias_table is not None)
     rows, columns = key_tile(tile.block_n, key_height, key_width)
     queries = height * width
     block_m = max(16, min(tile.block_m, bucket_size(queries)))
@@ -566,8 +578,8 @@ _COMPILE_SHAPES: dict[str, tuple] = {
     "swin 7x7, float32": ((7, 7), 32, 32, torch.float32, {"logits": False, "table": True, "segments": True}),
     "coatnet 14x14": ((14, 14), 32, 32, torch.bfloat16, {"logits": False, "table": True}),
     "free table 16x16, d 64": ((16, 16), 64, 64, torch.bfloat16, {"logits": False, "table": True}),
-    "mvit 14x14, prefix": ((14, 14), 96, 96, torch.bfloat16, {"prefixes": 1}),
-    "mvit 14x14, prefix, float32": ((14, 14), 96, 96, torch.float32, {"prefixes": 1}),
+    "14x14, d 64, prefix": ((14, 14), 64, 64, torch.bfloat16, {"prefixes": 1}),
+    "14x14, d 64, prefix, float32": ((14, 14), 64, 64, torch.float32, {"prefixes": 1}),
 }
 
 COMPILE_NOTES = """
