@@ -179,7 +179,14 @@ def test_a_tangent_of_an_outer_transform_is_refused(inner):
 SIZES = (11, 13, 17)
 
 #: what has the size n: a tensor of the call and its dimension
-DYNAMIC = {_rel: ("query", 3), _bias: ("query", 3), _layers: ("value0", 2), _values: ("value0", 0), _planes: ("x", 0)}
+DYNAMIC = {
+    _rel: ("query", 3),
+    _bias: ("query", 3),
+    _table: ("query", 3),
+    _layers: ("value0", 2),
+    _values: ("value0", 0),
+    _planes: ("x", 0),
+}
 
 
 def _of_its_size(call, make, name):
