@@ -12,7 +12,8 @@ score or byte, by class, and what bounds it.  The exit status is 1 when one of o
 on an NVIDIA target.
 
 An op takes part by a ``triton_launch`` module, or a ``triton_compile_cases`` module beside it, with
-``compile_cases(arch) -> iterator of (case name, launch)``; what a launch is, is in ``gpu_code.py``.  Its optional ``COMPILE_NOTES`` is appended to the report.
+``compile_cases(arch) -> iterator of (case name, launch)``; what a launch is, is in ``gpu_code.py``.  Its optional
+``COMPILE_NOTES`` is appended to the report.
 """
 
 from __future__ import annotations
