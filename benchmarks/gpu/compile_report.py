@@ -11,8 +11,9 @@ kernel, case and target: registers, spills, shared memory; on NVIDIA also the in
 score or byte, by class, and what bounds it.  The exit status is 1 when one of our kernels does not compile or spills
 on an NVIDIA target.
 
-An op takes part by a ``triton_launch`` module with ``compile_cases(arch) -> iterator of (case name, launch)``; what a
-launch is, is in ``gpu_code.py``.  Its optional ``COMPILE_NOTES`` is appended to the report.
+An op takes part by a ``triton_launch`` module, or a ``triton_compile_cases`` module beside it, with
+``compile_cases(arch) -> iterator of (case name, launch)``; what a launch is, is in ``gpu_code.py``.  Its optional
+``COMPILE_NOTES`` is appended to the report.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def ops() -> list[str]:
 
 
 def _launches(op: str) -> Any:
-    return importlib.import_module(f"fused_attn.ops.{op}.triton_launch")
+    apart = (ROOT / "fused_attn" / "ops" / op / "triton_compile_cases.py").exists()
+    return importlib.import_module(f"fused_attn.ops.{op}.{'triton_compile_cases' if apart else 'triton_launch'}")
 
 
 @functools.cache

@@ -1,13 +1,12 @@
 """Launches of the Triton kernels: tile shapes per architecture, arguments, and the two entry points of op.py.
 
 A launch is planned as data (:class:`Launch`) from shapes, strides and the architecture alone.  ``forward`` and
-``backward`` run the plans; ``compile_cases`` gives the same plans over meta tensors to the compile report.
+``backward`` run the plans; ``triton_compile_cases.py`` gives the same plans over meta tensors to the compile report.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from .._floor.dropout import threshold
 from .._floor.launch import Launch, alignment, architecture, bucket_size, checked, compiler_options, strides
-from . import triton_kernels
+from . import triton_backward_kernels, triton_kernels
 from .relative_logits import relative_logits, relative_logits_backward
 
 
@@ -369,7 +368,7 @@ def _plan_dq(common: dict[str, Any], out, statistics, grads: Gradients, terms: T
         "grad_col_scale": factors.col_scale,
         "DELTA_ONLY": False,
     }
-    kernel = triton_kernels.rel_attention_bwd_dq_kernel
+    kernel = triton_backward_kernels.rel_attention_bwd_dq_kernel
     return _launch_over_queries("backward_dq", kernel, common, arguments, terms, arch)
 
 
@@ -399,7 +398,7 @@ def _plan_dkv(common: dict[str, Any], grad_key: Tensor, grad_value: Tensor, arch
         "GRAD_OUT_ALIGN": alignment(grad_out, common["grad_out_strides"]),
     }
     programs = batch * heads * -(-key_height // rows) * -(-key_width // columns)
-    return _launch(triton_kernels.rel_attention_bwd_dkv_kernel, programs, arguments, tile)
+    return _launch(triton_backward_kernels.rel_attention_bwd_dkv_kernel, programs, arguments, tile)
 
 
 #: Programs that the gradient of a free table is shared out to where the batch is large enough.
@@ -448,8 +447,8 @@ def _plan_table(common: dict[str, Any], terms: Terms, factors: Factors, grad_tab
     }
     programs = checked(heads * -(-entries // 8), "the bias table makes")
     return [
-        _launch(triton_kernels.rel_attention_bwd_table_kernel, splits * tiles, arguments, tile),
-        FoldLaunch(triton_kernels.rel_attention_bwd_table_fold_kernel, programs, fold, compiler_options(4, 1)),
+        _launch(triton_backward_kernels.rel_attention_bwd_table_kernel, splits * tiles, arguments, tile),
+        FoldLaunch(triton_backward_kernels.rel_attention_bwd_table_fold_kernel, programs, fold, compiler_options(4, 1)),
     ]
 
 
@@ -556,90 +555,3 @@ def _grad_of_logits(logits: Tensor | None, term: Tensor | None, grad_term: Tenso
     if logits is None or logits is term:
         return None if logits is None else grad_term
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-#: Cases of the compile report: name -> (query grid, d_k, d_v, dtype, options).
-_COMPILE_SHAPES: dict[str, tuple] = {
-    "aa-wrn stage 1": ((32, 32), 20, 2, torch.bfloat16, {}),
-    "aa-wrn stage 2": ((16, 16), 20, 4, torch.bfloat16, {}),
-    "aa-wrn stage 3": ((8, 8), 20, 8, torch.bfloat16, {}),
-    "aa-wrn stage 1, channels first": ((32, 32), 20, 2, torch.bfloat16, {"channels_first": True}),
-    "aa-wrn stage 1, dropout": ((32, 32), 20, 2, torch.bfloat16, {"dropout_p": 0.1}),
-    "aa-wrn stage 1, no logits": ((32, 32), 20, 2, torch.bfloat16, {"logits": False}),
-    "odd grid 33x47": ((33, 47), 20, 2, torch.float16, {}),
-    "sam window 14x14": ((14, 14), 64, 64, torch.float16, {}),
-    "sam global 64x64": ((64, 64), 64, 64, torch.bfloat16, {}),
-    "botnet 14x14": ((14, 14), 128, 128, torch.bfloat16, {}),
-    "deep 16x16": ((16, 16), 256, 256, torch.bfloat16, {}),
-    "aa-wrn stage 1, float32": ((32, 32), 20, 2, torch.float32, {}),
-    "sam global 64x64, float32": ((64, 64), 64, 64, torch.float32, {}),
-    "botnet 14x14, float32": ((14, 14), 128, 128, torch.float32, {}),
-    "swin 7x7": ((7, 7), 32, 32, torch.bfloat16, {"logits": False, "table": True, "segments": True}),
-    "swin 7x7, float32": ((7, 7), 32, 32, torch.float32, {"logits": False, "table": True, "segments": True}),
-    "coatnet 14x14": ((14, 14), 32, 32, torch.bfloat16, {"logits": False, "table": True}),
-    "free table 16x16, d 64": ((16, 16), 64, 64, torch.bfloat16, {"logits": False, "table": True}),
-    "14x14, d 64, prefix": ((14, 14), 64, 64, torch.bfloat16, {"prefixes": 1}),
-    "14x14, d 64, prefix, float32": ((14, 14), 64, 64, torch.float32, {"prefixes": 1}),
-}
-
-COMPILE_NOTES = """
-Instructions per score that no formulation of the loop avoids, for d_k=20, d_v=2 in bfloat16 (tensor products run
-beside them):
-
-- forward 6.5: scale and column logit (1 FMA), row logit (1), maximum (1), subtraction (1), exponential (2), half a
-  conversion.  Row logit less maximum could be one number per row, but not for logits of which one rounds the other
-  away, as masks do; and scales that hold log2(e) would make infinities of masks.  The row sum is a column of ones in
-  the padding of the values and costs none.  What remains in the loop loads the key tile and builds that column.
-- dQ pass 9.5: FMA, row logit, subtraction, exponential (2), subtraction of delta, product, one addition each for the
-  row and the column gradient, half a conversion.  The sum of the exponentials divides what the loop has added up.
-- dK/dV pass 9.0: FMA, row logit, subtraction, exponential (2), product with the inverse sum, subtraction of delta,
-  product, two half conversions.  Column logits change with every tile here, so that reading and widening them adds
-  about 2.
-- dropout adds the hash, about 11 integer instructions.
-"""
-
-
-def compile_cases(arch: str) -> Iterator[tuple[str, Launch]]:
-    """(case, launch) of every shipped configuration on ``arch``, over meta tensors: see compile_report.py."""
-    for name, (grid, d_k, d_v, dtype, options) in _COMPILE_SHAPES.items():
-        for launch in _plan_all(grid, d_k, d_v, dtype, arch, **options):
-            if launch.arguments.get("DELTA_ONLY"):
-                yield f"{name}, delta", launch
-            elif launch.arguments.get("first_key"):
-                yield f"{name}, prefix keys", launch
-            else:
-                yield name, launch
-
-
-def _plan_all(
-    grid, d_k, d_v, dtype, arch, *, channels_first=False, dropout_p=0.0, logits=True, table=False, segments=False,
-    prefixes=0,
-) -> list[Launch]:  # fmt: skip
-    lead = (8, 8)
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def feature(depth: int) -> Tensor:
-        return empty(*lead, depth, *grid).permute(0, 1, 3, 4, 2) if channels_first else empty(*lead, *grid, depth)
-
-    query, key, value, out, grad_out = feature(d_k), feature(d_k), feature(d_v), feature(d_v), feature(d_v)
-    row_logits = empty(*lead, *grid, grid[0]) if logits else None
-    col_logits = empty(*lead, *grid, grid[1]) if logits else None
-    statistics = empty(*lead, *grid, 2, dtype=torch.float32)
-    per_query = empty(5, *lead, *grid, dtype=torch.float32)
-    seed = torch.empty(1, dtype=torch.int64, device="meta")
-    bias_table = empty(lead[1], 2 * grid[0] - 1, 2 * grid[1] - 1) if table else None
-    segments_of = empty(4, *grid, dtype=torch.int32) if segments else None
-    prefix = [empty(*lead, 1, prefixes, depth) if prefixes else None for depth in (d_k, d_v)]
-    terms = Terms(query, key, value, row_logits, col_logits, bias_table, segments_of, segments_of, *prefix)
-    factors = Factors(d_k**-0.5, 1.0, 1.0, dropout_p, seed, True)
-    d_row = None
-    if logits:
-        count = strips(query, key, value, arch)
-        d_row = row_logits[None] if count == 1 else empty(count, *row_logits.shape, dtype=torch.float32)
-    grads = Gradients(query, key, value, d_row, col_logits, bias_table, *prefix)
-    return [
-        plan_forward(terms, factors, out, statistics, arch),
-        *plan_backward(grad_out, terms, factors, out, statistics, per_query, grads, arch),
-    ]
