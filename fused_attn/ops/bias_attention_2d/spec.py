@@ -72,24 +72,18 @@ SAMPLES = (
     *(_sample(name, small=name == "small", **geometry) for name, geometry in GEOMETRIES.items()),
     _sample("key_minus_query", small=True, **SMALL, options={"index": "key_minus_query"}),
     _sample("key_minus_query, unequal grids", **geometry((6, 5), (4, 9), d_v=4), options={"index": "key_minus_query"}),
-    _sample("table of positions by heads", small=True, **SMALL, table="positions first"),
+    _sample("table of positions by heads", **SMALL, table="positions first"),
     _sample("expanded table", **SMALL, table="expanded"),
     _sample("table of masks", **SMALL, table="masks"),
     _sample("windows 7x7", **geometry((7, 7), d_k=32, d_v=32, batch=4, heads=3), segments="halves"),
     _sample("windows 12x12", **geometry((12, 12), d_k=32, d_v=32), segments="padded"),
     _sample("shifted windows 7x7", **geometry((7, 7), d_k=32, d_v=32, batch=8), windows=2),
-    _sample("scale 0.1", small=True, **SMALL, options={"scale": 0.1}),
-    _sample("dropout", small=True, **SMALL, options={"dropout_p": 0.3}),
+    _sample("scale 0.1", **SMALL, options={"scale": 0.1}),
+    _sample("dropout", **SMALL, options={"dropout_p": 0.3}),
     _sample("dropout, width 8", **GEOMETRIES["width 8"], options={"dropout_p": 0.5}),
     _sample("dropout, width 32", **geometry((8, 32)), options={"dropout_p": 0.1}),
-    *(
-        _sample(f"{segments}, {name}", small=name == "small", **GEOMETRIES[name], segments=segments)
-        for segments, name in SEGMENT_CASES
-    ),
-    *(
-        _sample(f"prefix {count}, {name}", small=name == "small", **GEOMETRIES[name], prefix=count)
-        for count, name in PREFIX_CASES
-    ),
+    *(_sample(f"{segments}, {name}", **GEOMETRIES[name], segments=segments) for segments, name in SEGMENT_CASES),
+    *(_sample(f"prefix {count}, {name}", **GEOMETRIES[name], prefix=count) for count, name in PREFIX_CASES),
     _sample("segments, prefix, dropout", small=True, **SMALL, segments="padded", prefix=3, options={"dropout_p": 0.3}),
 )
 
