@@ -18,11 +18,13 @@ MODULES = {
     "DualSoftmax": lambda m, x: m()(x),
     "ElementwiseAttention": lambda m, x: m(8, (8, 8), 2)(x),
     "ElementwiseAttentionBlock": lambda m, x: m(8, (8, 8), 2)(x),
+    "GridAttention2d": lambda m, x: m(8, 2, 4)(x),
     "LayerAttention": lambda m, x: m([8, 8])([x, x]),
     "MRLABase": lambda m, x: m(8, dim_per_head=4)(x, modules.LayerCache()),
     "MRLALight": lambda m, x: m(8, dim_per_head=4)(x, x),
     "RelPosAttention2d": lambda m, x: m(8, 16, 16, 2, (8, 8))(x),
     "SqueezeExcite": lambda m, x: m(8, 2)(x),
+    "WindowAttention2d": lambda m, x: m(8, 2, 4, 2)(x),
 }
 
 
