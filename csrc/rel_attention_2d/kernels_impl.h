@@ -69,7 +69,7 @@ FA_INLINE int64_t head_offset(const TensorView& view, int64_t b, int64_t h) {
   return b * view.stride[0] + h * view.stride[1];
 }
 
-// Row and column of every query: divisions would cost as much as the softmax where there are few keys.
+// Row and column of every query.
 struct QueryGrid {
   Scratch<int32_t> y, x;
 

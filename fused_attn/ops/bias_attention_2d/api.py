@@ -39,7 +39,7 @@ def bias_attention_2d(
         query_segments: (S, Hq, Wq), int32, on the device of ``query``; S divides B, and image b has the segments
             b mod S: the order of Swin's windows.  A query attends to the keys of its own segment alone.
         key_segments: (S, Hk, Wk), int32, likewise; both are given or neither.  A key of a negative segment is padding:
-            no query attends to it.
+            no query attends to it.  The values of hidden keys must be finite, as 0 * NaN is NaN in the output.
         prefix_key: (B, heads, P, d_k), dtype of ``query``: further keys that every query attends to, whatever its
             segment, with logits of ``scale * query.key`` and no bias; class tokens, say.
         prefix_value: (B, heads, P, d_v), their values; both are given or neither.

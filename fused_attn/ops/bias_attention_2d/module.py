@@ -42,11 +42,7 @@ class _TableAttention(nn.Module):
         size = _pair(window)
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"{self.size_name} must be a positive number or two of them (h, w), got {window}")
-        if not 0.0 <= dropout_p < 1.0:
-            raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-        implementations = ("auto", *op.rel_attention_2d.can_run)
-        if impl not in implementations:
-            raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")
+        op.check_options(dropout_p, impl)
 
         self.dim, self.heads, self.window = dim, heads, size
         self.dropout_p = dropout_p

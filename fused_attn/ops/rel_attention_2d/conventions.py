@@ -14,7 +14,8 @@ the query grid (MViTv2 pools the keys).  :func:`sam_relative_logits` covers both
     bias_h, bias_w = sam_relative_logits(query, rel_h, rel_w, key.shape[2:4])
     out = decomposed_bias_attention(query, key, value, bias_h, bias_w)
 
-Swin's bias is a free table over pairs (dy, dx), not the sum of a row and a column term; these ops do not compute it.
+Swin's bias is a free table over pairs (dy, dx), not the sum of a row and a column term: see
+:func:`~fused_attn.bias_attention_2d`.
 """
 
 from __future__ import annotations

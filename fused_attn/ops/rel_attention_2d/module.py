@@ -66,11 +66,7 @@ class RelPosAttention2d(nn.Module):
                 raise ValueError(f"{name} must be a positive multiple of heads={heads}, got {channels}")
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"size must be two positive numbers (H, W), got {size}")
-        if not 0.0 <= dropout_p < 1.0:
-            raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-        implementations = ("auto", *op.rel_attention_2d.can_run)
-        if impl not in implementations:
-            raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")
+        op.check_options(dropout_p, impl)
 
         self.in_channels, self.heads = in_channels, heads
         self.key_channels, self.value_channels = key_channels, value_channels

@@ -117,3 +117,12 @@ rel_attention_2d = Operators(
     or_float32=("bias_table",),
     public="rel_attention_2d, decomposed_bias_attention and bias_attention_2d",
 )
+
+
+def check_options(dropout_p: float, impl: str) -> None:
+    """What the modules of these operators check when they are made, before a call does."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    implementations = ("auto", *rel_attention_2d.can_run)
+    if impl not in implementations:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")

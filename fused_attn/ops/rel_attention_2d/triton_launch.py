@@ -96,8 +96,9 @@ class Factors(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of :class:`Terms`, to be written; ``row_logits`` with one entry per column strip (:func:`strips`) in front,
-    ``bias_table`` contiguous.
+    """Gradients of :class:`Terms`, which the launches write.
+
+    ``row_logits`` has one entry per column strip (:func:`strips`) in front; ``bias_table`` is contiguous.
     """
 
     query: Tensor
@@ -502,30 +503,22 @@ def forward(query, key, value, *arguments) -> None:
 
 def backward(grad_out, query, key, value, row_term, col_term, *arguments) -> None:
     """Backward of the operators in op.py.  Logits of tables are computed again, not saved."""
-    *arguments, grad_query, grad_key, grad_value, d_row_term, d_col_term, d_table, d_prefix_key, d_prefix_value = (
-        arguments
-    )
+    arguments, grads = arguments[:-8], arguments[-8:]
+    grad_query, grad_key, grad_value, d_row_term, d_col_term, d_table, d_prefix_key, d_prefix_value = grads
     bias_table, query_segments, key_segments, prefix_key, prefix_value, out, statistics, *numbers = arguments
     key_minus_query = numbers[2]
     inputs = bias_table, query_segments, key_segments, prefix_key, prefix_value
+    on_grid = key.shape[2] * key.shape[3] > 0
+    has_keys = on_grid or (prefix_key is not None and prefix_key.shape[2] > 0)
+    runs = statistics.numel() > 0 and has_keys and value.shape[4] > 0
+    if not (runs and on_grid):
+        for grad in grads:
+            if grad.numel() > 0:
+                grad.zero_()
+    if not runs:
+        return
     with torch.cuda.device_of(query):
         terms, factors = _problem(query, key, value, row_term, col_term, *inputs, *numbers)
-        on_grid = key.shape[2] * key.shape[3] > 0
-        if statistics.numel() == 0 or terms.key is None or value.shape[4] == 0 or not on_grid:
-            for grad in (
-                grad_query,
-                grad_key,
-                grad_value,
-                d_row_term,
-                d_col_term,
-                d_table,
-                d_prefix_key,
-                d_prefix_value,
-            ):
-                if grad.numel() > 0:
-                    grad.zero_()
-            if statistics.numel() == 0 or terms.key is None or value.shape[4] == 0:
-                return
         arch = architecture(query)
         d_prefix = (d_prefix_key[:, :, None], d_prefix_value[:, :, None]) if prefix_key is not None else (None, None)
         d_row = _grad_of_logits(terms.row_logits, row_term, d_row_term)

@@ -19,6 +19,7 @@ NAMES = (
     "empty, small",
     "prefix 5, width 8",
     "prefix 1, no keys",
+    "no queries",
     "segments, prefix, dropout",
 )
 
@@ -41,7 +42,7 @@ def test_bias_attention_2d(name, dtype):
 
 
 @pytest.mark.parametrize("op", ["rel_attention_2d", "decomposed_bias_attention"])
-@pytest.mark.parametrize("name", ["padded, small", "prefix 1, small", "segments, prefix, dropout"])
+@pytest.mark.parametrize("name", ["padded, small", "prefix 1, small", "segments, prefix, dropout", "no queries"])
 def test_segments_and_prefix_keys(op, name):
     sample = BY_NAME[op][name]
     checks.check_numerics(SPEC[op], "triton", *(sample.inputs(torch.float32, "cpu", draw) for draw in range(3)))
