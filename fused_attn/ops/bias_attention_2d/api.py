@@ -64,6 +64,16 @@ def bias_attention_2d(
 
     Source: Liu et al. 2021, "Swin Transformer", eq. 4; Dai et al. 2021, "CoAtNet", eq. 3.
     """
+    return _run(
+        impl, query, key, value, bias_table, query_segments, key_segments, prefix_key, prefix_value, scale, index,
+        dropout_p,
+    )[0]  # fmt: skip
+
+
+def _check(
+    query, key, value, bias_table, query_segments, key_segments, prefix_key, prefix_value, scale, index, dropout_p
+) -> tuple:  # fmt: skip
+    """The arguments of the operator."""
     dropout_p = shared.check_attention(query, key, value, dropout_p)
     shared.check_index(index)
     checks.tensor("bias_table", bias_table)
@@ -74,6 +84,11 @@ def bias_attention_2d(
     segments = shared.check_segments(query, key, query_segments, key_segments)
     shared.check_prefix(query, value, prefix_key, prefix_value)
     scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
-    tensors = {"query": query, "key": key, "value": value, "row_term": None, "col_term": None}
-    tensors |= {"bias_table": bias_table, "prefix_key": prefix_key, "prefix_value": prefix_value}
-    return shared.attend("bias_attention_2d", impl, tensors, segments, scale, 1.0, index, dropout_p)
+    key_minus_query = index == shared.INDEX[0]
+    return (
+        query, key, value, None, None, bias_table, *segments, prefix_key, prefix_value, scale, 1.0, key_minus_query,
+        dropout_p,
+    )  # fmt: skip
+
+
+_run = shared.op.rel_attention_2d.public(_check, op="bias_attention_2d")

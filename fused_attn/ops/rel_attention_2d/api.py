@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -76,17 +74,10 @@ def rel_attention_2d(
 
     Source: Bello et al. 2019, "Attention Augmented Convolutional Networks", eq. 3-5.
     """
-    dropout_p = check_attention(query, key, value, dropout_p)
-    check_index(index)
-    _check_table("rel_h", rel_h, query, key, axis=2)
-    _check_table("rel_w", rel_w, query, key, axis=3)
-    segments = check_segments(query, key, query_segments, key_segments)
-    check_prefix(query, value, prefix_key, prefix_value)
-    scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
-    rel_scale = scale if rel_scale is None else checks.number("rel_scale", rel_scale)
-    tensors = {"query": query, "key": key, "value": value, "rel_h": rel_h, "rel_w": rel_w, "bias_table": None}
-    tensors |= {"prefix_key": prefix_key, "prefix_value": prefix_value}
-    return attend("rel_attention_2d", impl, tensors, segments, scale, rel_scale, index, dropout_p)
+    return _run_rel(
+        impl, query, key, value, rel_h, rel_w, query_segments, key_segments, prefix_key, prefix_value, scale, rel_scale,
+        index, dropout_p,
+    )[0]  # fmt: skip
 
 
 def decomposed_bias_attention(
@@ -129,49 +120,44 @@ def decomposed_bias_attention(
 
     Source: Li et al. 2022, "MViTv2", eq. 4-5 (the decomposition).
     """
+    return _run_decomposed(
+        impl, query, key, value, bias_h, bias_w, query_segments, key_segments, prefix_key, prefix_value, scale,
+        dropout_p,
+    )[0]  # fmt: skip
+
+
+# --- checks: each gives the arguments of the operator -----------------------------------------------------------------
+
+
+def _check_rel(
+    query, key, value, rel_h, rel_w, query_segments, key_segments, prefix_key, prefix_value, scale, rel_scale, index,
+    dropout_p,
+) -> tuple:  # fmt: skip
+    dropout_p = check_attention(query, key, value, dropout_p)
+    check_index(index)
+    _check_table("rel_h", rel_h, query, key, axis=2)
+    _check_table("rel_w", rel_w, query, key, axis=3)
+    segments = check_segments(query, key, query_segments, key_segments)
+    check_prefix(query, value, prefix_key, prefix_value)
+    scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
+    rel_scale = scale if rel_scale is None else checks.number("rel_scale", rel_scale)
+    key_minus_query = index == INDEX[0]
+    return (
+        query, key, value, rel_h, rel_w, None, *segments, prefix_key, prefix_value, scale, rel_scale, key_minus_query,
+        dropout_p,
+    )  # fmt: skip
+
+
+def _check_decomposed(
+    query, key, value, bias_h, bias_w, query_segments, key_segments, prefix_key, prefix_value, scale, dropout_p
+) -> tuple:  # fmt: skip
     dropout_p = check_attention(query, key, value, dropout_p)
     _check_bias("bias_h", bias_h, query, key, axis=2)
     _check_bias("bias_w", bias_w, query, key, axis=3)
     segments = check_segments(query, key, query_segments, key_segments)
     check_prefix(query, value, prefix_key, prefix_value)
     scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
-    tensors = {"query": query, "key": key, "value": value, "bias_h": bias_h, "bias_w": bias_w, "bias_table": None}
-    tensors |= {"prefix_key": prefix_key, "prefix_value": prefix_value}
-    return attend("decomposed_bias_attention", impl, tensors, segments, scale, 1.0, INDEX[0], dropout_p)
-
-
-# --- shared with bias_attention_2d ------------------------------------------------------------------------------------
-
-
-def attend(
-    name: str,
-    impl: str,
-    tensors: Mapping[str, Tensor | None],
-    segments: tuple[Tensor | None, Tensor | None],
-    scale: float,
-    rel_scale: float,
-    index: str,
-    dropout_p: float,
-) -> Tensor:
-    """Choose and run.
-
-    Args:
-        name: of the public function.
-        impl: as the user gave it.
-        tensors: query, key, value, row term, column term, bias table, prefix key and prefix value, in this order, by
-            the names that the user knows.
-        segments: of :func:`check_segments`.
-        scale, rel_scale, index, dropout_p: as in :func:`rel_attention_2d`.
-    """
-    impl, *chosen = op.rel_attention_2d.choose(impl, op=name, **tensors)
-    seed = _draw_seed(chosen[0].device) if dropout_p > 0.0 else None
-    return op.rel_attention_2d.run(
-        impl, *chosen[:6], *segments, *chosen[6:], scale, rel_scale, index == INDEX[0], dropout_p, seed
-    )
-
-
-def _draw_seed(device: torch.device) -> Tensor:
-    return torch.randint(0, 2**63 - 1, (1,), device=device, dtype=torch.int64)
+    return query, key, value, bias_h, bias_w, None, *segments, prefix_key, prefix_value, scale, 1.0, True, dropout_p
 
 
 def check_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> float:
@@ -294,3 +280,9 @@ def _check_bias(name: str, bias: Tensor | None, query: Tensor, key: Tensor, axis
     if bias.shape != expected:
         letter = "HW"[axis - 2]
         raise ValueError(f"{name} must have shape (B, heads, Hq, Wq, {letter}k)={expected}, got {tuple(bias.shape)}")
+
+
+_run_rel = op.rel_attention_2d.public(_check_rel, names={"row_term": "rel_h", "col_term": "rel_w"})
+_run_decomposed = op.rel_attention_2d.public(
+    _check_decomposed, op="decomposed_bias_attention", names={"row_term": "bias_h", "col_term": "bias_w"}
+)

@@ -77,7 +77,7 @@ def test_half_precision(name, dtype):
 
 def test_batch_statistics_are_those_of_the_reference():
     x, row, col = (torch.randn(shape) for shape in ((5, 2, 6, 7), (3, 2, 6, 7), (3, 2, 6, 7)))
-    *_, mean, var = op.elementwise_attention.outputs("triton", x, row, col, None, None, 1e-5)
+    *_, mean, var = op.elementwise_attention.run("triton", x, row, col, None, None, 1e-5)
     _, expected_mean, expected_var = reference.elementwise_attention(
         x.double(), row.double(), col.double(), None, None, 1e-5
     )
