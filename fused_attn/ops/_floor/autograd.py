@@ -69,45 +69,39 @@ def register(
 
 
 def plain_function(
-    name: str,
-    allocate: Callable[..., tuple[Tensor, ...]],
-    kernel: Callable[..., None],
-    save: Callable[[Any, tuple, tuple, Sequence[bool]], None],
-    backward: Callable[[Any, Tensor], Sequence],
-    lists: Sequence[int],
-) -> Callable[[tuple], Callable[..., tuple[Tensor, ...]]]:
-    """A function with a derivative in reverse mode, outside all transforms and modes, for arguments like those given.
+    name: str, save: Callable[[Any, tuple, tuple, Sequence[bool]], None], lists: Sequence[int]
+) -> Callable[..., Callable[..., tuple[Tensor, ...]]]:
+    """Makes functions with a derivative in reverse mode, for use outside all transforms and modes.
 
-    Like: the same ones need a gradient.  ``kernel`` fills the outputs that ``allocate`` gives.  Other arguments as in
-    :func:`register`.
+    ``make(needs, run, backward)``: ``needs`` says of every flat argument whether it needs a gradient, ``run`` gives the
+    outputs.  Other arguments as in :func:`register`.
     """
 
     class Plain(_SingleLevelFunction):
         @staticmethod
-        def forward(ctx, args, others, needs, *_):
-            outputs = allocate(*args)
-            kernel(*args, *outputs)
-            ctx.needs = needs
+        def forward(ctx, call, *_):
+            args, needs, run, ctx.run_backward, others = call
+            outputs = run(*args)
             save(ctx, args, outputs, needs)
+            ctx.needs = needs
             others += outputs[1:]
             return outputs[0]  # alone: for each further output, PyTorch would make a gradient of zeros
 
         @staticmethod
         def backward(ctx, grad_out):
-            return None, None, None, *itertools.compress(backward(ctx, grad_out), ctx.needs)
+            return None, *itertools.compress(ctx.run_backward(ctx, grad_out), ctx.needs)
 
     _rename(Plain, name)
 
-    def function(like: tuple) -> Callable[..., tuple[Tensor, ...]]:
-        needs = [isinstance(arg, Tensor) and arg.requires_grad for arg in flat(like, lists)]
-
-        def run(*args) -> tuple[Tensor, ...]:
+    def make(needs: Sequence[bool], run: Callable[..., tuple], backward) -> Callable[..., tuple[Tensor, ...]]:
+        def function(*args):
             others = []
-            return Plain.apply(args, others, needs, *itertools.compress(flat(args, lists), needs)), *others
+            call = args, needs, run, backward, others
+            return Plain.apply(call, *itertools.compress(flat(args, lists), needs)), *others
 
-        return run
+        return function
 
-    return function
+    return make
 
 
 def _register(name: str, lists: Sequence[int], backward, save, forward_mode) -> None:

@@ -146,7 +146,7 @@ class Operators:
         if allocate_backward is None:
             names = [argument.name for argument in backward.arguments]
             allocate_backward = _like_arguments([names.index(grad.removeprefix("grad_")) for grad in grads])
-        self._operators, self._direct, self._functions = {}, {}, {}
+        self._operators, self._plain = {}, {}
         for impl, (kernel, backward_kernel) in kernels.items():
             full = f"fused_attn::{name}_{impl}"
             for suffix, text, outputs_of, fill, formula in (
@@ -169,15 +169,8 @@ class Operators:
                 reference,
                 self._lists,
             )
-            self._direct[impl] = _filled(allocate, kernel)
-            self._functions[impl] = autograd.plain_function(
-                f"{name}_{impl}",
-                allocate,
-                kernel,
-                self._save,
-                self._backward_with(_filled(_share_empty(allocate_backward), backward_kernel), backward_operator),
-                self._lists,
-            )
+            function = autograd.plain_function(f"{name}_{impl}", self._save, self._lists)
+            self._plain[impl] = function, allocate, kernel, allocate_backward, backward_kernel
 
     def public(
         self, check: Callable[..., tuple], *, op: str | None = None, names: Mapping[str, str] | None = None
@@ -240,9 +233,13 @@ class Operators:
         It goes straight to the kernel: the way there through PyTorch's dispatcher, in Python, takes longer than the
         kernel of a small call.
         """
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return self._functions[impl](args)
-        return self._direct[impl]
+        function, allocate, kernel, allocate_backward, backward_kernel = self._plain[impl]
+        run = _filled(_Again(allocate), kernel)
+        needs = [isinstance(arg, Tensor) and arg.requires_grad for arg in autograd.flat(args, self._lists)]
+        if not torch.is_grad_enabled() or not any(needs):
+            return run
+        run_backward = _filled(_Again(allocate_backward), backward_kernel)
+        return function(needs, run, self._backward_with(run_backward, self._operators[impl][1]))
 
     def calls(self, impl: str, *args: Any) -> tuple[tuple[Any, tuple], ...]:
         """Both operators with the arguments of one call, for ``torch.library.opcheck``; none for the reference."""
@@ -361,9 +358,39 @@ def _complete(allocate: Callable[..., tuple]) -> Callable[..., tuple]:
     return lambda *args: tuple(_first(args).new_empty(0) if output is None else output for output in allocate(*args))
 
 
-def _share_empty(allocate: Callable[..., tuple]) -> Callable[..., tuple]:
-    """The same with one empty tensor for all, where nobody sees it but the kernel, which does not write it."""
-    return lambda *args: tuple([_EMPTY if output is None else output for output in allocate(*args)])
+class _Again:
+    """``allocate`` for calls of one :func:`signature`: after the first, by the layouts that it gave then.
+
+    Outputs that are None become one empty tensor, which nobody sees but the kernel, and that does not write it.
+    """
+
+    def __init__(self, allocate: Callable[..., tuple]) -> None:
+        self._allocate, self._layouts = allocate, None
+
+    def __call__(self, *args) -> tuple:
+        if self._layouts is None:
+            outputs = self._allocate(*args)
+            self._layouts = [*map(_layout, outputs)]
+            return tuple([_EMPTY if output is None else output for output in outputs])
+        return tuple(
+            [
+                _EMPTY
+                if layout is None
+                else torch.empty_like(layout)
+                if isinstance(layout, Tensor)
+                else [*map(torch.empty_like, layout)]
+                for layout in self._layouts
+            ]
+        )
+
+
+def _layout(output: Any) -> Any:
+    """A tensor like ``output``, which is dense, but without memory: a model for ``empty_like``."""
+    if output is None or not isinstance(output, Tensor):
+        return output and [*map(_layout, output)]
+    layout = torch.empty_like(output)
+    layout.untyped_storage().resize_(0)
+    return layout
 
 
 def _filled(allocate: Callable[..., tuple], kernel: Kernel) -> Callable[..., tuple]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -52,7 +53,7 @@ def attention_residual(
     return _run(impl, values, query, norm_weight, eps)[0]
 
 
-def _check(values: object, query: Tensor, norm_weight: Tensor | None, eps: object) -> tuple:
+def _check(values: object, query: Tensor, norm_weight: Tensor | None, eps: object) -> tuple[Any, ...]:
     """The arguments of the operator."""
     if not isinstance(values, (list, tuple)):
         hint = "; unbind() makes one of a stacked tensor" if isinstance(values, Tensor) else ""

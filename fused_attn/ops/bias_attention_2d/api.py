@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .._floor import checks
@@ -71,8 +73,10 @@ def bias_attention_2d(
 
 
 def _check(
-    query, key, value, bias_table, query_segments, key_segments, prefix_key, prefix_value, scale, index, dropout_p
-) -> tuple:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, bias_table: Tensor,
+    query_segments: Tensor | None, key_segments: Tensor | None, prefix_key: Tensor | None, prefix_value: Tensor | None,
+    scale: object, index: str, dropout_p: object,
+) -> tuple[Any, ...]:  # fmt: skip
     """The arguments of the operator."""
     dropout_p = shared.check_attention(query, key, value, dropout_p)
     shared.check_index(index)

@@ -111,7 +111,7 @@ def _update(running: Tensor, batch: Tensor, momentum: float) -> None:
     running.copy_((1.0 - momentum) * running.to(batch.dtype) + momentum * batch)
 
 
-def _check_softmax(x: Tensor, weight_row: Tensor | None, weight_col: Tensor | None) -> tuple:
+def _check_softmax(x: Tensor, weight_row: Tensor | None, weight_col: Tensor | None) -> tuple[Any, ...]:
     """The arguments of the operator."""
     _check_x(x)
     if (weight_row is None) != (weight_col is None):
@@ -130,7 +130,7 @@ def _check_attention(
     running_var: Tensor | None,
     training: bool,
     eps: object,
-) -> tuple:
+) -> tuple[Any, ...]:
     """The arguments of the operator."""
     _check_x(x)
     _check_weights(x, weight_row, weight_col)

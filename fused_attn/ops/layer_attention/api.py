@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -74,7 +75,7 @@ def weighted_layer_sum(weights: Tensor, values: Sequence[Tensor], *, impl: str =
     return _run_sum(impl, weights, values)[0]
 
 
-def _check_sum(weights: Tensor, values: Sequence[Tensor]) -> tuple:
+def _check_sum(weights: Tensor, values: Sequence[Tensor]) -> tuple[Any, ...]:
     """The arguments of the operator."""
     checks.tensor("weights", weights)
     _check_values(values)
@@ -92,7 +93,7 @@ def check(
     bias: Tensor | None,
     scale: float | None,
     activation: str,
-) -> tuple:
+) -> tuple[Any, ...]:
     """Check the arguments of :func:`layer_attention`; those of the operator."""
     checks.tensor("query", query)
     _check_list("keys", keys)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -130,9 +132,10 @@ def decomposed_bias_attention(
 
 
 def _check_rel(
-    query, key, value, rel_h, rel_w, query_segments, key_segments, prefix_key, prefix_value, scale, rel_scale, index,
-    dropout_p,
-) -> tuple:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, rel_h: Tensor | None, rel_w: Tensor | None,
+    query_segments: Tensor | None, key_segments: Tensor | None, prefix_key: Tensor | None, prefix_value: Tensor | None,
+    scale: object, rel_scale: object, index: str, dropout_p: object,
+) -> tuple[Any, ...]:  # fmt: skip
     dropout_p = check_attention(query, key, value, dropout_p)
     check_index(index)
     _check_table("rel_h", rel_h, query, key, axis=2)
@@ -149,8 +152,10 @@ def _check_rel(
 
 
 def _check_decomposed(
-    query, key, value, bias_h, bias_w, query_segments, key_segments, prefix_key, prefix_value, scale, dropout_p
-) -> tuple:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, bias_h: Tensor | None, bias_w: Tensor | None,
+    query_segments: Tensor | None, key_segments: Tensor | None, prefix_key: Tensor | None, prefix_value: Tensor | None,
+    scale: object, dropout_p: object,
+) -> tuple[Any, ...]:  # fmt: skip
     dropout_p = check_attention(query, key, value, dropout_p)
     _check_bias("bias_h", bias_h, query, key, axis=2)
     _check_bias("bias_w", bias_w, query, key, axis=3)
@@ -160,7 +165,7 @@ def _check_decomposed(
     return query, key, value, bias_h, bias_w, None, *segments, prefix_key, prefix_value, scale, 1.0, True, dropout_p
 
 
-def check_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> float:
+def check_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: object) -> float:
     _check_grid("query", query, "(B, heads, Hq, Wq, d_k)")
     _check_grid("key", key, "(B, heads, Hk, Wk, d_k)")
     _check_grid("value", value, "(B, heads, Hk, Wk, d_v)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .._floor import checks
@@ -74,7 +76,7 @@ def _check(
     result_share: Tensor | None,
     residual: Tensor | None,
     activation: str | None,
-) -> tuple:
+) -> tuple[Any, ...]:
     """The arguments of the operator."""
     _check_tensor("x", x, 4, "(B, C, H, W)")
     batch, channels, height, width = x.shape
