@@ -110,7 +110,7 @@ class Operators:
         self.name, self.reference, self.kernels = name, reference, kernels
         usual = {impl: _USUAL_REASONS[impl] for impl in kernels if impl in _USUAL_REASONS}
         self.can_run = {**usual, **(can_run or {}), "reference": lambda *tensors: None}
-        self._autocast, self._or_float32, self.drawn = autocast, or_float32, drawn
+        self._autocast, self._or_float32, self._drawn = autocast, or_float32, drawn
         self._complete, self._derived = complete, tuple((derived or {}).values())
         forward, backward = (torch._C.parse_schema(f"fused_attn::{name}{text}") for text in (schema, backward_schema))
         self.arguments = [argument.name for argument in forward.arguments]
@@ -224,8 +224,14 @@ class Operators:
         if _any_autocast() and dispatch.autocast_dtype(_first(args)) is not None:
             with torch.autocast(_first(args).device.type, enabled=False):
                 return self.run(impl, *args)
+        if impl != "reference" and not torch.compiler.is_compiling() and signature(args) is not None:
+            return self.plain(impl, args)(*args)
         outputs = self.reference(*args) if impl == "reference" else self._operators[impl][0](*args)
         return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def draw(self, args: tuple) -> tuple:
+        """The arguments, with the one that is drawn for every call."""
+        return args if self._drawn is None else (*args, self._drawn(*args))
 
     def plain(self, impl: str, args: tuple) -> Callable[..., tuple[Tensor, ...]]:
         """What gives the outputs of plain calls whose arguments have the :func:`signature` of these.
@@ -359,7 +365,7 @@ def _complete(allocate: Callable[..., tuple]) -> Callable[..., tuple]:
 
 
 class _Again:
-    """``allocate`` for calls of one :func:`signature`: after the first, by the layouts that it gave then.
+    """``allocate`` for calls of one :func:`signature`: it is asked once; ``empty_like`` takes half the time.
 
     Outputs that are None become one empty tensor, which nobody sees but the kernel, and that does not write it.
     """
@@ -369,13 +375,12 @@ class _Again:
 
     def __call__(self, *args) -> tuple:
         if self._layouts is None:
-            outputs = self._allocate(*args)
-            self._layouts = [*map(_layout, outputs)]
-            return tuple([_EMPTY if output is None else output for output in outputs])
+            outputs = [_EMPTY if output is None else output for output in self._allocate(*args)]
+            self._layouts = autograd.map_tensors(_without_memory, outputs)
         return tuple(
             [
-                _EMPTY
-                if layout is None
+                layout
+                if layout is _EMPTY
                 else torch.empty_like(layout)
                 if isinstance(layout, Tensor)
                 else [*map(torch.empty_like, layout)]
@@ -384,13 +389,11 @@ class _Again:
         )
 
 
-def _layout(output: Any) -> Any:
-    """A tensor like ``output``, which is dense, but without memory: a model for ``empty_like``."""
-    if output is None or not isinstance(output, Tensor):
-        return output and [*map(_layout, output)]
-    layout = torch.empty_like(output)
-    layout.untyped_storage().resize_(0)
-    return layout
+def _without_memory(output: Tensor) -> Tensor:
+    """The same tensor, which is dense, as nothing but a model for ``empty_like``."""
+    if output is not _EMPTY:
+        output.untyped_storage().resize_(0)
+    return output
 
 
 def _filled(allocate: Callable[..., tuple], kernel: Kernel) -> Callable[..., tuple]:
@@ -451,28 +454,34 @@ _metadata = operator.attrgetter("shape", "dtype", "device", "requires_grad")
 
 
 def signature(args: Sequence[Any]) -> tuple | None:
-    """All but the values of the tensors among ``args``, and all that outlasts the call; None if the call is not plain.
+    """What there is to know of a plain call but for the values of its tensors; None if it is not plain.
 
     Plain is a call with tensors as users make them, and with no mode, transform or autocast of PyTorch's active.
     """
     if _state() not in _PLAIN_STATES or forward_ad._current_level >= 0 or _any_autocast():
         return None
     seen = [torch.is_grad_enabled(), _extension.available()]
+    return tuple(seen) if _look(args, seen) else None
+
+
+def _look(args: Sequence[Any], seen: list) -> bool:
+    """Add what there is to know of ``args``; False if one is not plain."""
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
             if _dispatch_keys(arg).raw_repr() not in _PLAIN_KEYS and not _is_plain_tensor(arg):
-                return None
-            seen.append(_metadata(arg))
+                return False
+            seen += _metadata(arg)
             seen.append(arg.stride())
         elif kind in _PLAIN_KINDS:
-            seen.append(kind)  # 1, 1.0 and True are equal
-            seen.append(arg)
-        elif (kind is list or kind is tuple) and (items := signature(arg)) is not None:
-            seen.append(items)
+            seen += kind, arg  # 1, 1.0 and True are equal
+        elif kind is list or kind is tuple:
+            seen.append(len(arg))
+            if not _look(arg, seen):
+                return False
         else:  # a subclass, a symbolic number
-            return None
-    return tuple(seen)
+            return False
+    return True
 
 
 def _is_plain_tensor(tensor: Tensor) -> bool:
@@ -507,20 +516,19 @@ class Public:
 
     def __call__(self, impl: str, *args: Any) -> tuple[Tensor, ...]:
         """All outputs of the operator, or of the reference, for the arguments of ``check``."""
+        operators = self._operators
         key = None if torch.compiler.is_compiling() else signature((impl, *args))
         plan = None if key is None else self._plans.get(key)
-        drawn = self._operators.drawn
         if plan is not None:
             run, pick, constants = plan
-            chosen = pick((*args, *constants))
-            return run(*chosen) if drawn is None else run(*chosen, drawn(*chosen))
-        impl, chosen = self._operators.choose(impl, self._check(*args), op=self._op, names=self._names)
-        complete = chosen if drawn is None else (*chosen, drawn(*chosen))
+            return run(*operators.draw(pick((*args, *constants))))
+        impl, chosen = operators.choose(impl, self._check(*args), op=self._op, names=self._names)
+        drawn = operators.draw(chosen)
         if key is None or impl == "reference":
-            return self._operators.run(impl, *complete)
-        run = self._operators.plain(impl, complete)
+            return operators.run(impl, *drawn)
+        run = operators.plain(impl, drawn)
         self._keep(key, run, args, chosen)
-        return run(*complete)
+        return run(*drawn)
 
     def _keep(self, key: tuple, run: Callable[..., tuple], args: tuple, chosen: tuple) -> None:
         """Keep how ``chosen`` is made of ``args``: tensors as they are, numbers that follow from the signature."""
