@@ -9,9 +9,7 @@ from . import op
 def scale_rows(x: Tensor, scale: Tensor, *, impl: str = "auto") -> Tensor:
     """Multiply every row of ``x`` (..., D) by its ``scale`` (...); dtype of ``x``, contiguous.
 
-    Raises:
-        TypeError, ValueError: dtypes, shapes or devices do not fit.
-        RuntimeError: the named ``impl`` cannot run on these inputs.
+    Raises TypeError or ValueError where dtypes, shapes or devices do not fit, RuntimeError where ``impl`` cannot run.
     """
     return _run(impl, x, scale)[0]
 
