@@ -102,8 +102,8 @@ def test_both_ways_give_the_same_bits(spec):
     for sample in (sample for sample in spec.samples if sample.small):
         inputs = sample.inputs(torch.float32)
         grad_out = draw_grad_out(spec, inputs)
-        first, plain = (evaluate(function, inputs, grad_out) for _ in range(2))
-        for name, tensor in plain.items():  # what is kept of the first call gives the second one the same layouts
+        first, _, plain = (evaluate(function, inputs, grad_out) for _ in range(3))
+        for name, tensor in plain.items():  # what is kept of the first calls gives the third one the same layouts
             assert torch.equal(tensor.nan_to_num(), first[name].nan_to_num()), (sample.name, name)
             assert tensor.stride() == first[name].stride(), (sample.name, name)
         with PassThrough() as mode:
@@ -146,8 +146,8 @@ def test_what_is_kept_of_calls_is_bounded(monkeypatch):
     run = op.squeeze_excite.public(api._check)
     for size in range(1, 10):
         x, weight = torch.randn(1, 4, 1, size), torch.randn(4, 4)
-        out = [run("cpu", x, weight, None, weight, None, None, None, None, None)[0] for _ in range(2)]
-        assert torch.equal(*out)
+        out = [run("cpu", x, weight, None, weight, None, None, None, None, None)[0] for _ in range(3)]
+        assert torch.equal(out[0], out[2])
         assert 1 <= len(run._plans) <= 4
 
 

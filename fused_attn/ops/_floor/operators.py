@@ -365,7 +365,7 @@ def _complete(allocate: Callable[..., tuple]) -> Callable[..., tuple]:
 
 
 class _Again:
-    """``allocate`` for calls of one :func:`signature`: it is asked once; ``empty_like`` takes half the time.
+    """``allocate`` for calls of one :func:`signature`: it is asked twice; ``empty_like`` takes half the time.
 
     Outputs that are None become one empty tensor, which nobody sees but the kernel, and that does not write it.
     """
@@ -374,8 +374,11 @@ class _Again:
         self._allocate, self._layouts = allocate, None
 
     def __call__(self, *args) -> tuple:
-        if self._layouts is None:
+        if not self._layouts:
             outputs = [_EMPTY if output is None else output for output in self._allocate(*args)]
+            if self._layouts is None:  # of a call that may be the only one
+                self._layouts = []
+                return tuple(outputs)
             self._layouts = autograd.map_tensors(_without_memory, outputs)
         return tuple(
             [

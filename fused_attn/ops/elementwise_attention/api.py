@@ -147,7 +147,7 @@ def _check_attention(
         )
     if training or running_mean is None or running_var is None:
         return x, weight_row, weight_col, None, None, eps
-    return x, weight_row, weight_col, running_mean.detach(), running_var.detach(), eps
+    return x, weight_row, weight_col, running_mean, running_var, eps
 
 
 def _check_x(x: Tensor) -> None:
@@ -183,7 +183,5 @@ def _check_running(name: str, value: Tensor | None, x: Tensor, channels: int, tr
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
 
 
-_run_softmax, _run_attention = (
-    op.row_col_softmax.public(_check_softmax),
-    op.elementwise_attention.public(_check_attention),
-)
+_run_softmax = op.row_col_softmax.public(_check_softmax)
+_run_attention = op.elementwise_attention.public(_check_attention, names={"mean": "running_mean", "var": "running_var"})
