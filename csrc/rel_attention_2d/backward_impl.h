@@ -412,7 +412,7 @@ void sum_table_partials(const Backward& p, int64_t begin, int64_t end) {
     const bool shared = to.stride[0] == 0;
     for (int64_t table = 0; table < (shared ? 1 : p.heads); ++table) {
       for (int64_t d = 0; d < p.dk; ++d) sum[d] = 0.0f;
-      const int64_t end = shared ? p.parts() : p.end_part(table);
+      const int64_t end = shared ? p.parts() : p.first_part(table + 1);
       for (int64_t part = shared ? 0 : p.first_part(table); part < end; ++part) {
         const float* partial = p.table_partials + (part * rows + row) * p.dk;
         for (int64_t d = 0; d < p.dk; ++d) sum[d] += partial[d];
@@ -429,7 +429,7 @@ void sum_bias_partials(const Backward& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t head = row / p.bias_rows(), y = row % p.bias_rows();
     set_zero(sum.data, columns);
-    for (int64_t part = p.first_part(head); part < p.end_part(head); ++part) {
+    for (int64_t part = p.first_part(head); part < p.first_part(head + 1); ++part) {
       const float* partial = p.bias_partials + (part * p.bias_rows() + y) * columns;
       for (int64_t x = 0; x < columns; ++x) sum[x] += partial[x];
     }

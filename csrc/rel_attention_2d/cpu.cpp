@@ -113,6 +113,7 @@ void rel_attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor
   p.image_runs = p.batch;
   if (p.bias_table && p.key_splits == 1 && p.heads > 0)
     p.image_runs = std::min(p.batch, (kTableTasks + p.heads - 1) / p.heads);
+  if (p.group > 0) p.image_runs = p.heads <= p.group ? p.tasks() : p.batch;
 
   std::vector<float> query_partials, table_partials, bias_partials;
   if (p.key_splits > 1) query_partials.resize(p.tasks() * p.queries() * p.dk);

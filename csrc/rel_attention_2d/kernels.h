@@ -43,7 +43,7 @@ struct Forward : Problem {
 };
 
 // A backward task is one head, a run of images (one, unless there is a bias table) and one range of key rows; on small
-// grids it is a group of (head, image) pairs.  What several tasks contribute to is summed afterwards in a fixed order,
+// grids it is a group of (image, head) pairs, and a run is a group that has every head, or an image.  What several tasks contribute to is summed afterwards in a fixed order,
 // from float32 partial results, so that no result depends on the number of threads.
 struct Backward : Problem {
   TensorView grad_out, out;
@@ -59,15 +59,12 @@ struct Backward : Problem {
   int64_t tasks() const {
     return group > 0 ? (batch * heads + group - 1) / group : image_runs * heads * key_splits;
   }
-  // The parts of a head follow one another.  On small grids there is one of each group that has images of the head.
+  // The parts of a head follow one another.
   int64_t part(int64_t head, int64_t run, int64_t split) const {
     return (head * image_runs + run) * key_splits + split;
   }
-  int64_t first_part(int64_t head) const { return group > 0 ? head * batch / group + head : part(head, 0, 0); }
-  int64_t end_part(int64_t head) const {
-    return group > 0 ? ((head + 1) * batch - 1) / group + head + 1 : part(head + 1, 0, 0);
-  }
-  int64_t parts() const { return heads > 0 ? end_part(heads - 1) : 0; }
+  int64_t first_part(int64_t head) const { return part(head, 0, 0); }
+  int64_t parts() const { return part(heads, 0, 0); }
 };
 
 struct Kernels {

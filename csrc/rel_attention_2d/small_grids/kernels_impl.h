@@ -95,9 +95,9 @@ struct Group {
   }
 
   void start(const Pairs& next) {
-    const bool new_heads = pairs.count == 0 || pairs.head(0) != next.head(0) || next.head(0) != next.head(L - 1);
+    const bool same_heads = pairs.count == L && pairs.head(0) == next.head(0);  // or fewer of them
     pairs = next;
-    if (new_heads) pack_tables();
+    if (!same_heads) pack_tables();
     pack_segments();
     pack_keys(p.key, p.prefix_key, key);
     pack_keys(p.value, p.prefix_value, value);
@@ -173,9 +173,7 @@ struct Group {
   }
 
   // Of a query of the block, among all queries.
-  int64_t row_of(int64_t q, int64_t lane) const {
-    return (pairs.image(lane) * p.heads + pairs.head(lane)) * p.queries() + y0 * p.wq + q;
-  }
+  int64_t row_of(int64_t q, int64_t lane) const { return pairs.of(lane) * p.queries() + y0 * p.wq + q; }
 };
 
 // What of the weights of a query of each pair is not dropped.
@@ -263,7 +261,7 @@ struct GroupForward : Group {
 };
 
 Pairs pairs_of(const Problem& p, int64_t group) {
-  return {p.batch, group * L, smaller(L, p.batch * p.heads - group * L)};
+  return {p.heads, group * L, smaller(L, p.batch * p.heads - group * L)};
 }
 
 void forward(const Forward& p, int64_t begin, int64_t end) {
@@ -278,6 +276,7 @@ struct GroupBackward : Group {
   Matrix grad_out, grad_score, grad_query, grad_key, grad_value;
   Matrix grad_relative, grad_row_table, grad_col_table;
   Scratch<float> grad_block, grad_bias;  // (bias_rows, bias_columns, L): of a block of queries, of all
+  Scratch<float> bias_sum;               // (bias_rows, bias_columns)
 
   explicit GroupBackward(const Backward& problem) : Group(problem), p(problem) {
     const int64_t most = most_rows * p.wq;
@@ -293,6 +292,7 @@ struct GroupBackward : Group {
     grad_block.allocate(p.bias_rows() * p.bias_columns() * L);
     grad_block.fill(0.0f);
     grad_bias.allocate(p.bias_rows() * p.bias_columns() * L);
+    bias_sum.allocate(p.bias_rows() * p.bias_columns());
   }
 
   // From the logits and the gradients of the weights of a query to its weights and the gradients of the logits, in
@@ -395,23 +395,30 @@ struct GroupBackward : Group {
     unpack_keys(p.grad_key, p.grad_prefix_key, grad_key);  // the packed query carries the scale
     unpack_keys(p.grad_value, p.grad_prefix_value, grad_value);
 
-    const int64_t bias_size = p.bias_rows() * p.bias_columns();
-    Scratch<float> bias_sum(bias_size);
-    for (int64_t lane = 0; lane < pairs.count;) {  // the lanes of a head
-      const int64_t head = pairs.head(lane), first = lane;
-      while (lane < pairs.count && pairs.head(lane) == head) ++lane;
-      const int64_t part = group + head;
-      float* table = p.table_partials + part * (p.row_length() + p.col_length()) * p.dk;
-      auto sum_table = [&](const Matrix& from, int64_t length, float* to) {
-        for (int64_t i = 0; i < length; ++i)
-          sum_lanes_of(from.at(i), p.dk, first, lane, to + (p.key_minus_query ? i : length - 1 - i) * p.dk);
-      };
-      sum_table(grad_row_table, p.row_length(), table);
-      sum_table(grad_col_table, p.col_length(), table + p.row_length() * p.dk);
-      if (!p.bias_table) continue;
-      sum_lanes_of(grad_bias.data, bias_size, first, lane, bias_sum.data);
-      unpack_bias_table(p, bias_sum.data, p.bias_columns(), p.bias_partials + part * bias_size);
-    }
+    // A group has pairs of every head, or of at most one image with each.
+    if (p.heads <= L)
+      for (int64_t head = 0; head < p.heads; ++head) sum_tables(head, p.part(head, group, 0));
+    else
+      for (int64_t lane = 0; lane < pairs.count; ++lane)
+        sum_tables(pairs.head(lane), p.part(pairs.head(lane), pairs.image(lane), 0));
+  }
+
+  // The gradients of a head's tables, as a part of their sums.
+  void sum_tables(int64_t head, int64_t part) {
+    vi used{};
+    for (int64_t lane = 0; lane < pairs.count; ++lane) used[lane] = pairs.head(lane) == head ? -1 : 0;
+    float* to = p.table_partials + part * (p.row_length() + p.col_length()) * p.dk;
+    auto sum = [&](const Matrix& from, int64_t length) {
+      for (int64_t i = 0; i < length; ++i)
+        sum_lanes_of(from.at(i), p.dk, used, to + (p.key_minus_query ? i : length - 1 - i) * p.dk);
+      to += length * p.dk;
+    };
+    sum(grad_row_table, p.row_length());
+    sum(grad_col_table, p.col_length());
+    if (!p.bias_table) return;
+    const int64_t size = p.bias_rows() * p.bias_columns();
+    sum_lanes_of(grad_bias.data, size, used, bias_sum.data);
+    unpack_bias_table(p, bias_sum.data, p.bias_columns(), p.bias_partials + part * size);
   }
 };
 

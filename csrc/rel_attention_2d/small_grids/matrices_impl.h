@@ -1,12 +1,12 @@
 // Matrices of a group of pairs, their products, and their way from and to tensors; part of kernels_impl.h.
 
-// Consecutive (head, image) pairs, one to a lane; lanes past the last repeat it.
+// Consecutive (image, head) pairs, one to a lane; lanes past the last repeat it.
 struct Pairs {
-  int64_t batch, first, count;
+  int64_t heads, first, count;
 
   int64_t of(int64_t lane) const { return first + smaller(lane, count - 1); }
-  int64_t head(int64_t lane) const { return of(lane) / batch; }
-  int64_t image(int64_t lane) const { return of(lane) % batch; }
+  int64_t image(int64_t lane) const { return of(lane) / heads; }
+  int64_t head(int64_t lane) const { return of(lane) % heads; }
 };
 
 // A (positions, depth) matrix of each pair.
@@ -131,69 +131,85 @@ FA_INLINE TensorView as_grid(const TensorView& prefix) {
   return view;
 }
 
-template <class T>
-FA_INLINE vf load_line(const T* from, int64_t count, int64_t step) {
-  if (step == 1) return count >= L ? load_as_float(from) : load_part(from, count);
-  vf x{};
-  for (int64_t i = 0; i < smaller(count, L); ++i) x[i] = static_cast<float>(from[i * step]);
-  return x;
-}
-template <class T>
-FA_INLINE void store_line(T* to, int64_t count, int64_t step, vf x) {
-  if (step == 1) return count >= L ? store_rounded(to, x) : store_part(to, count, x);
-  for (int64_t i = 0; i < smaller(count, L); ++i) to[i * step] = static_cast<T>(x[i]);
-}
-
 constexpr int64_t kAhead = 2;  // lines: those of many pairs are too many streams for the hardware to follow
+
+// body(offset in the pairs' heads, elements, offset of what comes later, place in the matrix) for L numbers of a line at
+// a time, of which the last may be fewer.
+template <class Body>
+FA_INLINE void each_piece(const Lines& lines, const Matrix& matrix, int64_t position, const Body& body) {
+  for (int64_t line = 0; line < lines.count; ++line) {
+    const int64_t offset = lines.offset(line), ahead = lines.offset(smaller(line + kAhead, lines.count - 1));
+    for (int64_t i = 0; i < lines.length; i += L)
+      body(offset + i * lines.step, smaller(L, lines.length - i), ahead + i * lines.step,
+           lines.in(matrix, position, line, i));
+  }
+}
 
 // to[position...] = factor * the lines of the pairs.
 void pack(const Lines& lines, const Pairs& pairs, float factor, const Matrix& to, int64_t position = 0) {
+  const int64_t step = lines.step, step_in = lines.step_in(to);
   with_element(lines.view.dtype, [&](auto element) {
     using T = decltype(element);
     const T* base[L];
     for (int i = 0; i < L; ++i) base[i] = at<T>(lines.view, head_offset(lines.view, pairs.image(i), pairs.head(i)));
-    for (int64_t line = 0; line < lines.count; ++line) {
-      const int64_t offset = lines.offset(line), ahead = lines.offset(smaller(line + kAhead, lines.count - 1));
-      for (int64_t i = 0; i < lines.length; i += L) {
-        vf x[L];
+    each_piece(lines, to, position, [&](int64_t offset, int64_t count, int64_t ahead, float* at) FA_INLINE_CALL {
+      vf x[L];
+      if (step == 1 && count == L) {
 #pragma GCC unroll 16
         for (int lane = 0; lane < L; ++lane) {
-          x[lane] = load_line(base[lane] + offset + i * lines.step, lines.length - i, lines.step);
-          __builtin_prefetch(base[lane] + ahead + i * lines.step);
+          x[lane] = load_as_float(base[lane] + offset);
+          __builtin_prefetch(base[lane] + ahead);
         }
-        transpose(x);
-        float* at = lines.in(to, position, line, i);
-        for (int64_t j = 0; j < smaller(L, lines.length - i); ++j) store(at + j * lines.step_in(to), x[j] * factor);
+      } else {
+        for (int lane = 0; lane < L; ++lane) {
+          x[lane] = vf{};
+          if (step == 1)
+            x[lane] = load_part(base[lane] + offset, count);
+          else
+            for (int64_t i = 0; i < count; ++i) x[lane][i] = static_cast<float>(base[lane][offset + i * step]);
+        }
       }
-    }
+      transpose(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i)
+        if (i < count) store(at + i * step_in, x[i] * factor);
+    });
   });
 }
 
 // The inverse: the lines of the pairs = factor * from[position...].
 void unpack(const Lines& lines, const Pairs& pairs, float factor, const Matrix& from, int64_t position = 0) {
+  const int64_t step = lines.step, step_in = lines.step_in(from);
   with_element(lines.view.dtype, [&](auto element) {
     using T = decltype(element);
     T* base[L];
     for (int i = 0; i < L; ++i) base[i] = at<T>(lines.view, head_offset(lines.view, pairs.image(i), pairs.head(i)));
-    for (int64_t line = 0; line < lines.count; ++line) {
-      const int64_t offset = lines.offset(line), ahead = lines.offset(smaller(line + kAhead, lines.count - 1));
-      for (int64_t i = 0; i < lines.length; i += L) {
-        vf x[L] = {};
-        const float* at = lines.in(from, position, line, i);
-        for (int64_t j = 0; j < smaller(L, lines.length - i); ++j) x[j] = load(at + j * lines.step_in(from)) * factor;
-        transpose(x);
-        for (int64_t lane = 0; lane < pairs.count; ++lane) {
-          store_line(base[lane] + offset + i * lines.step, lines.length - i, lines.step, x[lane]);
-          __builtin_prefetch(base[lane] + ahead + i * lines.step, 1);
+    each_piece(lines, from, position, [&](int64_t offset, int64_t count, int64_t ahead, float* at) FA_INLINE_CALL {
+      vf x[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) x[i] = i < count ? load(at + i * step_in) * factor : vf{};
+      transpose(x);
+      if (step == 1 && count == L && pairs.count == L) {
+#pragma GCC unroll 16
+        for (int lane = 0; lane < L; ++lane) {
+          store_rounded(base[lane] + offset, x[lane]);
+          __builtin_prefetch(base[lane] + ahead, 1);
         }
+        return;
       }
-    }
+      for (int64_t lane = 0; lane < pairs.count; ++lane)
+        if (step == 1 && count == L)
+          store_rounded(base[lane] + offset, x[lane]);
+        else if (step == 1)
+          store_part(base[lane] + offset, count, x[lane]);
+        else
+          for (int64_t i = 0; i < count; ++i) base[lane][offset + i * step] = static_cast<T>(x[lane][i]);
+    });
   });
 }
 
-// to[i] = the sum of lanes [first, last) of vector i.
-void sum_lanes_of(const float* from, int64_t count, int64_t first, int64_t last, float* to) {
-  const vi used = first_lanes(last) & ~first_lanes(first);
+// to[i] = the sum of the lanes of vector i that `used` names.
+void sum_lanes_of(const float* from, int64_t count, vi used, float* to) {
   for (int64_t i = 0; i < count; i += L) {
     vf x[L];
     for (int64_t j = 0; j < L; ++j) x[j] = i + j < count ? select(used, load(from + (i + j) * L), vf{}) : vf{};
