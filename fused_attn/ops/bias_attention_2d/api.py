@@ -78,17 +78,14 @@ def _check(
     scale: object, index: str, dropout_p: object,
 ) -> tuple[Any, ...]:  # fmt: skip
     """The arguments of the operator."""
-    dropout_p = shared.check_attention(query, key, value, dropout_p)
-    shared.check_index(index)
+    segments, scale, key_minus_query, dropout_p = shared.check_attention(
+        query, key, value, query_segments, key_segments, prefix_key, prefix_value, scale, index, dropout_p
+    )
     checks.tensor("bias_table", bias_table)
     heads, height, width = query.shape[1:4]
     shape = (heads, max(height + key.shape[2] - 1, 0), max(width + key.shape[3] - 1, 0))
     if bias_table.shape != shape:
         raise ValueError(f"bias_table must have shape (heads, Hq+Hk-1, Wq+Wk-1)={shape}, got {tuple(bias_table.shape)}")
-    segments = shared.check_segments(query, key, query_segments, key_segments)
-    shared.check_prefix(query, value, prefix_key, prefix_value)
-    scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
-    key_minus_query = index == shared.INDEX[0]
     return (
         query, key, value, None, None, bias_table, *segments, prefix_key, prefix_value, scale, 1.0, key_minus_query,
         dropout_p,

@@ -123,14 +123,9 @@ def _check_softmax(x: Tensor, weight_row: Tensor | None, weight_col: Tensor | No
 
 
 def _check_attention(
-    x: Tensor,
-    weight_row: Tensor,
-    weight_col: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    eps: object,
-) -> tuple[Any, ...]:
+    x: Tensor, weight_row: Tensor, weight_col: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+    training: bool, eps: object,
+) -> tuple[Any, ...]:  # fmt: skip
     """The arguments of the operator."""
     _check_x(x)
     _check_weights(x, weight_row, weight_col)

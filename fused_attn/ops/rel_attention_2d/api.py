@@ -136,15 +136,12 @@ def _check_rel(
     query_segments: Tensor | None, key_segments: Tensor | None, prefix_key: Tensor | None, prefix_value: Tensor | None,
     scale: object, rel_scale: object, index: str, dropout_p: object,
 ) -> tuple[Any, ...]:  # fmt: skip
-    dropout_p = check_attention(query, key, value, dropout_p)
-    check_index(index)
+    segments, scale, key_minus_query, dropout_p = check_attention(
+        query, key, value, query_segments, key_segments, prefix_key, prefix_value, scale, index, dropout_p
+    )
     _check_table("rel_h", rel_h, query, key, axis=2)
     _check_table("rel_w", rel_w, query, key, axis=3)
-    segments = check_segments(query, key, query_segments, key_segments)
-    check_prefix(query, value, prefix_key, prefix_value)
-    scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
     rel_scale = scale if rel_scale is None else checks.number("rel_scale", rel_scale)
-    key_minus_query = index == INDEX[0]
     return (
         query, key, value, rel_h, rel_w, None, *segments, prefix_key, prefix_value, scale, rel_scale, key_minus_query,
         dropout_p,
@@ -156,16 +153,19 @@ def _check_decomposed(
     query_segments: Tensor | None, key_segments: Tensor | None, prefix_key: Tensor | None, prefix_value: Tensor | None,
     scale: object, dropout_p: object,
 ) -> tuple[Any, ...]:  # fmt: skip
-    dropout_p = check_attention(query, key, value, dropout_p)
+    segments, scale, _, dropout_p = check_attention(
+        query, key, value, query_segments, key_segments, prefix_key, prefix_value, scale, INDEX[0], dropout_p
+    )
     _check_bias("bias_h", bias_h, query, key, axis=2)
     _check_bias("bias_w", bias_w, query, key, axis=3)
-    segments = check_segments(query, key, query_segments, key_segments)
-    check_prefix(query, value, prefix_key, prefix_value)
-    scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
     return query, key, value, bias_h, bias_w, None, *segments, prefix_key, prefix_value, scale, 1.0, True, dropout_p
 
 
-def check_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: object) -> float:
+def check_attention(
+    query: Tensor, key: Tensor, value: Tensor, query_segments: Tensor | None, key_segments: Tensor | None,
+    prefix_key: Tensor | None, prefix_value: Tensor | None, scale: object, index: str, dropout_p: object,
+) -> tuple[tuple[Tensor | None, Tensor | None], float, bool, float]:  # fmt: skip
+    """What all three functions share; the segments, the scale, ``key_minus_query`` and ``dropout_p``."""
     _check_grid("query", query, "(B, heads, Hq, Wq, d_k)")
     _check_grid("key", key, "(B, heads, Hk, Wk, d_k)")
     _check_grid("value", value, "(B, heads, Hk, Wk, d_v)")
@@ -185,7 +185,12 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: object
     dropout_p = checks.number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    return dropout_p
+    if index not in INDEX:
+        raise ValueError(f"index must be one of {', '.join(map(repr, INDEX))}, got {index!r}")
+    segments = _check_segments(query, key, query_segments, key_segments)
+    _check_prefix(query, value, prefix_key, prefix_value)
+    scale = d_k**-0.5 if scale is None else checks.number("scale", scale)
+    return segments, scale, index == INDEX[0], dropout_p
 
 
 def _check_grid(name: str, tensor: Tensor, layout: str) -> None:
@@ -194,12 +199,7 @@ def _check_grid(name: str, tensor: Tensor, layout: str) -> None:
         raise ValueError(f"{name} must have 5 dimensions {layout}, got shape {tuple(tensor.shape)}")
 
 
-def check_index(index: str) -> None:
-    if index not in INDEX:
-        raise ValueError(f"index must be one of {', '.join(map(repr, INDEX))}, got {index!r}")
-
-
-def check_segments(
+def _check_segments(
     query: Tensor, key: Tensor, query_segments: Tensor | None, key_segments: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The segments as the kernels take them: contiguous."""
@@ -233,7 +233,7 @@ def _check_segments_of(name: str, segments: Tensor, of: Tensor, letter: str) -> 
         raise ValueError(f"{name} must be on the device of query, {of.device}, got {segments.device}")
 
 
-def check_prefix(query: Tensor, value: Tensor, prefix_key: Tensor | None, prefix_value: Tensor | None) -> None:
+def _check_prefix(query: Tensor, value: Tensor, prefix_key: Tensor | None, prefix_value: Tensor | None) -> None:
     if prefix_key is None and prefix_value is None:
         return
     prefix_key = _given("prefix_key", prefix_key, "prefix_value")

@@ -67,16 +67,9 @@ def squeeze_excite(
 
 
 def _check(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    result: Tensor | None,
-    result_share: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-) -> tuple[Any, ...]:
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
+    result: Tensor | None, result_share: Tensor | None, residual: Tensor | None, activation: str | None,
+) -> tuple[Any, ...]:  # fmt: skip
     """The arguments of the operator."""
     _check_tensor("x", x, 4, "(B, C, H, W)")
     batch, channels, height, width = x.shape
