@@ -373,7 +373,8 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
     }
     const int64_t part = p.part(h, run, split);
     if (p.bias_table)
-      unpack_bias_table(p, s.grad_bias.data, bias.free.stride, p.bias_partials + part * p.bias_rows() * p.bias_columns());
+      unpack_bias_table(p, s.grad_bias.data, bias.free.stride,
+                        p.bias_partials + part * p.bias_rows() * p.bias_columns());
     if (!bias.from_tables()) continue;
     auto unpack = [&](int64_t length, int64_t first, float* to) {
       for (int64_t i = 0; i < length; ++i) {

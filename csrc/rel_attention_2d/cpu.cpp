@@ -46,13 +46,14 @@ void fill_problem(Problem& p, const Tensor& query, const Tensor& key, const Tens
   p.prefix_key = view_of(prefix_key), p.prefix_value = view_of(prefix_value);
 }
 
-// Pairs of a group if the kernels of small grids take the problem, or 0.  It follows the shape alone, so that no result
-// depends on the number of threads.
+// Pairs of a group if the kernels of small grids take the problem, or 0.  They are the faster ones up to 20x20 keys or
+// so, and take many pairs at a time: four groups or more, to have work for several threads.  The choice follows the
+// shape alone, so that no result depends on the number of threads.
 int64_t small_grid_group(const Problem& p) {
-  static const int64_t kMostKeys = getenv("KMK") ? atoi(getenv("KMK")) : 256; constexpr int64_t kGroups = 4;
+  constexpr int64_t kMostKeys = 400, kLeastGroups = 4;
   const int64_t group = small_grids::best_kernels().lanes, keys = p.hk * p.wk + p.prefix;
-  const bool fits = p.queries() > 0 && keys > 0 && keys <= kMostKeys && p.dk > 0 && p.dv > 0 && p.batch * p.heads >= kGroups * group;
-  return fits ? group : 0;
+  const bool fits = p.queries() > 0 && keys > 0 && keys <= kMostKeys && p.dk > 0 && p.dv > 0;
+  return fits && p.batch * p.heads >= kLeastGroups * group ? group : 0;
 }
 
 void rel_attention_2d_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> row_term,

@@ -43,8 +43,9 @@ struct Forward : Problem {
 };
 
 // A backward task is one head, a run of images (one, unless there is a bias table) and one range of key rows; on small
-// grids it is a group of (image, head) pairs, and a run is a group that has every head, or an image.  What several tasks contribute to is summed afterwards in a fixed order,
-// from float32 partial results, so that no result depends on the number of threads.
+// grids it is a group of (image, head) pairs, and a run is a group that has every head, or an image.  What several
+// tasks contribute to is summed afterwards in a fixed order, from float32 partial results, so that no result depends on
+// the number of threads.
 struct Backward : Problem {
   TensorView grad_out, out;
   const float* statistics;
@@ -56,9 +57,7 @@ struct Backward : Problem {
   float* table_partials;  // (parts, row_length + col_length, dk)
   float* bias_partials;   // (parts, bias_rows, bias_columns)
 
-  int64_t tasks() const {
-    return group > 0 ? (batch * heads + group - 1) / group : image_runs * heads * key_splits;
-  }
+  int64_t tasks() const { return group > 0 ? (batch * heads + group - 1) / group : image_runs * heads * key_splits; }
   // The parts of a head follow one another.
   int64_t part(int64_t head, int64_t run, int64_t split) const {
     return (head * image_runs + run) * key_splits + split;

@@ -6,7 +6,7 @@
 namespace fused_attn::rel_attention_2d::small_grids {
 
 struct Kernels {
-  int64_t lanes;  // pairs of a group
+  int64_t lanes;              // pairs of a group
   Kernel<Forward> forward;    // groups
   Kernel<Backward> backward;  // groups
 };

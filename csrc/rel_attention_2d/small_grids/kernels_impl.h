@@ -1,6 +1,6 @@
-// The CPU kernels of small grids.  Lane i of every vector belongs to the i-th of a group of L (image, head) pairs, so that
-// one computation on vectors does L pairs: no lane is idle whatever the size of the grid, no sum runs over lanes but
-// those of tables, and keys need no padding.  See the op's README.md.
+// The CPU kernels of small grids.  Lane i of every vector belongs to the i-th of a group of L (image, head) pairs, so
+// that one computation on vectors does L pairs: no lane is idle whatever the size of the grid, no sum runs over lanes
+// but those of tables, and keys need no padding.  See the op's README.md.
 //
 // Included once per instruction set, see common/for_each_instruction_set.h.
 
@@ -31,7 +31,7 @@ struct Group {
 
   explicit Group(const Problem& problem) : p(problem), grid(p.hk * p.wk), keys(grid + p.prefix) {
     // The logits of a block, and their gradients, stay in the second-level cache.
-    static const int64_t kScores = getenv("KSC") ? atoi(getenv("KSC")) : 3584;
+    constexpr int64_t kScores = 5600;
     const int64_t wanted = larger(kScores / larger(keys * p.wq, 1), 1), blocks = (p.hq + wanted - 1) / wanted;
     most_rows = (p.hq + blocks - 1) / blocks;
     const int64_t most = most_rows * p.wq;
@@ -112,13 +112,13 @@ struct Group {
       if (!term) return;
       if (!p.tables) return pack(query_lines(term, to.depth), pairs, 1.0f, to);
       each_window(of_rows, [&](int64_t first, int64_t step, int64_t n, int64_t position) {
-        product(to.depth, n, p.dk, over_depth(table, position), over_depth(relative_query, first, step), to.at(first),
-                L, step * to.stride);
+        product(to.depth, n, p.dk, over_depth(table, position), over_depth(relative_query, first, step),
+                to_depth(to, first, step));
       });
     };
     fill(p.row_term, row_table, true, row);
     fill(p.col_term, col_table, false, col);
-    product(keys, queries, p.dk, over_depth(key), over_depth(query), score.at(0), L, score.stride);
+    product(keys, queries, p.dk, over_depth(key), over_depth(query), to_depth(score));
   }
 
   template <class Body>
@@ -142,9 +142,7 @@ struct Group {
   }
 
   // First number of a query's biases: for key row y, bias_columns() further each.
-  int64_t bias_start(int64_t q) const {
-    return (p.hq - 1 - y0 - q / p.wq) * p.bias_columns() + p.wq - 1 - q % p.wq;
-  }
+  int64_t bias_start(int64_t q) const { return (p.hq - 1 - y0 - q / p.wq) * p.bias_columns() + p.wq - 1 - q % p.wq; }
 
   // body(key, logit, whether the queries attend to it) for every key of query q of the block.
   template <Bias B, bool Masks, class Body>
@@ -199,7 +197,8 @@ template <class Choose>
 FA_INLINE void with_options(const Group& group, const Choose& choose) {
   const Problem& p = group.p;
   auto with_masks = [&]<Bias B, bool Dropout>() {
-    return group.masks ? choose.template operator()<B, Dropout, true>() : choose.template operator()<B, Dropout, false>();
+    return group.masks ? choose.template operator()<B, Dropout, true>()
+                       : choose.template operator()<B, Dropout, false>();
   };
   auto with_dropout = [&]<Bias B>() {
     return p.drop_below > 0 ? with_masks.template operator()<B, true>() : with_masks.template operator()<B, false>();
@@ -209,15 +208,14 @@ FA_INLINE void with_options(const Group& group, const Choose& choose) {
   with_dropout.template operator()<Bias::none>();
 }
 
-// --- forward ----------------------------------------------------------------------------------------------------------
+// --- forward
+// ----------------------------------------------------------------------------------------------------------
 
 struct GroupForward : Group {
   const Forward& p;
   Matrix out;
 
-  explicit GroupForward(const Forward& problem) : Group(problem), p(problem) {
-    out.allocate(most_rows * p.wq, p.dv);
-  }
+  explicit GroupForward(const Forward& problem) : Group(problem), p(problem) { out.allocate(most_rows * p.wq, p.dv); }
 
   // Weights in place of the logits of a query, but for the division by their sum, and the query's statistics; what
   // remains to multiply its output with is returned.
@@ -252,7 +250,7 @@ struct GroupForward : Group {
       with_options(*this, [&]<Bias B, bool Dropout, bool Masks>() {
         for (int64_t q = 0; q < queries; ++q) store(factor + q * L, softmax<B, Dropout, Masks>(q));
       });
-      product(queries, p.dv, keys, over_depth(score), over_positions(value), out.at(0), out.stride, L);
+      product(queries, p.dv, keys, over_depth(score), over_positions(value), to_positions(out));
       for (int64_t q = 0; q < queries; ++q)
         for (int64_t d = 0; d < p.dv; ++d) store(out.at(q) + d * L, load(out.at(q) + d * L) * load(factor + q * L));
       unpack(query_lines(p.out, p.dv), pairs, 1.0f, out);
@@ -269,7 +267,8 @@ void forward(const Forward& p, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) group.run(pairs_of(p, task));
 }
 
-// --- backward ---------------------------------------------------------------------------------------------------------
+// --- backward
+// ---------------------------------------------------------------------------------------------------------
 
 struct GroupBackward : Group {
   const Backward& p;
@@ -314,7 +313,7 @@ struct GroupBackward : Group {
       if constexpr (Masks)  // a hidden key has no part, also where the query or its own value is NaN
         weight = select(attended, weight, vf{}), grad_weight = select(attended, grad_weight, vf{});
       store(weights + k * L, weight);
-      store(grad + k * L, grad_weight);
+      if constexpr (Dropout || Masks) store(grad + k * L, grad_weight);
       sum.add(weight * grad_weight);
     });
     const vf delta = sum.total();
@@ -350,24 +349,22 @@ struct GroupBackward : Group {
   void backward_of_table(bool of_rows, const Matrix& grad_logits, const Matrix& table, const Matrix& grad_table) {
     each_window(of_rows, [&](int64_t first, int64_t step, int64_t n, int64_t position) {
       product(n, p.dk, grad_logits.depth, over_depth(grad_logits, first, step), over_positions(table, position),
-              grad_relative.at(first), step * grad_relative.stride, L, true);
+              to_positions(grad_relative, first, step), true);
       product(grad_logits.depth, p.dk, n, over_positions(grad_logits, first, step),
-              over_positions(relative_query, first, step), grad_table.at(position), grad_table.stride, L, true);
+              over_positions(relative_query, first, step), to_positions(grad_table, position), true);
     });
   }
 
   void run_block() {
     pack(query_lines(p.grad_out, p.dv), pairs, p.keep_scale, grad_out);
-    product(keys, queries, p.dv, over_depth(value), over_depth(grad_out), grad_score.at(0), L, grad_score.stride);
+    product(keys, queries, p.dv, over_depth(value), over_depth(grad_out), to_depth(grad_score));
     with_options(*this, [&]<Bias B, bool Dropout, bool Masks>() {
       for (int64_t q = 0; q < queries; ++q) softmax<B, Dropout, Masks>(q);
     });
     const bool add = y0 > 0;  // to what the blocks before contributed
-    product(keys, p.dv, queries, over_positions(score), over_positions(grad_out), grad_value.at(0), grad_value.stride,
-            L, add);
-    product(keys, p.dk, queries, over_positions(grad_score), over_positions(query), grad_key.at(0), grad_key.stride, L,
-            add);
-    product(queries, p.dk, keys, over_depth(grad_score), over_positions(key), grad_query.at(0), grad_query.stride, L);
+    product(keys, p.dv, queries, over_positions(score), over_positions(grad_out), to_positions(grad_value), add);
+    product(keys, p.dk, queries, over_positions(grad_score), over_positions(query), to_positions(grad_key), add);
+    product(queries, p.dk, keys, over_depth(grad_score), over_positions(key), to_positions(grad_query));
     if (p.tables) {
       grad_relative.data.fill(0.0f);
       if (p.row_term) backward_of_table(true, row, row_table, grad_row_table);

@@ -23,51 +23,57 @@ struct Matrix {
 
 // --- products -----------------------------------------------------------------------------------------------------
 
-// An operand: its numbers along the result's rows or columns and along the sum, so many floats apart.
+// A factor: its numbers along the result's rows or columns and along the sum, so many floats apart.
 struct Operand {
   const float* data;
   int64_t step, depth_step;
+
+  Operand from(int64_t i, int64_t depth = 0) const { return {data + i * step + depth * depth_step, step, depth_step}; }
+};
+struct Result {
+  float* data;
+  int64_t row_step, column_step;
+
+  float* at(int64_t row, int64_t column) const { return data + row * row_step + column * column_step; }
 };
 
 constexpr int kRows = 6, kColumns = L == 16 ? 4 : 2;  // of a block in registers
 
+// `ahead`: what is multiplied later, of as many rows; a part of it is fetched.
 template <int M, int N, bool Add>
-FA_INLINE void product_block(int64_t depth, const float* a, int64_t a_step, int64_t a_depth, const float* b,
-                             int64_t b_step, int64_t b_depth, float* c, int64_t c_row, int64_t c_column) {
+FA_INLINE void product_block(int64_t depth, Operand a, Operand b, Result c, const float* ahead) {
   vf acc[M][N] = {};
-  for (int64_t k = 0; k < depth; ++k, a += a_depth, b += b_depth) {
+  for (int64_t k = 0; k < depth; ++k) {
     vf column[N];
+    if constexpr (M == kRows) {
+      __builtin_prefetch(ahead);
+      __builtin_prefetch(ahead + a.step);
+    }
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) column[n] = held(load(b + n * b_step));
+    for (int n = 0; n < N; ++n) column[n] = held(load(b.data + n * b.step));
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const vf row = held(load(a + m * a_step));
+      const vf row = held(load(a.data + m * a.step));
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) acc[m][n] += row * column[n];
     }
+    a.data += a.depth_step, b.data += b.depth_step, ahead += a.depth_step;
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
-      float* to = c + m * c_row + n * c_column;
-      store(to, Add ? load(to) + acc[m][n] : acc[m][n]);
-    }
+    for (int n = 0; n < N; ++n) store(c.at(m, n), Add ? load(c.at(m, n)) + acc[m][n] : acc[m][n]);
 }
 
 template <bool Add>
-void product_part(int64_t rows, int64_t columns, int64_t depth, Operand a, Operand b, float* c, int64_t c_row,
-                  int64_t c_column) {
+void product_part(int64_t rows, int64_t columns, int64_t depth, Operand a, Operand b, Result c) {
   auto across = [&]<int M>(int64_t m) FA_INLINE_CALL {
-    const float* from = a.data + m * a.step;
-    float* to = c + m * c_row;
     int64_t n = 0;
     for (; n + kColumns <= columns; n += kColumns)
-      product_block<M, kColumns, Add>(depth, from, a.step, a.depth_step, b.data + n * b.step, b.step, b.depth_step,
-                                      to + n * c_column, c_row, c_column);
+      product_block<M, kColumns, Add>(depth, a.from(m), b.from(n), {c.at(m, n), c.row_step, c.column_step},
+                                      a.from(m + kRows + 2 * (n / kColumns)).data);
     for (; n < columns; ++n)
-      product_block<M, 1, Add>(depth, from, a.step, a.depth_step, b.data + n * b.step, b.step, b.depth_step,
-                               to + n * c_column, c_row, c_column);
+      product_block<M, 1, Add>(depth, a.from(m), b.from(n), {c.at(m, n), c.row_step, c.column_step}, a.from(m).data);
   };
   int64_t m = 0;
   for (; m + kRows <= rows; m += kRows) across.template operator()<kRows>(m);
@@ -75,17 +81,12 @@ void product_part(int64_t rows, int64_t columns, int64_t depth, Operand a, Opera
 }
 
 // c[m, n] = sum over k < depth of a[m, k] * b[n, k], or added to what is there.
-void product(int64_t rows, int64_t columns, int64_t depth, Operand a, Operand b, float* c, int64_t c_row,
-             int64_t c_column, bool add = false) {
+void product(int64_t rows, int64_t columns, int64_t depth, Operand a, Operand b, Result c, bool add = false) {
   const int64_t parts = (depth + kLongestChain - 1) / kLongestChain;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t first = split_begin(depth, parts, part), count = split_begin(depth, parts, part + 1) - first;
-    const Operand a_part{a.data + first * a.depth_step, a.step, a.depth_step};
-    const Operand b_part{b.data + first * b.depth_step, b.step, b.depth_step};
-    if (add || part > 0)
-      product_part<true>(rows, columns, count, a_part, b_part, c, c_row, c_column);
-    else
-      product_part<false>(rows, columns, count, a_part, b_part, c, c_row, c_column);
+    const auto use = add || part > 0 ? product_part<true> : product_part<false>;
+    use(rows, columns, count, a.from(0, first), b.from(0, first), c);
   }
 }
 
@@ -96,11 +97,18 @@ Operand over_depth(const Matrix& x, int64_t position = 0, int64_t step = 1) {
 Operand over_positions(const Matrix& x, int64_t position = 0, int64_t step = 1) {
   return {x.at(position), L, step * x.stride};
 }
+// Results to a matrix, (positions, depth) or the transpose.
+Result to_positions(const Matrix& x, int64_t position = 0, int64_t step = 1) {
+  return {x.at(position), step * x.stride, L};
+}
+Result to_depth(const Matrix& x, int64_t position = 0, int64_t step = 1) {
+  return {x.at(position), L, step * x.stride};
+}
 
 // --- tensors to matrices and back -----------------------------------------------------------------------------------
 
-// Rows [y, y + height) of a (batch, heads, -, width, depth) tensor, as lines of numbers that lie side by side where some
-// do: those of a position or, channels first, those of a channel.
+// Rows [y, y + height) of a (batch, heads, -, width, depth) tensor, as lines of numbers that lie side by side where
+// some do: those of a position or, channels first, those of a channel.
 struct Lines {
   const TensorView& view;
   int64_t first, width;
@@ -133,8 +141,8 @@ FA_INLINE TensorView as_grid(const TensorView& prefix) {
 
 constexpr int64_t kAhead = 2;  // lines: those of many pairs are too many streams for the hardware to follow
 
-// body(offset in the pairs' heads, elements, offset of what comes later, place in the matrix) for L numbers of a line at
-// a time, of which the last may be fewer.
+// body(offset in the pairs' heads, elements, offset of what comes later, place in the matrix) for L numbers of a line
+// at a time, of which the last may be fewer.
 template <class Body>
 FA_INLINE void each_piece(const Lines& lines, const Matrix& matrix, int64_t position, const Body& body) {
   for (int64_t line = 0; line < lines.count; ++line) {
