@@ -38,14 +38,15 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	find csrc examples -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
-# torch comes first and pinned: with it present, nothing that follows fetches another build of it.
+# torch comes first and pinned: with it present, nothing that follows fetches another build of it.  Most modules of the
+# packages are never imported: not compiling them saves a minute.
 $(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch numpy setuptools ninja
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt torch numpy setuptools ninja
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	FUSED_ATTN_REQUIRE_EXTENSION=1 $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
+	FUSED_ATTN_REQUIRE_EXTENSION=1 $(BIN)/pip install --quiet --no-compile --no-build-isolation -c constraints.txt -e '.[dev]'
 	touch $@
 
 # One wheel for every Python and torch, tagged with the manylinux that its library is fit for.  Torch's libraries stay out:
