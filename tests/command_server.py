@@ -55,7 +55,6 @@ if __name__ == "__main__":
     import kornia.augmentation  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import sklearn.datasets  # noqa: F401
-    import torch._dynamo
     import torchmetrics  # noqa: F401
     import tyro  # noqa: F401
 

@@ -21,7 +21,7 @@ def peak_extra_bytes(op: str, shape: str, impl: str, *, device: str = "cpu") -> 
 
 if __name__ == "__main__":
     # The first backward pass imports it, with SymPy, in half a second; every full collection takes a quarter.
-    import torch.fx.experimental.symbolic_shapes  # noqa: F401
+    import torch.fx.experimental.symbolic_shapes
 
     from fused_attn.ops import SPECS  # noqa: F401
 

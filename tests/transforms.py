@@ -263,7 +263,7 @@ EAGER = {
     "dual numbers in torch.compile": "forward_ad dual numbers",
 }
 
-#: What the reference gives in float32 and float64, by op, sample, transform and draws: the same for all implementations.
+#: What the reference gives in float32 and float64, by op, sample, transform and draws: for every implementation.
 _BARS: dict[tuple[str, str, str, int], list[dict[str, Tensor]]] = {}
 
 
@@ -289,7 +289,8 @@ def outcome(spec: OpSpec, impl: str, sample: Sample, name: str) -> str:
     if bar not in _BARS:
         eager = EAGER.get(name, name)
         _BARS[bar] = [_run(spec, "reference", sample, eager, dtype, draws) for dtype in (torch.float32, torch.float64)]
-    found = mismatches(actual, *_BARS[bar])
+    # How precise Triton's kernels are, tests/ops/interpreted say; the worst of one draw is chance.
+    found = mismatches(actual, *_BARS[bar], factor=4.0 if impl == "triton" else 2.0)
     assert not found, "; ".join(found)
     return "works"
 

@@ -31,7 +31,7 @@ HALF = ("small", "one value", "no norm_weight", "depth 77", "mixed layouts", "la
     [(name, F32) for name in SAMPLES if name not in SLOW] + [(name, dtype) for name in HALF for dtype in (F16, BF16)],
 )
 def test_samples(name, dtype):
-    checks.check_numerics(SPEC, "triton", *(SAMPLES[name].inputs(dtype, "cpu", draw) for draw in range(2)))
+    checks.check_numerics(SPEC, "triton", *(SAMPLES[name].inputs(dtype, "cpu", draw) for draw in range(3)))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def _unwritten_memory_is_nan():
 def test_bias_attention_2d(name, dtype):
     sample = BY_NAME["bias_attention_2d"][name]
     checks.check_numerics(
-        SPEC["bias_attention_2d"], "triton", *(sample.inputs(dtype, "cpu", draw) for draw in range(2))
+        SPEC["bias_attention_2d"], "triton", *(sample.inputs(dtype, "cpu", draw) for draw in range(3))
     )
 
 
@@ -45,7 +45,7 @@ def test_bias_attention_2d(name, dtype):
 @pytest.mark.parametrize("name", ["padded, small", "prefix 1, small", "segments, prefix, dropout", "no queries"])
 def test_segments_and_prefix_keys(op, name):
     sample = BY_NAME[op][name]
-    checks.check_numerics(SPEC[op], "triton", *(sample.inputs(torch.float32, "cpu", draw) for draw in range(2)))
+    checks.check_numerics(SPEC[op], "triton", *(sample.inputs(torch.float32, "cpu", draw) for draw in range(3)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -63,7 +63,8 @@ def test_own_samples_take_several_tiles_and_groups():
 
 @pytest.mark.parametrize(("spec", "sample"), _cases())
 def test_numerics(spec, sample):
-    checks.check_numerics(spec, "triton", *(sample.inputs(F32, draw=draw) for draw in range(2)))
+    draws = 1 if sample.name.endswith(("tiles", "groups")) else 3
+    checks.check_numerics(spec, "triton", *(sample.inputs(F32, draw=draw) for draw in range(draws)))
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
@@ -71,7 +72,7 @@ def test_numerics(spec, sample):
 def test_half_precision(name, dtype):
     spec = SPEC_OF[name]
     sample = next(sample for sample in spec.samples if sample.name == "small")
-    checks.check_numerics(spec, "triton", *(sample.inputs(dtype, draw=draw) for draw in range(2)))
+    checks.check_numerics(spec, "triton", *(sample.inputs(dtype, draw=draw) for draw in range(3)))
 
 
 def test_batch_statistics_are_those_of_the_reference():
