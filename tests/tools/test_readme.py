@@ -10,6 +10,7 @@ import tyro
 from commands import ROOT, tool
 
 from fused_attn import create_model
+from fused_attn.ops import SPECS
 from fused_attn.train.config import TrainConfig
 from fused_attn.train.recipes import RECIPES
 
@@ -63,6 +64,16 @@ def test_tables_of_benchmarks_are_those_of_their_json():
     for name, text in readme.tables().items():
         assert "|" in text
         assert (ROOT / "benchmarks/results" / name).read_text() == text
+
+
+def test_ops_that_were_measured_have_a_row(tmp_path):
+    assert {op for _, _, op, _ in readme.REPLACEMENTS} == {spec.name for spec in SPECS}
+    measured = (ROOT / "benchmarks/results/layer_attention.json").read_text()
+    for ops in (("layer_attention",), ("bias_attention_2d", "layer_attention")):
+        for op in ops:
+            (tmp_path / f"{op}.json").write_text(measured)
+        rows = re.findall(r"^\| \[.*\| `(\w+)\(", readme.replacements(tmp_path), re.MULTILINE)
+        assert rows == [*ops]
 
 
 def test_a_changed_figure_is_noticed():
