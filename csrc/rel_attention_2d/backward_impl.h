@@ -371,7 +371,9 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
       unpack_keys(p.grad_key, p.grad_prefix_key, b, h, p, keys, range, s.grad_key);
       unpack_keys(p.grad_value, p.grad_prefix_value, b, h, p, keys, range, s.grad_value);
     }
-    if (p.bias_table) bias.free.unpack(s.grad_bias.data, p.bias_partials + task * p.bias_rows() * p.bias_columns());
+    const int64_t part = p.part(h, run, split);
+    if (p.bias_table)
+      unpack_bias_table(p, s.grad_bias.data, bias.free.stride, p.bias_partials + part * p.bias_rows() * p.bias_columns());
     if (!bias.from_tables()) continue;
     auto unpack = [&](int64_t length, int64_t first, float* to) {
       for (int64_t i = 0; i < length; ++i) {
@@ -380,7 +382,7 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
         for (int64_t d = 0; d < p.dk; ++d) row[d] = from[d * s.grad_table.step()];
       }
     };
-    float* partial = p.table_partials + task * (p.row_length() + p.col_length()) * p.dk;
+    float* partial = p.table_partials + part * (p.row_length() + p.col_length()) * p.dk;
     unpack(p.row_length(), 0, partial);
     unpack(p.col_length(), bias.row_vectors * L, partial + p.row_length() * p.dk);
   }
@@ -410,9 +412,9 @@ void sum_table_partials(const Backward& p, int64_t begin, int64_t end) {
     const bool shared = to.stride[0] == 0;
     for (int64_t table = 0; table < (shared ? 1 : p.heads); ++table) {
       for (int64_t d = 0; d < p.dk; ++d) sum[d] = 0.0f;
-      for (int64_t task = 0; task < p.tasks(); ++task) {
-        if (!shared && task / p.key_splits % p.heads != table) continue;
-        const float* partial = p.table_partials + (task * rows + row) * p.dk;
+      const int64_t end = shared ? p.parts() : p.first_part(table + 1);
+      for (int64_t part = shared ? 0 : p.first_part(table); part < end; ++part) {
+        const float* partial = p.table_partials + (part * rows + row) * p.dk;
         for (int64_t d = 0; d < p.dk; ++d) sum[d] += partial[d];
       }
       const int64_t position = in_col ? row - p.row_length() : row;
@@ -422,13 +424,13 @@ void sum_table_partials(const Backward& p, int64_t begin, int64_t end) {
 }
 
 void sum_bias_partials(const Backward& p, int64_t begin, int64_t end) {
-  const int64_t columns = p.bias_columns(), parts = p.image_runs * p.key_splits;
+  const int64_t columns = p.bias_columns();
   Scratch<float> sum(columns);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t head = row / p.bias_rows(), y = row % p.bias_rows();
     set_zero(sum.data, columns);
-    for (int64_t part = 0; part < parts; ++part) {
-      const float* partial = p.bias_partials + ((head * parts + part) * p.bias_rows() + y) * columns;
+    for (int64_t part = p.first_part(head); part < p.first_part(head + 1); ++part) {
+      const float* partial = p.bias_partials + (part * p.bias_rows() + y) * columns;
       for (int64_t x = 0; x < columns; ++x) sum[x] += partial[x];
     }
     const TensorView& to = p.grad_bias_table;

@@ -8,6 +8,7 @@
 
 #include "common/cpu_op.h"
 #include "rel_attention_2d/kernels.h"
+#include "rel_attention_2d/small_grids/kernels.h"
 
 namespace fused_attn::rel_attention_2d {
 namespace {
@@ -45,6 +46,15 @@ void fill_problem(Problem& p, const Tensor& query, const Tensor& key, const Tens
   p.prefix_key = view_of(prefix_key), p.prefix_value = view_of(prefix_value);
 }
 
+// Pairs of a group if the kernels of small grids take the problem, or 0.  It follows the shape alone, so that no result
+// depends on the number of threads.
+int64_t small_grid_group(const Problem& p) {
+  static const int64_t kMostKeys = getenv("KMK") ? atoi(getenv("KMK")) : 256; constexpr int64_t kGroups = 4;
+  const int64_t group = small_grids::best_kernels().lanes, keys = p.hk * p.wk + p.prefix;
+  const bool fits = p.queries() > 0 && keys > 0 && keys <= kMostKeys && p.dk > 0 && p.dv > 0 && p.batch * p.heads >= kGroups * group;
+  return fits ? group : 0;
+}
+
 void rel_attention_2d_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> row_term,
                               std::optional<Tensor> col_term, std::optional<Tensor> bias_table,
                               std::optional<Tensor> query_segments, std::optional<Tensor> key_segments,
@@ -57,6 +67,8 @@ void rel_attention_2d_forward(Tensor query, Tensor key, Tensor value, std::optio
   p.out = view_of(out);
   p.statistics = floats_of(statistics);
   if (p.queries() == 0) return;
+  if (const int64_t group = small_grid_group(p))
+    return parallel((p.batch * p.heads + group - 1) / group, small_grids::best_kernels().forward, p);
   // Splitting the queries does not change a result, so it may follow the number of threads; each part packs the
   // keys anew, which so many queries make cheap.
   constexpr int64_t kQueriesToAPart = 128;
@@ -85,6 +97,7 @@ void rel_attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor
   p.grad_bias_table = view_of(grad_bias_table);
   p.grad_prefix_key = view_of(grad_prefix_key), p.grad_prefix_value = view_of(grad_prefix_value);
 
+  p.group = small_grid_group(p);
   // The split of the keys changes the order of summation, so it follows the shape alone: enough tasks for many threads
   // where the image is large, at the cost of one float32 copy of grad_query for every further part.
   const int64_t pairs = p.batch * p.heads;
@@ -93,25 +106,26 @@ void rel_attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor
   p.key_splits = std::clamp<int64_t>(std::min(wanted, p.hk * p.wk / kKeysToAPart), 1,
                                      std::max<int64_t>(p.hk / kKeyRowsToAPart, 1));
   // Gradients of given logits are as large as those: no further copy of them, hence no split.
-  if (!p.tables && (p.row_term || p.col_term)) p.key_splits = 1;
+  if (p.group > 0 || (!p.tables && (p.row_term || p.col_term))) p.key_splits = 1;
 
   // Likewise the runs of images whose gradients of a bias table a task adds up.
   constexpr int64_t kTableTasks = 256;
   p.image_runs = p.batch;
   if (p.bias_table && p.key_splits == 1 && p.heads > 0)
     p.image_runs = std::min(p.batch, (kTableTasks + p.heads - 1) / p.heads);
+  if (p.group > 0) p.image_runs = p.heads <= p.group ? p.tasks() : p.batch;
 
   std::vector<float> query_partials, table_partials, bias_partials;
   if (p.key_splits > 1) query_partials.resize(p.tasks() * p.queries() * p.dk);
   const int64_t table_rows = p.row_length() + p.col_length();
-  table_partials.resize(p.tasks() * table_rows * p.dk);
+  table_partials.resize(p.parts() * table_rows * p.dk);
   p.query_partials = query_partials.data();
-  bias_partials.resize(p.tasks() * p.bias_rows() * p.bias_columns());
+  bias_partials.resize(p.parts() * p.bias_rows() * p.bias_columns());
   p.table_partials = table_partials.data();
   p.bias_partials = bias_partials.data();
 
   const Kernels& use = best_kernels();
-  parallel(p.tasks(), use.backward, p);
+  parallel(p.tasks(), p.group > 0 ? small_grids::best_kernels().backward : use.backward, p);
   if (p.key_splits > 1) parallel(pairs, use.sum_query_partials, p);
   parallel(table_rows, use.sum_table_partials, p);
   parallel(p.heads * p.bias_rows(), use.sum_bias_partials, p);

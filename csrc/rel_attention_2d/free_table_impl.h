@@ -41,14 +41,7 @@ struct FreeTable {
   int64_t start(int64_t q) const { return (p.hq - 1 - queries.y[q]) * stride + p.wq - 1 - queries.x[q]; }
 
   void pack(int64_t head) {
-    const TensorView& view = p.bias_table;
-    const int64_t rows = p.bias_rows(), columns = p.bias_columns();
-    for (int64_t y = 0; y < rows; ++y) {
-      const int64_t row = p.key_minus_query ? y : rows - 1 - y;
-      const int64_t first = p.key_minus_query ? 0 : columns - 1, step = p.key_minus_query ? 1 : -1;
-      gather(view, head * view.stride[0] + row * view.stride[1] + first * view.stride[2], step * view.stride[2],
-             columns, 1.0f, table + y * stride);
-    }
+    pack_bias_table(p, head, stride, table.data);
     if (whole) expand(0, p.queries(), 0, keys.groups * keys.vectors);
   }
 
@@ -108,13 +101,5 @@ struct FreeTable {
       add_to(sum + i, load(grad_block + i));
       store(grad_block + i, vf{});
     }
-  }
-
-  // (bias_rows, bias_columns), in the order of the user's table.
-  void unpack(const float* sum, float* to) const {
-    const int64_t rows = p.bias_rows(), columns = p.bias_columns();
-    for (int64_t y = 0; y < rows; ++y)
-      for (int64_t x = 0; x < columns; ++x)
-        to[p.key_minus_query ? y * columns + x : (rows - 1 - y) * columns + columns - 1 - x] = sum[y * stride + x];
   }
 };

@@ -7,6 +7,7 @@ namespace fused_attn::rel_attention_2d::FUSED_ATTN_ISA {
 namespace {
 
 #include "common/simd.h"
+#include "rel_attention_2d/shared_impl.h"
 
 constexpr int QB = 32;  // queries to a block
 // Key vectors to a tile: up to 32x32 keys in one, so that forward never rescales and backward sees whole rows.
@@ -64,26 +65,6 @@ struct KeyRange {
 FA_INLINE bool is_wide(int64_t depth) { return 4 * round_up(depth, L) <= 5 * depth; }
 FA_INLINE int64_t row_stride(int64_t depth) { return is_wide(depth) ? round_up(depth, L) : depth; }
 
-// A strided (batch, heads, y, x, depth) tensor at one (batch, head).
-FA_INLINE int64_t head_offset(const TensorView& view, int64_t b, int64_t h) {
-  return b * view.stride[0] + h * view.stride[1];
-}
-
-// Row and column of every query.
-struct QueryGrid {
-  Scratch<int32_t> y, x;
-
-  explicit QueryGrid(const Problem& p) : y(p.queries()), x(p.queries()) {
-    for (int64_t q = 0; q < p.queries(); ++q) y[q] = q / p.wq, x[q] = q % p.wq;
-  }
-  FA_INLINE int64_t offset(const TensorView& view, int64_t b, int64_t h, int64_t q) const {
-    return head_offset(view, b, h) + y[q] * view.stride[2] + x[q] * view.stride[3];
-  }
-};
-
-// Block sums are formed first and then added, so that a long sum is rounded once per block and not once per term.
-FA_INLINE void add_to(float* to, vf x) { store(to, load(to) + x); }
-
 // Where the heads of a position lie side by side, a row is a few cache lines a large stride away from the next, which
 // no hardware follows: fetches what the next task reads (or writes) instead of the row at `offset`.
 template <bool Write = false>
@@ -93,14 +74,6 @@ FA_INLINE void prefetch_next(const Problem& p, const TensorView& view, int64_t o
   const int64_t next = offset + (p.bias_table ? view.stride[0] : view.stride[1]);
   const char* at = static_cast<const char*>(view.data) + next * size;
   for (int64_t i = 0; i < depth * size; i += 64) __builtin_prefetch(at + i, Write);
-}
-
-// Rows that whole vectors of float32 make up.
-FA_INLINE bool is_plain_row(const TensorView& view, int64_t depth) {
-  return view.dtype == DType::float32 && view.stride[4] == 1 && depth % L == 0;
-}
-FA_INLINE void scale_row(const float* from, int64_t depth, float factor, float* to) {
-  for (int64_t d = 0; d < depth; d += L) store(to + d, load(from + d) * factor);
 }
 
 // One row of a (batch, heads, y, x, depth) tensor.
@@ -115,14 +88,6 @@ FA_INLINE void scatter_row(const Problem& p, const TensorView& view, int64_t off
   prefetch_next<true>(p, view, offset, depth);
   if (step == 1 && is_plain_row(view, depth)) return scale_row(from, depth, factor, at<float>(view, offset));
   scatter(view, offset, view.stride[4], depth, factor, from, step);
-}
-
-FA_INLINE void set_zero(float* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = 0.0f;
-}
-
-FA_INLINE void copy(const float* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
 }
 
 struct KeyMatrix {
@@ -249,9 +214,6 @@ auto with_bias(const Problem& p, const KeyLayout& keys, const Choose& choose) {
   return keys.rows == 1 ? choose.template operator()<Bias::one_row>()
                         : choose.template operator()<Bias::several_rows>();
 }
-
-// Splits 0..count into `splits` near-equal ranges.
-FA_INLINE int64_t split_begin(int64_t count, int64_t splits, int64_t i) { return count * i / splits; }
 
 #include "rel_attention_2d/free_table_impl.h"
 #include "rel_attention_2d/segments_impl.h"
@@ -383,28 +345,6 @@ struct BiasTerms {
     const vf col = load(col_logits + i * col_stride + offset * L);
     if constexpr (B == Bias::one_row) return col + logits[0];
     return col + permute_lanes(load(logits + row_span[2 * offset]), load(row_of + offset * L));
-  }
-};
-
-// Dropout: a hash of (seed, row, column); the same function as fused_attn/ops/dropout.py.
-struct DropoutKeys {
-  uint32_t key0, key1;
-
-  DropoutKeys(uint64_t seed, uint64_t row) {
-    uint64_t z = seed + (row + 1) * 0x9E3779B97F4A7C15ull;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    z ^= z >> 31;
-    key0 = static_cast<uint32_t>(z), key1 = static_cast<uint32_t>(z >> 32);
-  }
-
-  // Lanes to keep; `column` holds key index * 0x9E3779B1.
-  FA_INLINE vi keep(vu column, uint32_t drop_below) const {
-    vu x = column + key0;
-    x = (x ^ (x >> 16)) * 0x21F0AAADu;
-    x = (x ^ (x >> 15) ^ key1) * 0x735A2D97u;
-    x ^= x >> 15;
-    return x >= drop_below;
   }
 };
 

@@ -14,6 +14,9 @@ from .._floor.declarations import OpSpec, Sample, Shape, convert
 from ..rel_attention_2d import op
 from ..rel_attention_2d.spec import (
     GEOMETRIES,
+    MANY,
+    MANY_GEOMETRIES,
+    MANY_SETTINGS,
     PREFIX_CASES,
     SEGMENT_CASES,
     SMALL,
@@ -70,6 +73,10 @@ def _sample(name: str, small: bool = False, **settings: Any) -> Sample:
 
 SAMPLES = (
     *(_sample(name, small=name == "small", **geometry) for name, geometry in GEOMETRIES.items()),
+    *(_sample(name, **settings) for name, settings in (MANY_GEOMETRIES | MANY_SETTINGS).items()),
+    _sample("many pairs, key_minus_query", **MANY, options={"index": "key_minus_query"}),
+    _sample("many pairs, table of masks", **MANY, table="masks"),
+    _sample("many pairs, shifted windows", **geometry((7, 7), d_k=32, d_v=32, batch=24, heads=3), windows=2),
     _sample("key_minus_query", small=True, **SMALL, options={"index": "key_minus_query"}),
     _sample("key_minus_query, unequal grids", **geometry((6, 5), (4, 9), d_v=4), options={"index": "key_minus_query"}),
     _sample("table of positions by heads", **SMALL, table="positions first"),

@@ -210,6 +210,29 @@ GEOMETRIES = {
 }
 
 
+#: Pairs of a head and an image for several whole vectors of them, and a part of one: on the CPU, small grids of as many
+#: pairs have kernels of their own.
+MANY = geometry((3, 4), (4, 3), d_k=5, d_v=3, batch=23, heads=3)
+MANY_GEOMETRIES = {
+    "many pairs": MANY,
+    "many pairs, one key": geometry((2, 3), (1, 1), d_k=4, batch=70, heads=1),
+    "many pairs, several blocks": geometry((17, 12), (11, 9), d_k=20, d_v=17, batch=3, heads=23),
+    "many pairs, deep": geometry((7, 7), d_k=32, d_v=64, batch=11, heads=6),
+    "many pairs, channels_last": {**MANY, "layout": _channels_last},
+    "many pairs, channels first": {**MANY, "layout": _channels_first},
+    "many pairs, spread": {**MANY, "layout": _spread},
+    "many pairs, expanded keys": {**MANY, "layout": _inside, "key_layout": _one_batch},
+}
+#: Further settings of samples of them.
+MANY_SETTINGS = {
+    "many pairs, prefix 2": {**MANY, "prefix": 2},
+    "many pairs, halves": {**MANY, "segments": "halves"},
+    "many pairs, empty": {**MANY, "segments": "empty"},
+    "many pairs, padded, prefix 1, dropout": {
+        **MANY, "segments": "padded", "prefix": 1, "options": {"dropout_p": 0.3},
+    },
+}  # fmt: skip
+
 #: (segments, geometry) and (number of prefix keys, geometry) of samples.  The kernels of all functions are one: the
 #: first few are samples of each, all are those of ``bias_attention_2d``.
 SEGMENT_CASES = (
@@ -246,6 +269,9 @@ def _bias_sample(name: str, small: bool = False, **settings: Any) -> Sample:
 
 REL_SAMPLES = (
     *(_rel_sample(name, small=name == "small", **geometry) for name, geometry in GEOMETRIES.items()),
+    *(_rel_sample(name, **settings) for name, settings in (MANY_GEOMETRIES | MANY_SETTINGS).items()),
+    _rel_sample("many pairs, rows only, per-head tables", **MANY, terms="h", tables="per head"),
+    _rel_sample("many pairs, columns only, query_minus_key", **MANY, terms="w", options={"index": "query_minus_key"}),
     _rel_sample("no tables", small=True, **SMALL, terms=""),
     _rel_sample("rows only", small=True, **SMALL, terms="h"),
     _rel_sample("columns only", **SMALL, terms="w"),
@@ -342,6 +368,14 @@ def _plant(name: str, value: float, position: int = 0) -> Callable[[dict[str, An
 
 BIAS_SAMPLES = (
     *(_bias_sample(name, small=name == "small", **geometry) for name, geometry in GEOMETRIES.items()),
+    *(_bias_sample(name, **settings) for name, settings in (MANY_GEOMETRIES | MANY_SETTINGS).items()),
+    _bias_sample("many pairs, no bias", **MANY, terms=""),
+    _bias_sample("many pairs, rows only", **MANY, terms="h"),
+    _bias_sample("many pairs, strided bias", **MANY, edit=_spread_bias),
+    _bias_sample("many pairs, masked by both terms", **MANY, edit=_mask_crossed),
+    _bias_sample("many pairs, masked by several numbers", **MANY, edit=_mask_mixed),
+    _bias_sample("many pairs, nan in query", **MANY, edit=_plant("query", float("nan"))),
+    _bias_sample("many pairs, inf in the last value", **MANY, edit=_plant("value", float("inf"), -1)),
     _bias_sample("no bias", **SMALL, terms=""),
     _bias_sample("rows only", small=True, **SMALL, terms="h"),
     _bias_sample("columns only", **SMALL, terms="w"),
