@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml constraints.txt build_backend.py $(shell find
 demo: $(VENV)/installed
 	$(BIN)/fused-attn demo
 
-test: $(VENV)/installed
+test: $(VENV)/installed $(VENV)/hosts
 	$(BIN)/pytest -n 2 --dist worksteal
 
 # Renders committed results, and the pages that show them; `fused-attn bench --out benchmarks/results` measures.
@@ -38,14 +38,21 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	find csrc examples -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
-# torch comes first and pinned: with it present, nothing that follows fetches another build of it.
+# torch comes first and pinned: with it present, nothing that follows fetches another build of it.  Most modules of the
+# packages are never imported: not compiling them saves a minute.
 $(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch numpy setuptools ninja
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt torch numpy setuptools ninja
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	FUSED_ATTN_REQUIRE_EXTENSION=1 $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
+	FUSED_ATTN_REQUIRE_EXTENSION=1 $(BIN)/pip install --quiet --no-compile --no-build-isolation -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Packages whose networks tests compare with.  Apart from the environment and without what they require: torchmetrics imports
+# transformers where it finds it, which takes every training 1.6 s, and fails beside timm's torchvision, built for CUDA alone.
+$(VENV)/hosts: $(VENV)/torch
+	$(BIN)/pip install --quiet --no-deps --no-compile --upgrade --target $@ -c constraints.txt timm transformers regex tokenizers
 	touch $@
 
 # One wheel for every Python and torch, tagged with the manylinux that its library is fit for.  Torch's libraries stay out:

@@ -18,12 +18,6 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-try:
-    from torch import __version__ as torch_version
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-except ImportError:
-    torch_version, BuildExtension, CppExtension = None, build_ext, None
-
 TORCH_2_11 = "0x020b000000000000"
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
@@ -32,6 +26,7 @@ LANES = {"generic": 4, "avx2": 8, "avx512": 16}
 
 FLAGS = [
     "-O3",
+    "-g0",  # Python's own flags have -g, a fifth of the time, for what the linker strips
     "-std=c++20",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -61,6 +56,14 @@ def use_compiler() -> str | None:
                 os.environ.setdefault("LDCXXSHARED", f"{command} -shared")
             return None
     return f"there is no C++ compiler: {', '.join(candidates)} not found"
+
+
+LEFT_OUT = use_compiler()
+torch_version, BuildExtension, CppExtension = None, build_ext, None
+if LEFT_OUT is None and "sdist" not in sys.argv:  # importing torch takes seconds
+    with contextlib.suppress(ImportError):
+        from torch import __version__ as torch_version
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 
 class BuildKernels(BuildExtension):
@@ -105,8 +108,7 @@ def kernels() -> list:
     """The extension; none where it cannot or shall not be built, which makes the wheel a pure one."""
     if "sdist" in sys.argv:  # MANIFEST.in has the sources: neither torch nor a compiler is needed
         return []
-    left_out = use_compiler()
-    if left_out is None:
+    if LEFT_OUT is None:
         if torch_version is None or [*map(int, torch_version.split(".")[:2])] < [2, 11]:
             sys.exit(
                 f"fused-attn: building the C++ kernels takes torch>=2.11, and here is {torch_version or 'none'}: "
@@ -125,8 +127,8 @@ def kernels() -> list:
             )
         ]
     if asked("FUSED_ATTN_REQUIRE_EXTENSION"):
-        sys.exit(f"fused-attn: FUSED_ATTN_REQUIRE_EXTENSION=1 is set, but {left_out}")
-    warn(f"fused-attn: the C++ kernels are left out: {left_out}; on the CPU, ops run the slower PyTorch reference")
+        sys.exit(f"fused-attn: FUSED_ATTN_REQUIRE_EXTENSION=1 is set, but {LEFT_OUT}")
+    warn(f"fused-attn: the C++ kernels are left out: {LEFT_OUT}; on the CPU, ops run the slower PyTorch reference")
     return []
 
 

@@ -202,15 +202,22 @@ def test_library_loads_on_every_system_that_torch_loads_on():
         assert number <= floor[name], f"{name}_{'.'.join(map(str, number))} is newer than what torch needs"
 
 
-def test_wheel_without_a_compiler_is_pure_and_says_so_once(pure, tmp_path):
+def test_wheel_without_a_compiler_is_pure_and_says_so_once_and_in_info(pure, tmp_path):
     assert pure.name.endswith("-py3-none-any.whl")
-    result = import_from(pure, tmp_path / "site")
-    _, available, *agrees = result.stdout.splitlines()
+    result = import_from(pure, tmp_path / "site", f"{CALL}\nfrom fused_attn.cli.info import report; print(report())")
+    _, available, *rest = result.stdout.splitlines()
     assert available.startswith("False it was not built")
-    assert agrees == ["True", "True"]
+    assert rest[:2] == ["True", "True"]
     assert result.stderr.count("UserWarning") == 1
     assert "fused_attn runs the PyTorch reference" in result.stderr
     assert "pip install --no-deps --force-reinstall --no-cache-dir" in result.stderr
+
+    # What info says blames no compiler.
+    info = rest[2:]
+    (line,) = (line for line in info if line.startswith("C++ kernels:"))
+    assert line == f"C++ kernels: not available: {_extension.NOT_BUILT}"
+    assert "\n".join(info).count("pip install --no-deps --force-reinstall --no-cache-dir SOURCE") == 1
+    assert "rel_attention_2d: auto runs 'reference'" in "\n".join(info)
 
 
 def test_warning_comes_with_the_first_call_that_wants_a_kernel(pure, tmp_path):
@@ -227,14 +234,6 @@ row_col_softmax(torch.ones(1, 1, 2, 2))
     before, after = import_from(pure, tmp_path / "site", code).stdout.split("before\n")
     assert before == ""
     assert "fused_attn runs the PyTorch reference" in after
-
-
-def test_info_says_how_to_get_the_kernels_and_blames_no_compiler(pure, tmp_path):
-    text = import_from(pure, tmp_path / "site", "from fused_attn.cli.info import report; print(report())").stdout
-    (line,) = (line for line in text.splitlines() if line.startswith("C++ kernels:"))
-    assert line == f"C++ kernels: not available: {_extension.NOT_BUILT}"
-    assert text.count("pip install --no-deps --force-reinstall --no-cache-dir SOURCE") == 1
-    assert "rel_attention_2d: auto runs 'reference'" in text
 
 
 # --- builds that fail -------------------------------------------------------------------------------------------

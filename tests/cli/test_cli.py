@@ -5,6 +5,7 @@ import json
 import os
 import re
 
+import command_server
 import pytest
 import torch
 from commands import TRAIN, python
@@ -145,37 +146,25 @@ def test_a_summary_without_an_evaluation_ends_with_the_time(tmp_path, capsys):
     ids=" ".join,
 )
 def test_a_reader_that_closes_early_ends_a_command_quietly(tmp_path, arguments):
-    reading, writing = os.pipe()
-    os.close(reading)
-    try:
-        process = python("-m", "fused_attn.cli", *arguments, cwd=tmp_path, stdout=writing)
-    finally:
-        os.close(writing)
-    assert process.returncode == 141, process.stderr
-    assert "roken" not in process.stderr
-    assert "Traceback" not in process.stderr
-    assert "Exception ignored" not in process.stderr
+    status, errors = command_server.run(*arguments, cwd=tmp_path, stdout="closed")
+    assert status == 141, errors
+    assert "roken" not in errors
+    assert "Traceback" not in errors
+    assert "Exception ignored" not in errors
 
 
 def test_a_reader_of_everything_that_closes_early(tmp_path):
     """As in ``fused-attn train ... 2>&1 | head``."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    try:
-        arguments = [*SMALL, "--model", "wrn_10_1", "--out", "run"]
-        for command in (arguments, ["trian"]):
-            process = python("-m", "fused_attn.cli", *command, cwd=tmp_path, stdout=writing, stderr=writing)
-            assert process.returncode == 141
-    finally:
-        os.close(writing)
+    for command in ([*SMALL, "--model", "wrn_10_1", "--out", "run"], ["trian"]):
+        status, _ = command_server.run(*command, cwd=tmp_path, stdout="closed", stderr="closed")
+        assert status == 141
 
 
 @pytest.mark.parametrize("arguments", [["info"], ["train", "--help"]], ids=" ".join)
 def test_output_on_a_full_disk_is_an_error_of_one_line(tmp_path, arguments):
-    with open("/dev/full", "w") as full:
-        process = python("-m", "fused_attn.cli", *arguments, cwd=tmp_path, stdout=full)
-    assert process.returncode == 1
-    assert process.stderr == "fused-attn: error: [Errno 28] No space left on device\n"
+    status, errors = command_server.run(*arguments, cwd=tmp_path, stdout="/dev/full")
+    assert status == 1
+    assert errors == "fused-attn: error: [Errno 28] No space left on device\n"
 
 
 def test_a_broken_pipe_that_is_not_the_output_is_an_error(failing, tmp_path, monkeypatch):

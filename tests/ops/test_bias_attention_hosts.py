@@ -4,6 +4,7 @@ import importlib.machinery
 import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,16 @@ from fused_attn.models.coatnet import CoAtNet
 from fused_attn.models.swin import Swin
 from fused_attn.modules import GridAttention2d, WindowAttention2d
 
+#: Where ``make`` puts them.
+HOSTS = str(Path(sys.prefix) / "hosts")
 SMALL = {"dim": 12, "depths": (2, 2), "heads": (3, 6), "window": 4, "patch_size": 2, "num_classes": 5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _hosts():
+    sys.path.append(HOSTS)
+    yield
+    sys.path.remove(HOSTS)
 
 
 def with_parameters(model, **tensors):

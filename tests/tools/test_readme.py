@@ -65,6 +65,15 @@ def test_tables_of_benchmarks_are_those_of_their_json():
         assert (ROOT / "benchmarks/results" / name).read_text() == text
 
 
+def test_ops_that_were_measured_have_a_row(tmp_path):
+    measured = (ROOT / "benchmarks/results/layer_attention.json").read_text()
+    for ops in (("layer_attention",), ("bias_attention_2d", "layer_attention")):
+        for op in ops:
+            (tmp_path / f"{op}.json").write_text(measured)
+        rows = re.findall(r"^\| \[.*\| `(\w+)\(", readme.replacements(tmp_path), re.MULTILINE)
+        assert rows == [*ops]
+
+
 def test_a_changed_figure_is_noticed():
     block = next(block[0] for block in readme.BLOCK.finditer(README) if "|" in block[0])
     digit = re.search(r"\d(?=[^\n]*\|\n)", block.partition("\n")[2])[0]
