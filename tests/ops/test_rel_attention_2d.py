@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from fused_attn import _extension, decomposed_bias_attention, rel_attention_2d
 from fused_attn.ops._floor.dropout import keep_mask
-from fused_attn.ops.rel_attention_2d import op, reference, relative_logits
+from fused_attn.ops.rel_attention_2d import reference, relative_logits
 
 IMPLEMENTATIONS = [
     "reference",
@@ -221,16 +222,14 @@ def test_dropout_drops_single_weights_and_keeps_the_mean(impl):
 
 
 @pytest.mark.skipif(not _extension.available(), reason=str(_extension.reason()))
-def test_auto_takes_the_kernel_where_it_can(monkeypatch):
+def test_auto_takes_the_kernel_where_it_can():
     query, key, value = draw(*[(1, 1, 2, 3, 4)] * 3)
-    ran = []
-    outputs = op.rel_attention_2d.outputs
-    monkeypatch.setattr(op.rel_attention_2d, "outputs", lambda impl, *args: ran.append(impl) or outputs(impl, *args))
-    rel_attention_2d(query, key, value)
-    assert ran == ["cpu"]
-    out = rel_attention_2d(query.double(), key.double(), value.double())
-    assert ran == ["cpu"]
-    assert out.dtype == torch.float64
+    for double in (False, True, False):
+        with profile(activities=[ProfilerActivity.CPU]) as events:
+            out = rel_attention_2d(*(x.double() if double else x for x in (query, key, value)))
+        kernels = [event.key for event in events.key_averages() if event.key.startswith("fused_attn")]
+        assert kernels == ([] if double else ["fused_attn_cpu::rel_attention_2d_forward"])
+        assert out.dtype == (torch.float64 if double else torch.float32)
 
 
 @pytest.mark.skipif(not _extension.available(), reason=str(_extension.reason()))

@@ -144,30 +144,34 @@ struct Group {
   // First number of a query's biases: for key row y, bias_columns() further each.
   int64_t bias_start(int64_t q) const { return (p.hq - 1 - y0 - q / p.wq) * p.bias_columns() + p.wq - 1 - q % p.wq; }
 
-  // body(key, logit, whether the queries attend to it) for every key of query q of the block.
+  // body(key, logit, whether the queries attend to it) for every key of query q of the block.  What loops need is
+  // copied first, here and below: a store of a vector may alias anything, and members would be read again after each.
   template <Bias B, bool Masks, class Body>
   FA_INLINE void each_logit(int64_t q, const Body& body) const {
+    const int64_t height = p.hk, width = p.wk, all_keys = keys, bias_row = p.bias_columns() * L;
     const float* from = score.at(q);
     const float* bias = B == Bias::table ? bias_table + bias_start(q) * L : nullptr;
     const float *of_rows = nullptr, *of_columns = nullptr;
     if (B == Bias::axes) of_rows = p.row_term ? row.at(q) : nullptr, of_columns = p.col_term ? col.at(q) : nullptr;
+    const int32_t* segments = key_segments.data;
     const vi own = Masks ? load(query_segments + (y0 * p.wq + q) * L) : vi{}, all = vi{} == vi{};
-    for (int64_t y = 0, k = 0; y < p.hk; ++y) {
+    int64_t k = 0;
+    for (int64_t y = 0; y < height; ++y) {
       const vf of_row = of_rows ? load(of_rows + y * L) : vf{};
-      for (int64_t x = 0; x < p.wk; ++x, ++k) {
+      for (int64_t x = 0; x < width; ++x, ++k) {
         // Added last: starting the sum from a large bias would round every term of it at the bias's magnitude.
         vf logit = load(from + k * L);
-        if constexpr (B == Bias::table) logit += load(bias + (y * p.bias_columns() + x) * L);
+        if constexpr (B == Bias::table) logit += load(bias + y * bias_row + x * L);
         if constexpr (B == Bias::axes) logit += of_columns ? load(of_columns + x * L) + of_row : of_row;
         vi attended = all;
         if constexpr (Masks) {
-          attended = load(key_segments + k * L) == own;
+          attended = load(segments + k * L) == own;
           logit = select(attended, logit, broadcast(-kInfinity));
         }
         body(k, logit, attended);
       }
     }
-    for (int64_t k = grid; k < keys; ++k) body(k, load(from + k * L), all);
+    for (; k < all_keys; ++k) body(k, load(from + k * L), all);
   }
 
   // Of a query of the block, among all queries.
@@ -228,8 +232,9 @@ struct GroupForward : Group {
     });
     const vf shift = select(max == broadcast(-kInfinity), vf{}, max);  // every key masked: weights of exactly 0
     const Kept<Dropout> kept(*this, q);
+    const int64_t all_keys = keys;
     Sum sum;
-    for (int64_t k = 0; k < keys; ++k) {
+    for (int64_t k = 0; k < all_keys; ++k) {
       const vf weight = exp_nonpositive(load(weights + k * L) - shift);
       sum.add(weight);
       store(weights + k * L, kept.of(k, weight));
@@ -323,16 +328,19 @@ struct GroupBackward : Group {
       store(grad + k * L, grad_logit);
       return grad_logit;
     };
+    const int64_t height = p.hk, width = p.wk, all_keys = keys, bias_row = p.bias_columns() * L;
+    const int32_t* segments = key_segments.data;
     const vi own = Masks ? load(query_segments + (y0 * p.wq + q) * L) : vi{}, all = vi{} == vi{};
     float* to_bias = B == Bias::table ? grad_block + bias_start(q) * L : nullptr;
     float *to_rows = nullptr, *to_columns = nullptr;  // in the place of the logits
     if (B == Bias::axes) to_rows = p.row_term ? row.at(q) : nullptr, to_columns = p.col_term ? col.at(q) : nullptr;
-    for (int64_t x = 0; to_columns && x < p.wk; ++x) store(to_columns + x * L, vf{});
-    for (int64_t y = 0, k = 0; y < p.hk; ++y) {
+    for (int64_t x = 0; to_columns && x < width; ++x) store(to_columns + x * L, vf{});
+    int64_t k = 0;
+    for (int64_t y = 0; y < height; ++y) {
       vf of_row{};
-      for (int64_t x = 0; x < p.wk; ++x, ++k) {
-        const vf grad_logit = grad_of_logit(k, Masks ? load(key_segments + k * L) == own : all);
-        if constexpr (B == Bias::table) add_to(to_bias + (y * p.bias_columns() + x) * L, grad_logit);
+      for (int64_t x = 0; x < width; ++x, ++k) {
+        const vf grad_logit = grad_of_logit(k, Masks ? load(segments + k * L) == own : all);
+        if constexpr (B == Bias::table) add_to(to_bias + y * bias_row + x * L, grad_logit);
         if constexpr (B == Bias::axes) {
           of_row += grad_logit;
           if (to_columns) add_to(to_columns + x * L, grad_logit);
@@ -340,7 +348,7 @@ struct GroupBackward : Group {
       }
       if (to_rows) store(to_rows + y * L, of_row);
     }
-    for (int64_t k = grid; k < keys; ++k) grad_of_logit(k, all);
+    for (; k < all_keys; ++k) grad_of_logit(k, all);
   }
 
   // Gradients of a table and, through it, of the queries, from those of the logits.

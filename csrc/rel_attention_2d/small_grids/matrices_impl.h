@@ -69,20 +69,25 @@ template <bool Add>
 void product_part(int64_t rows, int64_t columns, int64_t depth, Operand a, Operand b, Result c) {
   auto across = [&]<int M>(int64_t m) FA_INLINE_CALL {
     int64_t n = 0;
-    for (; n + kColumns <= columns; n += kColumns)
-      product_block<M, kColumns, Add>(depth, a.from(m), b.from(n), {c.at(m, n), c.row_step, c.column_step},
-                                      a.from(m + kRows + 2 * (n / kColumns)).data);
-    for (; n < columns; ++n)
-      product_block<M, 1, Add>(depth, a.from(m), b.from(n), {c.at(m, n), c.row_step, c.column_step}, a.from(m).data);
+    auto run = [&]<int N>() FA_INLINE_CALL {
+      for (; n + N <= columns; n += N)
+        product_block<M, N, Add>(depth, a.from(m), b.from(n), {c.at(m, n), c.row_step, c.column_step},
+                                 a.from(m + kRows + n / 2).data);
+    };
+    run.template operator()<kColumns>();
+    if constexpr (kColumns > 2) run.template operator()<2>();
+    run.template operator()<1>();
   };
   int64_t m = 0;
   for (; m + kRows <= rows; m += kRows) across.template operator()<kRows>(m);
-  for (; m < rows; ++m) across.template operator()<1>(m);
+  for (; m + 2 <= rows; m += 2) across.template operator()<2>(m);
+  if (m < rows) across.template operator()<1>(m);
 }
 
 // c[m, n] = sum over k < depth of a[m, k] * b[n, k], or added to what is there.
 void product(int64_t rows, int64_t columns, int64_t depth, Operand a, Operand b, Result c, bool add = false) {
-  const int64_t parts = (depth + kLongestChain - 1) / kLongestChain;
+  constexpr int64_t kLongest = 2 * kLongestChain;  // the keys of a 7x7 window in one part
+  const int64_t parts = (depth + kLongest - 1) / kLongest;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t first = split_begin(depth, parts, part), count = split_begin(depth, parts, part + 1) - first;
     const auto use = add || part > 0 ? product_part<true> : product_part<false>;

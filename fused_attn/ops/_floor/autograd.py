@@ -23,7 +23,7 @@ _LIBRARY = torch.library.Library("fused_attn", "FRAGMENT")
 def register(
     op: str,
     name: str,
-    backward: Callable[[Any, Tensor, Sequence[bool]], Sequence],
+    backward: Callable[[Any, Tensor], Sequence],
     save: Callable[[Any, tuple, tuple, Sequence[bool]], None],
     reference: Callable[..., Any],
     lists: Sequence[int],
@@ -33,8 +33,8 @@ def register(
     Args:
         op: the op's public name, for the error text.
         name: of the operator, whose first output alone is differentiable; ``<base>_<impl>``.
-        backward: ``backward(ctx, grad_out, needs)`` gives the gradients of the operator's :func:`flat` arguments, None
-            for those that need none.  It runs the operator ``name_backward``, which has no derivative in either mode:
+        backward: ``backward(ctx, grad_out)`` gives the gradients of the operator's :func:`flat` arguments, anything for
+            those that need none.  It runs the operator ``name_backward``, which has no derivative in either mode:
             asking for one is an error.
         save: ``save(ctx, arguments, outputs, needs)`` keeps what backward needs; ``needs`` says of every flat argument
             whether it needs a gradient.
@@ -43,7 +43,7 @@ def register(
         lists: places of the arguments that are lists of tensors.
     """
 
-    def refuse(*_) -> None:
+    def refuse(*_) -> Any:
         raise RuntimeError(f"{op}: the fused kernels have no second derivative; use impl='reference' for it")
 
     def save_first(ctx, args: tuple, outputs: tuple, needs: Sequence[bool]) -> None:
@@ -69,38 +69,39 @@ def register(
 
 
 def plain_function(
-    name: str,
-    allocate: Callable[..., tuple[Tensor, ...]],
-    kernel: Callable[..., None],
-    save: Callable[[Any, tuple, tuple, Sequence[bool]], None],
-    backward: Callable[[Any, Tensor, Sequence[bool]], Sequence],
-    lists: Sequence[int],
-) -> Callable[[tuple], tuple[Tensor, ...]]:
-    """An operator with a derivative in reverse mode, for a tuple of arguments, outside all transforms and modes.
+    name: str, save: Callable[[Any, tuple, tuple, Sequence[bool]], None], lists: Sequence[int]
+) -> Callable[..., Callable[..., tuple[Tensor, ...]]]:
+    """Makes functions with a derivative in reverse mode, for use outside all transforms and modes.
 
-    ``kernel`` fills the outputs that ``allocate`` gives.  Other arguments as in :func:`register`.
+    ``make(needs, run, backward)``: ``needs`` says of every flat argument whether it needs a gradient, ``run`` gives the
+    outputs.  Other arguments as in :func:`register`.
     """
 
     class Plain(_SingleLevelFunction):
         @staticmethod
-        def forward(ctx, args, others, *flat):
-            outputs = allocate(*args)
-            kernel(*args, *outputs)
-            save(ctx, args, outputs, ctx.needs_input_grad[2:])
+        def forward(ctx, call, *_):
+            args, needs, run, ctx.run_backward, others = call
+            outputs = run(*args)
+            save(ctx, args, outputs, needs)
+            ctx.needs = needs
             others += outputs[1:]
             return outputs[0]  # alone: for each further output, PyTorch would make a gradient of zeros
 
         @staticmethod
         def backward(ctx, grad_out):
-            return None, None, *backward(ctx, grad_out, ctx.needs_input_grad[2:])
+            return None, *itertools.compress(ctx.run_backward(ctx, grad_out), ctx.needs)
 
     _rename(Plain, name)
 
-    def run(args: tuple) -> tuple[Tensor, ...]:
-        others = []
-        return Plain.apply(args, others, *flat(args, lists)), *others
+    def make(needs: Sequence[bool], run: Callable[..., tuple], backward) -> Callable[..., tuple[Tensor, ...]]:
+        def function(*args):
+            others = []
+            call = args, needs, run, backward, others
+            return Plain.apply(call, *itertools.compress(flat(args, lists), needs)), *others
 
-    return run
+        return function
+
+    return make
 
 
 def _register(name: str, lists: Sequence[int], backward, save, forward_mode) -> None:
@@ -119,7 +120,9 @@ def _register(name: str, lists: Sequence[int], backward, save, forward_mode) -> 
 
         @staticmethod
         def backward(ctx, grad_out, *_):
-            return None, *backward(ctx, grad_out, ctx.needs_input_grad[1:])
+            needs = ctx.needs_input_grad[1:]
+            grads = backward(ctx, grad_out)
+            return None, *(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
 
     _rename(Reverse, name)
 

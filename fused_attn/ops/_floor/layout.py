@@ -31,7 +31,8 @@ def empty_contiguous(like: torch.Tensor) -> torch.Tensor:
 
 def rows(tensor: torch.Tensor) -> torch.Tensor:
     """View (..., D) as (outer, inner, D) with contiguous rows; copies only where no such view exists."""
-    tensor = tensor[(None,) * (3 - tensor.dim())] if tensor.dim() < 3 else tensor.flatten(0, -3)
+    if tensor.dim() != 3:
+        tensor = tensor[(None,) * (3 - tensor.dim())] if tensor.dim() < 3 else tensor.flatten(0, -3)
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
@@ -65,6 +66,8 @@ def is_channels_last(order: Sequence[int]) -> bool:
 
 def _is_dense(value: torch.Tensor, order: Sequence[int]) -> bool:
     """Whether every image is one piece of memory, its dimensions in ``order``; the batch may have any stride."""
+    if order[-1] == value.dim() - 1 and value.is_contiguous():
+        return True
     expected = 1
     for dim in reversed(order):
         if value.shape[dim] != 1 and value.stride(dim) != expected:

@@ -7,6 +7,7 @@ One pair of operators (forward, backward) per implementation, all with the same 
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -77,6 +78,8 @@ class Operators:
         reference: forward's first output, or all outputs that a caller reads, in plain PyTorch.
         autocast: a rule of :mod:`dispatch` for all tensors that :meth:`choose` gets.
         or_float32: names of tensors that autocast leaves alone, and that may be float32 whatever the others are.
+        apart: names of tensors that autocast, the check of dtypes and ``can_run`` leave alone.
+        drawn: ``drawn(*arguments)``: the last argument, made of the others anew for every call.
         flops, flops_backward: of the shapes of forward's and backward's arguments; 0 for an op without products.
         derived: what backward needs beside arguments and outputs.
         complete: ``complete(arguments of backward, gradients)`` gives the gradients, for those that no kernel forms.
@@ -94,6 +97,8 @@ class Operators:
         reference: Callable[..., Any],
         autocast: Callable[..., Sequence[Tensor | None]] = dispatch.autocast,
         or_float32: Collection[str] = (),
+        apart: Collection[str] = (),
+        drawn: Callable[..., Any] | None = None,
         allocate_backward: Callable[..., tuple] | None = None,
         can_run: Mapping[str, dispatch.CanRun] | None = None,
         flops: Callable[..., int] = lambda *shapes, **_: 0,
@@ -105,10 +110,15 @@ class Operators:
         self.name, self.reference, self.kernels = name, reference, kernels
         usual = {impl: _USUAL_REASONS[impl] for impl in kernels if impl in _USUAL_REASONS}
         self.can_run = {**usual, **(can_run or {}), "reference": lambda *tensors: None}
-        self._autocast, self._or_float32 = autocast, or_float32
+        self._autocast, self._or_float32, self._drawn = autocast, or_float32, drawn
         self._complete, self._derived = complete, tuple((derived or {}).values())
         forward, backward = (torch._C.parse_schema(f"fused_attn::{name}{text}") for text in (schema, backward_schema))
-        self._arguments = [argument.name for argument in forward.arguments]
+        self.arguments = [argument.name for argument in forward.arguments]
+        self._asked = {
+            argument.name: place
+            for place, argument in enumerate(forward.arguments)
+            if (_is_tensor(argument) or autograd.is_list(argument)) and argument.name not in apart
+        }
         self._lists = [place for place, argument in enumerate(forward.arguments) if autograd.is_list(argument)]
         # What backward needs is among the arguments and outputs of forward and what is derived of them, in this order.
         # It is saved as tensors, then lists of them, and kept if it is neither.
@@ -136,7 +146,7 @@ class Operators:
         if allocate_backward is None:
             names = [argument.name for argument in backward.arguments]
             allocate_backward = _like_arguments([names.index(grad.removeprefix("grad_")) for grad in grads])
-        self._operators, self._direct, self._functions = {}, {}, {}
+        self._operators, self._plain = {}, {}
         for impl, (kernel, backward_kernel) in kernels.items():
             full = f"fused_attn::{name}_{impl}"
             for suffix, text, outputs_of, fill, formula in (
@@ -159,35 +169,47 @@ class Operators:
                 reference,
                 self._lists,
             )
-            self._direct[impl] = _filled(allocate, kernel)
-            self._functions[impl] = autograd.plain_function(
-                f"{name}_{impl}",
-                allocate,
-                kernel,
-                self._save,
-                self._backward_with(_filled(_share_empty(allocate_backward), backward_kernel), backward_operator),
-                self._lists,
-            )
+            function = autograd.plain_function(f"{name}_{impl}", self._save, self._lists)
+            self._plain[impl] = function, allocate, kernel, allocate_backward, backward_kernel
 
-    def choose(self, impl: str, *, op: str | None = None, **tensors: Tensor | Sequence[Tensor] | None) -> tuple:
+    def public(
+        self, check: Callable[..., tuple], *, op: str | None = None, names: Mapping[str, str] | None = None
+    ) -> Public:
+        """What a public function does with its arguments: check, choose, run.
+
+        Args:
+            check: ``check(*arguments)`` raises, or gives the arguments of the operator, without one that is ``drawn``.
+            op: the public name, where several share the operators.
+            names: argument of the operator -> the name that the user knows, where that is another.
+        """
+        return Public(self, check, op or self.name, names or {})
+
+    def choose(
+        self, impl: str, args: Sequence[Any], *, op: str | None = None, names: Mapping[str, str] | None = None
+    ) -> tuple[str, tuple]:
         """What follows the checks of a public function: autocast, one dtype and device, the choice of implementation.
 
         Args:
             impl: as the user gave it.
-            op: the public name, where several share the operators.
-            tensors: by the names that the user knows, the one that the others have to fit first.
+            args: the operator's.
+            op, names: as in :meth:`public`.
 
         Returns:
-            the implementation to run, then the tensors as it takes them.
+            the implementation to run, and the arguments as it takes them.
 
         Raises:
             ValueError, RuntimeError: as :func:`checks.same_dtype` and :func:`dispatch.choose`.
         """
-        if _any_autocast() and dispatch.autocast_dtype(_first(tensors.values())) is not None:
+        known = names or {}
+        tensors = {known.get(name, name): args[place] for name, place in self._asked.items()}
+        if _any_autocast() and dispatch.autocast_dtype(_first(args)) is not None:
             tensors = self._cast(tensors)
         checks.same_dtype(tensors, self._or_float32)
-        values = tensors.values()
-        return dispatch.choose(op or self.name, impl, self.can_run, *values), *values
+        impl = dispatch.choose(op or self.name, impl, self.can_run, *tensors.values())
+        chosen = [*args]
+        for place, tensor in zip(self._asked.values(), tensors.values(), strict=True):
+            chosen[place] = tensor
+        return impl, tuple(chosen)
 
     def _cast(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         cast = {name: value for name, value in tensors.items() if name not in self._or_float32}
@@ -197,36 +219,33 @@ class Operators:
             cast[name] = [next(results) for _ in value] if isinstance(value, (list, tuple)) else next(results)
         return {**tensors, **cast}
 
-    def run(self, impl: str, *args: Any) -> Tensor:
-        """The first output, of the operator or of ``reference``, with autocast off."""
-        return self.run_all(impl, *args)[0]
-
-    def run_all(self, impl: str, *args: Any) -> tuple[Tensor, ...]:
-        """All that the operator or ``reference`` gives, with autocast off."""
+    def run(self, impl: str, *args: Any) -> tuple[Tensor, ...]:
+        """All outputs of the operator of ``impl``, or what ``reference`` gives, with autocast off."""
         if _any_autocast() and dispatch.autocast_dtype(_first(args)) is not None:
             with torch.autocast(_first(args).device.type, enabled=False):
-                return self.run_all(impl, *args)
-        if impl != "reference":
-            return self.outputs(impl, *args)
-        outputs = self.reference(*args)
+                return self.run(impl, *args)
+        if impl != "reference" and not torch.compiler.is_compiling() and signature(args) is not None:
+            return self.plain(impl, args)(*args)
+        outputs = self.reference(*args) if impl == "reference" else self._operators[impl][0](*args)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
-    def __call__(self, impl: str, *args: Any) -> Tensor:
-        """The first output of the operator of ``impl``."""
-        return self.outputs(impl, *args)[0]
+    def draw(self, args: tuple) -> tuple:
+        """The arguments, with the one that is drawn for every call."""
+        return args if self._drawn is None else (*args, self._drawn(*args))
 
-    def outputs(self, impl: str, *args: Any) -> tuple[Tensor, ...]:
-        """All outputs of the operator of ``impl``.
+    def plain(self, impl: str, args: tuple) -> Callable[..., tuple[Tensor, ...]]:
+        """What gives the outputs of plain calls whose arguments have the :func:`signature` of these.
 
-        Plain tensors outside every transform and mode of PyTorch's go straight to the kernel: the way there through the
-        dispatcher, in Python, takes longer than the kernel of a small call.
+        It goes straight to the kernel: the way there through PyTorch's dispatcher, in Python, takes longer than the
+        kernel of a small call.
         """
-        if torch.compiler.is_compiling() or not is_plain(args):
-            outputs = self._operators[impl][0](*args)
-            return outputs if isinstance(outputs, tuple) else (outputs,)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return self._functions[impl](args)
-        return self._direct[impl](*args)
+        function, allocate, kernel, allocate_backward, backward_kernel = self._plain[impl]
+        run = _filled(_Again(allocate), kernel)
+        needs = [isinstance(arg, Tensor) and arg.requires_grad for arg in autograd.flat(args, self._lists)]
+        if not torch.is_grad_enabled() or not any(needs):
+            return run
+        run_backward = _filled(_Again(allocate_backward), backward_kernel)
+        return function(needs, run, self._backward_with(run_backward, self._operators[impl][1]))
 
     def calls(self, impl: str, *args: Any) -> tuple[tuple[Any, tuple], ...]:
         """Both operators with the arguments of one call, for ``torch.library.opcheck``; none for the reference."""
@@ -252,8 +271,8 @@ class Operators:
         return OpSpec(
             name=self.name,
             function=function,
-            implementations=self.implementations(*(asked or self._arguments[:1])),
-            operators=lambda impl, inputs: self.calls(impl, *map(inputs.get, self._arguments)),
+            implementations=self.implementations(*(asked or self.arguments[:1])),
+            operators=lambda impl, inputs: self.calls(impl, *map(inputs.get, self.arguments)),
             **fields,
         )
 
@@ -281,7 +300,7 @@ class Operators:
     def _backward_with(self, kernel: Callable[..., tuple], recorded: Callable[..., tuple] | None = None):
         """The backward pass with ``kernel``; with ``recorded`` where it is itself to be differentiated."""
 
-        def backward(ctx, grad_out: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+        def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors
             if saves_lists:
                 first, *lengths = ctx.lengths
@@ -293,9 +312,7 @@ class Operators:
             if complete is not None:
                 grads = complete(arguments, grads)
             flat = grads_of((*grads, None))
-            if grads_of_lists:
-                flat = *flat, *itertools.chain(*(grads[place] for place in grads_of_lists))
-            return [grad if needed else None for grad, needed in zip(flat, needs, strict=True)]
+            return (*flat, *itertools.chain(*(grads[place] for place in grads_of_lists))) if grads_of_lists else flat
 
         in_order, complete, grads_of, grads_of_lists = (
             self._in_order, self._complete, self._grads, self._grads_of_lists
@@ -347,9 +364,39 @@ def _complete(allocate: Callable[..., tuple]) -> Callable[..., tuple]:
     return lambda *args: tuple(_first(args).new_empty(0) if output is None else output for output in allocate(*args))
 
 
-def _share_empty(allocate: Callable[..., tuple]) -> Callable[..., tuple]:
-    """The same with one empty tensor for all, where nobody sees it but the kernel, which does not write it."""
-    return lambda *args: tuple([_EMPTY if output is None else output for output in allocate(*args)])
+class _Again:
+    """``allocate`` for calls of one :func:`signature`: it is asked twice; ``empty_like`` takes half the time.
+
+    Outputs that are None become one empty tensor, which nobody sees but the kernel, and that does not write it.
+    """
+
+    def __init__(self, allocate: Callable[..., tuple]) -> None:
+        self._allocate, self._layouts = allocate, None
+
+    def __call__(self, *args) -> tuple:
+        if not self._layouts:
+            outputs = [_EMPTY if output is None else output for output in self._allocate(*args)]
+            if self._layouts is None:  # of a call that may be the only one
+                self._layouts = []
+                return tuple(outputs)
+            self._layouts = autograd.map_tensors(_without_memory, outputs)
+        return tuple(
+            [
+                layout
+                if layout is _EMPTY
+                else torch.empty_like(layout)
+                if isinstance(layout, Tensor)
+                else [*map(torch.empty_like, layout)]
+                for layout in self._layouts
+            ]
+        )
+
+
+def _without_memory(output: Tensor) -> Tensor:
+    """The same tensor, which is dense, as nothing but a model for ``empty_like``."""
+    if output is not _EMPTY:
+        output.untyped_storage().resize_(0)
+    return output
 
 
 def _filled(allocate: Callable[..., tuple], kernel: Kernel) -> Callable[..., tuple]:
@@ -405,24 +452,37 @@ def _plain() -> tuple[set[tuple[int, int]], set[int], Tensor]:
 with ThreadPoolExecutor(1) as _thread:
     _PLAIN_STATES, _PLAIN_KEYS, _EMPTY = _thread.submit(_plain).result()
 _PLAIN_DEVICES = {"cpu"}
-_PLAIN_KINDS = frozenset({type(None), float, bool, int})
+_PLAIN_KINDS = frozenset({type(None), float, bool, int, str})
+_metadata = operator.attrgetter("shape", "dtype", "device", "requires_grad")
 
 
-def is_plain(args: Sequence[Any]) -> bool:
-    """Whether only tensors as users make them are among ``args``, and no mode or transform of PyTorch's is active."""
-    if _state() not in _PLAIN_STATES or forward_ad._current_level >= 0:
-        return False
+def signature(args: Sequence[Any]) -> tuple | None:
+    """What there is to know of a plain call but for the values of its tensors; None if it is not plain.
+
+    Plain is a call with tensors as users make them, and with no mode, transform or autocast of PyTorch's active.
+    """
+    if _state() not in _PLAIN_STATES or forward_ad._current_level >= 0 or _any_autocast():
+        return None
+    seen = [torch.is_grad_enabled(), _extension.available()]
+    return tuple(seen) if _look(args, seen) else None
+
+
+def _look(args: Sequence[Any], seen: list) -> bool:
+    """Add what there is to know of ``args``; False if one is not plain."""
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
             if _dispatch_keys(arg).raw_repr() not in _PLAIN_KEYS and not _is_plain_tensor(arg):
                 return False
+            seen += _metadata(arg)
+            seen.append(arg.stride())
+        elif kind in _PLAIN_KINDS:
+            seen += kind, arg  # 1, 1.0 and True are equal
         elif kind is list or kind is tuple:
-            for item in arg:
-                kind = type(item)
-                if not ((kind is Tensor or kind is Parameter) and _is_plain_tensor(item)):
-                    return False
-        elif kind not in _PLAIN_KINDS:  # a subclass, a symbolic number
+            seen.append(len(arg))
+            if not _look(arg, seen):
+                return False
+        else:  # a subclass, a symbolic number
             return False
     return True
 
@@ -436,3 +496,57 @@ def _is_plain_tensor(tensor: Tensor) -> bool:
     _PLAIN_DEVICES.add(device)
     _PLAIN_KEYS.update(_keys(device))
     return _is_plain_tensor(tensor)
+
+
+class Public:
+    """Check, choose, run: see :meth:`Operators.public`.
+
+    Checks and choices look at the :func:`signature` of the arguments alone.  What they conclude of a plain call is kept
+    for the next one of the same signature: they would take longer than the kernel of a small call.
+    """
+
+    _MOST = 1024
+
+    def __init__(self, operators: Operators, check: Callable[..., tuple], op: str, names: Mapping[str, str]) -> None:
+        self._operators, self._check, self._op, self._names = operators, check, op, names
+        parameters = [*inspect.signature(check).parameters]
+        #: Of every argument of the operator, the place of the argument of ``check`` that goes there, or None.
+        self._places = [
+            parameters.index(user) if (user := names.get(name, name)) in parameters else None
+            for name in operators.arguments
+        ]
+        self._plans: dict[tuple, tuple] = {}
+
+    def __call__(self, impl: str, *args: Any) -> tuple[Tensor, ...]:
+        """All outputs of the operator, or of the reference, for the arguments of ``check``."""
+        operators = self._operators
+        key = None if torch.compiler.is_compiling() else signature((impl, *args))
+        plan = None if key is None else self._plans.get(key)
+        if plan is not None:
+            run, pick, constants = plan
+            return run(*operators.draw(pick((*args, *constants))))
+        impl, chosen = operators.choose(impl, self._check(*args), op=self._op, names=self._names)
+        drawn = operators.draw(chosen)
+        if key is None or impl == "reference":
+            return operators.run(impl, *drawn)
+        run = operators.plain(impl, drawn)
+        self._keep(key, run, args, chosen)
+        return run(*drawn)
+
+    def _keep(self, key: tuple, run: Callable[..., tuple], args: tuple, chosen: tuple) -> None:
+        """Keep how ``chosen`` is made of ``args``: tensors as they are, numbers that follow from the signature."""
+        places, constants, passed = [], [], set()
+        for place, value in zip(self._places, chosen, strict=False):
+            if place is not None and args[place] is value:
+                places.append(place)
+                passed.add(place)
+            elif isinstance(value, (Tensor, list, tuple)):
+                return  # a copy
+            else:
+                places.append(len(args) + len(constants))
+                constants.append(value)
+        if any(isinstance(arg, (Tensor, list, tuple)) and place not in passed for place, arg in enumerate(args)):
+            return  # a number may have been read from it
+        if len(self._plans) >= self._MOST:
+            self._plans.clear()
+        self._plans[key] = run, _getter(places), tuple(constants)

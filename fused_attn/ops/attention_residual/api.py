@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -49,12 +50,11 @@ def attention_residual(
 
     Source: Kimi Team 2026, "Attention Residuals" (arXiv:2603.15031).
     """
-    eps = _check(values, query, norm_weight, eps)
-    impl, *tensors = op.attention_residual.choose(impl, values=values, query=query, norm_weight=norm_weight)
-    return op.attention_residual.run(impl, *tensors, eps)
+    return _run(impl, values, query, norm_weight, eps)[0]
 
 
-def _check(values: object, query: Tensor, norm_weight: Tensor | None, eps: object) -> float:
+def _check(values: object, query: Tensor, norm_weight: Tensor | None, eps: object) -> tuple[Any, ...]:
+    """The arguments of the operator."""
     if not isinstance(values, (list, tuple)):
         hint = "; unbind() makes one of a stacked tensor" if isinstance(values, Tensor) else ""
         raise TypeError(f"values must be a list or tuple of tensors, got {type(values).__name__}{hint}")
@@ -77,4 +77,7 @@ def _check(values: object, query: Tensor, norm_weight: Tensor | None, eps: objec
     eps = checks.number("eps", eps)
     if not eps >= 0.0:
         raise ValueError(f"eps must be at least 0, got {eps}")
-    return eps
+    return values, query, norm_weight, eps
+
+
+_run = op.attention_residual.public(_check)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .._floor import checks
@@ -64,16 +66,30 @@ def bias_attention_2d(
 
     Source: Liu et al. 2021, "Swin Transformer", eq. 4; Dai et al. 2021, "CoAtNet", eq. 3.
     """
-    dropout_p = shared.check_attention(query, key, value, dropout_p)
-    shared.check_index(index)
+    return _run(
+        impl, query, key, value, bias_table, query_segments, key_segments, prefix_key, prefix_value, scale, index,
+        dropout_p,
+    )[0]  # fmt: skip
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, bias_table: Tensor,
+    query_segments: Tensor | None, key_segments: Tensor | None, prefix_key: Tensor | None, prefix_value: Tensor | None,
+    scale: object, index: str, dropout_p: object,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments of the operator."""
+    segments, scale, key_minus_query, dropout_p = shared.check_attention(
+        query, key, value, query_segments, key_segments, prefix_key, prefix_value, scale, index, dropout_p
+    )
     checks.tensor("bias_table", bias_table)
     heads, height, width = query.shape[1:4]
     shape = (heads, max(height + key.shape[2] - 1, 0), max(width + key.shape[3] - 1, 0))
     if bias_table.shape != shape:
         raise ValueError(f"bias_table must have shape (heads, Hq+Hk-1, Wq+Wk-1)={shape}, got {tuple(bias_table.shape)}")
-    segments = shared.check_segments(query, key, query_segments, key_segments)
-    shared.check_prefix(query, value, prefix_key, prefix_value)
-    scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
-    tensors = {"query": query, "key": key, "value": value, "row_term": None, "col_term": None}
-    tensors |= {"bias_table": bias_table, "prefix_key": prefix_key, "prefix_value": prefix_value}
-    return shared.attend("bias_attention_2d", impl, tensors, segments, scale, 1.0, index, dropout_p)
+    return (
+        query, key, value, None, None, bias_table, *segments, prefix_key, prefix_value, scale, 1.0, key_minus_query,
+        dropout_p,
+    )  # fmt: skip
+
+
+_run = shared.op.rel_attention_2d.public(_check, op="bias_attention_2d")

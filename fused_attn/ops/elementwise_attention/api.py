@@ -43,14 +43,7 @@ def row_col_softmax(
     Source: Araujo Bacochina and de Souza 2023, "Element-Wise Attention Layers", eq. 4-7; without weights Sun et al.
     2021, "LoFTR", eq. 2 (dual softmax).
     """
-    _check_x(x)
-    if (weight_row is None) != (weight_col is None):
-        missing, given = ("weight_row", "weight_col") if weight_row is None else ("weight_col", "weight_row")
-        raise ValueError(f"{missing} must be given together with {given}, got None")
-    if weight_row is not None:
-        _check_weights(x, weight_row, weight_col)
-    impl, *tensors = op.row_col_softmax.choose(impl, x=x, weight_row=weight_row, weight_col=weight_col)
-    return op.row_col_softmax.run(impl, *tensors)
+    return _run_softmax(impl, x, weight_row, weight_col)[0]
 
 
 def elementwise_attention(
@@ -102,24 +95,10 @@ def elementwise_attention(
 
     Source: Araujo Bacochina and de Souza 2023, "Element-Wise Attention Layers", section 2.2.
     """
-    _check_x(x)
-    _check_weights(x, weight_row, weight_col)
-    momentum, eps = checks.number("momentum", momentum), checks.number("eps", eps)
-    channels = weight_row.shape[0] * x.shape[1]
-    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
-        _check_running(name, value, x, channels, training)
-    if (running_mean is None) != (running_var is None):
-        missing, given = ("mean", "var") if running_mean is None else ("var", "mean")
-        raise ValueError(f"running_{missing} must be given together with running_{given}, got None")
+    momentum = checks.number("momentum", momentum)
+    args = x, weight_row, weight_col, running_mean, running_var, training, eps
+    out, *_, mean, var = _run_attention(impl, *args)
     values = x.shape[0] * x.shape[2] * x.shape[3]
-    if training and values == 1:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training: x must have B*H*W > 1, got shape {tuple(x.shape)}"
-        )
-    impl, *tensors = op.elementwise_attention.choose(impl, x=x, weight_row=weight_row, weight_col=weight_col)
-    mean = None if training or running_mean is None else running_mean.detach()
-    var = None if training or running_var is None else running_var.detach()
-    out, *_, mean, var = op.elementwise_attention.run_all(impl, *tensors, mean, var, eps)
     if training and running_mean is not None and running_var is not None and values > 0:
         _update(running_mean, mean, momentum)
         _update(running_var, var * (values / (values - 1)), momentum)
@@ -130,6 +109,40 @@ def _update(running: Tensor, batch: Tensor, momentum: float) -> None:
     # Detached rather than under no_grad, which torch.export makes a subgraph without outputs of: it cannot save that.
     running = running.detach()
     running.copy_((1.0 - momentum) * running.to(batch.dtype) + momentum * batch)
+
+
+def _check_softmax(x: Tensor, weight_row: Tensor | None, weight_col: Tensor | None) -> tuple[Any, ...]:
+    """The arguments of the operator."""
+    _check_x(x)
+    if (weight_row is None) != (weight_col is None):
+        missing, given = ("weight_row", "weight_col") if weight_row is None else ("weight_col", "weight_row")
+        raise ValueError(f"{missing} must be given together with {given}, got None")
+    if weight_row is not None:
+        _check_weights(x, weight_row, weight_col)
+    return x, weight_row, weight_col
+
+
+def _check_attention(
+    x: Tensor, weight_row: Tensor, weight_col: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+    training: bool, eps: object,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments of the operator."""
+    _check_x(x)
+    _check_weights(x, weight_row, weight_col)
+    eps = checks.number("eps", eps)
+    channels = weight_row.shape[0] * x.shape[1]
+    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
+        _check_running(name, value, x, channels, training)
+    if (running_mean is None) != (running_var is None):
+        missing, given = ("mean", "var") if running_mean is None else ("var", "mean")
+        raise ValueError(f"running_{missing} must be given together with running_{given}, got None")
+    if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training: x must have B*H*W > 1, got shape {tuple(x.shape)}"
+        )
+    if training or running_mean is None or running_var is None:
+        return x, weight_row, weight_col, None, None, eps
+    return x, weight_row, weight_col, running_mean, running_var, eps
 
 
 def _check_x(x: Tensor) -> None:
@@ -163,3 +176,7 @@ def _check_running(name: str, value: Tensor | None, x: Tensor, channels: int, tr
         raise ValueError(f"{name} must have shape (heads*C,)=({channels},), got {tuple(value.shape)}")
     if value.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
+
+
+_run_softmax = op.row_col_softmax.public(_check_softmax)
+_run_attention = op.elementwise_attention.public(_check_attention, names={"mean": "running_mean", "var": "running_var"})

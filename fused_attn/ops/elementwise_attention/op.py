@@ -108,5 +108,6 @@ elementwise_attention = Operators(
     reference=reference.elementwise_attention,
     flops=_per_element(ATTENTION_FLOPS[0]),
     flops_backward=_per_element(ATTENTION_FLOPS[1], 1),
+    apart=("mean", "var"),
     derived={"training": lambda values, needs: values[3] is None},
 )

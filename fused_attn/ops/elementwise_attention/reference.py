@@ -39,6 +39,6 @@ def elementwise_attention(x, weight_row, weight_col, mean, var, eps):
         var = (values - mean.view(-1, 1, 1)).square().mean((0, 2, 3))
         normalised = F.batch_norm(flat, None, None, training=True, eps=eps)
     else:
-        mean, var = mean.to(dtype), var.to(dtype)
+        mean, var = mean.detach().to(dtype), var.detach().to(dtype)
         normalised = F.batch_norm(flat, mean, var, training=False, eps=eps)
     return (normalised.view(product.shape) * x.unsqueeze(1)).flatten(1, 2), mean, var

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -54,9 +55,7 @@ def layer_attention(
     Source: Fang et al. 2023, "Cross-Layer Retrospective Retrieving via Layer Attention", eq. 4-6 (MRLA-base); Luo,
     "Self-Attentive Layer Aggregation", eq. 1-4 (one group).
     """
-    query, scale = check(query, keys, values, scale, bias, activation)
-    impl, *tensors = op.layer_attention.choose(impl, query=query, keys=keys, values=values, bias=bias)
-    return op.layer_attention.run(impl, *tensors, scale, activation == "sigmoid")
+    return _run_attention(impl, query, keys, values, bias, scale, activation)[0]
 
 
 def weighted_layer_sum(weights: Tensor, values: Sequence[Tensor], *, impl: str = "auto") -> Tensor:
@@ -73,25 +72,29 @@ def weighted_layer_sum(weights: Tensor, values: Sequence[Tensor], *, impl: str =
     Raises, determinism: as in :func:`layer_attention`.  Under autocast the inputs are cast to its dtype, as ``einsum``
     does.
     """
+    return _run_sum(impl, weights, values)[0]
+
+
+def _check_sum(weights: Tensor, values: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The arguments of the operator."""
     checks.tensor("weights", weights)
     _check_values(values)
     batch, channels = values[0].shape[:2]
     if weights.dim() != 3 or weights.shape[0] != batch or weights.shape[2] != len(values):
         raise ValueError(f"weights must have shape (B, G, L)=({batch}, G, {len(values)}), got {tuple(weights.shape)}")
     _check_groups("weights", weights.shape[1], channels)
-    impl, *tensors = op.weighted_layer_sum.choose(impl, weights=weights, values=values)
-    return op.weighted_layer_sum.run(impl, *tensors)
+    return weights, values
 
 
 def check(
     query: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
-    scale: float | None,
     bias: Tensor | None,
+    scale: float | None,
     activation: str,
-) -> tuple[Tensor, float]:
-    """Check the arguments of :func:`layer_attention`; the query as (B, G, d), and the scale as a number."""
+) -> tuple[Any, ...]:
+    """Check the arguments of :func:`layer_attention`; those of the operator."""
     checks.tensor("query", query)
     _check_list("keys", keys)
     _check_values(values)
@@ -116,7 +119,8 @@ def check(
             raise ValueError(f"keys[{layer}] must have shape (B, G, d)={tuple(query.shape)}, got {tuple(key.shape)}")
     if bias is not None and tuple(bias.shape) != (len(keys), query.shape[1]):
         raise ValueError(f"bias must have shape (L, G)={(len(keys), query.shape[1])}, got {tuple(bias.shape)}")
-    return query, query.shape[2] ** -0.5 if scale is None else checks.number("scale", scale)
+    scale = query.shape[2] ** -0.5 if scale is None else checks.number("scale", scale)
+    return query, keys, values, bias, scale, activation == "sigmoid"
 
 
 def _check_list(name: str, tensors: object) -> None:
@@ -143,3 +147,6 @@ def _check_values(values: Sequence[Tensor]) -> None:
 def _check_groups(name: str, groups: int, channels: int) -> None:
     if groups == 0 or channels % groups:
         raise ValueError(f"{name} must have a number of groups G that divides the C={channels} channels, got {groups}")
+
+
+_run_attention, _run_sum = op.layer_attention.public(check), op.weighted_layer_sum.public(_check_sum)

@@ -91,13 +91,10 @@ class LayerCache:
             return layer_attention(
                 query, self.keys, self.values, scale=scale, bias=bias, activation=activation, impl=impl
             )
-        query, scale = check(query, self.keys, self.values, scale, bias, activation)
-        impl, query, keys, values, bias = op.layer_attention.choose(
-            impl, query=query, keys=self.keys, values=self.values, bias=bias
-        )
-        sigmoid = activation == "sigmoid"
+        args = check(query, self.keys, self.values, bias, scale, activation)
+        impl, (query, keys, values, bias, scale, sigmoid) = op.layer_attention.choose(impl, args)
         if impl == "reference":
-            return op.layer_attention.run(impl, query, keys, values, bias, scale, sigmoid)
+            return op.layer_attention.run(impl, query, keys, values, bias, scale, sigmoid)[0]
         # Under autocast the values were cast: their gradients take the usual way, as those of values without a buffer.
         buffers = [
             layer.buffer if value is layer.value else None for layer, value in zip(self._layers, values, strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,17 +76,10 @@ def rel_attention_2d(
 
     Source: Bello et al. 2019, "Attention Augmented Convolutional Networks", eq. 3-5.
     """
-    dropout_p = check_attention(query, key, value, dropout_p)
-    check_index(index)
-    _check_table("rel_h", rel_h, query, key, axis=2)
-    _check_table("rel_w", rel_w, query, key, axis=3)
-    segments = check_segments(query, key, query_segments, key_segments)
-    check_prefix(query, value, prefix_key, prefix_value)
-    scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
-    rel_scale = scale if rel_scale is None else checks.number("rel_scale", rel_scale)
-    tensors = {"query": query, "key": key, "value": value, "rel_h": rel_h, "rel_w": rel_w, "bias_table": None}
-    tensors |= {"prefix_key": prefix_key, "prefix_value": prefix_value}
-    return attend("rel_attention_2d", impl, tensors, segments, scale, rel_scale, index, dropout_p)
+    return _run_rel(
+        impl, query, key, value, rel_h, rel_w, query_segments, key_segments, prefix_key, prefix_value, scale, rel_scale,
+        index, dropout_p,
+    )[0]  # fmt: skip
 
 
 def decomposed_bias_attention(
@@ -129,52 +122,50 @@ def decomposed_bias_attention(
 
     Source: Li et al. 2022, "MViTv2", eq. 4-5 (the decomposition).
     """
-    dropout_p = check_attention(query, key, value, dropout_p)
+    return _run_decomposed(
+        impl, query, key, value, bias_h, bias_w, query_segments, key_segments, prefix_key, prefix_value, scale,
+        dropout_p,
+    )[0]  # fmt: skip
+
+
+# --- checks: each gives the arguments of the operator -----------------------------------------------------------------
+
+
+def _check_rel(
+    query: Tensor, key: Tensor, value: Tensor, rel_h: Tensor | None, rel_w: Tensor | None,
+    query_segments: Tensor | None, key_segments: Tensor | None, prefix_key: Tensor | None, prefix_value: Tensor | None,
+    scale: object, rel_scale: object, index: str, dropout_p: object,
+) -> tuple[Any, ...]:  # fmt: skip
+    segments, scale, key_minus_query, dropout_p = check_attention(
+        query, key, value, query_segments, key_segments, prefix_key, prefix_value, scale, index, dropout_p
+    )
+    _check_table("rel_h", rel_h, query, key, axis=2)
+    _check_table("rel_w", rel_w, query, key, axis=3)
+    rel_scale = scale if rel_scale is None else checks.number("rel_scale", rel_scale)
+    return (
+        query, key, value, rel_h, rel_w, None, *segments, prefix_key, prefix_value, scale, rel_scale, key_minus_query,
+        dropout_p,
+    )  # fmt: skip
+
+
+def _check_decomposed(
+    query: Tensor, key: Tensor, value: Tensor, bias_h: Tensor | None, bias_w: Tensor | None,
+    query_segments: Tensor | None, key_segments: Tensor | None, prefix_key: Tensor | None, prefix_value: Tensor | None,
+    scale: object, dropout_p: object,
+) -> tuple[Any, ...]:  # fmt: skip
+    segments, scale, _, dropout_p = check_attention(
+        query, key, value, query_segments, key_segments, prefix_key, prefix_value, scale, INDEX[0], dropout_p
+    )
     _check_bias("bias_h", bias_h, query, key, axis=2)
     _check_bias("bias_w", bias_w, query, key, axis=3)
-    segments = check_segments(query, key, query_segments, key_segments)
-    check_prefix(query, value, prefix_key, prefix_value)
-    scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
-    tensors = {"query": query, "key": key, "value": value, "bias_h": bias_h, "bias_w": bias_w, "bias_table": None}
-    tensors |= {"prefix_key": prefix_key, "prefix_value": prefix_value}
-    return attend("decomposed_bias_attention", impl, tensors, segments, scale, 1.0, INDEX[0], dropout_p)
+    return query, key, value, bias_h, bias_w, None, *segments, prefix_key, prefix_value, scale, 1.0, True, dropout_p
 
 
-# --- shared with bias_attention_2d ------------------------------------------------------------------------------------
-
-
-def attend(
-    name: str,
-    impl: str,
-    tensors: Mapping[str, Tensor | None],
-    segments: tuple[Tensor | None, Tensor | None],
-    scale: float,
-    rel_scale: float,
-    index: str,
-    dropout_p: float,
-) -> Tensor:
-    """Choose and run.
-
-    Args:
-        name: of the public function.
-        impl: as the user gave it.
-        tensors: query, key, value, row term, column term, bias table, prefix key and prefix value, in this order, by
-            the names that the user knows.
-        segments: of :func:`check_segments`.
-        scale, rel_scale, index, dropout_p: as in :func:`rel_attention_2d`.
-    """
-    impl, *chosen = op.rel_attention_2d.choose(impl, op=name, **tensors)
-    seed = _draw_seed(chosen[0].device) if dropout_p > 0.0 else None
-    return op.rel_attention_2d.run(
-        impl, *chosen[:6], *segments, *chosen[6:], scale, rel_scale, index == INDEX[0], dropout_p, seed
-    )
-
-
-def _draw_seed(device: torch.device) -> Tensor:
-    return torch.randint(0, 2**63 - 1, (1,), device=device, dtype=torch.int64)
-
-
-def check_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> float:
+def check_attention(
+    query: Tensor, key: Tensor, value: Tensor, query_segments: Tensor | None, key_segments: Tensor | None,
+    prefix_key: Tensor | None, prefix_value: Tensor | None, scale: object, index: str, dropout_p: object,
+) -> tuple[tuple[Tensor | None, Tensor | None], float, bool, float]:  # fmt: skip
+    """What all three functions share; the segments, the scale, ``key_minus_query`` and ``dropout_p``."""
     _check_grid("query", query, "(B, heads, Hq, Wq, d_k)")
     _check_grid("key", key, "(B, heads, Hk, Wk, d_k)")
     _check_grid("value", value, "(B, heads, Hk, Wk, d_v)")
@@ -194,7 +185,12 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float)
     dropout_p = checks.number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    return dropout_p
+    if index not in INDEX:
+        raise ValueError(f"index must be one of {', '.join(map(repr, INDEX))}, got {index!r}")
+    segments = _check_segments(query, key, query_segments, key_segments)
+    _check_prefix(query, value, prefix_key, prefix_value)
+    scale = d_k**-0.5 if scale is None else checks.number("scale", scale)
+    return segments, scale, index == INDEX[0], dropout_p
 
 
 def _check_grid(name: str, tensor: Tensor, layout: str) -> None:
@@ -203,12 +199,7 @@ def _check_grid(name: str, tensor: Tensor, layout: str) -> None:
         raise ValueError(f"{name} must have 5 dimensions {layout}, got shape {tuple(tensor.shape)}")
 
 
-def check_index(index: str) -> None:
-    if index not in INDEX:
-        raise ValueError(f"index must be one of {', '.join(map(repr, INDEX))}, got {index!r}")
-
-
-def check_segments(
+def _check_segments(
     query: Tensor, key: Tensor, query_segments: Tensor | None, key_segments: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The segments as the kernels take them: contiguous."""
@@ -242,7 +233,7 @@ def _check_segments_of(name: str, segments: Tensor, of: Tensor, letter: str) -> 
         raise ValueError(f"{name} must be on the device of query, {of.device}, got {segments.device}")
 
 
-def check_prefix(query: Tensor, value: Tensor, prefix_key: Tensor | None, prefix_value: Tensor | None) -> None:
+def _check_prefix(query: Tensor, value: Tensor, prefix_key: Tensor | None, prefix_value: Tensor | None) -> None:
     if prefix_key is None and prefix_value is None:
         return
     prefix_key = _given("prefix_key", prefix_key, "prefix_value")
@@ -294,3 +285,9 @@ def _check_bias(name: str, bias: Tensor | None, query: Tensor, key: Tensor, axis
     if bias.shape != expected:
         letter = "HW"[axis - 2]
         raise ValueError(f"{name} must have shape (B, heads, Hq, Wq, {letter}k)={expected}, got {tuple(bias.shape)}")
+
+
+_run_rel = op.rel_attention_2d.public(_check_rel, names={"row_term": "rel_h", "col_term": "rel_w"})
+_run_decomposed = op.rel_attention_2d.public(
+    _check_decomposed, op="decomposed_bias_attention", names={"row_term": "bias_h", "col_term": "bias_w"}
+)

@@ -63,6 +63,11 @@ def _reference(
     return reference.rel_attention_2d(query, key, value, row_term, col_term, rel_scale=rel_scale, index=index, **common)
 
 
+def _draw_seed(query, *args) -> Tensor | None:
+    dropout_p = args[-1]
+    return torch.randint(0, 2**63 - 1, (1,), device=query.device, dtype=torch.int64) if dropout_p > 0.0 else None
+
+
 def _score_elements(query_shape, key_shape, prefix_key_shape) -> int:
     prefix = 0 if prefix_key_shape is None else prefix_key_shape[2]
     return math.prod(query_shape[:4]) * (math.prod(key_shape[2:4]) + prefix)
@@ -115,6 +120,8 @@ rel_attention_2d = Operators(
     flops=_flops,
     flops_backward=_flops_backward,
     or_float32=("bias_table",),
+    apart=("query_segments", "key_segments", "seed"),
+    drawn=_draw_seed,
     public="rel_attention_2d, decomposed_bias_attention and bias_attention_2d",
 )
 

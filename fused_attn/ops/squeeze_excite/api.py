@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .._floor import checks
@@ -59,33 +61,16 @@ def squeeze_excite(
     Source: Hu et al. 2017, "Squeeze-and-Excitation Networks", eq. 2-4; Ye, "Introduce the Result Into Self-Attention",
     eq. 4-6.
     """
-    _check_inputs(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
-    impl, x, residual, *parameters = op.squeeze_excite.choose(
-        impl,
-        x=x,
-        residual=residual,
-        fc1_weight=fc1_weight,
-        fc1_bias=fc1_bias,
-        fc2_weight=fc2_weight,
-        fc2_bias=fc2_bias,
-        result=result,
-        result_share=result_share,
-    )
-    return op.squeeze_excite.run(impl, x, *parameters, residual, activation == "relu")
+    return _run(
+        impl, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual, activation
+    )[0]  # fmt: skip
 
 
-def _check_inputs(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    result: Tensor | None,
-    result_share: Tensor | None,
-    residual: Tensor | None,
-) -> None:
+def _check(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
+    result: Tensor | None, result_share: Tensor | None, residual: Tensor | None, activation: str | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments of the operator."""
     _check_tensor("x", x, 4, "(B, C, H, W)")
     batch, channels, height, width = x.shape
     if channels == 0 or height == 0 or width == 0:
@@ -120,6 +105,10 @@ def _check_inputs(
         _check_shape("result_share", result_share, "(B, hidden)", (batch, hidden))
     if residual is not None:
         _check_shape("residual", residual, "(B, C, H, W)", (batch, channels, height, width))
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    relu = activation == "relu"
+    return x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual, relu
 
 
 def _check_tensor(name: str, tensor: Tensor, dimensions: int, layout: str) -> None:
@@ -132,3 +121,6 @@ def _check_shape(name: str, tensor: Tensor, layout: str, expected: tuple[int, ..
     checks.tensor(name, tensor)
     if tensor.shape != expected:
         raise ValueError(f"{name} must have shape {layout}={expected}, got {tuple(tensor.shape)}")
+
+
+_run = op.squeeze_excite.public(_check)

@@ -72,6 +72,12 @@ def _complete(arguments: tuple, grads: tuple) -> tuple:
     return (*others, grad_residual if residual_grad else grad_out)
 
 
+def _autocast(x: Tensor, *rest: Tensor | None) -> tuple:
+    *parameters, residual = rest
+    x, residual, *parameters = dispatch.autocast_maps((x, residual), *parameters)
+    return (x, *parameters, residual)
+
+
 def _flops(x, fc1_weight, *_, **__) -> int:
     hidden, columns = fc1_weight
     return 2 * x[0] * hidden * (columns + x[1])
@@ -91,7 +97,7 @@ squeeze_excite = Operators(
         "cpu": (_forward, _backward),
         "triton": (triton(__package__, "forward"), triton(__package__, "backward")),
     },
-    autocast=lambda x, residual, *parameters: dispatch.autocast_maps((x, residual), *parameters),
+    autocast=_autocast,
     reference=reference.squeeze_excite,
     flops=_flops,
     flops_backward=lambda grad_out, x, fc1_weight, *_, **__: 2 * _flops(x, fc1_weight),

@@ -9,12 +9,16 @@ from . import op
 def scale_rows(x: Tensor, scale: Tensor, *, impl: str = "auto") -> Tensor:
     """Multiply every row of ``x`` (..., D) by its ``scale`` (...); dtype of ``x``, contiguous.
 
-    Raises:
-        TypeError, ValueError: dtypes, shapes or devices do not fit.
-        RuntimeError: the named ``impl`` cannot run on these inputs.
+    Raises TypeError or ValueError where dtypes, shapes or devices do not fit, RuntimeError where ``impl`` cannot run.
     """
+    return _run(impl, x, scale)[0]
+
+
+def _check(x: Tensor, scale: Tensor) -> tuple:
     checks.tensors(x=x, scale=scale)
     if x.dim() == 0 or scale.shape != x.shape[:-1]:
         raise ValueError(f"scale must have the shape of x but for its last dimension, got {tuple(scale.shape)}")
-    impl, *tensors = op.scale_rows.choose(impl, x=x, scale=scale)
-    return op.scale_rows.run(impl, *tensors)
+    return x, scale
+
+
+_run = op.scale_rows.public(_check)
