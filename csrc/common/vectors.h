@@ -75,17 +75,20 @@ FA_INLINE vf value_of(Product x) { return x.a * x.b; }
 FA_INLINE vf plus(vf sum, vf x) { return sum + x; }
 FA_INLINE vf plus(vf sum, Product x) { return fused(x.a, x.b, sum); }
 
-// A sum of any number of vectors, in chains of at most kLongestChain additions.
+// A sum of any number of vectors.  Equal terms, such as the weights of equal keys, round alike at every addition: four
+// chains of at most kLongestChain / 4 additions each keep that small.
 struct Sum {
-  vf part = {}, whole = {};
-  int64_t chain = 0;
+  vf part[4] = {}, whole = {};
+  int64_t count = 0;
 
   template <class Term>
   FA_INLINE void add(Term x) {
-    part = plus(part, x);
-    if (++chain == kLongestChain) whole += part, part = vf{}, chain = 0;
+    part[count % 4] = plus(part[count % 4], x);
+    if (++count % kLongestChain != 0) return;
+    whole = total();
+    for (vf& each : part) each = vf{};
   }
-  FA_INLINE vf total() const { return whole + part; }
+  FA_INLINE vf total() const { return whole + ((part[0] + part[1]) + (part[2] + part[3])); }
 };
 
 // Keeps an array out of the registers, which then are left to the innermost loop.

@@ -404,20 +404,30 @@ void sum_query_partials(const Backward& p, int64_t begin, int64_t end) {
     }
 }
 
+// sum[i] = the sum of number i of `count` partial results, `stride` apart, in as many chains as a chain has terms: one
+// alone would round every image of a large batch at the magnitude of the whole sum.
+void sum_partials(const float* partials, int64_t count, int64_t stride, int64_t length, float* chain, float* sum) {
+  int64_t chains = 1;
+  while (chains * chains < count) ++chains;
+  set_zero(sum, length);
+  for (int64_t i = 0; i < chains; ++i) {
+    set_zero(chain, length);
+    for (int64_t part = split_begin(count, chains, i); part < split_begin(count, chains, i + 1); ++part)
+      for (int64_t d = 0; d < length; ++d) chain[d] += partials[part * stride + d];
+    for (int64_t d = 0; d < length; ++d) sum[d] += chain[d];
+  }
+}
+
 void sum_table_partials(const Backward& p, int64_t begin, int64_t end) {
-  Scratch<float> sum(p.dk);
+  Scratch<float> sum(p.dk), chain(p.dk);
   const int64_t rows = p.row_length() + p.col_length();
   for (int64_t row = begin; row < end; ++row) {
     const bool in_col = row >= p.row_length();
     const TensorView& to = in_col ? p.grad_col_term : p.grad_row_term;
     const bool shared = to.stride[0] == 0;
     for (int64_t table = 0; table < (shared ? 1 : p.heads); ++table) {
-      for (int64_t d = 0; d < p.dk; ++d) sum[d] = 0.0f;
-      const int64_t end = shared ? p.parts() : p.first_part(table + 1);
-      for (int64_t part = shared ? 0 : p.first_part(table); part < end; ++part) {
-        const float* partial = p.table_partials + (part * rows + row) * p.dk;
-        for (int64_t d = 0; d < p.dk; ++d) sum[d] += partial[d];
-      }
+      const int64_t first = shared ? 0 : p.first_part(table), parts = shared ? p.parts() : p.first_part(1);
+      sum_partials(p.table_partials + (first * rows + row) * p.dk, parts, rows * p.dk, p.dk, chain.data, sum.data);
       const int64_t position = in_col ? row - p.row_length() : row;
       scatter(to, table * to.stride[0] + position * to.stride[1], to.stride[2], p.dk, 1.0f, sum.data);
     }
@@ -426,14 +436,11 @@ void sum_table_partials(const Backward& p, int64_t begin, int64_t end) {
 
 void sum_bias_partials(const Backward& p, int64_t begin, int64_t end) {
   const int64_t columns = p.bias_columns();
-  Scratch<float> sum(columns);
+  Scratch<float> sum(columns), chain(columns);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t head = row / p.bias_rows(), y = row % p.bias_rows();
-    set_zero(sum.data, columns);
-    for (int64_t part = p.first_part(head); part < p.first_part(head + 1); ++part) {
-      const float* partial = p.bias_partials + (part * p.bias_rows() + y) * columns;
-      for (int64_t x = 0; x < columns; ++x) sum[x] += partial[x];
-    }
+    const float* partials = p.bias_partials + (p.first_part(head) * p.bias_rows() + y) * columns;
+    sum_partials(partials, p.first_part(1), p.bias_rows() * columns, columns, chain.data, sum.data);
     const TensorView& to = p.grad_bias_table;
     scatter(to, head * to.stride[0] + y * to.stride[1], to.stride[2], columns, 1.0f, sum.data);
   }

@@ -208,6 +208,12 @@ def test_dropout_acts_in_training_only():
         (lambda: WindowAttention2d(8, 2, 4, dropout_p=1.0), r"dropout_p must be in \[0, 1\), got 1.0"),
         (lambda: WindowAttention2d(8, 2, 4, impl="fast"), "impl must be one of 'auto', .*, got 'fast'"),
         (lambda: WindowAttention2d(8, 2, 4)(torch.randn(2, 4, 4, 8)), r"x must have shape \(B, 8, H, W\), got \(2, 4"),
+        (lambda: WindowAttention2d(8, 2, 4)(torch.randn(2, 8, 0, 4)), r"x must have a height .*, got \(2, 8, 0, 4\)"),
+        (
+            lambda: WindowAttention2d(8, 2, 4).bias_table((4, 5)),
+            r"windows must be at most \(4, 4\) large, got \(4, 5\)",
+        ),
+        (lambda: GridAttention2d(8, 2, 4)(torch.randn(2, 8, 4, 0)), r"x must have a height .*, got \(2, 8, 4, 0\)"),
         (lambda: GridAttention2d(8, 2, (4, 0)), r"grid must be a positive number .*, got \(4, 0\)"),
         (
             lambda: GridAttention2d(8, 2, (2, 3))(torch.randn(1, 8, 4, 4)),

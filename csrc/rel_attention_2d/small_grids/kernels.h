@@ -1,4 +1,4 @@
-// The kernels of small grids and many (head, image) pairs, for the same problems with key_splits 1.
+// The kernels of small grids and many (image, head) pairs, for the same problems, with neither queries nor keys split.
 #pragma once
 
 #include "rel_attention_2d/kernels.h"

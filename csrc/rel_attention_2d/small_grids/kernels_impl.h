@@ -212,8 +212,7 @@ FA_INLINE void with_options(const Group& group, const Choose& choose) {
   with_dropout.template operator()<Bias::none>();
 }
 
-// --- forward
-// ----------------------------------------------------------------------------------------------------------
+// --- forward -------------------------------------------------------------------------------------------------------
 
 struct GroupForward : Group {
   const Forward& p;
@@ -272,8 +271,7 @@ void forward(const Forward& p, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) group.run(pairs_of(p, task));
 }
 
-// --- backward
-// ---------------------------------------------------------------------------------------------------------
+// --- backward ------------------------------------------------------------------------------------------------------
 
 struct GroupBackward : Group {
   const Backward& p;

@@ -66,6 +66,8 @@ class _TableAttention(nn.Module):
         Args:
             size: (h, w) of a smaller window: the central part of the table, which belongs to its relative positions.
         """
+        if size is not None and any(length > full for length, full in zip(size, self.window, strict=True)):
+            raise ValueError(f"windows must be at most {self.window} large, got {tuple(size)}")
         table = self.relative_position_bias_table.unflatten(0, [2 * length - 1 for length in self.window])
         for axis, (full, length) in enumerate(zip(self.window, size or self.window, strict=True)):
             table = table.narrow(axis, full - length, 2 * length - 1)
@@ -94,6 +96,8 @@ class _TableAttention(nn.Module):
     def check_input(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.dim:
             raise ValueError(f"x must have shape (B, {self.dim}, H, W), got {tuple(x.shape)}")
+        if 0 in x.shape[2:]:
+            raise ValueError(f"x must have a height and width of at least 1, got {tuple(x.shape)}")
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, {self.size_name}={self.window}, dropout_p={self.dropout_p}, impl={self.impl!r}"
@@ -118,7 +122,7 @@ class WindowAttention2d(_TableAttention):
         out_dim: channels of the output; ``dim`` when None.
         impl: implementation of the op; not part of the state dict, so weights load across implementations.
 
-    Shapes: input (B, dim, H, W), output (B, out_dim, H, W); any H and W.
+    Shapes: input (B, dim, H, W), output (B, out_dim, H, W); any H and W from 1 on.
 
     Along an axis on which the input is not longer than the window, there is one window of its length, without a shift,
     and the central part of the table is used: with a window as large as the largest map, this is attention over the
