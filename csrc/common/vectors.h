@@ -75,20 +75,18 @@ FA_INLINE vf value_of(Product x) { return x.a * x.b; }
 FA_INLINE vf plus(vf sum, vf x) { return sum + x; }
 FA_INLINE vf plus(vf sum, Product x) { return fused(x.a, x.b, sum); }
 
-// A sum of any number of vectors.  Equal terms, such as the weights of equal keys, round alike at every addition: four
-// chains of at most kLongestChain / 4 additions each keep that small.
+// A sum of any number of vectors, in chains of 8 additions: equal terms, such as the weights of equal keys, round alike
+// at every addition.
 struct Sum {
-  vf part[4] = {}, whole = {};
+  vf part = {}, whole = {};
   int64_t count = 0;
 
   template <class Term>
   FA_INLINE void add(Term x) {
-    part[count % 4] = plus(part[count % 4], x);
-    if (++count % kLongestChain != 0) return;
-    whole = total();
-    for (vf& each : part) each = vf{};
+    part = plus(part, x);
+    if (++count % 8 == 0) whole += part, part = vf{};
   }
-  FA_INLINE vf total() const { return whole + ((part[0] + part[1]) + (part[2] + part[3])); }
+  FA_INLINE vf total() const { return whole + part; }
 };
 
 // Keeps an array out of the registers, which then are left to the innermost loop.
