@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     settings = {"model": arguments.model, "batch": arguments.batch, "size": arguments.size}
     if arguments.memory:
-        print(json.dumps({"peak": peak_memory(Step(arguments.memory, **settings))}))
+        print(json.dumps({"peak": peak_memory(Step(arguments.memory, **settings))}, allow_nan=False))
         return 0
     steps = {form: Step(form, **settings) for form in FORMS}
     apart = difference(*steps.values())

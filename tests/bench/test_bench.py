@@ -383,12 +383,17 @@ def test_networks_agree_and_are_reported(tmp_path, capsys):
 
 
 def test_a_network_with_a_wrong_op_is_noticed(monkeypatch):
-    from fused_attn.ops.rel_attention_2d import op
+    from fused_attn.ops._floor.operators import Public
 
     config = networks._complete(networks.NetworksConfig(model="aa_wrn_10_1", batch_size=2))
     assert networks.errors(config, "stage 3, first block") == []
-    outputs = op.rel_attention_2d.outputs
-    monkeypatch.setattr(op.rel_attention_2d, "outputs", lambda *args: (outputs(*args)[0] * 1.01,))
+    call = Public.__call__
+
+    def wrong(self, impl, *args):
+        out, *others = call(self, impl, *args)
+        return out if impl == "reference" else out * 1.01, *others
+
+    monkeypatch.setattr(Public, "__call__", wrong)
     if _extension.available():
         assert networks.errors(config, "stage 3, first block")
 
