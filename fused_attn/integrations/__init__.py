@@ -1,0 +1,16 @@
+"""Fused ops in models of timm and transformers::
+
+    from fused_attn import integrations
+
+    report = integrations.convert(model)
+    print(report)
+    integrations.restore(model)
+
+Neither host is imported: a model that holds one of its classes has done so.
+"""
+
+from . import timm, transformers
+from .convert import convert, restore
+from .report import Candidate, Report
+
+__all__ = ["Candidate", "Report", "convert", "restore", "timm", "transformers"]

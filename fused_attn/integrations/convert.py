@@ -1,0 +1,154 @@
+"""Fused ops in the place of attention and squeeze-excite layers of a model, and back."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Collection, Iterable, Iterator
+
+from torch import nn
+
+from . import timm, transformers
+from .host import Host, class_path
+from .report import ALREADY, REPLACED, Candidate, Report
+
+#: ``module:Class`` of a host -> how it is served.  Strings: no host is imported for it.
+HOSTS: dict[str, Host] = {**timm.HOSTS, **transformers.HOSTS}
+OPS = tuple(dict.fromkeys(host.op for host in HOSTS.values()))
+#: package -> the versions whose classes the layers were written for and tested with: from the first to below the second
+VERSIONS = {"timm": timm.VERSIONS, "transformers": transformers.VERSIONS}
+
+_OUR_LAYERS = frozenset(host.layer for host in HOSTS.values())
+
+
+def convert(model: nn.Module, ops: Iterable[str] | None = None, strict: bool = False) -> Report:
+    """Run fused ops in the place of a model's attention and squeeze-excite layers, where they compute the same.
+
+    Modules, parameters, buffers, state-dict keys and hooks stay as they are; only ``forward`` is bound anew, on each
+    instance.  A call that only the original can serve, for attention weights say, runs the original.
+
+    Args:
+        model: any module; timm's and transformers' classes in it are known.  May be on meta, compiled
+            (``torch.compile`` compiles it anew at its next call), or wrapped in ``DistributedDataParallel``.
+        ops: names of ops to use, of ``rel_attention_2d``, ``bias_attention_2d`` and ``squeeze_excite``.  None: all,
+            but none on the CPU where it is not faster there.
+        strict: raise where a candidate for one of ``ops`` is left alone.
+
+    Returns:
+        Every module of a known class, with its op, and ``"replaced"``, ``"already"`` or the reason why not.
+
+    Raises:
+        TypeError: ``model`` is not a module, or ``ops`` is not a collection of names.
+        ValueError: an op is not known, or ``strict`` and a candidate cannot be replaced; then nothing was changed.
+
+    Attention dropout keeps its probability; its masks are other ones than the host draws.
+    """
+    found = list(_candidates(model, None if ops is None else _checked_ops(ops)))
+    report = Report(tuple(candidate for _, candidate in found))
+    if strict:
+        left = [each for each in report if not each.fused and (ops is None or each.op in ops)]
+        if left:
+            texts = "; ".join(f"{each.path or '(model)'} ({each.host.split(':')[1]}): {each.outcome}" for each in left)
+            raise ValueError(f"{len(left)} of {len(report)} candidates cannot be replaced: {texts}")
+    for module, candidate in found:
+        if candidate.outcome == REPLACED:
+            module.forward = functools.partial(HOSTS[candidate.host].layer.forward, module)
+    return report
+
+
+def restore(model: nn.Module) -> int:
+    """Undo :func:`convert`: every module computes what its class says again.
+
+    Returns:
+        How many modules were restored; 0 where none was converted.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    restored = [module for module in _modules(model).values() if _is_ours(module)]
+    for module in restored:
+        del module.__dict__["forward"]
+    return len(restored)
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return dict(model.named_modules())
+
+
+def _checked_ops(ops: Iterable[str]) -> Collection[str]:
+    if isinstance(ops, str) or not isinstance(ops, Iterable):
+        raise TypeError(f"ops must be a collection of names, got {ops!r}")
+    names = list(ops)
+    for name in names:
+        if name not in OPS:
+            raise ValueError(f"ops must be among {', '.join(OPS)}, got {name!r}")
+    return names
+
+
+def _candidates(model: nn.Module, ops: Collection[str] | None) -> Iterator[tuple[nn.Module, Candidate]]:
+    for path, module in _modules(model).items():
+        defining = _defines_forward(type(module))
+        name = class_path(defining)
+        if (host := HOSTS.get(name)) is not None:
+            yield module, Candidate(path, name, host.op, _outcome(module, defining, host, ops))
+
+
+def _defines_forward(kind: type) -> type:
+    return next(each for each in kind.__mro__ if "forward" in each.__dict__)
+
+
+def _outcome(module: nn.Module, defining: type, host: Host, ops: Collection[str] | None) -> str:
+    if _is_ours(module):
+        return ALREADY
+    if ops is not None and host.op not in ops:
+        return f"{host.op} is not among ops"
+    if "forward" in module.__dict__:
+        return "something else has replaced its forward"
+    reason = _unknown_class(type(module), defining, host)
+    if reason is None:
+        try:
+            reason = host.reason(module)
+        except AttributeError as error:
+            reason = f"it is not built as its class is known: {error}"
+    if reason is None and ops is None and not host.faster_on_cpu and _is_on_cpu(module):
+        reason = f"no faster on the CPU; ops={[host.op]} replaces it"
+    return reason or REPLACED
+
+
+def _is_ours(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    return isinstance(forward, functools.partial) and any(forward.func is layer.forward for layer in _OUR_LAYERS)
+
+
+def _is_on_cpu(module: nn.Module) -> bool:
+    return all(parameter.device.type == "cpu" for parameter in module.parameters())
+
+
+def _unknown_class(kind: type, defining: type, host: Host) -> str | None:
+    """Why instances of a class may compute something else than the one that the registry names."""
+    package = defining.__module__.partition(".")[0]
+    low, high = VERSIONS[package]
+    version = getattr(sys.modules[package], "__version__", "0")
+    if not _release(low) <= _release(version) < _release(high):
+        return f"{package} {version} is not from {low} to below {high}"
+    if class_path(defining) != f"{defining.forward.__module__}:{defining.forward.__qualname__.rpartition('.')[0]}":
+        return f"the forward of {defining.__name__} was replaced"
+    if [*inspect.signature(defining.forward).parameters] != [*inspect.signature(host.layer.forward).parameters]:
+        return f"the forward of {defining.__name__} takes other arguments than it is known to"
+    for each in kind.__mro__[: kind.__mro__.index(defining)]:
+        for name, value in each.__dict__.items():
+            overrides = callable(value) or isinstance(value, (property, staticmethod, classmethod))
+            if overrides and hasattr(defining, name) and name not in ("__init__", "__doc__", "extra_repr"):
+                return f"{each.__name__} overrides {name} of {defining.__name__}"
+    return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    numbers = []
+    for part in version.split(".")[:3]:
+        digits = "".join(character for character in part if character.isdigit())
+        numbers.append(int(digits or 0))
+    return tuple(numbers)

@@ -1,0 +1,204 @@
+"""What an entry of the registry is, and what the layers of several hosts share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.bias_attention_2d.api import bias_attention_2d
+from ..ops.rel_attention_2d.api import decomposed_bias_attention, rel_attention_2d
+from ..ops.rel_attention_2d.conventions import sam_relative_logits
+from ..ops.squeeze_excite.api import squeeze_excite
+
+
+@dataclass(frozen=True)
+class Host:
+    """How one class of a host is served.
+
+    Args:
+        op: public name of the op that computes it.
+        layer: a module without state whose ``forward``, with the signature of the host's, is bound to the instance;
+            the conventions of Hugging Face's kernels library.
+        reason: why an instance cannot be served; None: it can.
+        faster_on_cpu: whether the CPU gains by it; if not, ``convert`` leaves modules on the CPU alone until their op
+            is named.
+    """
+
+    op: str
+    layer: type[nn.Module]
+    reason: Callable[[Any], str | None]
+    faster_on_cpu: bool = True
+
+
+def original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What the module computes without its fused forward: that of its class."""
+    return type(module).forward(module, *args, **kwargs)
+
+
+def has_hooks(module: nn.Module, *names: str) -> str | None:
+    """Why submodules cannot be passed over: they have hooks, which would not run."""
+    for name in names:
+        child = module.get_submodule(name)
+        for part in (child, *child.modules()):
+            if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+                return f"{name} has hooks, which would not run"
+    return None
+
+
+def class_path(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+# --- rel_attention_2d -------------------------------------------------------------------------------------------------
+
+
+def decomposed_attention(
+    query: Tensor, key: Tensor, value: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, scale: float, dropout_p: float
+) -> Tensor:
+    """Attention of SAM, ViTDet and MViTv2, whose tables are resized where the grids ask for another length.
+
+    Args:
+        query: (B, heads, Hq, Wq, d); key and value (B, heads, Hk, Wk, d).
+        rel_pos_h, rel_pos_w: (L, d), any L.
+    """
+    lengths = [a + b - 1 for a, b in zip(query.shape[2:4], key.shape[2:4], strict=True)]
+    if query.shape[2:4] == key.shape[2:4] and [rel_pos_h.shape[0], rel_pos_w.shape[0]] == lengths:
+        return rel_attention_2d(
+            query, key, value, rel_pos_h, rel_pos_w,
+            index="query_minus_key", scale=scale, rel_scale=1.0, dropout_p=dropout_p,
+        )  # fmt: skip
+    bias_h, bias_w = sam_relative_logits(query, rel_pos_h, rel_pos_w, (key.shape[2], key.shape[3]))
+    return decomposed_bias_attention(query, key, value, bias_h, bias_w, scale=scale, dropout_p=dropout_p)
+
+
+def heads_of_grid(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, H, W, 3 * heads * d), in this order, to three views (B, heads, H, W, d)."""
+    query, key, value = qkv.unflatten(-1, (3, heads, -1)).permute(3, 0, 4, 1, 2, 5).unbind()
+    return query, key, value
+
+
+def joined_heads(out: Tensor) -> Tensor:
+    """(B, heads, H, W, d) to (B, H, W, heads * d)."""
+    return out.permute(0, 2, 3, 1, 4).flatten(3)
+
+
+# --- bias_attention_2d ------------------------------------------------------------------------------------------------
+
+#: What hides a pair of positions in Swin's masks, and everything below it.  A weight of exp(-100) is nothing in float32
+#: beside one whose logit is not 80 lower.
+HIDDEN = -100.0
+
+
+def segments_of(mask: Tensor) -> Tensor:
+    """A mask of windows as segments: the number of a position is the first one that it sees.
+
+    Args:
+        mask: (S, N, N), 0 where a position sees another, at most -100 where not.
+
+    Returns:
+        (S, N), int32.
+    """
+    return (mask == 0).int().argmax(-1).int()
+
+
+def are_segments(mask: Tensor, segments: Tensor) -> Tensor:
+    """Whether :func:`segments_of` says all that a mask does, a tensor of one truth value."""
+    seen = mask == 0
+    same = segments[:, :, None] == segments[:, None, :]
+    return ((seen == same) & (seen | (mask <= HIDDEN))).all()
+
+
+def checked_segments(mask: Tensor) -> Tensor | None:
+    """:func:`segments_of`; None where the mask is another one.
+
+    That is known without waiting for the device on the CPU alone, outside a compiled graph; elsewhere such a mask is an
+    error when the device comes to it.
+    """
+    segments = segments_of(mask)
+    if mask.is_meta:
+        return segments
+    valid = are_segments(mask, segments)
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        return segments if valid else None
+    torch._assert_async(
+        valid, "attention_mask must be 0 within parts of a window and at most -100 between them; else restore the model"
+    )
+    return segments
+
+
+def window_attention(
+    query: Tensor, key: Tensor, value: Tensor, table: Tensor, size: Sequence[int], segments: Tensor | None,
+    scale: float, dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """Swin's attention of windows.
+
+    Args:
+        query, key, value: (B, N, heads, d), N = h * w.
+        table: (heads, 2h-1, 2w-1).
+        size: (h, w).
+        segments: (S, N) or None.
+
+    Returns:
+        (B, N, heads * d).
+    """
+    grid = (int(size[0]), int(size[1]))
+    query, key, value = (x.unflatten(1, grid).permute(0, 3, 1, 2, 4) for x in (query, key, value))
+    if segments is not None:
+        segments = segments.unflatten(1, grid)
+    out = bias_attention_2d(
+        query, key, value, table,
+        query_segments=segments, key_segments=segments, scale=scale, dropout_p=dropout_p,
+    )  # fmt: skip
+    return joined_heads(out).flatten(1, 2)
+
+
+def table_by_heads(table: Tensor, size: Sequence[int]) -> Tensor:
+    """Swin's table (positions, heads) as the op takes it, a view (heads, 2h-1, 2w-1)."""
+    return table.unflatten(0, (2 * int(size[0]) - 1, 2 * int(size[1]) - 1)).permute(2, 0, 1)
+
+
+def unusual_index(index: Tensor, size: Sequence[int]) -> str | None:
+    """Why a buffer of Swin's does not say where in the table the bias of a pair of positions lies."""
+    h, w = (int(length) for length in size)
+    if index.numel() != (h * w) ** 2:
+        return f"relative_position_index does not fit the window of {h}x{w}"
+    if index.is_meta:
+        return None  # what is loaded into a buffer that a state dict has is not seen
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    y, x = y.flatten(), x.flatten()
+    expected = (y[:, None] - y + h - 1) * (2 * w - 1) + x[:, None] - x + w - 1
+    if not torch.equal(index.flatten().cpu().long(), expected.flatten()):
+        return "relative_position_index is not that of a window in row-major order"
+    return None
+
+
+# --- squeeze_excite ---------------------------------------------------------------------------------------------------
+
+HIDDEN_ACTIVATIONS = {"torch.nn.modules.activation:ReLU": "relu"}
+GATES = {"torch.nn.modules.activation:Sigmoid": "sigmoid", "timm.layers.activations:Sigmoid": "sigmoid"}
+
+
+def scaled_map(x: Tensor, fc1: nn.Conv2d, fc2: nn.Conv2d) -> Tensor:
+    """Squeeze-excite of a map (B, C, H, W) whose layers are 1x1 convolutions."""
+    return squeeze_excite(x, fc1.weight.flatten(1), fc1.bias, fc2.weight.flatten(1), fc2.bias)
+
+
+def unusual_gates(module: nn.Module, fc1: str, activation: str, fc2: str, gate: str) -> str | None:
+    """Why the op does not compute the gates of a squeeze-excite layer, by the names of its submodules."""
+    for name in (fc1, fc2):
+        layer = module.get_submodule(name)
+        if type(layer) is not nn.Conv2d:
+            return f"{name} is a {type(layer).__name__}, not a 1x1 convolution"
+        if layer.kernel_size != (1, 1) or layer.stride != (1, 1) or layer.groups != 1:
+            return f"{name} is not a 1x1 convolution"
+        if layer.padding not in ("same", "valid", (0, 0)):
+            return f"{name} pads"
+    for what, name, known in (("hidden activation", activation, HIDDEN_ACTIVATIONS), ("gate", gate, GATES)):
+        kind = type(module.get_submodule(name))
+        if class_path(kind) not in known:
+            return f"{what} {kind.__name__} is not computed"
+    return has_hooks(module, fc1, activation, fc2, gate)

@@ -1,0 +1,312 @@
+"""timm's attention and squeeze-excite layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.bias_attention_2d.api import bias_attention_2d
+from ..ops.rel_attention_2d.api import decomposed_bias_attention, rel_attention_2d
+from ..ops.rel_attention_2d.conventions import sam_relative_logits
+from . import host
+from .host import Host, class_path, has_hooks, original
+
+VERSIONS = ("1.0.31", "2")
+
+
+# --- SAM --------------------------------------------------------------------------------------------------------------
+
+
+class SamAttention(nn.Module):
+    """``timm.models.vision_transformer_sam.Attention`` with relative positions."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        query, key, value = host.heads_of_grid(self.qkv(x), self.num_heads)
+        query, key = self.q_norm(query), self.k_norm(key)
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        out = host.decomposed_attention(query, key, value, self.rel_pos_h, self.rel_pos_w, self.scale, dropout_p)
+        return self.proj_drop(self.proj(host.joined_heads(out)))
+
+
+def _sam_reason(module: Any) -> str | None:
+    if not module.use_rel_pos:
+        return "without relative positions it is plain attention, which PyTorch has"
+    return has_hooks(module, "attn_drop")
+
+
+# --- BoTNet -----------------------------------------------------------------------------------------------------------
+
+
+class BottleneckAttn(nn.Module):
+    """``timm.layers.bottleneck_attn.BottleneckAttn``."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if x.shape[2] != self.pos_embed.height or x.shape[3] != self.pos_embed.width:
+            return original(self, x)
+        parts = self.qkv(x).split([self.dim_out_qk, self.dim_out_qk, self.dim_out_v], 1)
+        query, key, value = (part.unflatten(1, (self.num_heads, -1)).permute(0, 1, 3, 4, 2) for part in parts)
+        out = rel_attention_2d(
+            query, key, value, self.pos_embed.height_rel, self.pos_embed.width_rel,
+            scale=self.scale, rel_scale=None if self.scale_pos_embed else 1.0,
+        )  # fmt: skip
+        return self.pool(out.permute(0, 1, 4, 2, 3).flatten(1, 2))
+
+
+def _bottleneck_reason(module: Any) -> str | None:
+    if (kind := class_path(type(module.pos_embed))) != "timm.layers.bottleneck_attn:PosEmbedRel":
+        return f"pos_embed is a {kind}"
+    return has_hooks(module, "pos_embed")
+
+
+# --- MViTv2 -----------------------------------------------------------------------------------------------------------
+
+
+class MultiScaleAttention(nn.Module):
+    """``timm.models.mvitv2.MultiScaleAttention``: pooled keys, and a class token without relative positions."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self: Any, x: Tensor, feat_size: list[int]) -> tuple[Tensor, list[int]]:
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        cls = int(self.has_cls_token)
+        query, grid = _pooled(query, feat_size, cls, self.pool_q, self.norm_q)
+        key, key_grid = _pooled(key, feat_size, cls, self.pool_k, self.norm_k)
+        value, _ = _pooled(value, feat_size, cls, self.pool_v, self.norm_v)
+        # The table is never resized: where it does not fit, neither does the original run.
+        if any(2 * max(pair) - 1 != table.shape[0] for pair, table in zip(
+            zip(grid, key_grid, strict=True), (self.rel_pos_h, self.rel_pos_w), strict=True
+        )):  # fmt: skip
+            return original(self, x, feat_size)
+        on_grid = query[:, :, cls:].unflatten(2, tuple(grid))
+        bias_h, bias_w = sam_relative_logits(on_grid, self.rel_pos_h, self.rel_pos_w, (key_grid[0], key_grid[1]))
+        out = decomposed_bias_attention(
+            on_grid,
+            key[:, :, cls:].unflatten(2, tuple(key_grid)),
+            value[:, :, cls:].unflatten(2, tuple(key_grid)),
+            bias_h,
+            bias_w,
+            scale=self.scale,
+            prefix_key=key[:, :, :cls] if cls else None,
+            prefix_value=value[:, :, :cls] if cls else None,
+        ).flatten(2, 3)
+        if cls:
+            weights = ((query[:, :, :1] * self.scale) @ key.mT).softmax(-1)
+            out = torch.cat((weights @ value, out), 2)
+        if self.residual_pooling:
+            out = out + query
+        return self.proj(out.transpose(1, 2).flatten(2)), grid
+
+
+def _pooled(
+    x: Tensor, grid: list[int], cls: int, pool: nn.Module | None, norm: nn.Module | None
+) -> tuple[Tensor, list[int]]:
+    """(B, heads, N, d) pooled over the grid, class token in front, and the grid that is left."""
+    if pool is not None:
+        maps = x[:, :, cls:].flatten(0, 1).unflatten(1, tuple(grid)).permute(0, 3, 1, 2).contiguous()
+        pooled = pool(maps)
+        grid = [pooled.shape[2], pooled.shape[3]]
+        pooled = pooled.flatten(2).transpose(1, 2).unflatten(0, (-1, x.shape[1]))
+        x = torch.cat((x[:, :, :cls], pooled), 2) if cls else pooled
+    return (x if norm is None else norm(x)), grid
+
+
+def _mvit_reason(module: Any) -> str | None:
+    if module.rel_pos_type != "spatial":
+        return f"relative positions of type {module.rel_pos_type!r} are not computed"
+    if module.unshared:
+        return "pooling with weights of its own for every head is not computed"
+    return None
+
+
+# --- Swin -------------------------------------------------------------------------------------------------------------
+
+
+class WindowAttention(nn.Module):
+    """``timm.models.swin_transformer.WindowAttention``, shifted or not."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        segments = None if mask is None else host.checked_segments(mask)
+        if x.shape[1] != self.window_area or (segments is None) != (mask is None):
+            return original(self, x, mask)
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        table = host.table_by_heads(self.relative_position_bias_table, self.window_size)
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        out = host.window_attention(query, key, value, table, self.window_size, segments, self.scale, dropout_p)
+        return self.proj_drop(self.proj(out))
+
+
+def _window_reason(module: Any) -> str | None:
+    index = host.unusual_index(module.relative_position_index, module.window_size)
+    return index or has_hooks(module, "attn_drop", "softmax")
+
+
+# --- MaxViT, CoAtNet --------------------------------------------------------------------------------------------------
+
+_REL_POS = "timm.layers.pos_embed_rel:"
+
+
+class Attention2d(nn.Module):
+    """``timm.models.maxxvit.Attention2d``: maps (B, C, H, W) that are one window."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+        if tuple(x.shape[2:]) != tuple(self.rel_pos.window_size):
+            return original(self, x, shared_rel_pos)
+        qkv = self.qkv(x)
+        if self.head_first:
+            parts = qkv.unflatten(1, (self.num_heads, 3, -1)).unbind(2)
+        else:
+            parts = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        query, key, value = (part.permute(0, 1, 3, 4, 2) for part in parts)
+        out = _attend_with_table(self, query, key, value)
+        return self.proj_drop(self.proj(out.permute(0, 1, 4, 2, 3).flatten(1, 2)))
+
+
+class AttentionCl(nn.Module):
+    """``timm.models.maxxvit.AttentionCl``: windows (B, h, w, C)."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+        if tuple(x.shape[1:-1]) != tuple(self.rel_pos.window_size):
+            return original(self, x, shared_rel_pos)
+        qkv = self.qkv(x)
+        if self.head_first:
+            parts = qkv.unflatten(-1, (self.num_heads, 3, -1)).unbind(4)
+        else:
+            parts = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        query, key, value = (part.permute(0, 3, 1, 2, 4) for part in parts)
+        out = _attend_with_table(self, query, key, value)
+        return self.proj_drop(self.proj(host.joined_heads(out)))
+
+
+def _attend_with_table(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    rel_pos, index = module.rel_pos, "query_minus_key"
+    kind = class_path(type(rel_pos)).removeprefix(_REL_POS)
+    if kind == "RelPosBiasTf":
+        table, index = rel_pos.relative_position_bias_table, "key_minus_query"
+    elif kind == "RelPosMlp":
+        table = rel_pos.bias_act(rel_pos.mlp(rel_pos.rel_coords_log).permute(2, 0, 1))
+        if rel_pos.bias_gain is not None:
+            table = rel_pos.bias_gain * table
+    else:
+        table = host.table_by_heads(rel_pos.relative_position_bias_table, rel_pos.window_size)
+    dropout_p = module.attn_drop.p if module.training else 0.0
+    return bias_attention_2d(query, key, value, table, index=index, scale=module.scale, dropout_p=dropout_p)
+
+
+def _maxxvit_reason(module: Any) -> str | None:
+    rel_pos = module.rel_pos
+    if rel_pos is None:
+        return "without relative positions of its own it is plain attention, which PyTorch has"
+    kind = class_path(type(rel_pos))
+    if kind not in [f"{_REL_POS}{name}" for name in ("RelPosBias", "RelPosBiasTf", "RelPosMlp")]:
+        return f"relative positions of class {kind} are not computed"
+    if getattr(rel_pos, "prefix_tokens", 0):
+        return "prefix tokens have a bias, which the op does not compute"
+    index = getattr(rel_pos, "relative_position_index", None)
+    if index is not None and (reason := host.unusual_index(index, rel_pos.window_size)):
+        return reason
+    return has_hooks(module, "rel_pos", "attn_drop")
+
+
+# --- LeViT ------------------------------------------------------------------------------------------------------------
+
+
+class LevitAttention(nn.Module):
+    """``timm.models.levit.Attention``: a bias for every distance along both axes."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        height, width = self.resolution
+        if (tuple(x.shape[2:]) != (height, width)) if self.use_conv else (x.shape[1] != height * width):
+            return original(self, x)
+        sizes = [self.key_dim, self.key_dim, self.val_dim]
+        if self.use_conv:
+            parts = self.qkv(x).unflatten(1, (self.num_heads, -1)).permute(0, 1, 3, 4, 2).split(sizes, -1)
+        else:
+            qkv = self.qkv(x).unflatten(1, (height, width)).unflatten(3, (self.num_heads, -1))
+            parts = qkv.permute(0, 3, 1, 2, 4).split(sizes, -1)
+        quarter = self.attention_biases.unflatten(1, (height, width))
+        half = torch.cat((quarter[:, 1:].flip(1), quarter), 1)
+        table = torch.cat((half[:, :, 1:].flip(2), half), 2)
+        out = bias_attention_2d(*parts, table, scale=self.scale)
+        if self.use_conv:
+            return self.proj(out.permute(0, 1, 4, 2, 3).flatten(1, 2))
+        return self.proj(host.joined_heads(out).flatten(1, 2))
+
+
+def _levit_reason(module: Any) -> str | None:
+    return None
+
+
+# --- squeeze-excite ---------------------------------------------------------------------------------------------------
+
+
+class SEModule(nn.Module):
+    """``timm.layers.squeeze_excite.SEModule`` and ``timm.models.senet.SEModule``."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return host.scaled_map(x, self.fc1, self.fc2)
+
+
+def _se_reason(module: Any) -> str | None:
+    if module.add_maxpool:
+        return "a maximum among what is squeezed is not computed"
+    if type(module.bn) is not nn.Identity:
+        return f"{type(module.bn).__name__} between its layers is not computed"
+    return host.unusual_gates(module, "fc1", "act", "fc2", "gate") or has_hooks(module, "bn")
+
+
+def _senet_reason(module: Any) -> str | None:
+    return host.unusual_gates(module, "fc1", "relu", "fc2", "sigmoid")
+
+
+class SqueezeExcite(nn.Module):
+    """``timm.models._efficientnet_blocks.SqueezeExcite``."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return host.scaled_map(x, self.conv_reduce, self.conv_expand)
+
+
+def _efficientnet_reason(module: Any) -> str | None:
+    return host.unusual_gates(module, "conv_reduce", "act1", "conv_expand", "gate")
+
+
+HOSTS: dict[str, Host] = {
+    "timm.models.vision_transformer_sam:Attention": Host("rel_attention_2d", SamAttention, _sam_reason),
+    "timm.layers.bottleneck_attn:BottleneckAttn": Host("rel_attention_2d", BottleneckAttn, _bottleneck_reason),
+    "timm.models.mvitv2:MultiScaleAttention": Host("rel_attention_2d", MultiScaleAttention, _mvit_reason),
+    "timm.models.swin_transformer:WindowAttention": Host("bias_attention_2d", WindowAttention, _window_reason),
+    "timm.models.maxxvit:Attention2d": Host("bias_attention_2d", Attention2d, _maxxvit_reason),
+    "timm.models.maxxvit:AttentionCl": Host("bias_attention_2d", AttentionCl, _maxxvit_reason),
+    "timm.models.levit:Attention": Host("bias_attention_2d", LevitAttention, _levit_reason),
+    "timm.layers.squeeze_excite:SEModule": Host("squeeze_excite", SEModule, _se_reason, False),
+    "timm.models.senet:SEModule": Host("squeeze_excite", SEModule, _senet_reason, False),
+    "timm.models._efficientnet_blocks:SqueezeExcite": Host(
+        "squeeze_excite", SqueezeExcite, _efficientnet_reason, False
+    ),
+}

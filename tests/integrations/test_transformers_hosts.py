@@ -1,0 +1,230 @@
+"""Every class of transformers that the registry serves: outputs and all gradients as before."""
+
+import importlib
+
+import pytest
+import torch
+from equality import assert_same, outputs_and_gradients, randomise, with_parameters
+
+from fused_attn import integrations
+from fused_attn.integrations.transformers import HOSTS
+
+OPS = ("rel_attention_2d", "bias_attention_2d", "squeeze_excite")
+
+
+def class_of(path):
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def check(model, call, tolerance=2e-5, **inputs):
+    """All candidates are replaced, outputs and gradients stay, and ``restore`` gives the same bits as before."""
+    tensors = with_parameters(model, **inputs)
+    keys = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    expected = outputs_and_gradients(call, tensors)
+    report = integrations.convert(model, ops=OPS)
+    assert len(report) > 0
+    assert report.replaced == len(report), report
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == keys
+    found = outputs_and_gradients(call, tensors)
+    assert not torch.equal(found[0], expected[0])  # something else computes it
+    # biases of keys shift all logits alike: their gradients are rounding
+    used = {name for name, gradient in expected[1].items() if not name.endswith(("k_proj.bias", "key.bias"))}
+    expected, found = ((out, {name: gradients[name] for name in used}) for out, gradients in (expected, found))
+    assert_same(found, expected, tolerance=tolerance)
+    assert integrations.restore(model) == len(report)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert torch.equal(outputs_and_gradients(call, tensors)[0], expected[0])
+
+
+# --- SAM, ViTDet, SegGPT ----------------------------------------------------------------------------------------------
+
+SAM = [name for name, host in HOSTS.items() if "SamVision" in host.layer.__name__]
+
+
+@pytest.fixture
+def sam_config(transformers):
+    return transformers.SamVisionConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=8, window_size=3,
+        global_attn_indexes=[1], mlp_dim=16, output_channels=8, attn_implementation="eager",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 7)])  # the second resizes the tables
+@pytest.mark.parametrize("path", SAM)
+def test_sam_attention(sam_config, path, size):
+    layer = randomise(class_of(path)(sam_config, 0)).eval()
+    x = torch.randn(2, *size, 32, requires_grad=True)
+    check(layer, lambda: layer(x)[0], x=x)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_sam(transformers, sam_config, attention):
+    """The vision encoder, with windows that are padded."""
+    sam_config._attn_implementation = attention
+    model = randomise(transformers.SamVisionModel(sam_config)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    check(model, lambda: model(images).last_hidden_state, tolerance=5e-5)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 32)])
+def test_vitdet(transformers, size):
+    config = transformers.VitDetConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=64, pretrain_image_size=64,
+        patch_size=8, window_block_indices=[0], window_size=3, use_relative_position_embeddings=True,
+    )  # fmt: skip
+    model = randomise(transformers.VitDetModel(config)).eval()
+    images = torch.randn(2, 3, *size)
+    check(model, lambda: model(images).last_hidden_state, tolerance=5e-5)
+
+
+def test_seggpt(transformers):
+    config = transformers.SegGptConfig(
+        hidden_size=32, num_attention_heads=4, image_size=(64, 32), patch_size=8, use_relative_position_embeddings=True
+    )
+    layer = randomise(class_of("transformers.models.seggpt.modeling_seggpt:SegGptAttention")(config))
+    x = torch.randn(2, 8, 4, 32, requires_grad=True)
+    check(layer, lambda: layer(x)[0], x=x)
+
+
+def test_without_relative_positions_sam_is_left_alone(transformers, sam_config):
+    sam_config.use_rel_pos = False
+    report = integrations.convert(transformers.SamVisionModel(sam_config))
+    assert [each.outcome for each in report] == 2 * ["without relative positions it is plain attention, which PyTorch has"]
+
+
+# --- Swin -------------------------------------------------------------------------------------------------------------
+
+SWIN = {
+    "image_size": 32, "patch_size": 2, "embed_dim": 12, "depths": [2, 2], "num_heads": [3, 6], "window_size": 4,
+    "drop_path_rate": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(32, 32), (38, 27)])
+@pytest.mark.parametrize(
+    "name", ["swin.Swin", "donut.DonutSwin", "maskformer.MaskFormerSwin", "swinv2.Swinv2", "swin2sr.Swin2SR"]
+)
+def test_swin(transformers, name, size):
+    """With shifts, and the second size with padding."""
+    folder, name = name.split(".")
+    models = importlib.import_module(f"transformers.models.{folder}")
+    config = getattr(models, f"{name}Config")
+    sizes = dict(SWIN)
+    if name == "Swin2SR":
+        sizes |= {"num_channels": 3, "image_size": 16, "patch_size": 1, "depths": [2], "num_heads": [3], "upscale": 1}
+        size = (16, 12)
+    model = randomise(getattr(models, f"{name}Model")(config(**sizes))).eval()
+    images = torch.randn(2, 3, *size)
+    check(model, lambda: model(images).last_hidden_state, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_clap(transformers, shift):
+    from transformers.models.clap.modeling_clap import ClapAudioLayer
+
+    config = transformers.ClapAudioConfig(window_size=4)
+    layer = randomise(ClapAudioLayer(config, 12, (8, 12), 3, shift_size=shift)).eval()
+    x = torch.randn(2, 96, 12, requires_grad=True)
+    check(layer, lambda: layer(x, (8, 12))[0], x=x)
+
+
+@pytest.fixture
+def swin_attention(transformers):
+    from transformers.models.swin.modeling_swin import SwinAttention
+
+    layer = randomise(SwinAttention(transformers.SwinConfig(attn_implementation="eager"), 12, 3, 4)).eval()
+    return layer
+
+
+@pytest.mark.parametrize("mask", ["soft", "one-sided", "not transitive"])
+def test_a_mask_that_is_no_segments_runs_the_original(swin_attention, mask):
+    masks = {
+        "soft": torch.full((2, 16, 16), -3.0).tril(-1),
+        "one-sided": torch.full((2, 16, 16), -100.0).tril(-1),
+        "not transitive": torch.full((2, 16, 16), -100.0) * ((torch.arange(16)[:, None] - torch.arange(16)).abs() > 1),
+    }
+    x = torch.randn(4, 16, 12)
+    expected = swin_attention(x, masks[mask])[0]
+    assert integrations.convert(swin_attention).replaced == 1
+    assert torch.equal(swin_attention(x, masks[mask])[0], expected)
+
+
+def test_a_compiled_graph_refuses_a_mask_that_is_no_segments(swin_attention):
+    """It cannot look at the mask before it chooses."""
+    integrations.convert(swin_attention)
+    compiled = torch.compile(swin_attention, backend="aot_eager", fullgraph=True)
+    mask = torch.zeros(2, 16, 16)
+    mask[:, 8:, :8] = mask[:, :8, 8:] = -100.0
+    x = torch.randn(4, 16, 12)
+    torch.testing.assert_close(compiled(x, mask)[0], type(swin_attention).forward(swin_attention, x, mask)[0])
+    with pytest.raises(RuntimeError, match="attention_mask must be 0 within parts of a window"):
+        compiled(x, mask.tril())
+
+
+def test_an_index_of_another_order_is_left_alone(swin_attention):
+    bias = swin_attention.relative_position_bias
+    bias.relative_position_index.copy_(bias.relative_position_index.flip(0))
+    (candidate,) = integrations.convert(swin_attention)
+    assert candidate.outcome == "relative_position_index is not that of a window in row-major order"
+
+
+# --- attention weights ------------------------------------------------------------------------------------------------
+
+
+def test_attention_weights_come_from_the_original(transformers, sam_config):
+    images = torch.randn(1, 3, 64, 64)
+    for model in (
+        transformers.SamVisionModel(sam_config),
+        transformers.SwinModel(transformers.SwinConfig(**SWIN, attn_implementation="eager")),
+        transformers.DonutSwinModel(transformers.DonutSwinConfig(**SWIN)),
+        transformers.VitDetModel(
+            transformers.VitDetConfig(
+                hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=8,
+                use_relative_position_embeddings=True, window_block_indices=[],
+            )  # fmt: skip
+        ),
+    ):
+        model = randomise(model).eval()
+        expected = model(images, output_attentions=True)
+        assert integrations.convert(model).replaced > 0
+        found = model(images, output_attentions=True)
+        assert len(found.attentions) == len(expected.attentions) > 0
+        for weights, others in zip(found.attentions, expected.attentions, strict=True):
+            assert torch.equal(weights, others)
+        assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+        assert not torch.equal(model(images).last_hidden_state, expected.last_hidden_state)
+
+
+# --- squeeze-excite ---------------------------------------------------------------------------------------------------
+
+
+def test_regnet(transformers):
+    from transformers.models.regnet.modeling_regnet import RegNetSELayer
+
+    layer = randomise(RegNetSELayer(12, 3))
+    x = torch.randn(2, 12, 5, 4, requires_grad=True)
+    check(layer, lambda: layer(x), x=x)
+
+
+@pytest.mark.parametrize("name", ["efficientnet:EfficientNet", "align:AlignVision"])
+def test_efficientnet(transformers, name):
+    folder, name = name.split(":")
+    kind = class_of(f"transformers.models.{folder}.modeling_{folder}:{name}SqueezeExciteLayer")
+    config = getattr(transformers, f"{name}Config")
+    layer = randomise(kind(config(hidden_act="relu"), 8, 32, True))
+    x = torch.randn(2, 32, 5, 4, requires_grad=True)
+    check(layer, lambda: layer(x), x=x)
+    (candidate,) = integrations.convert(kind(config(hidden_act="swish"), 8, 32, True), ops=OPS)
+    assert candidate.outcome == "hidden activation SiLU is not computed"
+
+
+@pytest.mark.parametrize("name", ["pp_lcnet:PPLCNet", "pp_lcnet_v3:PPLCNetV3"])
+def test_pp_lcnet(transformers, name):
+    folder, name = name.split(":")
+    kind = class_of(f"transformers.models.{folder}.modeling_{folder}:{name}SqueezeExcitationModule")
+    (candidate,) = integrations.convert(layer := kind(16), ops=OPS)
+    assert candidate.outcome == "gate Hardsigmoid is not computed"
+    layer.convolutions[3] = torch.nn.Sigmoid()
+    x = torch.randn(2, 16, 5, 4, requires_grad=True)
+    check(randomise(layer), lambda: layer(x), x=x)
