@@ -4,37 +4,16 @@ import importlib
 
 import pytest
 import torch
-from equality import assert_same, outputs_and_gradients, randomise, with_parameters
+from equality import randomise
+from host_checks import OPS, check
 
 from fused_attn import integrations
 from fused_attn.integrations.transformers import HOSTS
-
-OPS = ("rel_attention_2d", "bias_attention_2d", "squeeze_excite")
 
 
 def class_of(path):
     module, name = path.split(":")
     return getattr(importlib.import_module(module), name)
-
-
-def check(model, call, tolerance=2e-5, **inputs):
-    """All candidates are replaced, outputs and gradients stay, and ``restore`` gives the same bits as before."""
-    tensors = with_parameters(model, **inputs)
-    keys = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    expected = outputs_and_gradients(call, tensors)
-    report = integrations.convert(model, ops=OPS)
-    assert len(report) > 0
-    assert report.replaced == len(report), report
-    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == keys
-    found = outputs_and_gradients(call, tensors)
-    assert not torch.equal(found[0], expected[0])  # something else computes it
-    # biases of keys shift all logits alike: their gradients are rounding
-    used = {name for name, gradient in expected[1].items() if not name.endswith(("k_proj.bias", "key.bias"))}
-    expected, found = ((out, {name: gradients[name] for name in used}) for out, gradients in (expected, found))
-    assert_same(found, expected, tolerance=tolerance)
-    assert integrations.restore(model) == len(report)
-    assert not any("forward" in module.__dict__ for module in model.modules())
-    assert torch.equal(outputs_and_gradients(call, tensors)[0], expected[0])
 
 
 # --- SAM, ViTDet, SegGPT ----------------------------------------------------------------------------------------------
@@ -90,7 +69,9 @@ def test_seggpt(transformers):
 def test_without_relative_positions_sam_is_left_alone(transformers, sam_config):
     sam_config.use_rel_pos = False
     report = integrations.convert(transformers.SamVisionModel(sam_config))
-    assert [each.outcome for each in report] == 2 * ["without relative positions it is plain attention, which PyTorch has"]
+    assert [each.outcome for each in report] == 2 * [
+        "without relative positions it is plain attention, which PyTorch has"
+    ]
 
 
 # --- Swin -------------------------------------------------------------------------------------------------------------
@@ -174,16 +155,15 @@ def test_an_index_of_another_order_is_left_alone(swin_attention):
 
 def test_attention_weights_come_from_the_original(transformers, sam_config):
     images = torch.randn(1, 3, 64, 64)
+    vitdet = transformers.VitDetConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=8,
+        use_relative_position_embeddings=True, window_block_indices=[],
+    )  # fmt: skip
     for model in (
         transformers.SamVisionModel(sam_config),
         transformers.SwinModel(transformers.SwinConfig(**SWIN, attn_implementation="eager")),
         transformers.DonutSwinModel(transformers.DonutSwinConfig(**SWIN)),
-        transformers.VitDetModel(
-            transformers.VitDetConfig(
-                hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=8,
-                use_relative_position_embeddings=True, window_block_indices=[],
-            )  # fmt: skip
-        ),
+        transformers.VitDetModel(vitdet),
     ):
         model = randomise(model).eval()
         expected = model(images, output_attentions=True)

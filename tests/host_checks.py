@@ -1,0 +1,30 @@
+"""That a converted module of a host computes what it computed before."""
+
+import torch
+from equality import assert_same, outputs_and_gradients, with_parameters
+
+from fused_attn import integrations
+from fused_attn.integrations.convert import OPS
+
+#: What adds the same to all logits of a query: its gradient is rounding.
+VANISHING = ("k_proj.bias", "key.bias", "k_norm.bias", "norm_k.bias", "rel_pos.mlp.fc2.bias")
+
+
+def check(model, call, tolerance=2e-5, **inputs):
+    """All candidates are replaced, outputs and gradients stay, and ``restore`` gives the same bits as before."""
+    tensors = with_parameters(model, **inputs)
+    keys = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    expected = outputs_and_gradients(call, tensors)
+    report = integrations.convert(model, ops=OPS)
+    assert len(report) > 0
+    assert report.replaced == len(report), report
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == keys
+    found = outputs_and_gradients(call, tensors)
+    assert not torch.equal(found[0], expected[0])  # something else computes it
+    scale = max(gradient.abs().max() for gradient in expected[1].values())
+    for name in [name for name in expected[1] if name.endswith(VANISHING)]:
+        assert max(gradients.pop(name).abs().max() for _, gradients in (found, expected)) < 1e-5 * scale, name
+    assert_same(found, expected, tolerance=tolerance)
+    assert integrations.restore(model) == len(report)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert torch.equal(outputs_and_gradients(call, tensors)[0], expected[0])
