@@ -9,8 +9,8 @@
 Neither host is imported: a model that holds one of its classes has done so.
 """
 
-from . import timm, transformers
+from . import transformers
 from .convert import convert, restore
 from .report import Candidate, Report
 
-__all__ = ["Candidate", "Report", "convert", "restore", "timm", "transformers"]
+__all__ = ["Candidate", "Report", "convert", "restore", "transformers"]

@@ -5,19 +5,19 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch import nn
 
-from . import timm, transformers
-from .host import Host, class_path
+from . import timm_hosts, transformers_hosts
+from .host import Host, class_path, release
 from .report import ALREADY, REPLACED, Candidate, Report
 
 #: ``module:Class`` of a host -> how it is served.  Strings: no host is imported for it.
-HOSTS: dict[str, Host] = {**timm.HOSTS, **transformers.HOSTS}
+HOSTS: dict[str, Host] = {**timm_hosts.HOSTS, **transformers_hosts.HOSTS}
 OPS = tuple(dict.fromkeys(host.op for host in HOSTS.values()))
 #: package -> the versions whose classes the layers were written for and tested with: from the first to below the second
-VERSIONS = {"timm": timm.VERSIONS, "transformers": transformers.VERSIONS}
+VERSIONS = {"timm": timm_hosts.VERSIONS, "transformers": transformers_hosts.VERSIONS}
 
 _OUR_LAYERS = frozenset(host.layer for host in HOSTS.values())
 
@@ -44,7 +44,12 @@ def convert(model: nn.Module, ops: Iterable[str] | None = None, strict: bool = F
 
     Attention dropout keeps its probability; its masks are other ones than the host draws.
     """
-    found = list(_candidates(model, None if ops is None else _checked_ops(ops)))
+    return convert_modules(_modules(model), None if ops is None else _checked_ops(ops), strict)
+
+
+def convert_modules(modules: Mapping[str, nn.Module], ops: Collection[str] | None, strict: bool) -> Report:
+    """:func:`convert` of these modules, by path, and not of those within them."""
+    found = list(_candidates(modules, ops))
     report = Report(tuple(candidate for _, candidate in found))
     if strict:
         left = [each for each in report if not each.fused and (ops is None or each.op in ops)]
@@ -66,7 +71,12 @@ def restore(model: nn.Module) -> int:
     Raises:
         TypeError: ``model`` is not a module.
     """
-    restored = [module for module in _modules(model).values() if _is_ours(module)]
+    return restore_modules(_modules(model).values())
+
+
+def restore_modules(modules: Iterable[nn.Module]) -> int:
+    """:func:`restore` of these modules, and not of those within them."""
+    restored = [module for module in modules if _is_ours(module)]
     for module in restored:
         del module.__dict__["forward"]
     return len(restored)
@@ -88,8 +98,8 @@ def _checked_ops(ops: Iterable[str]) -> Collection[str]:
     return names
 
 
-def _candidates(model: nn.Module, ops: Collection[str] | None) -> Iterator[tuple[nn.Module, Candidate]]:
-    for path, module in _modules(model).items():
+def _candidates(modules: Mapping[str, nn.Module], ops: Collection[str] | None) -> Iterator[tuple[nn.Module, Candidate]]:
+    for path, module in modules.items():
         defining = _defines_forward(type(module))
         name = class_path(defining)
         if (host := HOSTS.get(name)) is not None:
@@ -132,7 +142,7 @@ def _unknown_class(kind: type, defining: type, host: Host) -> str | None:
     package = defining.__module__.partition(".")[0]
     low, high = VERSIONS[package]
     version = getattr(sys.modules[package], "__version__", "0")
-    if not _release(low) <= _release(version) < _release(high):
+    if not release(low) <= release(version) < release(high):
         return f"{package} {version} is not from {low} to below {high}"
     if class_path(defining) != f"{defining.forward.__module__}:{defining.forward.__qualname__.rpartition('.')[0]}":
         return f"the forward of {defining.__name__} was replaced"
@@ -144,11 +154,3 @@ def _unknown_class(kind: type, defining: type, host: Host) -> str | None:
             if overrides and hasattr(defining, name) and name not in ("__init__", "__doc__", "extra_repr"):
                 return f"{each.__name__} overrides {name} of {defining.__name__}"
     return None
-
-
-def _release(version: str) -> tuple[int, ...]:
-    numbers = []
-    for part in version.split(".")[:3]:
-        digits = "".join(character for character in part if character.isdigit())
-        numbers.append(int(digits or 0))
-    return tuple(numbers)

@@ -53,6 +53,15 @@ def class_path(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
+def release(version: str) -> tuple[int, ...]:
+    """The first three numbers of a version."""
+    numbers = []
+    for part in version.split(".")[:3]:
+        digits = "".join(character for character in part if character.isdigit())
+        numbers.append(int(digits or 0))
+    return tuple(numbers)
+
+
 # --- rel_attention_2d -------------------------------------------------------------------------------------------------
 
 

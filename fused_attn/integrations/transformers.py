@@ -1,277 +1,164 @@
-"""transformers' attention and squeeze-excite layers, and ``attn_implementation="fused_attn"``."""
+"""``attn_implementation="fused_attn"`` in transformers, whose own hooks do not reach attention of SAM's kind."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import contextlib
+import functools
+import sys
+from collections.abc import Iterator
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import host
-from .host import Host, has_hooks, original
+from .convert import convert_modules, restore_modules
+from .host import release
+from .transformers_hosts import HOSTS, VERSIONS, wants_attentions
+
+NAME = "fused_attn"
+OPS = ("rel_attention_2d", "bias_attention_2d")
+#: files of models that hold attention which the ops compute
+_FILES = frozenset(path.split(":")[0] for path, host in HOSTS.items() if host.op in OPS)
+
+
+def register() -> None:
+    """Make ``attn_implementation="fused_attn"`` known to transformers, when a model is built and afterwards.
+
+    It is then what :func:`~fused_attn.integrations.convert` does with a model's attention, strictly: a model without
+    attention that an op computes, or of which one layer cannot be served, is a ``ValueError``; so is a part of a model,
+    a language model say, for which ``attn_implementation={"vision_config": "fused_attn"}`` asks only where it applies.
+    Attention of another kind in the same model, such as that of SAM's mask decoder, runs SDPA.  Going back with
+    ``set_attn_implementation`` restores the layers, of the class that the model was built with.
+
+    A second call changes nothing.
+
+    Raises:
+        ImportError: transformers is not installed, or its version is not one that is known.
+    """
+    import transformers  # type: ignore[import-not-found]
+
+    if not release(VERSIONS[0]) <= release(transformers.__version__) < release(VERSIONS[1]):
+        raise ImportError(
+            f"register needs transformers from {VERSIONS[0]} to below {VERSIONS[1]}, found {transformers.__version__}"
+        )
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+    from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+
+    if getattr(PreTrainedModel.post_init, "registered", None) == NAME:
+        return
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, eager_mask)
+    methods = {
+        "get_correct_attn_implementation": _get_correct_attn_implementation,
+        "post_init": _post_init,
+        "set_attn_implementation": _set_attn_implementation,
+        "_can_set_attn_implementation": _can_set,
+    }
+    for name, method in methods.items():
+        setattr(PreTrainedModel, name, _around(PreTrainedModel.__dict__[name], method))
+
+
+def _around(original: Any, method: Any) -> Any:
+    """``method(original, self, ...)`` in the place of a method or class method."""
+    function = original.__func__ if isinstance(original, classmethod) else original
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return method(function, *args, **kwargs)
+
+    wrapper.registered = NAME  # type: ignore[attr-defined]
+    return classmethod(wrapper) if isinstance(original, classmethod) else wrapper
+
+
+def _file(kind: type) -> str | None:
+    """The file of a model's class that holds attention which the ops compute."""
+    return next((each.__module__ for each in kind.__mro__ if each.__module__ in _FILES), None)
+
+
+def _get_correct_attn_implementation(
+    original: Any, self: Any, requested_attention: str | None, is_init_check: bool = False
+) -> str:
+    """Refuses models that hold nothing to compute; lets the others find a class to build."""
+    if requested_attention == NAME:
+        file = _file(type(self))
+        if file is None:
+            raise ValueError(
+                f'attn_implementation="{NAME}" must be asked for models whose attention it computes, got '
+                f"{type(self).__name__}; for a part of a model name it: "
+                f'attn_implementation={{"vision_config": "{NAME}"}}'
+            )
+        for name, table in vars(sys.modules[file]).items():
+            if name.endswith("_VISION_ATTENTION_CLASSES"):
+                table.setdefault(NAME, table["eager"])  # which returns attention weights where they are asked for
+    return original(self, requested_attention, is_init_check)
+
+
+def _post_init(original: Any, self: Any) -> None:
+    original(self)
+    convert_modules(dict(_governed(self)), OPS, strict=True)
+
+
+def _set_attn_implementation(original: Any, self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+    models = [module for module in self.modules() if _is_model(module)]
+    configs = {id(model.config): model.config for model in models}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    fused = dict(_governed(self))
+    try:
+        asked = NAME in str(attn_implementation)
+        with _made_settable() if asked or NAME in before.values() else contextlib.nullcontext():
+            original(self, attn_implementation, *args, **kwargs)
+        governed = dict(_governed(self))
+        report = convert_modules(governed, OPS, strict=True)
+        if asked and not len(report):
+            raise ValueError(f'attn_implementation="{NAME}" finds no attention that it computes in this model')
+    except Exception:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+        raise
+    restore_modules(module for path, module in fused.items() if path not in governed)
 
-VERSIONS = ("5.24", "6")
 
+_settable = False
 
-def _wants_attentions(module: nn.Module, output_attentions: Any = None) -> bool:
-    """Whether the caller asks for attention weights, by the argument or by what transformers records in this call."""
-    if output_attentions:
-        return True
-    from transformers.utils.output_capturing import _active_collector  # type: ignore[import-not-found]
 
-    # Where a layer is compiled and not the model around it, the ContextVar cannot be traced; transformers' own hook,
-    # which is there once a call has asked for weights, breaks the graph as well.
-    if torch.compiler.is_compiling() and not _active_collector.compiling and not module._forward_hooks:
-        return False
-    recorded = _active_collector.get()
-    return recorded is not None and any("attentions" in key for key in recorded)
+@contextlib.contextmanager
+def _made_settable() -> Iterator[None]:
+    """Within it, transformers sets the implementation of models too that do not use its interface."""
+    global _settable
+    _settable = True
+    try:
+        yield
+    finally:
+        _settable = False
 
 
-# --- SAM, ViTDet, SegGPT ----------------------------------------------------------------------------------------------
+def _can_set(original: Any, cls: type) -> bool:
+    return (_settable and _file(cls) is not None) or original(cls)
 
 
-class SamVisionAttention(nn.Module):
-    """``SamVisionAttention`` and its copies in other models."""
+def _is_model(module: nn.Module) -> bool:
+    return hasattr(getattr(module, "config", None), "_attn_implementation") and hasattr(module, "post_init")
 
-    can_torch_compile = True
-    has_backward = True
 
-    def forward(self: Any, hidden_states: Tensor, output_attentions: bool | None = None) -> tuple[Tensor, None]:
-        if _wants_attentions(self, output_attentions):
-            return original(self, hidden_states, output_attentions)
-        return _sam_attention(self, hidden_states, self.dropout if self.training else 0.0), None
+def _governed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules whose nearest model is set to ``"fused_attn"``, by path."""
+    stack = [("", model, False)]
+    while stack:
+        path, module, fused = stack.pop()
+        if _is_model(module):
+            fused = module.config._attn_implementation == NAME  # type: ignore[union-attr]
+        if fused:
+            yield path, module
+        children = [(f"{path}.{name}".lstrip("."), child, fused) for name, child in module.named_children()]
+        stack += reversed(children)
 
 
-class SamVisionSdpaAttention(nn.Module):
-    """``SamVisionSdpaAttention`` and its copies, which neither drop nor return attention weights."""
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
+    """Attention that no op computes, or of which the weights are asked for."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is not None and wants_attentions(module, kwargs.get("output_attentions")):
+        return eager(module, query, key, value, attention_mask, **kwargs)
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    can_torch_compile = True
-    has_backward = True
-
-    def forward(self: Any, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, None]:
-        if output_attentions:
-            return original(self, hidden_states, output_attentions)  # which warns
-        return _sam_attention(self, hidden_states, 0.0), None
-
-
-class VitDetAttention(nn.Module):
-    """``VitDetAttention``."""
-
-    can_torch_compile = True
-    has_backward = True
-
-    def forward(self: Any, hidden_state: Tensor, output_attentions: bool = False) -> tuple[Tensor, ...]:
-        if _wants_attentions(self, output_attentions):
-            return original(self, hidden_state, output_attentions)
-        return (_sam_attention(self, hidden_state, 0.0, self.num_heads),)
-
-
-class SegGptAttention(nn.Module):
-    """``SegGptAttention``."""
-
-    can_torch_compile = True
-    has_backward = True
-
-    def forward(self: Any, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
-        if _wants_attentions(self, output_attentions):
-            return original(self, hidden_states, output_attentions)
-        return _sam_attention(self, hidden_states, 0.0), None
-
-
-def _sam_attention(module: Any, hidden_states: Tensor, dropout_p: float, heads: int | None = None) -> Tensor:
-    query, key, value = host.heads_of_grid(module.qkv(hidden_states), heads or module.num_attention_heads)
-    out = host.decomposed_attention(query, key, value, module.rel_pos_h, module.rel_pos_w, module.scale, dropout_p)
-    return module.proj(host.joined_heads(out))
-
-
-_PLAIN = "without relative positions it is plain attention, which PyTorch has"
-
-
-def _sam_reason(module: Any) -> str | None:
-    return None if module.use_rel_pos else _PLAIN
-
-
-def _vitdet_reason(module: Any) -> str | None:
-    return None if module.use_relative_position_embeddings else _PLAIN
-
-
-# --- Swin -------------------------------------------------------------------------------------------------------------
-
-
-class SwinAttention(nn.Module):
-    """``SwinAttention``."""
-
-    can_torch_compile = True
-    has_backward = True
-
-    def forward(
-        self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        size = self.relative_position_bias.window_size
-        served, segments = _segments(hidden_states, attention_mask, size)
-        if not served or _wants_attentions(self, kwargs.get("output_attentions")):
-            return original(self, hidden_states, attention_mask, **kwargs)
-        parts = (layer(hidden_states) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
-        table = host.table_by_heads(self.relative_position_bias.relative_position_bias_table, size)
-        dropout_p = self.attention_dropout if self.training else 0.0
-        out = host.window_attention(query, key, value, table, size, segments, self.scaling, dropout_p)
-        return self.o_proj(out), None
-
-
-class SwinSelfAttention(nn.Module):
-    """``DonutSwinSelfAttention``, ``MaskFormerSwinSelfAttention``, ``ClapAudioSelfAttention``."""
-
-    can_torch_compile = True
-    has_backward = True
-
-    def forward(
-        self: Any,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        output_attentions: bool | None = False,
-    ) -> tuple[Tensor, ...]:
-        served, segments = _segments(hidden_states, attention_mask, self.window_size)
-        if not served or _wants_attentions(self, output_attentions):
-            return original(self, hidden_states, attention_mask, output_attentions)
-        parts = (layer(hidden_states) for layer in (self.query, self.key, self.value))
-        query, key, value = (part.unflatten(-1, (-1, self.attention_head_size)) for part in parts)
-        table = host.table_by_heads(self.relative_position_bias_table, self.window_size)
-        scale = 1 / math.sqrt(self.attention_head_size)
-        dropout_p = self.dropout.p if self.training else 0.0
-        return (host.window_attention(query, key, value, table, self.window_size, segments, scale, dropout_p),)
-
-
-class SwinV2SelfAttention(nn.Module):
-    """``Swinv2SelfAttention`` and ``Swin2SRSelfAttention``: cosines as logits, a computed table."""
-
-    can_torch_compile = True
-    has_backward = True
-
-    def forward(
-        self: Any,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        output_attentions: bool | None = False,
-    ) -> tuple[Tensor, ...]:
-        served, segments = _segments(hidden_states, attention_mask, self.window_size)
-        if not served or _wants_attentions(self, output_attentions):
-            return original(self, hidden_states, attention_mask, output_attentions)
-        parts = (layer(hidden_states) for layer in (self.query, self.key, self.value))
-        query, key, value = (part.unflatten(-1, (-1, self.attention_head_size)) for part in parts)
-        scale = self.logit_scale.clamp(max=math.log(1.0 / 0.01)).exp()
-        query, key = F.normalize(query, dim=-1) * scale.flatten(1), F.normalize(key, dim=-1)
-        table = 16 * self.continuous_position_bias_mlp(self.relative_coords_table)[0].sigmoid().permute(2, 0, 1)
-        dropout_p = self.dropout.p if self.training else 0.0
-        return (host.window_attention(query, key, value, table, self.window_size, segments, 1.0, dropout_p),)
-
-
-def _segments(hidden_states: Tensor, mask: Tensor | None, size: Sequence[int]) -> tuple[bool, Tensor | None]:
-    """Whether the op computes windows with such a mask, and the segments that stand for it."""
-    if hidden_states.shape[1] != size[0] * size[1]:
-        return False, None
-    if mask is None:
-        return True, None
-    segments = host.checked_segments(mask)
-    return segments is not None, segments
-
-
-def _swin_reason(module: Any) -> str | None:
-    bias = module.relative_position_bias
-    return host.unusual_index(bias.relative_position_index, bias.window_size) or has_hooks(
-        module, "relative_position_bias"
-    )
-
-
-def _swin_self_reason(module: Any) -> str | None:
-    return host.unusual_index(module.relative_position_index, module.window_size) or has_hooks(module, "dropout")
-
-
-# --- squeeze-excite ---------------------------------------------------------------------------------------------------
-
-
-class RegNetSELayer(nn.Module):
-    """``RegNetSELayer``."""
-
-    can_torch_compile = True
-    has_backward = True
-
-    def forward(self: Any, hidden_state: Tensor) -> Tensor:
-        return host.scaled_map(hidden_state, self.attention[0], self.attention[2])
-
-
-def _regnet_reason(module: Any) -> str | None:
-    if len(module.attention) != 4:
-        return "it is not two layers with their activations"
-    return host.unusual_gates(module, "attention.0", "attention.1", "attention.2", "attention.3") or has_hooks(
-        module, "pooler", "attention"
-    )
-
-
-class EfficientNetSqueezeExciteLayer(nn.Module):
-    """``EfficientNetSqueezeExciteLayer`` and ``AlignVisionSqueezeExciteLayer``."""
-
-    can_torch_compile = True
-    has_backward = True
-
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        return host.scaled_map(hidden_states, self.reduce, self.expand)
-
-
-def _efficientnet_reason(module: Any) -> str | None:
-    return host.unusual_gates(module, "reduce", "act_reduce", "expand", "act_expand") or has_hooks(module, "squeeze")
-
-
-class PPLCNetSqueezeExcitationModule(nn.Module):
-    """``PPLCNetSqueezeExcitationModule`` and ``PPLCNetV3SqueezeExcitationModule``."""
-
-    can_torch_compile = True
-    has_backward = True
-
-    def forward(self: Any, hidden_state: Tensor) -> Tensor:
-        return host.scaled_map(hidden_state, self.convolutions[0], self.convolutions[2])
-
-
-def _pplcnet_reason(module: Any) -> str | None:
-    if len(module.convolutions) != 4:
-        return "it is not two layers with their activations"
-    names = [f"convolutions.{i}" for i in range(4)]
-    return host.unusual_gates(module, *names) or has_hooks(module, "avg_pool")
-
-
-_SAM = Host("rel_attention_2d", SamVisionAttention, _sam_reason)
-_SAM_SDPA = Host("rel_attention_2d", SamVisionSdpaAttention, _sam_reason)
-_SWIN_SELF = Host("bias_attention_2d", SwinSelfAttention, _swin_self_reason)
-_SWIN_V2 = Host("bias_attention_2d", SwinV2SelfAttention, _swin_self_reason)
-_EFFICIENTNET = Host("squeeze_excite", EfficientNetSqueezeExciteLayer, _efficientnet_reason, False)
-_PPLCNET = Host("squeeze_excite", PPLCNetSqueezeExcitationModule, _pplcnet_reason, False)
-_MODELS = {
-    "sam.modeling_sam:SamVisionAttention": _SAM,
-    "sam.modeling_sam:SamVisionSdpaAttention": _SAM_SDPA,
-    "sam_hq.modeling_sam_hq:SamHQVisionAttention": _SAM,
-    "sam_hq.modeling_sam_hq:SamHQVisionSdpaAttention": _SAM_SDPA,
-    "got_ocr2.modeling_got_ocr2:GotOcr2VisionAttention": _SAM,
-    "deepseek_ocr2.modeling_deepseek_ocr2:DeepseekOcr2SamVisionAttention": _SAM,
-    "deepseek_ocr2.modeling_deepseek_ocr2:DeepseekOcr2SamVisionSdpaAttention": _SAM_SDPA,
-    "unlimited_ocr.modeling_unlimited_ocr:UnlimitedOcrSamVisionAttention": _SAM,
-    "unlimited_ocr.modeling_unlimited_ocr:UnlimitedOcrSamVisionSdpaAttention": _SAM_SDPA,
-    "pp_formulanet.modeling_pp_formulanet:PPFormulaNetVisionAttention": _SAM,
-    "slanext.modeling_slanext:SLANeXtVisionAttention": _SAM,
-    "vitdet.modeling_vitdet:VitDetAttention": Host("rel_attention_2d", VitDetAttention, _vitdet_reason),
-    "seggpt.modeling_seggpt:SegGptAttention": Host("rel_attention_2d", SegGptAttention, _vitdet_reason),
-    "swin.modeling_swin:SwinAttention": Host("bias_attention_2d", SwinAttention, _swin_reason),
-    "donut.modeling_donut_swin:DonutSwinSelfAttention": _SWIN_SELF,
-    "maskformer.modeling_maskformer_swin:MaskFormerSwinSelfAttention": _SWIN_SELF,
-    "clap.modeling_clap:ClapAudioSelfAttention": _SWIN_SELF,
-    "swinv2.modeling_swinv2:Swinv2SelfAttention": _SWIN_V2,
-    "swin2sr.modeling_swin2sr:Swin2SRSelfAttention": _SWIN_V2,
-    "regnet.modeling_regnet:RegNetSELayer": Host("squeeze_excite", RegNetSELayer, _regnet_reason, False),
-    "efficientnet.modeling_efficientnet:EfficientNetSqueezeExciteLayer": _EFFICIENTNET,
-    "align.modeling_align:AlignVisionSqueezeExciteLayer": _EFFICIENTNET,
-    "pp_lcnet.modeling_pp_lcnet:PPLCNetSqueezeExcitationModule": _PPLCNET,
-    "pp_lcnet_v3.modeling_pp_lcnet_v3:PPLCNetV3SqueezeExcitationModule": _PPLCNET,
-}
-HOSTS: dict[str, Host] = {f"transformers.models.{name}": entry for name, entry in _MODELS.items()}
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

@@ -9,6 +9,11 @@ from torch import nn
 from fused_attn import integrations
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_samvit(timm, fused):
     """A whole network with windows, and another image size, which resizes the tables."""
