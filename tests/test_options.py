@@ -9,7 +9,7 @@ import pytest
 
 from fused_attn import cli, options
 from fused_attn.bench import BenchError, command, networks
-from fused_attn.cli import demo
+from fused_attn.cli import convert_model, demo
 from fused_attn.cli import draw_elementwise as drawing
 from fused_attn.cli import draw_scales as scales
 from fused_attn.train import TrainConfig, TrainError
@@ -22,6 +22,7 @@ COMMANDS = {
     "scales": (scales.ScalesConfig, {"runs": (Path("run"),), "out": Path("out")}, TrainError),
     "inspect": (drawing.run, {"source": "attention_wise_b"}, TrainError),
     "demo": (demo.run, {}, TrainError),
+    "convert": (convert_model.ConvertConfig, {"model": "timm:botnet26t_256"}, BenchError),
 }
 WHOLE = [-1, -(2**40), 10**30]
 NUMBERS = [math.nan, math.inf, -math.inf, -1.0, 1e300]
@@ -127,6 +128,7 @@ def test_command_lines_that_no_option_takes(tmp_path, monkeypatch, capsys, name,
         "train": "--model wrn_10_1 --dataset digits --out out",
         "scales": "run --out out",
         "inspect": "attention_wise_b",
+        "convert": "--model timm:botnet26t_256",
     }
     for value in NUMBERS if holds(declared(name)[key], float) else WHOLE:
         line = f"{name} {required.get(name, '')} {in_words(name, key)}={value}"

@@ -1,4 +1,4 @@
-"""The command line: ``fused-attn train | inspect | scales | demo | bench | info``."""
+"""The command line: ``fused-attn train | inspect | scales | demo | bench | convert | info``."""
 
 from __future__ import annotations
 
@@ -212,13 +212,30 @@ def _scales(arguments: Sequence[str]) -> int:
     return run(tyro.cli(ScalesConfig, args=arguments, prog="fused-attn scales"))
 
 
+def _convert(arguments: Sequence[str]) -> int:
+    """Put fused ops into a model of timm or transformers, and compare it with itself: equality, time, memory."""
+    import tyro
+
+    from .convert_model import ConvertConfig, run
+
+    return run(tyro.cli(ConvertConfig, args=arguments, prog="fused-attn convert"))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "inspect": _inspect,
     "demo": _demo,
     "bench": _bench,
     "scales": _scales,
+    "convert": _convert,
     "info": _info,
 }
 #: command -> extra of the package that it needs
-EXTRA_OF = {"train": "train", "inspect": "train", "demo": "train", "bench": "bench", "scales": "train"}
+EXTRA_OF = {
+    "train": "train",
+    "inspect": "train",
+    "demo": "train",
+    "bench": "bench",
+    "scales": "train",
+    "convert": "bench",
+}

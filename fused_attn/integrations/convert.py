@@ -106,11 +106,11 @@ def _candidates(modules: Mapping[str, nn.Module], ops: Collection[str] | None) -
             yield module, Candidate(path, name, host.op, _outcome(module, defining, host, ops))
 
 
-def _defines_forward(kind: type) -> type:
+def _defines_forward(kind: type[nn.Module]) -> type[nn.Module]:
     return next(each for each in kind.__mro__ if "forward" in each.__dict__)
 
 
-def _outcome(module: nn.Module, defining: type, host: Host, ops: Collection[str] | None) -> str:
+def _outcome(module: nn.Module, defining: type[nn.Module], host: Host, ops: Collection[str] | None) -> str:
     if _is_ours(module):
         return ALREADY
     if ops is not None and host.op not in ops:
@@ -137,7 +137,7 @@ def _is_on_cpu(module: nn.Module) -> bool:
     return all(parameter.device.type == "cpu" for parameter in module.parameters())
 
 
-def _unknown_class(kind: type, defining: type, host: Host) -> str | None:
+def _unknown_class(kind: type, defining: type[nn.Module], host: Host) -> str | None:
     """Why instances of a class may compute something else than the one that the registry names."""
     package = defining.__module__.partition(".")[0]
     low, high = VERSIONS[package]

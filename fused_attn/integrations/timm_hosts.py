@@ -247,7 +247,8 @@ class LevitAttention(nn.Module):
         quarter = self.attention_biases.unflatten(1, (height, width))
         half = torch.cat((quarter[:, 1:].flip(1), quarter), 1)
         table = torch.cat((half[:, :, 1:].flip(2), half), 2)
-        out = bias_attention_2d(*parts, table, scale=self.scale)
+        query, key, value = parts
+        out = bias_attention_2d(query, key, value, table, scale=self.scale)
         if self.use_conv:
             return self.proj(out.permute(0, 1, 4, 2, 3).flatten(1, 2))
         return self.proj(host.joined_heads(out).flatten(1, 2))

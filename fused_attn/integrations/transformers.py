@@ -34,7 +34,7 @@ def register() -> None:
     Raises:
         ImportError: transformers is not installed, or its version is not one that is known.
     """
-    import transformers  # type: ignore[import-not-found]
+    import transformers
 
     if not release(VERSIONS[0]) <= release(transformers.__version__) < release(VERSIONS[1]):
         raise ImportError(

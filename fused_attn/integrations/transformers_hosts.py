@@ -20,7 +20,7 @@ def wants_attentions(module: nn.Module, output_attentions: Any = None) -> bool:
     """Whether the caller asks for attention weights, by the argument or by what transformers records in this call."""
     if output_attentions:
         return True
-    from transformers.utils.output_capturing import _active_collector  # type: ignore[import-not-found]
+    from transformers.utils.output_capturing import _active_collector
 
     # Where a layer is compiled and not the model around it, the ContextVar cannot be traced; transformers' own hook,
     # which is there once a call has asked for weights, breaks the graph as well.

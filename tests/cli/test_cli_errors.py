@@ -143,6 +143,7 @@ WORK = {
     "scales": ["scales", "folder"],
     "bench": ["bench", "squeeze_excite", "--seconds", "0", "--no-memory", "--shape", "B=1,C=8,H=2,W=2,hidden=2"],
     "bench networks": ["bench", "networks", "--seconds", "0", "--model", "aa_wrn_10_1", "--batch-size", "2"],
+    "convert": ["convert", "--model", "timm:test_vit"],
 }
 
 
@@ -157,6 +158,7 @@ def test_results_that_could_not_be_written(one_line, monkeypatch, command, out):
     monkeypatch.setattr(data, "load", worked)
     monkeypatch.setattr("fused_attn.bench.command.measure_ceilings", worked)
     monkeypatch.setattr("fused_attn.bench.networks._Networks.run", worked)
+    monkeypatch.setattr("fused_attn.cli.convert_model.Subject", worked)
     if (command, out) == ("inspect", "file"):
         pytest.skip("a file is what it writes")
     status, errors = one_line(*WORK[command], "--out", out)
