@@ -39,25 +39,32 @@ class _Anything(types.ModuleType):
         return _Names(name, (), {})
 
 
-@pytest.fixture(scope="module")
-def timm(host_packages):
-    """timm imports torchvision for what it does to images; where that does not import, an empty one takes its place."""
-    added = []
+def stand_in_for_torchvision():
+    """Puts an empty torchvision in the place of one that does not import; returns the names of its modules."""
     try:
         import torchvision.transforms  # noqa: F401
     except Exception:  # its builds for CUDA raise RuntimeError beside a torch for the CPU
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
-        below = ("transforms", "transforms.functional", "transforms.v2", "datasets", "datasets.folder", "ops")
-        below = (*below, "ops.misc", "models", "models.feature_extraction")
-        for name in ("torchvision", *(f"torchvision.{name}" for name in below)):
-            module = _Anything(name)
-            module.__path__, module.__spec__ = [], importlib.machinery.ModuleSpec(name, None)
-            sys.modules[name] = module
-            added.append(name)
-            if "." in name:
-                parent, _, last = name.rpartition(".")
-                setattr(sys.modules[parent], last, module)
+    else:
+        return []
+    below = ("transforms", "transforms.functional", "transforms.v2", "datasets", "datasets.folder", "ops")
+    below = (*below, "ops.misc", "models", "models.feature_extraction")
+    names = ["torchvision", *(f"torchvision.{name}" for name in below)]
+    for name in names:
+        module = _Anything(name)
+        module.__path__, module.__spec__ = [], importlib.machinery.ModuleSpec(name, None)
+        sys.modules[name] = module
+        if "." in name:
+            parent, _, last = name.rpartition(".")
+            setattr(sys.modules[parent], last, module)
+    return names
+
+
+@pytest.fixture(scope="module")
+def timm(host_packages):
+    """timm imports torchvision for what it does to images; where that does not import, an empty one takes its place."""
+    added = stand_in_for_torchvision()
     yield pytest.importorskip("timm", minversion="1.0")
     for name in added:
         del sys.modules[name]

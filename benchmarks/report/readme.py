@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import command_line
+import integrations
 import links
 import picture
 
@@ -160,7 +161,7 @@ def fill(text: str, page: Path = ROOT / "README.md", root: Path = ROOT) -> str:
 
 def tables() -> dict[str, str]:
     """Those of several results, by file name."""
-    return {**summaries(), "replacements.md": replacements()}
+    return {**summaries(), "replacements.md": replacements(), **integrations.tables()}
 
 
 def main() -> int:

@@ -49,6 +49,14 @@ def has_hooks(module: nn.Module, *names: str) -> str | None:
     return None
 
 
+def passes_over(module: nn.Module, **kinds: type[nn.Module]) -> str | None:
+    """Why submodules, by name and class, cannot be passed over: they are something else, or have hooks."""
+    for name, kind in kinds.items():
+        if type(child := module.get_submodule(name)) is not kind:
+            return f"{name} is a {class_path(type(child))}"
+    return has_hooks(module, *kinds)
+
+
 def class_path(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 

@@ -11,9 +11,14 @@ from ..ops.bias_attention_2d.api import bias_attention_2d
 from ..ops.rel_attention_2d.api import decomposed_bias_attention, rel_attention_2d
 from ..ops.rel_attention_2d.conventions import sam_relative_logits
 from . import host
-from .host import Host, class_path, has_hooks, original
+from .host import Host, class_path, has_hooks, original, passes_over
 
 VERSIONS = ("1.0.31", "2")
+
+
+def _dropout_p(module: Any) -> float:
+    """Who decides depends on timm's flag ``fused_attn``, which means SDPA."""
+    return module.attn_drop.p if (module if module.fused_attn else module.attn_drop).training else 0.0
 
 
 # --- SAM --------------------------------------------------------------------------------------------------------------
@@ -28,7 +33,7 @@ class SamAttention(nn.Module):
     def forward(self: Any, x: Tensor) -> Tensor:
         query, key, value = host.heads_of_grid(self.qkv(x), self.num_heads)
         query, key = self.q_norm(query), self.k_norm(key)
-        dropout_p = self.attn_drop.p if self.training else 0.0
+        dropout_p = _dropout_p(self)
         out = host.decomposed_attention(query, key, value, self.rel_pos_h, self.rel_pos_w, self.scale, dropout_p)
         return self.proj_drop(self.proj(host.joined_heads(out)))
 
@@ -36,7 +41,10 @@ class SamAttention(nn.Module):
 def _sam_reason(module: Any) -> str | None:
     if not module.use_rel_pos:
         return "without relative positions it is plain attention, which PyTorch has"
-    return has_hooks(module, "attn_drop")
+    for name in ("q_norm", "k_norm"):  # called with heads and grid on other axes than timm's
+        if not isinstance(norm := module.get_submodule(name), (nn.Identity, nn.LayerNorm, nn.RMSNorm)):
+            return f"{name} is a {class_path(type(norm))}"
+    return passes_over(module, attn_drop=nn.Dropout)
 
 
 # --- BoTNet -----------------------------------------------------------------------------------------------------------
@@ -142,14 +150,14 @@ class WindowAttention(nn.Module):
             return original(self, x, mask)
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         table = host.table_by_heads(self.relative_position_bias_table, self.window_size)
-        dropout_p = self.attn_drop.p if self.training else 0.0
+        dropout_p = _dropout_p(self)
         out = host.window_attention(query, key, value, table, self.window_size, segments, self.scale, dropout_p)
         return self.proj_drop(self.proj(out))
 
 
 def _window_reason(module: Any) -> str | None:
     index = host.unusual_index(module.relative_position_index, module.window_size)
-    return index or has_hooks(module, "attn_drop", "softmax")
+    return index or passes_over(module, attn_drop=nn.Dropout, softmax=nn.Softmax)
 
 
 # --- MaxViT, CoAtNet --------------------------------------------------------------------------------------------------
@@ -206,7 +214,7 @@ def _attend_with_table(module: Any, query: Tensor, key: Tensor, value: Tensor) -
             table = rel_pos.bias_gain * table
     else:
         table = host.table_by_heads(rel_pos.relative_position_bias_table, rel_pos.window_size)
-    dropout_p = module.attn_drop.p if module.training else 0.0
+    dropout_p = _dropout_p(module)
     return bias_attention_2d(query, key, value, table, index=index, scale=module.scale, dropout_p=dropout_p)
 
 
@@ -222,7 +230,7 @@ def _maxxvit_reason(module: Any) -> str | None:
     index = getattr(rel_pos, "relative_position_index", None)
     if index is not None and (reason := host.unusual_index(index, rel_pos.window_size)):
         return reason
-    return has_hooks(module, "rel_pos", "attn_drop")
+    return has_hooks(module, "rel_pos") or passes_over(module, attn_drop=nn.Dropout)
 
 
 # --- LeViT ------------------------------------------------------------------------------------------------------------
@@ -274,9 +282,7 @@ class SEModule(nn.Module):
 def _se_reason(module: Any) -> str | None:
     if module.add_maxpool:
         return "a maximum among what is squeezed is not computed"
-    if type(module.bn) is not nn.Identity:
-        return f"{type(module.bn).__name__} between its layers is not computed"
-    return host.unusual_gates(module, "fc1", "act", "fc2", "gate") or has_hooks(module, "bn")
+    return passes_over(module, bn=nn.Identity) or host.unusual_gates(module, "fc1", "act", "fc2", "gate")
 
 
 def _senet_reason(module: Any) -> str | None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import host
-from .host import Host, has_hooks, original
+from .host import Host, has_hooks, original, passes_over
 
 VERSIONS = ("5.24", "6")
 
@@ -141,7 +141,7 @@ class SwinSelfAttention(nn.Module):
         query, key, value = (part.unflatten(-1, (-1, self.attention_head_size)) for part in parts)
         table = host.table_by_heads(self.relative_position_bias_table, self.window_size)
         scale = 1 / math.sqrt(self.attention_head_size)
-        dropout_p = self.dropout.p if self.training else 0.0
+        dropout_p = self.dropout.p if self.dropout.training else 0.0
         return (host.window_attention(query, key, value, table, self.window_size, segments, scale, dropout_p),)
 
 
@@ -165,7 +165,7 @@ class SwinV2SelfAttention(nn.Module):
         scale = self.logit_scale.clamp(max=math.log(1.0 / 0.01)).exp()
         query, key = F.normalize(query, dim=-1) * scale.flatten(1), F.normalize(key, dim=-1)
         table = 16 * self.continuous_position_bias_mlp(self.relative_coords_table)[0].sigmoid().permute(2, 0, 1)
-        dropout_p = self.dropout.p if self.training else 0.0
+        dropout_p = self.dropout.p if self.dropout.training else 0.0
         return (host.window_attention(query, key, value, table, self.window_size, segments, 1.0, dropout_p),)
 
 
@@ -181,13 +181,15 @@ def _segments(hidden_states: Tensor, mask: Tensor | None, size: Sequence[int]) -
 
 def _swin_reason(module: Any) -> str | None:
     bias = module.relative_position_bias
-    return host.unusual_index(bias.relative_position_index, bias.window_size) or has_hooks(
-        module, "relative_position_bias"
-    )
+    if not (kind := host.class_path(type(bias))).endswith(":SwinRelativePositionBias"):
+        return f"relative_position_bias is a {kind}"
+    index = host.unusual_index(bias.relative_position_index, bias.window_size)
+    return index or has_hooks(module, "relative_position_bias")
 
 
 def _swin_self_reason(module: Any) -> str | None:
-    return host.unusual_index(module.relative_position_index, module.window_size) or has_hooks(module, "dropout")
+    index = host.unusual_index(module.relative_position_index, module.window_size)
+    return index or passes_over(module, dropout=nn.Dropout)
 
 
 # --- squeeze-excite ---------------------------------------------------------------------------------------------------

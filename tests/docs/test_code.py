@@ -12,7 +12,8 @@ import torch
 dim = 16
 embedding = torch.randn(2, 5, dim)
 layers = [torch.nn.Linear(dim, dim) for _ in range(3)]
-"""
+""",
+    "docs/integrations.md": "import torch; model = torch.nn.Linear(1, 1)",
 }
 
 

@@ -276,11 +276,16 @@ def test_half_precision(net, images, expected, autocast):
     assert error < 2 * own
 
 
-def test_dropout_is_that_of_the_mode(net, images):
-    net.windows.attn.attn_drop.p = 0.5
+@pytest.mark.parametrize("fused", [False, True])
+def test_dropout_is_that_of_the_mode(net, images, fused):
+    """Of the layer where timm calls SDPA, and of its dropout where it does not."""
+    attention = net.windows.attn
+    attention.attn_drop.p, attention.fused_attn = 0.5, fused
     integrations.convert(net, ops=OPS)
     assert not torch.equal(net.train()(images), net(images))
     assert torch.equal(net.eval()(images), net(images))
+    attention.attn_drop.train()
+    assert torch.equal(net(images), net(images)) == fused
 
 
 # --- what is left alone -----------------------------------------------------------------------------------------------

@@ -1,0 +1,166 @@
+"""What ``fused_attn.integrations`` serves of timm and transformers: results/integrations.{json,md}.
+
+    python benchmarks/report/integrations.py timm|transformers [--folder FOLDER] [--stand-in]
+
+builds every architecture of a host on meta, with its default settings, converts it with all ops, and writes down what
+was replaced and what was left alone, why.  ``--folder`` is where the host lies, if it is not installed; ``--stand-in``
+puts an empty torchvision in the place of one that does not import.
+
+    python benchmarks/report/integrations.py measured FOLDER
+
+takes the results of ``fused-attn convert --out FOLDER``.  The Markdown is rendered by ``make bench``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+# Runs from a clone without installation too.
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from fused_attn import integrations
+from fused_attn.bench.rows import machine
+from fused_attn.integrations.convert import HOSTS, OPS
+
+ROOT = Path(__file__).parents[2]
+RESULT = ROOT / "benchmarks" / "results" / "integrations.json"
+
+
+# --- what is served ---------------------------------------------------------------------------------------------------
+
+
+def timm_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    import timm
+
+    for name in timm.list_models():
+        yield name, lambda name=name: timm.create_model(name)
+
+
+def transformers_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """One for each type of configuration that ``AutoModel`` or ``AutoBackbone`` builds."""
+    from transformers import AutoBackbone, AutoConfig, AutoModel
+    from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+    for kind in sorted({*MODEL_MAPPING_NAMES, *MODEL_FOR_BACKBONE_MAPPING_NAMES}):
+        auto = AutoModel if kind in MODEL_MAPPING_NAMES else AutoBackbone
+        yield kind, lambda kind=kind, auto=auto: auto.from_config(AutoConfig.for_model(kind))
+
+
+def survey(models: Iterator[tuple[str, Callable[[], nn.Module]]]) -> dict[str, Any]:
+    """Architectures by what was replaced in them, and modules of every class of the registry."""
+    architectures, classes, built, failed = Counter(), {}, 0, {}
+    for name, build in models:
+        try:
+            with torch.device("meta"):
+                report = integrations.convert(build(), ops=OPS)
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            continue
+        built += 1
+        for op in {candidate.op for candidate in report}:
+            fused = {candidate.fused for candidate in report if candidate.op == op}
+            architectures[op, "all" if fused == {True} else "none" if fused == {False} else "some"] += 1
+        architectures["any", "all"] += any(candidate.fused for candidate in report)
+        for host in {candidate.host for candidate in report}:
+            row = classes.setdefault(host, {"architectures": 0, "replaced": 0, "left": Counter()})
+            row["architectures"] += 1
+            for candidate in (each for each in report if each.host == host):
+                row["replaced"] += candidate.fused
+                row["left"][candidate.outcome] += not candidate.fused
+    for row in classes.values():
+        row["left"] = {reason: count for reason, count in row["left"].items() if count}
+    served = architectures.pop(("any", "all"))
+    by_op = {op: {how: architectures[op, how] for how in ("all", "some", "none")} for op in OPS}
+    return {"built": built, "failed": failed, "served": served, "by_op": by_op, "classes": classes}
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+def markdown(result: dict[str, Any] | None = None) -> str:
+    """Counts, and the table of the registry's classes."""
+    result = json.loads(RESULT.read_text()) if result is None else result
+    lines = ["| | built | with a layer that an op replaces | " + " | ".join(f"`{op}`" for op in OPS) + " |"]
+    lines.append("| --- | ---: | ---: |" + " ---: |" * len(OPS))
+    for package in ("timm", "transformers"):
+        found = result[package]
+        cells = [f"{found['by_op'][op]['all'] + found['by_op'][op]['some']}" for op in OPS]
+        lines.append(
+            f"| {package} {found['version']}, {found['date']} | {found['built']} of "
+            f"{found['built'] + len(found['failed'])} | {found['served']} | {' | '.join(cells)} |"
+        )
+    lines += ["", "| class | op | architectures | layers replaced | layers left alone, and why |"]
+    lines.append("| --- | --- | ---: | ---: | --- |")
+    for path, host in HOSTS.items():
+        row = result[path.partition(".")[0]]["classes"].get(path, {"architectures": 0, "replaced": 0, "left": {}})
+        left = "; ".join(f"{count}: {reason}" for reason, count in sorted(row["left"].items()))
+        lines.append(f"| `{path}` | `{host.op}` | {row['architectures']} | {row['replaced']} | {left or '-'} |")
+    return "\n".join(lines) + "\n"
+
+
+def measured_markdown(result: dict[str, Any] | None = None) -> str:
+    """Time, memory and equality of whole models before and after."""
+    result = json.loads(RESULT.read_text()) if result is None else result
+    rows = result["measured"]
+    lines = [
+        f"{machine(rows[0])}, float32, random weights.  Before over after: medians of interleaved turns, peak memory "
+        "beyond weights and images; relative differences as `fused-attn convert` prints them.",
+        "",
+        "| model | images | ops | forward | forward + backward | memory | difference of outputs | of gradients |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        ops = sorted({each["op"] for each in row["candidates"] if each["outcome"] == "replaced"})
+        times = [row["seconds"]["before"][each] / row["seconds"]["after"][each] for each in row["seconds"]["before"]]
+        memory = row["peak_bytes"]["before"]["forward + backward"] / row["peak_bytes"]["after"]["forward + backward"]
+        options = "".join(f" {option}" for option in row["options"])
+        cells = [f"`{row['model']}{options}`", "x".join(map(str, row["images"])), ", ".join(f"`{op}`" for op in ops)]
+        cells += [f"{ratio:.2f}x" for ratio in (*times, memory)]
+        cells += [f"{row['difference'][each]:.0e}" for each in ("outputs", "gradients")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def tables() -> dict[str, str]:
+    """By file name."""
+    return {"integrations.md": markdown(), "integrations_measured.md": measured_markdown()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("timm", "transformers", "measured"))
+    parser.add_argument("source", nargs="?", type=Path)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--stand-in", action="store_true")
+    options = parser.parse_args()
+    if options.folder is not None:
+        sys.path.append(str(options.folder))
+    if options.stand_in:
+        sys.path.append(str(ROOT / "tests"))
+        from hosts import stand_in_for_torchvision
+
+        stand_in_for_torchvision()
+    result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    if options.what == "measured":
+        result["measured"] = [json.loads(path.read_text()) for path in sorted(options.source.glob("convert_*.json"))]
+    else:
+        warnings.simplefilter("ignore")
+        package = __import__(options.what)
+        found = survey(timm_models() if options.what == "timm" else transformers_models())
+        result[options.what] = {"version": package.__version__, "date": str(datetime.date.today()), **found}
+    RESULT.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The survey of hosts counts architectures and layers, and the tables show every class of the registry."""
+
+import json
+
+from commands import tool
+from torch import nn
+
+from fused_attn.integrations.convert import HOSTS
+
+report = tool("report/integrations")
+
+
+def test_survey(timm):
+    from timm.layers import SEModule
+    from timm.layers.bottleneck_attn import BottleneckAttn
+
+    def broken():
+        raise ValueError("no such model")
+
+    models = {
+        "plain": lambda: nn.Linear(1, 1),
+        "broken": broken,
+        "both": lambda: nn.Sequential(SEModule(8), SEModule(8, act_layer=nn.ELU), BottleneckAttn(8, feat_size=(4, 4))),
+        "left": lambda: SEModule(8, act_layer=nn.ELU),
+    }
+    found = report.survey(iter(models.items()))
+    assert (found["built"], found["served"]) == (3, 1)
+    assert found["failed"] == {"broken": "ValueError: no such model"}
+    assert found["by_op"]["squeeze_excite"] == {"all": 0, "some": 1, "none": 1}
+    assert found["by_op"]["rel_attention_2d"] == {"all": 1, "some": 0, "none": 0}
+    assert found["classes"]["timm.layers.squeeze_excite:SEModule"] == {
+        "architectures": 2,
+        "replaced": 1,
+        "left": {"hidden activation ELU is not computed": 2},
+    }
+
+
+def test_tables():
+    result = json.loads(report.RESULT.read_text())
+    table = report.markdown(result)
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == [*HOSTS]
+    unseen = [path for path in HOSTS if path not in result[path.partition(".")[0]]["classes"]]
+    assert unseen == [], "a class that no architecture has, or a result from before it was in the registry"
+    measured = report.measured_markdown(result)
+    assert measured.count("\n| `") == len(result["measured"]) > 10
