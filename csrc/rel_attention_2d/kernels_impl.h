@@ -15,6 +15,34 @@ constexpr int kForwardTile = 1024 / L;
 constexpr int kBackwardTile = 1024 / L;
 constexpr int64_t kKeyChunk = 64;  // keys whose rows stay in the first-level cache while the queries pass by
 
+// Row and column of every query.
+struct QueryGrid {
+  Scratch<int32_t> y, x;
+
+  explicit QueryGrid(const Problem& p) : y(p.queries()), x(p.queries()) {
+    for (int64_t q = 0; q < p.queries(); ++q) y[q] = q / p.wq, x[q] = q % p.wq;
+  }
+  FA_INLINE int64_t offset(const TensorView& view, int64_t b, int64_t h, int64_t q) const {
+    return head_offset(view, b, h) + y[q] * view.stride[2] + x[q] * view.stride[3];
+  }
+};
+
+// Rows that whole vectors of float32 make up.
+FA_INLINE bool is_plain_row(const TensorView& view, int64_t depth) {
+  return view.dtype == DType::float32 && view.stride[4] == 1 && depth % L == 0;
+}
+FA_INLINE void scale_row(const float* from, int64_t depth, float factor, float* to) {
+  for (int64_t d = 0; d < depth; d += L) store(to + d, load(from + d) * factor);
+}
+
+FA_INLINE void set_zero(float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = 0.0f;
+}
+
+FA_INLINE void copy(const float* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
 // How the logits get their position terms: rows of one number and columns, where a vector of keys lies in one image
 // row; the same where it holds parts of several; or a free table.
 enum class Bias { one_row, several_rows, table };
