@@ -12,6 +12,7 @@ import torch
 from equality import assert_same, outputs_and_gradients, randomise, with_parameters
 from host_checks import OPS
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
 import fused_attn
@@ -187,29 +188,22 @@ def test_compiled(net, images, expected):
     def backend(graph, example):
         targets = {str(node.target) for node in graph.graph.nodes}
         kind = "fused" if any(target.startswith("fused_attn.") for target in targets) else "plain"
+        traced = aot_eager(graph, example)
 
         def run(*arguments):
             ran.append(kind)
-            return graph(*arguments)
+            return traced(*arguments)
 
         return run
 
     compiled = torch.compile(net, backend=backend, fullgraph=True)
-    for _ in range(2):
-        check(compiled, images, expected)
-        assert [candidate.path for candidate in integrations.convert(compiled, ops=OPS)] == [
-            f"_orig_mod.{path}" for path in PATHS
-        ]
-        check(compiled, images, expected)
-        assert integrations.restore(compiled) == 3
     check(compiled, images, expected)
-    assert ran == ["plain", "fused", "plain", "fused", "plain"]
-
-
-def test_compiled_through_autograd(net, images, expected):
-    integrations.convert(net, ops=OPS)
-    net.compile(backend="aot_eager", fullgraph=True)
-    check(net, images, expected)
+    report = integrations.convert(compiled, ops=OPS)
+    assert [candidate.path for candidate in report] == [f"_orig_mod.{path}" for path in PATHS]
+    check(compiled, images, expected)
+    assert integrations.restore(compiled) == 3
+    check(compiled, images, expected)
+    assert ran == ["plain", "fused", "plain"]
 
 
 def test_compiled_by_inductor(net, images):
