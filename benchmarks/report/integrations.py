@@ -4,17 +4,14 @@
 
 builds every architecture of a host on meta, with its default settings, converts it with all ops, and writes down what
 was replaced and what was left alone, why.  ``--folder`` is where the host lies, if it is not installed; ``--stand-in``
-puts an empty torchvision in the place of one that does not import.
-
-    python benchmarks/report/integrations.py measured FOLDER
-
-takes the results of ``fused-attn convert --out FOLDER``.  The Markdown is rendered by ``make bench``.
+puts an empty torchvision in the place of one that does not import.  The Markdown is rendered by ``make bench``.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import sys
 import warnings
@@ -30,7 +27,6 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from fused_attn import integrations
-from fused_attn.bench.rows import machine
 from fused_attn.integrations.convert import HOSTS, OPS
 
 ROOT = Path(__file__).parents[2]
@@ -109,38 +105,14 @@ def markdown(result: dict[str, Any] | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measured_markdown(result: dict[str, Any] | None = None) -> str:
-    """Time, memory and equality of whole models before and after."""
-    result = json.loads(RESULT.read_text()) if result is None else result
-    rows = result["measured"]
-    lines = [
-        f"{machine(rows[0])}, float32, random weights.  Before over after: medians of interleaved turns, peak memory "
-        "beyond weights and images; relative differences as `fused-attn convert` prints them.",
-        "",
-        "| model | images | ops | forward | forward + backward | memory | difference of outputs | of gradients |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        ops = sorted({each["op"] for each in row["candidates"] if each["outcome"] == "replaced"})
-        times = [row["seconds"]["before"][each] / row["seconds"]["after"][each] for each in row["seconds"]["before"]]
-        memory = row["peak_bytes"]["before"]["forward + backward"] / row["peak_bytes"]["after"]["forward + backward"]
-        options = "".join(f" {option}" for option in row["options"])
-        cells = [f"`{row['model']}{options}`", "x".join(map(str, row["images"])), ", ".join(f"`{op}`" for op in ops)]
-        cells += [f"{ratio:.2f}x" for ratio in (*times, memory)]
-        cells += [f"{row['difference'][each]:.0e}" for each in ("outputs", "gradients")]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def tables() -> dict[str, str]:
     """By file name."""
-    return {"integrations.md": markdown(), "integrations_measured.md": measured_markdown()}
+    return {"integrations.md": markdown()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("timm", "transformers", "measured"))
-    parser.add_argument("source", nargs="?", type=Path)
+    parser.add_argument("host", choices=("timm", "transformers"))
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--stand-in", action="store_true")
     options = parser.parse_args()
@@ -151,14 +123,11 @@ def main() -> None:
         from hosts import stand_in_for_torchvision
 
         stand_in_for_torchvision()
+    warnings.simplefilter("ignore")
+    package = importlib.import_module(options.host)
+    found = survey(timm_models() if options.host == "timm" else transformers_models())
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    if options.what == "measured":
-        result["measured"] = [json.loads(path.read_text()) for path in sorted(options.source.glob("convert_*.json"))]
-    else:
-        warnings.simplefilter("ignore")
-        package = __import__(options.what)
-        found = survey(timm_models() if options.what == "timm" else transformers_models())
-        result[options.what] = {"version": package.__version__, "date": str(datetime.date.today()), **found}
+    result[options.host] = {"version": package.__version__, "date": str(datetime.date.today()), **found}
     RESULT.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
 
 
