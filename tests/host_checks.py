@@ -1,5 +1,8 @@
 """That a converted module of a host computes what it computed before."""
 
+import importlib
+import inspect
+
 import torch
 from equality import assert_same, outputs_and_gradients, with_parameters
 
@@ -28,3 +31,12 @@ def check(model, call, tolerance=2e-5, **inputs):
     assert integrations.restore(model) == len(report)
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert torch.equal(outputs_and_gradients(call, tensors)[0], expected[0])
+
+
+def check_registered(hosts):
+    """Classes of a registry are there, and take the arguments that their layers take."""
+    for path, host in hosts.items():
+        module, name = path.split(":")
+        kind = getattr(importlib.import_module(module), name)
+        theirs, ours = ([*inspect.signature(each.forward).parameters] for each in (kind, host.layer))
+        assert theirs == ours, path

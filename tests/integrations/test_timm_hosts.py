@@ -3,10 +3,11 @@
 import pytest
 import torch
 from equality import randomise
-from host_checks import OPS, check
+from host_checks import OPS, check, check_registered
 from torch import nn
 
 from fused_attn import integrations
+from fused_attn.integrations.timm_hosts import HOSTS
 
 
 @pytest.fixture(autouse=True)
@@ -156,3 +157,7 @@ def test_squeeze_excite_that_is_left_alone(timm, options, outcome):
 
     (candidate,) = integrations.convert(SEModule(16, **options), ops=OPS)
     assert candidate.outcome == outcome
+
+
+def test_registered_classes_are_there(timm):
+    check_registered(HOSTS)

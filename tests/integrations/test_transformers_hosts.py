@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 from equality import randomise
-from host_checks import OPS, check
+from host_checks import OPS, check, check_registered
 
 from fused_attn import integrations
 from fused_attn.integrations.transformers_hosts import HOSTS
@@ -213,3 +213,7 @@ def test_pp_lcnet(transformers, name):
     layer.convolutions[3] = torch.nn.Sigmoid()
     x = torch.randn(2, 16, 5, 4, requires_grad=True)
     check(randomise(layer), lambda: layer(x), x=x)
+
+
+def test_registered_classes_are_there(transformers):
+    check_registered(HOSTS)
