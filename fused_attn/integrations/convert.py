@@ -19,6 +19,8 @@ OPS = tuple(dict.fromkeys(host.op for host in HOSTS.values()))
 #: package -> the versions whose classes the layers were written for and tested with: from the first to below the second
 VERSIONS = {"timm": timm_hosts.VERSIONS, "transformers": transformers_hosts.VERSIONS}
 
+#: what a subclass may define anew: ``reason`` looks at what ``__init__`` has left, and the others compute nothing
+_HARMLESS = ("__init__", "extra_repr", "__doc__", "__annotate__", "__annotate_func__")
 _OUR_LAYERS = frozenset(host.layer for host in HOSTS.values())
 
 
@@ -151,6 +153,6 @@ def _unknown_class(kind: type, defining: type[nn.Module], host: Host) -> str | N
     for each in kind.__mro__[: kind.__mro__.index(defining)]:
         for name, value in each.__dict__.items():
             overrides = callable(value) or isinstance(value, (property, staticmethod, classmethod))
-            if overrides and hasattr(defining, name) and name not in ("__init__", "__doc__", "extra_repr"):
+            if overrides and hasattr(defining, name) and name not in _HARMLESS:
                 return f"{each.__name__} overrides {name} of {defining.__name__}"
     return None

@@ -310,7 +310,7 @@ HOSTS: dict[str, Host] = {
     "timm.models.swin_transformer:WindowAttention": Host("bias_attention_2d", WindowAttention, _window_reason),
     "timm.models.maxxvit:Attention2d": Host("bias_attention_2d", Attention2d, _maxxvit_reason),
     "timm.models.maxxvit:AttentionCl": Host("bias_attention_2d", AttentionCl, _maxxvit_reason),
-    "timm.models.levit:Attention": Host("bias_attention_2d", LevitAttention, _levit_reason),
+    "timm.models.levit:Attention": Host("bias_attention_2d", LevitAttention, _levit_reason, False),
     "timm.layers.squeeze_excite:SEModule": Host("squeeze_excite", SEModule, _se_reason, False),
     "timm.models.senet:SEModule": Host("squeeze_excite", SEModule, _senet_reason, False),
     "timm.models._efficientnet_blocks:SqueezeExcite": Host(

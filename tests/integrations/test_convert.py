@@ -17,9 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_attn
 from fused_attn import integrations
-from fused_attn.integrations import convert as module_of_convert
+from fused_attn.integrations.convert import HOSTS
 
-HOSTS = module_of_convert.__globals__["HOSTS"]
 PATHS = ["attention", "excite", "windows.attn"]
 
 
