@@ -38,12 +38,21 @@ class SamAttention(nn.Module):
         return self.proj_drop(self.proj(host.joined_heads(out)))
 
 
+_LAST_AXIS_NORMS = {
+    "torch.nn.modules.linear:Identity",
+    "torch.nn.modules.normalization:LayerNorm",
+    "torch.nn.modules.normalization:RMSNorm",
+    "timm.layers.norm:LayerNorm",
+    "timm.layers.norm:RmsNorm",
+}
+
+
 def _sam_reason(module: Any) -> str | None:
     if not module.use_rel_pos:
         return "without relative positions it is plain attention, which PyTorch has"
     for name in ("q_norm", "k_norm"):  # called with heads and grid on other axes than timm's
-        if not isinstance(norm := module.get_submodule(name), (nn.Identity, nn.LayerNorm, nn.RMSNorm)):
-            return f"{name} is a {class_path(type(norm))}"
+        if (kind := class_path(type(module.get_submodule(name)))) not in _LAST_AXIS_NORMS:
+            return f"{name} is a {kind}"
     return passes_over(module, attn_drop=nn.Dropout)
 
 

@@ -34,6 +34,7 @@ def test_samvit(timm, fused):
 
 
 def test_samvit_with_normalised_heads(timm):
+    from timm.layers import LayerNorm2d
     from timm.models.vision_transformer_sam import Attention
 
     layer = randomise(Attention(16, 2, qk_norm=True, use_rel_pos=True, input_size=(3, 4)))
@@ -41,6 +42,9 @@ def test_samvit_with_normalised_heads(timm):
     check(layer, lambda: layer(x), x=x)
     (candidate,) = integrations.convert(Attention(16, 2))
     assert candidate.outcome.startswith("without relative positions")
+    layer.k_norm = LayerNorm2d(8)
+    (candidate,) = integrations.convert(layer)
+    assert candidate.outcome == "k_norm is a timm.layers.norm:LayerNorm2d"
 
 
 @pytest.mark.parametrize(
