@@ -64,9 +64,10 @@ def squeeze_excite(
         RuntimeError: the named ``impl`` cannot run on these inputs.
 
     Gradients reach every tensor; they are computed without atomics, and ``cpu`` gives the same bits at every run and
-    number of threads.  x is read twice and out written once; what is saved for backward beside the inputs is z, s and
-    the first layer's output in float32, and, with an activation, out, whose sign says where it was active.  Under autocast
-    the maps keep their dtype, the wider one of x and the residual, as in ``x * s + residual``; the rest is cast to it.
+    number of threads.  x is read twice and out written once; what is saved for backward beside the inputs is z, s and,
+    with two layers, the output of the first in float32, and, with an activation, out, whose sign says where it was
+    active.  Under autocast the maps keep their dtype, the wider one of x and the residual, as in ``x * s + residual``;
+    the rest is cast to it.
 
     Source: Hu et al. 2017, "Squeeze-and-Excitation Networks", eq. 2-4; Ye, "Introduce the Result Into Self-Attention",
     eq. 4-6; one layer: Lee and Park 2019, "CenterMask: Real-Time Anchor-Free Instance Segmentation", eq. 2-3.

@@ -30,7 +30,7 @@ def _allocate(x: Tensor, fc1_weight: Tensor, fc1_bias, fc2_weight, *_) -> tuple[
 
 
 def _allocate_backward(
-    grad_out, x, fc1_weight, fc2_weight, result, active, z, first, scale, hidden_activation, gate, share_grad,
+    grad_out, x, fc1_weight, fc2_weight, result, active, z, preactivation, scale, hidden_activation, gate, share_grad,
     residual_grad,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients, unwritten; None for those that were not asked for."""
@@ -67,12 +67,12 @@ def _forward(
 
 
 def _backward(
-    grad_out, x, fc1_weight, fc2_weight, result, active, z, first, scale, hidden_activation, gate, share_grad,
+    grad_out, x, fc1_weight, fc2_weight, result, active, z, preactivation, scale, hidden_activation, gate, share_grad,
     residual_grad, *grads,
 ) -> None:  # fmt: skip
     form = memory_format(x)
     _cpp_backward(
-        in_format(grad_out, form), in_format(x, form), fc1_weight, fc2_weight, result, active, z, first, scale,
+        in_format(grad_out, form), in_format(x, form), fc1_weight, fc2_weight, result, active, z, preactivation, scale,
         _HIDDEN_ACTIVATIONS[hidden_activation], _GATES[gate], form == torch.channels_last, *grads,
     )  # fmt: skip
 
@@ -103,9 +103,9 @@ squeeze_excite = Operators(
     "squeeze_excite",
     "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor? fc2_weight, Tensor? fc2_bias, Tensor? result, "
     "Tensor? result_share, Tensor? residual, bool relu, str hidden_activation, str gate) -> (Tensor out, Tensor z, "
-    "Tensor first, Tensor scale)",
+    "Tensor preactivation, Tensor scale)",
     "(Tensor grad_out, Tensor x, Tensor fc1_weight, Tensor? fc2_weight, Tensor? result, Tensor? active, Tensor z, "
-    "Tensor first, Tensor scale, str hidden_activation, str gate, bool share_grad, bool residual_grad) -> "
+    "Tensor preactivation, Tensor scale, str hidden_activation, str gate, bool share_grad, bool residual_grad) -> "
     "(Tensor grad_x, Tensor grad_fc1_weight, Tensor grad_fc1_bias, Tensor grad_fc2_weight, Tensor grad_fc2_bias, "
     "Tensor grad_result, Tensor grad_result_share, Tensor grad_residual)",
     allocate=_allocate,

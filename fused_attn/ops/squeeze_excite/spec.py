@@ -58,7 +58,7 @@ def make_inputs(
     device: torch.device,
     *,
     size: tuple[int, int, int, int],
-    hidden: int,
+    hidden: int = 0,
     features: int | None = None,
     share: bool = False,
     biases: tuple[bool, bool] = (True, True),
@@ -67,23 +67,30 @@ def make_inputs(
     layout: Callable = _contiguous,
     residual_layout: Callable | None = None,
     weight_layout: str = "plain",
+    convolutions: bool = False,
+    one_layer: bool = False,
+    hidden_activation: str = "relu",
+    gate: str = "sigmoid",
     edit: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Arguments of ``squeeze_excite``.  ``features``: of the result; ``share``: precomputed instead."""
     batch, channels = size[:2]
+    hidden = channels if one_layer else hidden
 
     def matrix(rows, columns):
         shape = (columns, rows) if weight_layout == "transposed" else (rows, columns)
         weight = _contiguous(shape, dtype, device) * (columns or 1) ** -0.5
-        return weight.t() if weight_layout == "transposed" else weight
+        weight = weight.t() if weight_layout == "transposed" else weight
+        return weight[:, :, None, None] if convolutions else weight
 
     inputs = {
         "x": layout(size, dtype, device),
         "fc1_weight": matrix(hidden, channels + (features or 0)),
         "fc1_bias": _contiguous((hidden,), dtype, device) if biases[0] else None,
-        "fc2_weight": matrix(channels, hidden),
-        "fc2_bias": _contiguous((channels,), dtype, device) if biases[1] else None,
     }
+    if not one_layer:
+        inputs["fc2_weight"] = matrix(channels, hidden)
+        inputs["fc2_bias"] = _contiguous((channels,), dtype, device) if biases[1] else None
     if features is not None:
         inputs["result"] = _contiguous((batch, features), dtype, device)
     if share:
@@ -92,6 +99,10 @@ def make_inputs(
         inputs["residual"] = (residual_layout or layout)(size, dtype, device)
     if relu:
         inputs["activation"] = "relu"
+    if hidden_activation != "relu":
+        inputs["hidden_activation"] = hidden_activation
+    if gate != "sigmoid":
+        inputs["gate"] = gate
     if edit is not None:
         edit(inputs)
     return inputs
@@ -99,6 +110,10 @@ def make_inputs(
 
 SMALL: dict[str, Any] = {"size": (2, 6, 3, 4), "hidden": 3}
 _BLOCK: dict[str, Any] = {"residual": True, "relu": True}
+_EFFICIENTNET: dict[str, Any] = {"hidden_activation": "silu", "convolutions": True}
+_MOBILENET: dict[str, Any] = {"hidden_activation": "hardswish", "gate": "hardsigmoid", "convolutions": True}
+#: Effective SE, as in timm's VoVNets.
+_EFFECTIVE: dict[str, Any] = {"one_layer": True, "gate": "hardsigmoid", "convolutions": True}
 
 
 def _plant(name: str, value: float) -> Callable[[dict[str, Any]], None]:
@@ -129,6 +144,14 @@ _CASES: dict[str, dict[str, Any]] = {
     "no biases": {**SMALL, **_BLOCK, "biases": (False, False), "small": True},
     "first bias only": {**SMALL, "biases": (True, False)},
     "second bias only": {**SMALL, "biases": (False, True)},
+    "silu, convolutions": {**SMALL, **_EFFICIENTNET, "small": True},
+    "gelu": {**SMALL, **_BLOCK, "hidden_activation": "gelu", "small": True},
+    "hardswish and hardsigmoid": {**SMALL, **_MOBILENET, "small": True},
+    "one layer": {**SMALL, **_EFFECTIVE, "residual": True, "small": True},
+    "one layer, result, residual and relu": {**SMALL, **_BLOCK, "one_layer": True, "features": 5},
+    "one layer, result share, channels_last": {
+        **SMALL, **_BLOCK, "one_layer": True, "share": True, "layout": _channels_last,
+    },
     "channels_last": {**SMALL, **_BLOCK, "layout": _channels_last, "small": True},
     "channels_last, residual contiguous": {
         **SMALL, **_BLOCK, "layout": _channels_last, "residual_layout": _contiguous,
@@ -149,12 +172,20 @@ _CASES: dict[str, dict[str, Any]] = {
     "14x14, channels_last": {"size": (2, 24, 14, 14), "hidden": 3, **_BLOCK, "layout": _channels_last},
     "wide layers": {"size": (11, 130, 2, 2), "hidden": 70, "features": 33, **_BLOCK},
     "wide layers, channels_last": {"size": (11, 130, 2, 2), "hidden": 70, "layout": _channels_last},
+    "wide layers, gelu and hardsigmoid": {
+        "size": (11, 130, 2, 2), "hidden": 70, "features": 33, "hidden_activation": "gelu", "gate": "hardsigmoid",
+    },
+    "wide layers, silu": {"size": (11, 130, 2, 2), "hidden": 70, **_EFFICIENTNET, "layout": _channels_last},
+    "wide layers, hardswish": {"size": (11, 130, 2, 2), "hidden": 70, **_MOBILENET, "weight_layout": "transposed"},
+    "one wide layer": {"size": (11, 130, 2, 2), **_EFFECTIVE},
     "large map": {"size": (1, 3, 67, 61), "hidden": 2, **_BLOCK},
     "large map, channels_last": {"size": (1, 3, 67, 61), "hidden": 2, **_BLOCK, "layout": _channels_last},
     "many samples": {"size": (40, 8, 2, 3), "hidden": 2, "relu": True},
     "no samples": {**SMALL, **_BLOCK, "size": (0, 6, 3, 4), "features": 5},
+    "no samples, one layer": {**SMALL, **_EFFECTIVE, "size": (0, 6, 3, 4)},
     "no samples, share": {**SMALL, "size": (0, 6, 3, 4), "share": True},
     "nan in x": {**SMALL, **_BLOCK, "edit": _plant("x", float("nan"))},
+    "nan in x, hardsigmoid": {**SMALL, **_EFFECTIVE, "edit": _plant("x", float("nan"))},
     "inf in x": {**SMALL, "edit": _plant("x", float("inf"))},
     "nan in residual": {**SMALL, **_BLOCK, "edit": _plant("residual", float("nan"))},
 }  # fmt: skip
@@ -183,6 +214,10 @@ def fuzz(draw: random.Random) -> Sample:
         "weight_layout": draw.choice(("plain", "transposed")),
     }
     settings["share"] = settings["features"] is None and draw.random() < 0.3
+    settings["convolutions"], settings["one_layer"] = draw.random() < 0.3, draw.random() < 0.2
+    settings["gate"] = draw.choice(tuple(reference.GATES))
+    if not settings["one_layer"]:
+        settings["hidden_activation"] = draw.choice(tuple(reference.HIDDEN_ACTIVATIONS))
     name = str({key: getattr(value, "__name__", value) for key, value in settings.items()})
     return Sample(name, partial(make_inputs, **settings))
 
@@ -256,7 +291,10 @@ GROWTH = tuple(_shape(8, 64, n, n, 8, name=f"{n}x{n}, B 8, C 64") for n in (14, 
 
 def _operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
     names = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "result", "result_share", "residual")
-    return op.squeeze_excite.calls(impl, *map(inputs.get, names), inputs.get("activation") == "relu")
+    relu, hidden_activation = inputs.get("activation") == "relu", inputs.get("hidden_activation", "relu")
+    return op.squeeze_excite.calls(
+        impl, *map(inputs.get, names), relu, hidden_activation, inputs.get("gate", "sigmoid")
+    )
 
 
 SPECS = (
