@@ -111,7 +111,7 @@ def make_inputs(
 SMALL: dict[str, Any] = {"size": (2, 6, 3, 4), "hidden": 3}
 _BLOCK: dict[str, Any] = {"residual": True, "relu": True}
 _EFFICIENTNET: dict[str, Any] = {"hidden_activation": "silu", "convolutions": True}
-_MOBILENET: dict[str, Any] = {"hidden_activation": "hardswish", "gate": "hardsigmoid", "convolutions": True}
+_HARD: dict[str, Any] = {"hidden_activation": "hardswish", "gate": "hardsigmoid", "convolutions": True}
 #: Effective SE, as in timm's VoVNets.
 _EFFECTIVE: dict[str, Any] = {"one_layer": True, "gate": "hardsigmoid", "convolutions": True}
 
@@ -122,6 +122,22 @@ def _plant(name: str, value: float) -> Callable[[dict[str, Any]], None]:
         inputs[name][0, 0] = value
 
     return edit
+
+
+def _at_kinks(inputs: dict[str, Any]) -> None:
+    """The first layer gives the kinks of ReLU, hardswish and hardsigmoid, and the numbers next to those at +-3."""
+    bias = inputs["fc1_bias"]
+    three = torch.tensor(3.0, dtype=bias.dtype)
+    below, above = (torch.nextafter(three, torch.tensor(limit).to(three)).item() for limit in (0.0, 4.0))
+    values = (-above, -3.0, -below, 0.0, below, 3.0, above)
+    inputs["fc1_weight"].zero_()
+    bias.copy_(torch.tensor(values, dtype=bias.dtype))
+
+
+def _over_range(inputs: dict[str, Any]) -> None:
+    """The first layer gives numbers from -12 to 12."""
+    inputs["fc1_weight"].zero_()
+    inputs["fc1_bias"].copy_(torch.linspace(-12.0, 12.0, inputs["fc1_bias"].numel()))
 
 
 def _strided_rows(inputs: dict[str, Any]) -> None:
@@ -146,7 +162,7 @@ _CASES: dict[str, dict[str, Any]] = {
     "second bias only": {**SMALL, "biases": (False, True)},
     "silu, convolutions": {**SMALL, **_EFFICIENTNET, "small": True},
     "gelu": {**SMALL, **_BLOCK, "hidden_activation": "gelu", "small": True},
-    "hardswish and hardsigmoid": {**SMALL, **_MOBILENET, "small": True},
+    "hardswish and hardsigmoid": {**SMALL, **_HARD, "small": True},
     "one layer": {**SMALL, **_EFFECTIVE, "residual": True, "small": True},
     "one layer, result, residual and relu": {**SMALL, **_BLOCK, "one_layer": True, "features": 5},
     "one layer, result share, channels_last": {
@@ -176,8 +192,13 @@ _CASES: dict[str, dict[str, Any]] = {
         "size": (11, 130, 2, 2), "hidden": 70, "features": 33, "hidden_activation": "gelu", "gate": "hardsigmoid",
     },
     "wide layers, silu": {"size": (11, 130, 2, 2), "hidden": 70, **_EFFICIENTNET, "layout": _channels_last},
-    "wide layers, hardswish": {"size": (11, 130, 2, 2), "hidden": 70, **_MOBILENET, "weight_layout": "transposed"},
+    "wide layers, hardswish": {"size": (11, 130, 2, 2), "hidden": 70, **_HARD, "weight_layout": "transposed"},
     "one wide layer": {"size": (11, 130, 2, 2), **_EFFECTIVE},
+    "kinks of relu": {**SMALL, "hidden": 7, "edit": _at_kinks},
+    "kinks of hardswish": {**SMALL, "hidden": 7, "hidden_activation": "hardswish", "edit": _at_kinks},
+    "kinks of hardsigmoid": {**_EFFECTIVE, "size": (2, 7, 3, 4), "edit": _at_kinks},
+    "range of silu": {**SMALL, "hidden": 97, "hidden_activation": "silu", "edit": _over_range},
+    "range of gelu": {**SMALL, "hidden": 97, "hidden_activation": "gelu", "edit": _over_range},
     "large map": {"size": (1, 3, 67, 61), "hidden": 2, **_BLOCK},
     "large map, channels_last": {"size": (1, 3, 67, 61), "hidden": 2, **_BLOCK, "layout": _channels_last},
     "many samples": {"size": (40, 8, 2, 3), "hidden": 2, "relu": True},

@@ -204,7 +204,7 @@ def backward(
         plan_squeeze_backward(source, signs, scale, grad_first @ weight[:, features:], grad_x).run()
 
 
-#: Cases of the compile report: name -> (map, dtype, channels_last).
+#: Cases of the compile report: name -> (map, dtype, channels_last).  C 240 is EfficientNet's: the gate alone.
 _COMPILE_SHAPES: dict[str, tuple] = {
     "14x14, C 512": ((512, 14, 14), torch.bfloat16, False),
     "14x14, C 512, channels_last": ((512, 14, 14), torch.bfloat16, True),
@@ -214,19 +214,25 @@ _COMPILE_SHAPES: dict[str, tuple] = {
     "7x7, C 2048, channels_last": ((2048, 7, 7), torch.bfloat16, True),
     "14x14, C 512, float32": ((512, 14, 14), torch.float32, False),
     "14x14, C 512, channels_last, float32": ((512, 14, 14), torch.float32, True),
+    "28x28, C 240": ((240, 28, 28), torch.bfloat16, False),
+    "28x28, C 240, channels_last": ((240, 28, 28), torch.bfloat16, True),
 }
 
 
 def compile_cases(arch: str) -> Iterator[tuple[str, Launch]]:
-    """(case, launch) of every kernel, with residual and ReLU, over meta tensors: see compile_report.py."""
+    """(case, launch) of every kernel, most with residual and ReLU, over meta tensors: see compile_report.py.
+
+    Hidden activations, gates and the number of layers are no part of these kernels.
+    """
     for name, (size, dtype, channels_last) in _COMPILE_SHAPES.items():
         form = torch.channels_last if channels_last else torch.contiguous_format
         x = torch.empty((128, *size), dtype=dtype, device="meta").contiguous(memory_format=form)
         per_channel = torch.empty((128, size[0]), dtype=torch.float32, device="meta")
+        block = None if size[0] == 240 else x
         for launch in (
             plan_squeeze(x, per_channel),
-            plan_scale(x, per_channel, x, x, True),
-            plan_scale_backward(x, x, x, x, per_channel),
+            plan_scale(x, per_channel, block, x, block is not None),
+            plan_scale_backward(x, block, x, block, per_channel),
             plan_squeeze_backward(x, None, per_channel, per_channel, x),
         ):
             yield name, launch
