@@ -243,7 +243,7 @@ def fuzz(draw: random.Random) -> Sample:
     return Sample(name, partial(make_inputs, **settings))
 
 
-# --- benchmark shapes: with residual and ReLU, as at the end of a block -----------------------------------------------
+# --- benchmark shapes: most with residual and ReLU, as at the end of a block ------------------------------------------
 
 
 def _off_the_kink(inputs: dict[str, Any]) -> None:
@@ -259,14 +259,25 @@ def _off_the_kink(inputs: dict[str, Any]) -> None:
 
 
 def _shape(
-    B: int, C: int, H: int, W: int, hidden: int, n: int = 0, *, layout: Callable = _contiguous, name: str = ""
+    B: int,
+    C: int,
+    H: int,
+    W: int,
+    hidden: int,
+    n: int = 0,
+    *,
+    layout: Callable = _contiguous,
+    style: Mapping[str, Any] = _BLOCK,
+    name: str = "",
 ) -> Shape:
     """A case by its sizes; ``n`` features of a result."""
     sizes = {"B": B, "C": C, "H": H, "W": W, "hidden": hidden, "n": n}
     if n == 0:
         del sizes["n"]
-    values, weights = B * C * H * W, hidden * (n + 2 * C + 1) + C
-    flops = 2 * B * hidden * (n + 2 * C)
+    second = 0 if style.get("one_layer") else hidden * C
+    values, weights = B * C * H * W, hidden * (n + C + 1) + second + C
+    flops = 2 * B * (hidden * (n + C) + second)
+    residual, relu = style.get("residual", False), style.get("relu", False)
     return Shape(
         name or ",".join(f"{key}={value}" for key, value in sizes.items()),
         partial(
@@ -274,22 +285,23 @@ def _shape(
             size=(B, C, H, W),
             hidden=hidden,
             features=n or None,
-            **_BLOCK,
+            **style,
             layout=layout,
-            edit=_off_the_kink,
+            edit=_off_the_kink if residual and relu else None,
         ),
         flops_forward=flops,
         flops_backward=2 * flops,
         # x and the residual in, out out; x, out and its gradient in, two gradients out.
-        bytes_forward=4 * (3 * values + weights),
-        bytes_backward=4 * (5 * values + 2 * weights),
+        bytes_forward=4 * ((2 + residual) * values + weights),
+        bytes_backward=4 * ((3 + residual + relu) * values + 2 * weights),
         # out, its gradient and two gradients, and the small layers with their packed copies.
         memory_limit=4 * (4 * values + 6 * weights + 8 * B * (C + hidden + n)) + 2**20,
         sizes=sizes,
     )
 
 
-#: ResNet-50's four stages on 224x224 images, then the case of the paper: stage 3 of SE-R-ResNet-50 on CIFAR-100.
+#: ResNet-50's four stages on 224x224 images, then the case of the paper: stage 3 of SE-R-ResNet-50 on CIFAR-100.  The
+#: gate alone: a block of EfficientNet-B0, a stage of VoVNet-39 with Effective SE.
 _STAGES = ((32, 256, 56, 32), (64, 512, 28, 64), (128, 512, 14, 64), (128, 1024, 14, 128), (128, 2048, 7, 256))
 SHAPES = (
     *(
@@ -298,6 +310,14 @@ SHAPES = (
         for layout, suffix in ((_contiguous, ""), (_channels_last, ", channels_last"))
     ),
     _shape(128, 1024, 8, 8, 128, 100, name="8x8, B 128, C 1024, result of 100"),
+    *(
+        _shape(B, C, n, n, hidden, layout=layout, style=style, name=f"{n}x{n}, B {B}, C {C}, {kind}{suffix}")
+        for B, C, n, hidden, style, kind in (
+            (64, 240, 28, 10, _EFFICIENTNET, "SiLU"),
+            (64, 512, 28, 512, _EFFECTIVE, "one layer"),
+        )
+        for layout, suffix in ((_contiguous, ""), (_channels_last, ", channels_last"))
+    ),
 )
 GPU_SHAPES = tuple(
     _shape(B, C, n, n, hidden, layout=layout, name=f"{n}x{n}, B {B}, C {C}, GPU{suffix}")
