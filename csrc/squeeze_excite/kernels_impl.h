@@ -204,27 +204,63 @@ FA_INLINE Unit hardswish(vf x, vf grad) {
   return {x * relu6(x + 3.0f) / 6.0f, select(x <= -3.0f, vf{}, inside)};
 }
 
-FA_INLINE Unit activate(Activation activation, vf x, vf grad) {
-  switch (activation) {
-    case Activation::silu: return silu(x, grad);
-    case Activation::gelu: return gelu(x, grad);
-    case Activation::hardswish: return hardswish(x, grad);
-    default: return {relu(x), select(x <= 0.0f, vf{}, grad)};
-  }
-}
-
 // Below 1 wherever x < 3, though x + 3 may round to 6: the scale alone then says where the gate has a slope.
 FA_INLINE vf hardsigmoid(vf x) {
   const vf y = relu6(x + 3.0f) / 6.0f;
   return select((x < 3.0f) & (y >= 1.0f), broadcast(0x1.fffffep-1f), y);
 }
 
-FA_INLINE vf gate_of(Gate gate, vf x) { return gate == Gate::sigmoid ? sigmoid(x) : hardsigmoid(x); }
+// Rows of the small layers, in functions that are compiled once for all element types, with a loop for each function:
+// GCC leaves such a choice inside a common one.
 
-// The gradient of the gate's argument from that of its value s.
-FA_INLINE vf through_gate(Gate gate, vf s, vf grad) {
-  if (gate == Gate::sigmoid) return grad * (s * (1.0f - s));
-  return select((s > 0.0f) & (s < 1.0f), grad * (1.0f / 6.0f), vf{});
+template <class Run>
+FA_INLINE void with_activation(Activation activation, const Run& run) {
+  switch (activation) {
+    case Activation::relu:
+      return run([](vf x, vf grad) FA_INLINE_CALL { return Unit{relu(x), select(x <= 0.0f, vf{}, grad)}; });
+    case Activation::silu: return run([](vf x, vf grad) FA_INLINE_CALL { return silu(x, grad); });
+    case Activation::gelu: return run([](vf x, vf grad) FA_INLINE_CALL { return gelu(x, grad); });
+    case Activation::hardswish: return run([](vf x, vf grad) FA_INLINE_CALL { return hardswish(x, grad); });
+  }
+}
+
+// The hidden units of the first layer's outputs x.
+__attribute__((noinline)) void activate(const Problem& p, const float* x, float* units) {
+  with_activation(p.activation, [&](const auto& unit_of) FA_INLINE_CALL {
+    each(p.hidden, [&](auto lanes) FA_INLINE_CALL { lanes.store(units, unit_of(lanes.load(x), vf{}).value); });
+  });
+}
+
+// Also turns gradients of the units into those of x.
+__attribute__((noinline)) void activate_backward(const Problem& p, const float* x, float* units, float* grads) {
+  with_activation(p.activation, [&](const auto& unit_of) FA_INLINE_CALL {
+    each(p.hidden, [&](auto lanes) FA_INLINE_CALL {
+      const Unit unit = unit_of(lanes.load(x), lanes.load(grads));
+      lanes.store(units, unit.value);
+      lanes.store(grads, unit.grad);
+    });
+  });
+}
+
+__attribute__((noinline)) void gate(const Problem& p, const float* x, float* scale) {
+  if (p.gate == Gate::sigmoid)
+    each(p.channels, [&](auto lanes) FA_INLINE_CALL { lanes.store(scale, sigmoid(lanes.load(x))); });
+  else
+    each(p.channels, [&](auto lanes) FA_INLINE_CALL { lanes.store(scale, hardsigmoid(lanes.load(x))); });
+}
+
+// Turns gradients of the gates' values into those of their arguments.
+__attribute__((noinline)) void gate_backward(const Problem& p, const float* scale, float* grads) {
+  if (p.gate == Gate::sigmoid)
+    each(p.channels, [&](auto lanes) FA_INLINE_CALL {
+      const vf s = lanes.load(scale);
+      lanes.store(grads, lanes.load(grads) * (s * (1.0f - s)));
+    });
+  else
+    each(p.channels, [&](auto lanes) FA_INLINE_CALL {
+      const vf s = lanes.load(scale);
+      lanes.store(grads, select((s > 0.0f) & (s < 1.0f), lanes.load(grads) * (1.0f / 6.0f), vf{}));
+    });
 }
 
 void gather_padded(const TensorView& view, int64_t count, float* to) {
@@ -276,21 +312,20 @@ void forward_chunks(const Forward& p, int64_t begin, int64_t end) {
     multiply(count, input.data, inputs, 1, p.columns(), p.fc1, p.hidden,
              [&](int64_t i, int64_t j, vf x) FA_INLINE_CALL { store(hidden + i * units + j, x + load(bias1 + j)); });
     for (int64_t i = 0; i < count; ++i) {
-      float* units_of_sample = hidden + i * units;
-      float share[L];
-      each(p.hidden, [&](auto lanes) FA_INLINE_CALL {
-        vf x = load(units_of_sample + lanes.begin);
-        if (p.share) {
-          gather(p.share, (first + i) * p.share.stride[0] + lanes.begin * p.share.stride[1], p.share.stride[1],
-                 lanes.count, 1.0f, share);
-          x += load(share);
-        }
-        if (!p.one_layer) {
-          lanes.store(p.preactivation + (first + i) * p.hidden, x);
-          x = activate(p.activation, x, vf{}).value;
-        }
-        store(units_of_sample + lanes.begin, x);
-      });
+      const int64_t b = first + i;
+      float* outputs = hidden + i * units;
+      if (p.share) {
+        float share[L];
+        each(p.hidden, [&](auto lanes) FA_INLINE_CALL {
+          gather(p.share, b * p.share.stride[0] + lanes.begin * p.share.stride[1], p.share.stride[1], lanes.count, 1.0f,
+                 share);
+          lanes.store(outputs, lanes.load(outputs) + load(share));
+        });
+      }
+      if (p.one_layer) continue;
+      each(p.hidden,
+           [&](auto lanes) FA_INLINE_CALL { lanes.store(p.preactivation + b * p.hidden, lanes.load(outputs)); });
+      activate(p, outputs, outputs);
     }
     if (!p.one_layer)
       multiply(count, hidden.data, units, 1, p.hidden, p.fc2, p.channels,
@@ -300,9 +335,7 @@ void forward_chunks(const Forward& p, int64_t begin, int64_t end) {
     // Backwards: the sample squeezed last is the one most of which is still in the cache.
     for (int64_t i = count - 1; i >= 0; --i) {
       const int64_t b = first + i;
-      each(p.channels, [&](auto lanes) FA_INLINE_CALL {
-        lanes.store(p.scale + b * p.channels, gate_of(p.gate, load(gate_inputs + i * channels + lanes.begin)));
-      });
+      gate(p, gate_inputs + i * channels, p.scale + b * p.channels);
       p.residual != nullptr ? scale_map<true, T>(p, b) : scale_map<false, T>(p, b);
     }
   }
@@ -360,10 +393,7 @@ void backward_chunks(const Backward& p, int64_t begin, int64_t end) {
         reduce_map<true, true, T>(p, b, logits, partial.data);
       else
         reduce_map<true, false, T>(p, b, logits, partial.data);
-      const float* scale = p.scale + b * p.channels;
-      each(p.channels, [&](auto lanes) FA_INLINE_CALL {
-        lanes.store(logits, through_gate(p.gate, lanes.load(scale), lanes.load(logits)));
-      });
+      gate_backward(p, p.scale + b * p.channels, logits);
     }
     if (!p.one_layer)
       multiply(count, p.grad_logits + first * channels, channels, 1, p.channels, p.fc2, p.hidden,
@@ -372,15 +402,10 @@ void backward_chunks(const Backward& p, int64_t begin, int64_t end) {
       const int64_t b = first + i;
       float* grads = p.grad_first + b * units;
       for (int64_t j = p.hidden; j < units; ++j) grads[j] = 0.0f;
-      each(p.hidden, [&](auto lanes) FA_INLINE_CALL {
-        vf grad = lanes.load(grads);
-        if (!p.one_layer) {
-          const Unit unit = activate(p.activation, lanes.load(p.preactivation + b * p.hidden), grad);
-          lanes.store(p.units + b * p.hidden, unit.value);
-          lanes.store(grads, grad = unit.grad);
-        }
-        if (p.grad_share != nullptr) lanes.store(at<T>(p.grad_share, b * p.hidden), grad);
-      });
+      if (!p.one_layer) activate_backward(p, p.preactivation + b * p.hidden, p.units + b * p.hidden, grads);
+      if (p.grad_share != nullptr)
+        each(p.hidden,
+             [&](auto lanes) FA_INLINE_CALL { lanes.store(at<T>(p.grad_share, b * p.hidden), lanes.load(grads)); });
     }
     multiply(count, p.grad_first + first * units, units, 1, p.hidden, p.fc1, p.columns(),
              [&](int64_t i, int64_t k, vf x) FA_INLINE_CALL { store(grad_input + i * inputs + k, x); });
