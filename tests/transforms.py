@@ -254,7 +254,7 @@ MASKED = {f"mask of {mask}": mask for mask in mask_checks.MASKS}
 ROWS = (*TRANSFORMS, *MASKED)
 NO_MASK = "no mask"
 
-#: Those that compile take seconds, as Triton's interpreter does: one draw is enough.
+#: Those that compile take seconds: one draw is enough.
 SLOW = ("jvp in torch.compile", "dual numbers in torch.compile")
 #: Those that compile or trace, and what gives the same numbers without either: the bar is the reference under that.
 EAGER = {
@@ -263,8 +263,8 @@ EAGER = {
     "dual numbers in torch.compile": "forward_ad dual numbers",
 }
 
-#: What the reference gives in float32 and float64, by op, sample, transform and draws: for every implementation.
-_BARS: dict[tuple[str, str, str, int], list[dict[str, Tensor]]] = {}
+#: What the reference gives in float32 and float64, by op, sample and transform: the same for every implementation.
+_BARS: dict[tuple[str, str, str], list[dict[str, Tensor]]] = {}
 
 
 def outcome(spec: OpSpec, impl: str, sample: Sample, name: str) -> str:
@@ -275,7 +275,7 @@ def outcome(spec: OpSpec, impl: str, sample: Sample, name: str) -> str:
     """
     if name in MASKED:
         return _outcome_of_mask(spec, impl, MASKED[name])
-    draws = 1 if name in SLOW or impl == "triton" else 3
+    draws = 1 if name in SLOW else 3
     try:
         actual = _run(spec, impl, sample, name, torch.float32, draws)
     except AssertionError:
@@ -285,12 +285,11 @@ def outcome(spec: OpSpec, impl: str, sample: Sample, name: str) -> str:
         if not text:
             raise AssertionError(f"an error without a text: {error!r}") from error
         return f"error: {_neutral(text.splitlines()[0])}"
-    bar = spec.name, sample.name, name, draws
+    bar = spec.name, sample.name, name
     if bar not in _BARS:
         eager = EAGER.get(name, name)
         _BARS[bar] = [_run(spec, "reference", sample, eager, dtype, draws) for dtype in (torch.float32, torch.float64)]
-    # How precise Triton's kernels are, tests/ops/interpreted say; the worst of one draw is chance.
-    found = mismatches(actual, *_BARS[bar], factor=4.0 if impl == "triton" else 2.0)
+    found = mismatches(actual, *_BARS[bar])
     assert not found, "; ".join(found)
     return "works"
 

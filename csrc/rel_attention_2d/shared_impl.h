@@ -5,36 +5,8 @@ FA_INLINE int64_t head_offset(const TensorView& view, int64_t b, int64_t h) {
   return b * view.stride[0] + h * view.stride[1];
 }
 
-// Row and column of every query.
-struct QueryGrid {
-  Scratch<int32_t> y, x;
-
-  explicit QueryGrid(const Problem& p) : y(p.queries()), x(p.queries()) {
-    for (int64_t q = 0; q < p.queries(); ++q) y[q] = q / p.wq, x[q] = q % p.wq;
-  }
-  FA_INLINE int64_t offset(const TensorView& view, int64_t b, int64_t h, int64_t q) const {
-    return head_offset(view, b, h) + y[q] * view.stride[2] + x[q] * view.stride[3];
-  }
-};
-
 // Block sums are formed first and then added, so that a long sum is rounded once per block and not once per term.
 FA_INLINE void add_to(float* to, vf x) { store(to, load(to) + x); }
-
-// Rows that whole vectors of float32 make up.
-FA_INLINE bool is_plain_row(const TensorView& view, int64_t depth) {
-  return view.dtype == DType::float32 && view.stride[4] == 1 && depth % L == 0;
-}
-FA_INLINE void scale_row(const float* from, int64_t depth, float factor, float* to) {
-  for (int64_t d = 0; d < depth; d += L) store(to + d, load(from + d) * factor);
-}
-
-FA_INLINE void set_zero(float* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = 0.0f;
-}
-
-FA_INLINE void copy(const float* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
-}
 
 // Splits 0..count into `splits` near-equal ranges.
 FA_INLINE int64_t split_begin(int64_t count, int64_t splits, int64_t i) { return count * i / splits; }

@@ -37,8 +37,6 @@ RSS_NOISE = 4 * 2**20
 GPU_NOISE = 33 * 2**20
 #: Bytes of what the reference gave that a test process keeps: more than all samples of one op take.
 REMEMBERED = 2**28
-#: What ``opcheck`` checks of an operator by itself.
-OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 class Memory:
@@ -324,13 +322,9 @@ def check_checkpoint(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None
 
 
 def check_operators(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
-    """``torch.library.opcheck``: schema, autograd registration, fake kernels, AOT dispatch with dynamic shapes.
-
-    AOT dispatch, which takes a second, is that of the first operator: it runs the others, of its backward pass, too.
-    """
-    for place, (operator, args) in enumerate(spec.operators(impl, with_tensors(inputs, leaves(inputs)))):
-        utils = (*OPCHECKS, "test_aot_dispatch_dynamic") if place == 0 else OPCHECKS
-        results = torch.library.opcheck(operator, args, test_utils=utils, raise_exception=False)
+    """``torch.library.opcheck``: schema, autograd registration, fake kernels, AOT dispatch with dynamic shapes."""
+    for operator, args in spec.operators(impl, with_tensors(inputs, leaves(inputs))):
+        results = torch.library.opcheck(operator, args, raise_exception=False)
         failed = {test: result for test, result in results.items() if result != "SUCCESS"}
         assert not failed, f"{operator}: {failed}"
 

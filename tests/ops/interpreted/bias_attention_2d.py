@@ -49,6 +49,7 @@ def test_segments_and_prefix_keys(op, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_repeated_runs_are_bitwise_equal(dtype):
-    inputs = BY_NAME["bias_attention_2d"]["segments, prefix, dropout"].inputs(dtype)
+@pytest.mark.parametrize("name", ["shifted windows 7x7", "segments, prefix, dropout"])
+def test_repeated_runs_are_bitwise_equal(name, dtype):
+    inputs = BY_NAME["bias_attention_2d"][name].inputs(dtype)
     checks.check_deterministic(SPEC["bias_attention_2d"], "triton", inputs, 2)
