@@ -78,11 +78,9 @@ class SqueezeExcite(nn.Module):
                     "hidden_activation must be left at 'relu' where layers=1: there is no hidden layer, "
                     f"got {hidden_activation!r}"
                 )
-            hidden = channels
         elif hidden is None:
             if reduction > channels:
                 raise ValueError(f"reduction must leave a hidden channel of channels={channels}, got {reduction}")
-            hidden = channels // reduction
         elif hidden < 1:
             raise ValueError(f"hidden must be at least 1, got {hidden}")
         if result_features < 0:
@@ -90,12 +88,15 @@ class SqueezeExcite(nn.Module):
         implementations = ("auto", *op.squeeze_excite.can_run)
         if impl not in implementations:
             raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")
-        self.channels, self.reduction, self.result_features = channels, reduction, result_features
+        self.channels, self.result_features = channels, result_features
+        #: None where it says nothing: the hidden width was named, or there is one layer.
+        self.reduction = reduction if layers == 2 and hidden is None else None
         self.hidden_activation, self.gate = hidden_activation, gate
         self.impl = impl
         options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(result_features + channels, hidden, **options)
-        self.fc2 = nn.Linear(hidden, channels, **options) if layers == 2 else None
+        width = channels if layers == 1 else hidden or channels // reduction
+        self.fc1 = nn.Linear(result_features + channels, width, **options)
+        self.fc2 = nn.Linear(width, channels, **options) if layers == 2 else None
 
     def forward(
         self,
