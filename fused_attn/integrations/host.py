@@ -195,18 +195,44 @@ def unusual_index(index: Tensor, size: Sequence[int]) -> str | None:
 
 # --- squeeze_excite ---------------------------------------------------------------------------------------------------
 
-HIDDEN_ACTIVATIONS = {"torch.nn.modules.activation:ReLU": "relu"}
-GATES = {"torch.nn.modules.activation:Sigmoid": "sigmoid", "timm.layers.activations:Sigmoid": "sigmoid"}
+_TORCH, _TIMM = "torch.nn.modules.activation:", "timm.layers.activations:"
+HIDDEN_ACTIVATIONS = {
+    f"{_TORCH}ReLU": "relu",
+    f"{_TORCH}SiLU": "silu",
+    f"{_TORCH}GELU": "gelu",
+    f"{_TORCH}Hardswish": "hardswish",
+    f"{_TIMM}Swish": "silu",
+    f"{_TIMM}GELU": "gelu",
+    f"{_TIMM}HardSwish": "hardswish",
+}
+GATES = {
+    f"{_TORCH}Sigmoid": "sigmoid",
+    f"{_TORCH}Hardsigmoid": "hardsigmoid",
+    f"{_TIMM}Sigmoid": "sigmoid",
+    f"{_TIMM}HardSigmoid": "hardsigmoid",
+}
 
 
-def scaled_map(x: Tensor, fc1: nn.Conv2d, fc2: nn.Conv2d) -> Tensor:
+def scaled_map(x: Tensor, fc1: nn.Conv2d, activation: nn.Module, fc2: nn.Conv2d, gate: nn.Module) -> Tensor:
     """Squeeze-excite of a map (B, C, H, W) whose layers are 1x1 convolutions."""
-    return squeeze_excite(x, fc1.weight.flatten(1), fc1.bias, fc2.weight.flatten(1), fc2.bias)
+    return squeeze_excite(
+        x,
+        fc1.weight,
+        fc1.bias,
+        fc2.weight,
+        fc2.bias,
+        hidden_activation=HIDDEN_ACTIVATIONS[class_path(type(activation))],
+        gate=GATES[class_path(type(gate))],
+    )
 
 
-def unusual_gates(module: nn.Module, fc1: str, activation: str, fc2: str, gate: str) -> str | None:
-    """Why the op does not compute the gates of a squeeze-excite layer, by the names of its submodules."""
-    for name in (fc1, fc2):
+def unusual_gates(module: nn.Module, *names: str) -> str | None:
+    """Why the op does not compute the gates of a squeeze-excite layer, by the names of its submodules in their order:
+    convolution, activation, convolution, gate; or convolution, gate."""
+    *hidden, gate = names
+    activations = [("gate", gate, GATES)]
+    activations += [("hidden activation", name, HIDDEN_ACTIVATIONS) for name in hidden[1::2]]
+    for name in hidden[::2]:
         layer = module.get_submodule(name)
         if type(layer) is not nn.Conv2d:
             return f"{name} is a {type(layer).__name__}, not a 1x1 convolution"
@@ -214,8 +240,8 @@ def unusual_gates(module: nn.Module, fc1: str, activation: str, fc2: str, gate: 
             return f"{name} is not a 1x1 convolution"
         if layer.padding not in ("same", "valid", (0, 0)):
             return f"{name} pads"
-    for what, name, known in (("hidden activation", activation, HIDDEN_ACTIVATIONS), ("gate", gate, GATES)):
-        kind = type(module.get_submodule(name))
-        if class_path(kind) not in known:
-            return f"{what} {kind.__name__} is not computed"
-    return has_hooks(module, fc1, activation, fc2, gate)
+    for what, name, known in activations:
+        function = module.get_submodule(name)
+        if class_path(type(function)) not in known or getattr(function, "approximate", "none") != "none":
+            return f"{what} {function} is not computed"
+    return has_hooks(module, *names)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..ops.bias_attention_2d.api import bias_attention_2d
 from ..ops.rel_attention_2d.api import decomposed_bias_attention, rel_attention_2d
 from ..ops.rel_attention_2d.conventions import sam_relative_logits
+from ..ops.squeeze_excite.api import squeeze_excite
 from . import host
 from .host import Host, class_path, has_hooks, original, passes_over
 
@@ -279,19 +280,29 @@ def _levit_reason(module: Any) -> str | None:
 
 
 class SEModule(nn.Module):
-    """``timm.layers.squeeze_excite.SEModule`` and ``timm.models.senet.SEModule``."""
+    """``timm.layers.squeeze_excite.SEModule``."""
 
     can_torch_compile = True
     has_backward = True
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        return host.scaled_map(x, self.fc1, self.fc2)
+        return host.scaled_map(x, self.fc1, self.act, self.fc2, self.gate)
 
 
 def _se_reason(module: Any) -> str | None:
     if module.add_maxpool:
         return "a maximum among what is squeezed is not computed"
     return passes_over(module, bn=nn.Identity) or host.unusual_gates(module, "fc1", "act", "fc2", "gate")
+
+
+class SENetModule(nn.Module):
+    """``timm.models.senet.SEModule``."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return host.scaled_map(x, self.fc1, self.relu, self.fc2, self.sigmoid)
 
 
 def _senet_reason(module: Any) -> str | None:
@@ -305,7 +316,24 @@ class SqueezeExcite(nn.Module):
     has_backward = True
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        return host.scaled_map(x, self.conv_reduce, self.conv_expand)
+        return host.scaled_map(x, self.conv_reduce, self.act1, self.conv_expand, self.gate)
+
+
+class EffectiveSEModule(nn.Module):
+    """``timm.layers.squeeze_excite.EffectiveSEModule``: one layer."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        gate = host.GATES[class_path(type(self.gate))]
+        return squeeze_excite(x, self.fc.weight, self.fc.bias, gate=gate)
+
+
+def _effective_reason(module: Any) -> str | None:
+    if module.add_maxpool:
+        return "a maximum among what is squeezed is not computed"
+    return host.unusual_gates(module, "fc", "gate")
 
 
 def _efficientnet_reason(module: Any) -> str | None:
@@ -321,7 +349,8 @@ HOSTS: dict[str, Host] = {
     "timm.models.maxxvit:AttentionCl": Host("bias_attention_2d", AttentionCl, _maxxvit_reason),
     "timm.models.levit:Attention": Host("bias_attention_2d", LevitAttention, _levit_reason, False),
     "timm.layers.squeeze_excite:SEModule": Host("squeeze_excite", SEModule, _se_reason, False),
-    "timm.models.senet:SEModule": Host("squeeze_excite", SEModule, _senet_reason, False),
+    "timm.layers.squeeze_excite:EffectiveSEModule": Host("squeeze_excite", EffectiveSEModule, _effective_reason, False),
+    "timm.models.senet:SEModule": Host("squeeze_excite", SENetModule, _senet_reason, False),
     "timm.models._efficientnet_blocks:SqueezeExcite": Host(
         "squeeze_excite", SqueezeExcite, _efficientnet_reason, False
     ),

@@ -202,7 +202,7 @@ class RegNetSELayer(nn.Module):
     has_backward = True
 
     def forward(self: Any, hidden_state: Tensor) -> Tensor:
-        return host.scaled_map(hidden_state, self.attention[0], self.attention[2])
+        return host.scaled_map(hidden_state, *self.attention)
 
 
 def _regnet_reason(module: Any) -> str | None:
@@ -220,7 +220,7 @@ class EfficientNetSqueezeExciteLayer(nn.Module):
     has_backward = True
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        return host.scaled_map(hidden_states, self.reduce, self.expand)
+        return host.scaled_map(hidden_states, self.reduce, self.act_reduce, self.expand, self.act_expand)
 
 
 def _efficientnet_reason(module: Any) -> str | None:
@@ -234,7 +234,7 @@ class PPLCNetSqueezeExcitationModule(nn.Module):
     has_backward = True
 
     def forward(self: Any, hidden_state: Tensor) -> Tensor:
-        return host.scaled_map(hidden_state, self.convolutions[0], self.convolutions[2])
+        return host.scaled_map(hidden_state, *self.convolutions)
 
 
 def _pplcnet_reason(module: Any) -> str | None:

@@ -131,7 +131,10 @@ def test_what_gains_nothing_on_the_cpu_is_left_alone_until_named(net):
 
 def test_strict_raises_before_anything_is_changed(net):
     net.excite.gate = nn.Hardtanh()
-    with pytest.raises(ValueError, match=r"^1 of 3 .*: excite \(SEModule\): gate Hardtanh is not computed$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^1 of 3 .*: excite \(SEModule\): gate Hardtanh\(min_val=-1.0, max_val=1.0\) is not computed$",
+    ):
         integrations.convert(net, OPS, strict=True)
     assert integrations.restore(net) == 0
 

@@ -1,5 +1,7 @@
 """Every class of timm that the registry serves: outputs and all gradients as before."""
 
+from functools import partial
+
 import pytest
 import torch
 from equality import randomise
@@ -138,20 +140,29 @@ def test_levit(timm, use_conv):
 
 
 def test_squeeze_excite(timm):
-    from timm.layers import SEModule
+    from timm.layers import EffectiveSEModule, SEModule
+    from timm.layers.activations import GELU, HardSigmoid, HardSwish, Swish
     from timm.models._efficientnet_blocks import SqueezeExcite
     from timm.models.senet import SEModule as SENetModule
 
     x = torch.randn(2, 16, 5, 4, requires_grad=True)
-    for layer in (SEModule(16), SEModule(16, rd_channels=5, bias=False), SqueezeExcite(16), SENetModule(16, 4)):
+    layers = [SEModule(16), SEModule(16, rd_channels=5, bias=False), SqueezeExcite(16), SENetModule(16, 4)]
+    layers += [SEModule(16, act_layer=act) for act in (nn.SiLU, nn.GELU, nn.Hardswish, Swish, GELU, HardSwish)]
+    layers += [SEModule(16, gate_layer=gate) for gate in (nn.Hardsigmoid, HardSigmoid)]
+    layers += [EffectiveSEModule(16), EffectiveSEModule(16, gate_layer="sigmoid")]
+    for layer in layers:
         check(randomise(layer), lambda layer=layer: layer(x), x=x)
+    layer.compile(backend="aot_eager", fullgraph=True)
+    check(layer, lambda: layer(x), x=x)
+    (candidate,) = integrations.convert(SEModule(16, act_layer=partial(nn.GELU, "tanh")), ops=OPS)
+    assert candidate.outcome == "hidden activation GELU(approximate='tanh') is not computed"
 
 
 @pytest.mark.parametrize(
     ("options", "outcome"),
     [
-        ({"act_layer": nn.SiLU}, "hidden activation SiLU is not computed"),
-        ({"gate_layer": "hard_sigmoid"}, "gate Hardsigmoid is not computed"),
+        ({"act_layer": nn.LeakyReLU}, "hidden activation LeakyReLU(negative_slope=0.01, inplace=True) is not computed"),
+        ({"gate_layer": "relu"}, "gate ReLU() is not computed"),
         ({"norm_layer": nn.BatchNorm2d}, "bn is a torch.nn.modules.batchnorm:BatchNorm2d"),
         ({"add_maxpool": True}, "a maximum among what is squeezed is not computed"),
     ],

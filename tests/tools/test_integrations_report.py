@@ -31,7 +31,7 @@ def test_survey(timm):
     assert found["classes"]["timm.layers.squeeze_excite:SEModule"] == {
         "architectures": 2,
         "replaced": 1,
-        "left": {"hidden activation ELU is not computed": 2},
+        "left": {"hidden activation ELU(alpha=1.0, inplace=True) is not computed": 2},
     }
 
 
