@@ -351,7 +351,9 @@ def test_hooks_on_what_is_passed_over(net):
 # --- the registry -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layer", {host.layer for host in HOSTS.values()}, ids=lambda layer: layer.__name__)
+@pytest.mark.parametrize(
+    "layer", dict.fromkeys(host.layer for host in HOSTS.values()), ids=lambda layer: layer.__name__
+)
 def test_layers_keep_the_conventions_of_the_kernels_library(layer):
     own = {name for name in layer.__dict__ if not name.startswith("__")}
     assert layer.__bases__ == (nn.Module,)
