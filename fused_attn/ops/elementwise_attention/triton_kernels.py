@@ -301,9 +301,11 @@ def row_col_sums_kernel(
         x = start + tl.arange(0, COLUMNS)
         inside = (y < height)[:, None] & (x < width)[None, :]
         kept = _kept(row_mask_ptr, col_mask_ptr, image, y, x, height, width, inside)
+        to = col_sums_ptr + (_int64(chunk) * planes + plane) * width + x
         if LOG:
-            by_row = _grad_out(grad_out_ptr, grad_out_strides, image, head, channel, y, x, kept)
-            by_col = by_row
+            grad = _grad_out(grad_out_ptr, grad_out_strides, image, head, channel, y, x, kept)
+            sums += tl.sum(grad, 1)
+            tl.store(to, tl.sum(grad, 0), mask=x < width)
         else:
             value, _, _, row_logit, col_logit = _inputs(
                 x_ptr, row_ptr, col_ptr, factor, x_strides, row_strides, col_strides, image, head, channel, y, x, kept
@@ -312,10 +314,8 @@ def row_col_sums_kernel(
             grad = _grad_out(grad_out_ptr, grad_out_strides, image, head, channel, y, x, kept)
             at = head * channels + channel
             d = _grad_product(grad, value, row * col, mean_ptr, scale_ptr, grad_mean_ptr, grad_var_ptr, at)
-            by_row, by_col = row * (col * d), col * (row * d)
-        sums += tl.sum(by_row, 1)
-        to = col_sums_ptr + (_int64(chunk) * planes + plane) * width + x
-        tl.store(to, tl.sum(by_col, 0), mask=x < width)
+            sums += tl.sum(row * (col * d), 1)
+            tl.store(to, tl.sum(col * (row * d), 0), mask=x < width)
     tl.store(row_sums_ptr + plane * height + y, sums, mask=y < height)
 
 
