@@ -26,7 +26,7 @@ struct GradOut {
     next = static_cast<const char*>(g.data) + (offset + (last ? 0 : g.stride[0])) * size;
   }
   // Zero where an element takes no part, whatever is there.
-  void load_kept(const Block& k, int64_t i, int64_t offset) {
+  __attribute__((noinline)) void load_kept(const Block& k, int64_t i, int64_t offset) {
     const TensorView& g = p.grad_out;
     load_rows(g, offset, g.stride[3], g.stride[4], k.rows, p.width, 0.0f, memory.data, o.stride);
     rows = {memory.data, o.stride};

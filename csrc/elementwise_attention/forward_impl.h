@@ -91,9 +91,8 @@ struct Statistics : Visitor {
   }
 
   // Rows or columns that take no part: a sum other than 0, so that exponentials of 0 over it are 0.
-  FA_INLINE static void settle(const Mask& mask, int64_t b, int64_t begin, int64_t count, float shift, float* shifts,
-                               float* sums) {
-    if (mask.data == nullptr) return;
+  __attribute__((noinline)) static void settle(const Mask& mask, int64_t b, int64_t begin, int64_t count, float shift,
+                                               float* shifts, float* sums) {
     for (int64_t i = 0; i < count; ++i)
       if (!mask(b, begin + i)) shifts[i] = shift, sums[i] = 1.0f;
   }
@@ -140,7 +139,7 @@ struct Output : Visitor {
   void image(const Block& k, int64_t i, int64_t plane) {
     o.load_statistics<false, Log>(k, plane);
     if constexpr (Log) return write_kept(k, i, [&](int64_t y) FA_INLINE_CALL { return LogSoftmaxes(o, o.x[i], y); });
-    if (p.masked())
+    if (!Weighted && p.masked())
       return write_kept(k, i, [&](int64_t y) FA_INLINE_CALL {
         return [row = Softmaxes<false>(o, o.x[i], y)](int64_t v) FA_INLINE_CALL { return row.product(v); };
       });

@@ -84,8 +84,8 @@ struct Operands {
         kept_columns(p.logits_are_x() ? 0 : p.images_at_once * stride, 0.0f),
         nothing(p.logits_are_x() ? 0 : stride, 0.0f) {}
 
-  void load_masks(const Block& k) {
-    if (p.logits_are_x() || kept_of == k.b0) return;
+  __attribute__((noinline)) void load_masks(const Block& k) {
+    if (kept_of == k.b0) return;
     kept_of = k.b0;
     for (int64_t i = 0; i < k.images; ++i)
       for (int64_t x = 0; x < p.width; ++x) kept_columns[i * stride + x] = p.col_mask(k.b0 + i, x);
@@ -103,7 +103,7 @@ struct Operands {
     for (int64_t v = 0; v < vectors; ++v)
       store(row + v * L, where_kept(kept, v, load(row + v * L) * p.factor, -kInfinity));
   }
-  void load_logits(const Block& k) {
+  __attribute__((noinline)) void load_logits(const Block& k) {
     const int64_t* from = p.x.stride;
     for (int64_t i = 0; i < k.images; ++i) {
       x[i] = {x_memory + i * plane, stride};
@@ -194,7 +194,7 @@ void walk(const P& p, int64_t begin, int64_t end) {
       for (k.b0 = b_begin; k.b0 < b_end; k.b0 += p.images_at_once) {
         k.images = smaller(p.images_at_once, b_end - k.b0);
         k.first_images = k.b0 == b_begin;
-        o.load_masks(k);
+        if (!p.logits_are_x()) o.load_masks(k);
         if constexpr (Visitor::kReadsX) o.load_images(k);
         visitor.images(k);
         for (k.h = 0; k.h < p.heads; ++k.h) {

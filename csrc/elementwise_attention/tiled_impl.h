@@ -35,7 +35,7 @@ struct TiledStatistics : Statistics {
       statistics[k.y0 + y + r] = by;
       statistics[p.height + k.y0 + y + r] = sum_lanes(sums[r]);
     }
-    settle_rows(k, i, y, R, by, statistics);
+    if (p.masked()) settle_rows(k, i, y, R, by, statistics);
     return all_near(statistics + p.height + k.y0 + y, R);
   }
 
@@ -63,7 +63,7 @@ struct TiledStatistics : Statistics {
     for (int64_t x = 0; x < p.width; ++x) partial[x] = shift;
     store_row_as(partial + p.width, p.width, col_sum.data);
     if (!any_row(k, i)) return shift - shift == 0.0f;  // the sums of columns are 0, and a finite shift keeps them so
-    settle(p.col_mask, k.b0 + i, 0, p.width, shift, col_max.data, col_sum.data);
+    if (p.masked()) settle(p.col_mask, k.b0 + i, 0, p.width, shift, col_max.data, col_sum.data);
     return all_near(col_sum.data, p.width);
   }
 
@@ -78,7 +78,7 @@ struct TiledStatistics : Statistics {
   void separate(const Block& k, int64_t i, int64_t plane) {
     float* statistics = p.row_statistics + plane * 2 * p.height;
     rows<Weighted, false>(k, i, statistics, nullptr);
-    settle_rows(k, i, 0, k.rows, 0.0f, statistics);
+    if (!Weighted && p.masked()) settle_rows(k, i, 0, k.rows, 0.0f, statistics);
     float* partial = p.col_partials + (k.range * p.planes() + plane) * 2 * p.width;
     if (!k.first_rows) {
       load_row_as(partial, 1, p.width, -kInfinity, col_max.data);

@@ -14,8 +14,10 @@ struct WholeStatistics : Statistics {
           *col_statistics = p.col_statistics + plane * 2 * p.width;
     rows<Weighted, true>(k, i, row_statistics, exponentials.data);
     columns<Weighted, true>(k, i, false, exponentials.data);
-    settle_rows(k, i, 0, k.rows, 0.0f, row_statistics);
-    settle(p.col_mask, k.b0 + i, 0, p.width, 0.0f, col_max.data, col_sum.data);
+    if (!Weighted && p.masked()) {
+      settle_rows(k, i, 0, k.rows, 0.0f, row_statistics);
+      settle(p.col_mask, k.b0 + i, 0, p.width, 0.0f, col_max.data, col_sum.data);
+    }
     store_row_as(col_statistics, p.width, col_max.data);
     store_row_as(col_statistics + p.width, p.width, col_sum.data);
     if (p.also == Also::nothing) return;

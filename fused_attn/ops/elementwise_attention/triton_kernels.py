@@ -301,10 +301,10 @@ def row_col_sums_kernel(
         x = start + tl.arange(0, COLUMNS)
         inside = (y < height)[:, None] & (x < width)[None, :]
         kept = _kept(row_mask_ptr, col_mask_ptr, image, y, x, height, width, inside)
-        to = col_sums_ptr + (_int64(chunk) * planes + plane) * width + x
         if LOG:
             grad = _grad_out(grad_out_ptr, grad_out_strides, image, head, channel, y, x, kept)
             sums += tl.sum(grad, 1)
+            to = col_sums_ptr + (_int64(chunk) * planes + plane) * width + x
             tl.store(to, tl.sum(grad, 0), mask=x < width)
         else:
             value, _, _, row_logit, col_logit = _inputs(
@@ -315,6 +315,7 @@ def row_col_sums_kernel(
             at = head * channels + channel
             d = _grad_product(grad, value, row * col, mean_ptr, scale_ptr, grad_mean_ptr, grad_var_ptr, at)
             sums += tl.sum(row * (col * d), 1)
+            to = col_sums_ptr + (_int64(chunk) * planes + plane) * width + x
             tl.store(to, tl.sum(col * (row * d), 0), mask=x < width)
     tl.store(row_sums_ptr + plane * height + y, sums, mask=y < height)
 
