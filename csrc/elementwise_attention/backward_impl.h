@@ -181,22 +181,23 @@ struct Gradients : Visitor {
     }
   }
   void images_done(const Block& k) {
+    const TensorView& g = p.grad_x;
+    if (!p.logits_are_x()) scale_and_mask(k);
     for (int64_t i = 0; i < k.images; ++i)
       for (int64_t y = 0; y < k.rows; ++y)
-        write_grad(k, i, y, [from = grad_x + i * o.plane + y * o.stride](int64_t v) FA_INLINE_CALL {
-          return load(from + v * L);
-        });
+        store_row(g, (k.b0 + i) * g.stride[0] + k.c * g.stride[1] + (k.y0 + y) * g.stride[2], p.width,
+                  grad_x + i * o.plane + y * o.stride, p.large);
     end_of_streams();
   }
-  // value(v): the gradient of vector v of the logits of row y.
-  template <class Value>
-  FA_INLINE void write_grad(const Block& k, int64_t i, int64_t y, const Value& value) {
-    const TensorView& g = p.grad_x;
-    const int64_t offset = (k.b0 + i) * g.stride[0] + k.c * g.stride[1] + (k.y0 + y) * g.stride[2];
-    if (p.logits_are_x()) return write_row(g, offset, p.width, p.large, value);
-    write_row(g, offset, p.width, p.large,
-              [&value, kept = o.kept(k, i, k.y0 + y), factor = p.factor](int64_t v)
-                  FA_INLINE_CALL { return Operands::where_kept(kept, v, value(v) * factor, 0.0f); });
+  // Gradients of logits become those of x.
+  __attribute__((noinline)) void scale_and_mask(const Block& k) {
+    for (int64_t i = 0; i < k.images; ++i)
+      for (int64_t y = 0; y < k.rows; ++y) {
+        const float* kept = o.kept(k, i, k.y0 + y);
+        float* row = grad_x + i * o.plane + y * o.stride;
+        for (int64_t v = 0; v < o.vectors; ++v)
+          store(row + v * L, Operands::where_kept(kept, v, load(row + v * L) * p.factor, 0.0f));
+      }
   }
 };
 

@@ -78,11 +78,15 @@ struct Operands {
         row_inverse(p.block_rows, 0.0f),
         row_rest(p.block_rows, 0.0f),
         col_inverse(stride, 0.0f),
-        col_rest(stride, 0.0f),
-        row_log(p.log ? p.block_rows : 0, 0.0f),
-        col_log(p.log ? stride : 0, 0.0f),
-        kept_columns(p.logits_are_x() ? 0 : p.images_at_once * stride, 0.0f),
-        nothing(p.logits_are_x() ? 0 : stride, 0.0f) {}
+        col_rest(stride, 0.0f) {
+    if (p.log || !p.logits_are_x()) allocate_for_options();
+  }
+
+  __attribute__((noinline)) void allocate_for_options() {
+    row_log.allocate(p.block_rows), col_log.allocate(stride), col_log.fill(0.0f);
+    kept_columns.allocate(p.images_at_once * stride), kept_columns.fill(0.0f);
+    nothing.allocate(stride), nothing.fill(0.0f);
+  }
 
   __attribute__((noinline)) void load_masks(const Block& k) {
     if (kept_of == k.b0) return;

@@ -229,20 +229,30 @@ struct TiledGradients : Gradients {
 
   // One exponential for both softmaxes.
   void shared(const Block& k, int64_t i, const float* row_sums) {
+    const TensorView& g = p.grad_x;
+    const int64_t offset = (k.b0 + i) * g.stride[0] + k.c * g.stride[1] + k.y0 * g.stride[2];
     const float shift = o.col_max.data[0];
-    for (int64_t y = 0; y < k.rows; ++y)
-      write_grad(k, i, y,
-                 [x = o.x[i][y], grad_out = grad.rows[y], row_inverse = o.row_inverse.data[y],
-                  row_rest = o.row_rest.data[y], row_sum = row_sums[y], col_inverse = o.col_inverse.data,
-                  col_rest = o.col_rest.data, col_sum = col_sum.data, shift](int64_t v) FA_INLINE_CALL {
-                   const int64_t lane = v * L;
-                   prefetch_on(x + lane), prefetch_on(grad_out + lane);
-                   const vf e = exp_of(load(x + lane) - shift), d = load(grad_out + lane);
-                   const vf row = e * row_inverse + rounded(e * row_rest);
-                   const vf col = e * load(col_inverse + lane) + rounded(e * load(col_rest + lane));
-                   const auto [d_row, d_col] = Gradients::grad_logits<Log>(row, col, d, row_sum, load(col_sum + lane));
-                   return d_row + d_col;
-                 });
+    auto grad_logit = [&](int64_t y) FA_INLINE_CALL {
+      return [x = o.x[i][y], grad_out = grad.rows[y], row_inverse = o.row_inverse.data[y],
+              row_rest = o.row_rest.data[y], row_sum = row_sums[y], col_inverse = o.col_inverse.data,
+              col_rest = o.col_rest.data, col_sum = col_sum.data, shift](int64_t v) FA_INLINE_CALL {
+        const int64_t lane = v * L;
+        prefetch_on(x + lane), prefetch_on(grad_out + lane);
+        const vf e = exp_of(load(x + lane) - shift), d = load(grad_out + lane);
+        const vf row = e * row_inverse + rounded(e * row_rest);
+        const vf col = e * load(col_inverse + lane) + rounded(e * load(col_rest + lane));
+        const auto [d_row, d_col] = Gradients::grad_logits<Log>(row, col, d, row_sum, load(col_sum + lane));
+        return d_row + d_col;
+      };
+    };
+    if (p.logits_are_x()) {
+      for (int64_t y = 0; y < k.rows; ++y) write_row(g, offset + y * g.stride[2], p.width, p.large, grad_logit(y));
+    } else {
+      for (int64_t y = 0; y < k.rows; ++y)
+        write_row(g, offset + y * g.stride[2], p.width, p.large,
+                  [kept = o.kept(k, i, k.y0 + y), factor = p.factor, grad = grad_logit(y)](int64_t v)
+                      FA_INLINE_CALL { return Operands::where_kept(kept, v, grad(v) * factor, 0.0f); });
+    }
   }
 
   void images_done(const Block& k) { written ? end_of_streams() : Gradients::images_done(k); }

@@ -93,7 +93,7 @@ def test_offsets_past_two_to_the_31():
     storage = torch.from_numpy(np.zeros(far + 64, dtype=np.int16)).view(BF16)
     plane = torch.randn(2, 1, 3, 4, dtype=F32).to(BF16)
     x = storage.as_strided(plane.shape, (far, 12, 4, 1)).copy_(plane)
-    got = op.row_col_softmax.run("triton", x, None, None)[0]
+    got = op.row_col_softmax.run("triton", x, None, None, None, None, 1.0, False)[0]
     rounded, exact = reference.row_col_softmax(plane), reference.row_col_softmax(plane.double())
     found = mismatches(*({"out": out} for out in (got, rounded, exact)))
     assert not found, "; ".join(found)
