@@ -109,12 +109,23 @@ struct Operands {
   }
   __attribute__((noinline)) void load_logits(const Block& k) {
     const int64_t* from = p.x.stride;
+    const float factor = p.factor;
     for (int64_t i = 0; i < k.images; ++i) {
       x[i] = {x_memory + i * plane, stride};
       for (int64_t y = 0; y < k.rows; ++y) {
         float* to = x_memory + i * plane + y * stride;
-        load_row(p.x, (k.b0 + i) * from[0] + k.c * from[1] + (k.y0 + y) * from[2], from[3], p.width, -kInfinity, to);
-        scale_and_mask(to, kept(k, i, k.y0 + y));
+        const float* taken = kept(k, i, k.y0 + y);
+        const int64_t offset = (k.b0 + i) * from[0] + k.c * from[1] + (k.y0 + y) * from[2];
+        if (p.x.dtype == DType::float32 && from[3] == 1 && p.width % L == 0) {
+          const float* row = at<float>(p.x, offset);
+          for (int64_t v = 0; v < vectors; ++v) {
+            prefetch_on(row + v * L);
+            store(to + v * L, where_kept(taken, v, load(row + v * L) * factor, -kInfinity));
+          }
+          continue;
+        }
+        load_row(p.x, offset, from[3], p.width, -kInfinity, to);
+        scale_and_mask(to, taken);
       }
     }
   }
