@@ -10,6 +10,7 @@ from .ops import (
     layer_attention,
     rel_attention_2d,
     row_col_softmax,
+    sam_relative_logits,
     squeeze_excite,
     weighted_layer_sum,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "list_models",
     "rel_attention_2d",
     "row_col_softmax",
+    "sam_relative_logits",
     "squeeze_excite",
     "weighted_layer_sum",
 ]

@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, settings
 # --import-mode=importlib leaves the folder of the tests off the path.
 sys.path.insert(0, str(Path(__file__).parent))
 
+from hosts import host_packages, timm, transformers  # noqa: F401
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter  # noqa: F401
 

@@ -12,6 +12,10 @@ def outputs_and_gradients(call, tensors, seed=0):
     return out.detach(), dict(zip(leaves, gradients, strict=True))
 
 
+def with_parameters(model, **tensors):
+    return {**tensors, **dict(model.named_parameters())}
+
+
 def assert_same(found, expected, names=None, tolerance=2e-5):
     """Outputs and gradients agree, each to ``tolerance`` of its largest value, and no gradient is zero throughout.
 

@@ -265,13 +265,9 @@ void backward_block(const Backward& p, const KeyLayout& keys, const KeyRange& ra
   for (int64_t v0 = 0; v0 < vectors; v0 += kBackwardTile) {
     const int64_t tile = smaller(kBackwardTile, vectors - v0), grid = range.grid_part(v0, tile);
     if constexpr (B == Bias::table) bias.free.prepare(q0, count, all_v0 + v0, grid);
-    score_tile<B>(rows, v0, tile, s.query.data, s.key, bias, range,
-                  [&](int64_t m, int64_t v, vf x) FA_INLINE_CALL { store(s.score + m * s.score_stride + v * L, x); });
-    for (int64_t v = 0; v < tile; v += NR)  // gradient of the weights
-      outer_product(rows, smaller(NR, tile - v), s.grad_out.data, s.grad_out_stride, 1, p.dv,
-                    s.value.panels + (v0 + v) / NR * p.dv * PANEL, PANEL, [&](int64_t m, int n, vf x) FA_INLINE_CALL {
-                      store(s.grad_score + m * s.score_stride + (v + n) * L, x);
-                    });
+    score_tile<B>(rows, v0, tile, s.query.data, s.key, bias, range, s.score.data, s.score_stride,
+                  [](int64_t, vf) FA_INLINE_CALL {});
+    products(rows, s.grad_out.data, s.grad_out_stride, s.value, v0, tile, s.grad_score.data, s.score_stride);
     if (segments.masks) {
       segments.hide(q0, rows, all_v0 + v0, grid, -kInfinity, s.score.data, s.score_stride);
       segments.hide(q0, rows, all_v0 + v0, grid, 0.0f, s.grad_score.data, s.score_stride);

@@ -64,10 +64,8 @@ void forward_block(const Forward& p, const KeyRange& range, ForwardScratch& s, B
     vf lane_max[QB];
     for (int64_t i = 0; i < rows; ++i) lane_max[i] = broadcast(-kInfinity);
     if constexpr (B == Bias::table) bias.free.prepare(q0, count, v0, grid);
-    score_tile<B>(rows, v0, tile, s.query.data, s.key, bias, range, [&](int64_t m, int64_t v, vf x) FA_INLINE_CALL {
-      store(s.score + m * s.score_stride + v * L, x);
-      lane_max[m] = maximum(x, lane_max[m]);
-    });
+    score_tile<B>(rows, v0, tile, s.query.data, s.key, bias, range, s.score.data, s.score_stride,
+                  [&](int64_t m, vf x) FA_INLINE_CALL { lane_max[m] = maximum(x, lane_max[m]); });
     if (segments.masks) {
       segments.hide(q0, rows, v0, grid, -kInfinity, s.score.data, s.score_stride);
       for (int64_t i = 0; i < rows; ++i) {

@@ -159,8 +159,8 @@ struct KeyMatrix {
 
   // to[m] += sum over `vectors` key vectors from v0 on, of which the first `lanes` lanes count, of
   // weights[m][lane] * lane's numbers.  `to` has the stride of row_stride(depth).
-  FA_INLINE void weigh(int64_t count, int64_t v0, int64_t vectors, int64_t lanes, const float* weights,
-                       int64_t weight_stride, float* to) {
+  void weigh(int64_t count, int64_t v0, int64_t vectors, int64_t lanes, const float* weights, int64_t weight_stride,
+             float* to) {
     if (!keeps_rows)
       return dot_product(count, depth, vectors, weights, weight_stride, panels + v0 / NR * depth * PANEL, to,
                          row_stride(depth));
@@ -173,8 +173,8 @@ struct KeyMatrix {
   }
 
   // Each lane's numbers += sum over m of weights[m][lane] * from[m], with lanes as above.
-  FA_INLINE void accumulate(int64_t count, int64_t v0, int64_t vectors, int64_t lanes, const float* weights,
-                            int64_t weight_stride, const float* from) {
+  void accumulate(int64_t count, int64_t v0, int64_t vectors, int64_t lanes, const float* weights,
+                  int64_t weight_stride, const float* from) {
     if (!keeps_rows) {
       for (int64_t v = 0; v < vectors; v += NR) {
         float* to = panels + (v0 + v) / NR * depth * PANEL;
@@ -389,11 +389,20 @@ void hash_columns(const Problem& p, const KeyLayout& keys, Scratch<uint32_t>& to
     to[i] = static_cast<uint32_t>(p.hk * p.wk + i - all.prefix_begin * L) * 0x9E3779B1u;
 }
 
-// Logits of `rows` queries against key vectors [v0, v0 + count) of a range handed to finish(query, vector, logits), the
-// vector counted from v0.
-template <Bias B, class Finish>
-FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const float* query, KeyMatrix& key, BiasTerms& bias,
-                          const KeyRange& range, const Finish& finish) {
+// to[m][vector] = rows of a times key vectors [v0, v0 + count), the vector counted from v0.
+void products(int64_t rows, const float* a, int64_t a_stride, const KeyMatrix& keys, int64_t v0, int64_t count,
+              float* to, int64_t to_stride) {
+  for (int64_t v = 0; v < count; v += NR)
+    outer_product(rows, smaller(NR, count - v), a, a_stride, 1, keys.depth,
+                  keys.panels + (v0 + v) / NR * keys.depth * PANEL, PANEL,
+                  [&](int64_t m, int n, vf x) FA_INLINE_CALL { store(to + m * to_stride + (v + n) * L, x); });
+}
+
+// Logits of `rows` queries against key vectors [v0, v0 + count) of a range to `to`, the vector counted from v0, each
+// handed to seen(query, logits) too.
+template <Bias B, class Seen>
+FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const float* query, const KeyMatrix& key,
+                          BiasTerms& bias, const KeyRange& range, float* to, int64_t to_stride, const Seen& seen) {
   const int64_t per_group = bias.keys.vectors, dk = key.depth;
   const int64_t grid = range.grid_part(v0, count);
   for (int64_t v = 0; v < grid; v += NR) {
@@ -402,23 +411,26 @@ FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const float* 
       group[n] = range.group0 + (v0 + v + n) / per_group;
       offset[n] = (v0 + v + n) % per_group;
     }
-    outer_product(
-        rows, smaller(NR, grid - v), query, bias.query_stride, 1, dk, key.panels + (v0 + v) / NR * dk * PANEL, PANEL,
-        // Added last: starting the sum from a large bias would round every term of it at the bias's magnitude.
-        [&](int64_t m, int n, vf x)
-            FA_INLINE_CALL { finish(m, v + n, x + bias.template at<B>(m, group[n], offset[n])); });
+    outer_product(rows, smaller(NR, grid - v), query, bias.query_stride, 1, dk, key.panels + (v0 + v) / NR * dk * PANEL,
+                  PANEL, [&](int64_t m, int n, vf x) FA_INLINE_CALL {
+                    // Added last: starting the sum from a large bias would round every term of it at its magnitude.
+                    x += bias.template at<B>(m, group[n], offset[n]);
+                    store(to + m * to_stride + (v + n) * L, x);
+                    seen(m, x);
+                  });
   }
   if (grid == count) return;
   const int64_t prefix_begin = larger(range.prefix_begin - v0, 0);
-  for (int64_t v = grid; v < prefix_begin; ++v)
-    for (int64_t m = 0; m < rows; ++m) finish(m, v, broadcast(-kInfinity));
-  for (int64_t v = prefix_begin; v < count; v += NR) {
-    vf padding[NR];  // -inf on lanes past the last key
-    for (int n = 0; n < NR; ++n)
-      for (int i = 0; i < L; ++i) padding[n][i] = (v0 + v + n) * L + i < range.lanes ? 0.0f : -kInfinity;
-    outer_product(rows, smaller(NR, count - v), query, bias.query_stride, 1, dk,
-                  key.panels + (v0 + v) / NR * dk * PANEL, PANEL,
-                  [&](int64_t m, int n, vf x) FA_INLINE_CALL { finish(m, v + n, x + padding[n]); });
+  products(rows, query, bias.query_stride, key, v0 + prefix_begin, count - prefix_begin, to + prefix_begin * L,
+           to_stride);
+  for (int64_t v = grid; v < count; ++v) {
+    vi key_there{};
+    for (int i = 0; i < L; ++i) key_there[i] = v >= prefix_begin && (v0 + v) * L + i < range.lanes ? -1 : 0;
+    for (int64_t m = 0; m < rows; ++m) {
+      float* logits = to + m * to_stride + v * L;
+      store(logits, select(key_there, load(logits), broadcast(-kInfinity)));
+      seen(m, load(logits));
+    }
   }
 }
 

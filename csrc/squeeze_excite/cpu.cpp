@@ -41,10 +41,13 @@ std::vector<float> pack_weight(const Kernels& use, const Tensor& weight, bool ou
   return panels;
 }
 
-void fill_problem(Problem& p, const Tensor& x, const Tensor& fc1_weight, const std::optional<Tensor>& result,
-                  bool channels_last, Tensor& z, Tensor& hidden, Tensor& scale) {
+void fill_problem(Problem& p, const Tensor& x, const Tensor& fc1_weight, const std::optional<Tensor>& fc2_weight,
+                  const std::optional<Tensor>& result, int64_t activation, int64_t gate, bool channels_last, Tensor& z,
+                  Tensor& preactivation, Tensor& scale) {
   p.batch = x.size(0), p.channels = x.size(1), p.positions = x.size(2) * x.size(3);
   p.features = result ? result->size(1) : 0, p.hidden = fc1_weight.size(0);
+  p.one_layer = !fc2_weight;
+  p.activation = static_cast<Activation>(activation), p.gate = static_cast<Gate>(gate);
   p.channels_last = channels_last || p.positions == 1;
   p.dtype = dtype_of(x);
   // Few channels at a position are mostly ends of vectors, which cannot be streamed.
@@ -54,8 +57,7 @@ void fill_problem(Problem& p, const Tensor& x, const Tensor& fc1_weight, const s
   p.chunk = std::clamp<int64_t>(kChunkBytes / bytes, 1, 8);
   p.x = x.const_data_ptr();
   p.result = view_of(result);
-  p.z = floats_of(z), p.hidden_units = floats_of(hidden);
-  p.scale = floats_of(scale);
+  p.z = floats_of(z), p.preactivation = floats_of(preactivation), p.scale = floats_of(scale);
 }
 
 void* data_or_null(Tensor& tensor) { return tensor.numel() > 0 ? tensor.mutable_data_ptr() : nullptr; }
@@ -67,46 +69,52 @@ void* new_map(Tensor& tensor) {
   return data;
 }
 
-void squeeze_excite_forward(Tensor x, Tensor fc1_weight, std::optional<Tensor> fc1_bias, Tensor fc2_weight,
-                            std::optional<Tensor> fc2_bias, std::optional<Tensor> result, std::optional<Tensor> share,
-                            std::optional<Tensor> residual, bool relu, bool channels_last, Tensor out, Tensor z,
-                            Tensor hidden, Tensor scale) {
+void squeeze_excite_forward(Tensor x, Tensor fc1_weight, std::optional<Tensor> fc1_bias,
+                            std::optional<Tensor> fc2_weight, std::optional<Tensor> fc2_bias,
+                            std::optional<Tensor> result, std::optional<Tensor> share, std::optional<Tensor> residual,
+                            bool relu, int64_t hidden_activation, int64_t gate, bool channels_last, Tensor out,
+                            Tensor z, Tensor preactivation, Tensor scale) {
   Forward p;
-  fill_problem(p, x, fc1_weight, result, channels_last, z, hidden, scale);
+  fill_problem(p, x, fc1_weight, fc2_weight, result, hidden_activation, gate, channels_last, z, preactivation, scale);
   if (p.batch == 0) return;
   p.relu = relu;
   p.bias1 = view_of(fc1_bias), p.bias2 = view_of(fc2_bias), p.share = view_of(share);
   p.residual = residual ? residual->const_data_ptr() : nullptr;
   p.out = new_map(out);
   const Kernels& use = best_kernels();
-  const auto fc1 = pack_weight(use, fc1_weight, false), fc2 = pack_weight(use, fc2_weight, false);
+  const auto fc1 = pack_weight(use, fc1_weight, false);
+  const auto fc2 = fc2_weight ? pack_weight(use, *fc2_weight, false) : std::vector<float>{};
   p.fc1 = fc1.data(), p.fc2 = fc2.data();
   parallel(p.chunks(), use.forward, p);
 }
 
-void squeeze_excite_backward(Tensor grad_out, Tensor x, Tensor fc1_weight, Tensor fc2_weight,
-                             std::optional<Tensor> result, std::optional<Tensor> out, Tensor z, Tensor hidden,
-                             Tensor scale, bool channels_last, Tensor grad_x, Tensor grad_fc1_weight,
-                             Tensor grad_fc1_bias, Tensor grad_fc2_weight, Tensor grad_fc2_bias, Tensor grad_result,
-                             Tensor grad_share, Tensor grad_residual) {
+void squeeze_excite_backward(Tensor grad_out, Tensor x, Tensor fc1_weight, std::optional<Tensor> fc2_weight,
+                             std::optional<Tensor> result, std::optional<Tensor> out, Tensor z, Tensor preactivation,
+                             Tensor scale, int64_t hidden_activation, int64_t gate, bool channels_last, Tensor grad_x,
+                             Tensor grad_fc1_weight, Tensor grad_fc1_bias, Tensor grad_fc2_weight, Tensor grad_fc2_bias,
+                             Tensor grad_result, Tensor grad_share, Tensor grad_residual) {
   Backward p;
-  fill_problem(p, x, fc1_weight, result, channels_last, z, hidden, scale);
+  fill_problem(p, x, fc1_weight, fc2_weight, result, hidden_activation, gate, channels_last, z, preactivation, scale);
   p.relu = out.has_value();
   p.grad_out = grad_out.const_data_ptr(), p.out = out ? out->const_data_ptr() : nullptr;
   p.grad_x = new_map(grad_x), p.grad_residual = new_map(grad_residual);
   p.grad_result = data_or_null(grad_result), p.grad_share = data_or_null(grad_share);
   p.grad_fc1 = grad_fc1_weight.mutable_data_ptr(), p.grad_bias1 = grad_fc1_bias.mutable_data_ptr();
-  p.grad_fc2 = grad_fc2_weight.mutable_data_ptr(), p.grad_bias2 = grad_fc2_bias.mutable_data_ptr();
+  p.grad_fc2 = data_or_null(grad_fc2_weight), p.grad_bias2 = data_or_null(grad_fc2_bias);
 
   const Kernels& use = best_kernels();
-  const auto fc2 = pack_weight(use, fc2_weight, true), fc1 = pack_weight(use, fc1_weight, true);
+  const auto fc2 = fc2_weight ? pack_weight(use, *fc2_weight, true) : std::vector<float>{};
+  const auto fc1 = pack_weight(use, fc1_weight, true);
   p.fc2 = fc2.data(), p.fc1 = fc1.data();
-  std::vector<float> grad_logits(p.batch * padded(p.channels)), grad_hidden(p.batch * padded(p.hidden));
-  p.grad_logits = grad_logits.data(), p.grad_hidden = grad_hidden.data();
+  std::vector<float> grad_logits(p.batch * padded(p.channels));
+  std::vector<float> grad_first(p.one_layer ? 0 : p.batch * padded(p.hidden));
+  std::vector<float> units(p.one_layer ? 0 : p.batch * p.hidden);
+  p.grad_logits = grad_logits.data(), p.grad_first = p.one_layer ? p.grad_logits : grad_first.data();
+  p.units = units.data();
   parallel(p.chunks(), use.backward, p);
 
   // One task sums over the whole batch in the order of the samples: the same bits at any number of threads.
-  std::vector<float> inputs = panels_for(use, p.batch, p.columns()), units = panels_for(use, p.batch, p.hidden);
+  std::vector<float> inputs = panels_for(use, p.batch, p.columns());
   run_pack(use, {.from = p.result,
                  .tail = view_of(z),
                  .depth = p.batch,
@@ -117,27 +125,32 @@ void squeeze_excite_backward(Tensor grad_out, Tensor x, Tensor fc1_weight, Tenso
                  .tail_depth_stride = p.channels,
                  .tail_column_stride = 1,
                  .to = inputs.data()});
-  run_pack(use, {.from = view_of(hidden),
-                 .depth = p.batch,
-                 .columns = p.hidden,
-                 .split = p.hidden,
-                 .depth_stride = p.hidden,
-                 .column_stride = 1,
-                 .to = units.data()});
-  p.input_panels = inputs.data(), p.hidden_panels = units.data();
-  parallel((padded(p.hidden) + padded(p.channels)) / kRowGroup, use.weight_grads, p);
+  p.input_panels = inputs.data();
+  std::vector<float> unit_panels;
+  if (!p.one_layer) {
+    unit_panels = panels_for(use, p.batch, p.hidden);
+    run_pack(use, {.from = {units.data()},
+                   .depth = p.batch,
+                   .columns = p.hidden,
+                   .split = p.hidden,
+                   .depth_stride = p.hidden,
+                   .column_stride = 1,
+                   .to = unit_panels.data()});
+  }
+  p.unit_panels = unit_panels.data();
+  parallel((padded(p.hidden) + (p.one_layer ? 0 : padded(p.channels))) / kRowGroup, use.weight_grads, p);
 }
 
 }  // namespace
 
 FUSED_ATTN_REGISTER(
     squeeze_excite,
-    "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? result, "
-    "Tensor? result_share, Tensor? residual, bool relu, bool channels_last, Tensor(a!) out, Tensor(b!) z, "
-    "Tensor(c!) hidden, Tensor(d!) scale)",
-    "(Tensor grad_out, Tensor x, Tensor fc1_weight, Tensor fc2_weight, Tensor? result, Tensor? out, Tensor z, "
-    "Tensor hidden, Tensor scale, bool channels_last, Tensor(a!) grad_x, Tensor(b!) grad_fc1_weight, "
-    "Tensor(c!) grad_fc1_bias, Tensor(d!) grad_fc2_weight, Tensor(e!) grad_fc2_bias, Tensor(f!) grad_result, "
-    "Tensor(g!) grad_result_share, Tensor(h!) grad_residual)")
+    "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor? fc2_weight, Tensor? fc2_bias, Tensor? result, "
+    "Tensor? result_share, Tensor? residual, bool relu, int hidden_activation, int gate, bool channels_last, "
+    "Tensor(a!) out, Tensor(b!) z, Tensor(c!) preactivation, Tensor(d!) scale)",
+    "(Tensor grad_out, Tensor x, Tensor fc1_weight, Tensor? fc2_weight, Tensor? result, Tensor? out, Tensor z, "
+    "Tensor preactivation, Tensor scale, int hidden_activation, int gate, bool channels_last, Tensor(a!) grad_x, "
+    "Tensor(b!) grad_fc1_weight, Tensor(c!) grad_fc1_bias, Tensor(d!) grad_fc2_weight, Tensor(e!) grad_fc2_bias, "
+    "Tensor(f!) grad_result, Tensor(g!) grad_result_share, Tensor(h!) grad_residual)")
 
 }  // namespace fused_attn::squeeze_excite

@@ -13,16 +13,24 @@ struct Pack {
   float* to;
 };
 
+// As op.py numbers them.
+enum class Activation : int64_t { relu, silu, gelu, hardswish };
+enum class Gate : int64_t { sigmoid, hardsigmoid };
+
 // Maps are dense, (batch, channels, positions) or, channels last, (batch, positions, channels), of one element type.
 struct Problem {
-  int64_t batch, channels, positions, features, hidden;
-  bool channels_last, relu;
+  int64_t batch, channels, positions, features;
+  int64_t hidden;  // outputs of the first layer; with one layer, the channels
+  bool one_layer, channels_last, relu;
+  Activation activation;  // of the hidden units
+  Gate gate;
   bool large;  // maps are streamed past the caches, in which they would not stay
   DType dtype;
   int64_t chunk;  // samples that a thread squeezes, sends through the layers and scales together
   const void* x;
-  TensorView result;                // (batch, features)
-  float *z, *hidden_units, *scale;  // (batch, channels), (batch, hidden), (batch, channels), dense
+  TensorView result;     // (batch, features)
+  float *z, *scale;      // (batch, channels), dense
+  float* preactivation;  // (batch, hidden), dense: outputs of the first layer; unused with one layer
 
   int64_t columns() const { return features + channels; }
   int64_t map() const { return channels * positions; }
@@ -30,7 +38,7 @@ struct Problem {
 };
 
 struct Forward : Problem {
-  const float *fc1, *fc2;   // panels: (columns x hidden), (hidden x channels)
+  const float *fc1, *fc2;   // panels: (columns x hidden), (hidden x channels); no fc2 with one layer, here and below
   TensorView bias1, bias2;  // or nothing
   TensorView share;         // (batch, hidden), or nothing
   const void* residual;     // or null
@@ -40,12 +48,13 @@ struct Forward : Problem {
 struct Backward : Problem {
   const void *grad_out, *out;      // out: null without an activation
   const float *fc2, *fc1;          // panels: (channels x hidden), (hidden x columns)
-  float* grad_logits;              // (batch, padded channels): gradient of the sigmoid's argument
-  float* grad_hidden;              // (batch, padded hidden): gradient of the first layer's output
+  float* grad_logits;              // (batch, padded channels): gradient of the gate's argument
+  float* grad_first;               // (batch, padded hidden): of the first layer's outputs; grad_logits with one layer
+  float* units;                    // (batch, hidden): the hidden units, formed anew
   void *grad_x, *grad_residual;    // grad_residual: or null
   void *grad_result, *grad_share;  // dense, or null
   // For the weights' gradients, sums over the batch:
-  const float *input_panels, *hidden_panels;            // (batch x columns), (batch x hidden)
+  const float *input_panels, *unit_panels;              // (batch x columns), (batch x hidden)
   void *grad_fc1, *grad_bias1, *grad_fc2, *grad_bias2;  // dense
 };
 

@@ -13,6 +13,7 @@ from . import (
     wide_resnet,
 )
 from .registry import create_model, list_models, register_model
+from .weights import load_weights
 
 __all__ = [
     "attention_wise",
@@ -23,6 +24,7 @@ __all__ = [
     "deit",
     "googlenet",
     "list_models",
+    "load_weights",
     "register_model",
     "resnet",
     "se_resnet",

@@ -5,14 +5,18 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..ops._floor.dispatch import IMPLEMENTATIONS
+from .weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -60,15 +64,24 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def create_model(
-    name: str, *, num_classes: int = 10, in_chans: int = 3, impl: str = "auto", **options: Any
+    name: str,
+    *,
+    num_classes: int = 10,
+    in_chans: int = 3,
+    impl: str = "auto",
+    checkpoint: str | os.PathLike[str] | None = None,
+    **options: Any,
 ) -> nn.Module:
-    """Build a model by its name, with fresh weights.
+    """Build a model by its name, with fresh weights or those of a file.
 
     Args:
         name: one of :func:`list_models`, or another member of those families.
         num_classes: outputs of the classifier.
         in_chans: channels of the input images.
         impl: implementation of the package's ops in the model; no influence on models that have none of them.
+        checkpoint: a file of weights, ``.safetensors`` or ``.pth``, of this package or of another implementation whose
+            names are known: torchvision's and timm's ResNet, timm's DeiT and Swin, the MRLA authors' ResNet and DeiT;
+            see :func:`load_weights`.  ``num_classes`` and ``image_size`` are to be the file's.
         options: the keyword arguments of the model's class, such as ``attention_stages``, ``relative``, ``drop_path``,
             ``features_only``.  ``image_size`` has no influence on models that take images of any size.
 
@@ -76,8 +89,9 @@ def create_model(
         The model: (B, in_chans, H, W) -> (B, num_classes) logits, or a list of maps with ``features_only=True``.
 
     Raises:
-        ValueError: the name is unknown, or an option's value is out of range.
+        ValueError: the name is unknown, an option's value is out of range, or the weights in ``checkpoint`` do not fit.
         TypeError: the model has no such option.
+        FileNotFoundError: there is no file ``checkpoint``.
     """
     family = _find(name)
     if family is None:
@@ -100,8 +114,17 @@ def create_model(
         raise TypeError(f"{name} has no option {', '.join(map(repr, unknown))}; its options are {public}")
     if "impl" in accepted:
         options["impl"] = impl
-    numbers = map(int, family.pattern.fullmatch(name).groups())  # type: ignore[union-attr]  # _find has matched it
-    return family.build(*numbers, num_classes=num_classes, in_chans=in_chans, **{**family.defaults, **options})
+    numbers = [*map(int, family.pattern.fullmatch(name).groups())]  # type: ignore[union-attr]  # _find has matched it
+    build = partial(family.build, *numbers, num_classes=num_classes, in_chans=in_chans, **family.defaults)
+    model = build(**options)
+    if checkpoint is not None:
+        unused: set[str] = set()
+        if options.get("features_only"):  # the file's classifier, and stages past the last map
+            with torch.device("meta"):
+                whole = build(**{**options, "features_only": False, "out_indices": None})
+            unused = whole.state_dict().keys() - model.state_dict().keys()
+        load_weights(model, checkpoint, unused)
+    return model
 
 
 def _find(name: str) -> _Family | None:

@@ -20,6 +20,10 @@ def _without_result(**changes: Any) -> Callable[[], dict[str, Any]]:
     return _bad(result=None, fc1_weight=lambda weight: weight[:, 5:], **changes)
 
 
+def _one_layer(**changes: Any) -> Callable[[], dict[str, Any]]:
+    return changed(partial(spec.make_inputs, F32, CPU, **spec.SMALL, one_layer=True), **changes)
+
+
 _TENSORS = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "result", "residual")
 _BAD = (
     BadInput("x no tensor", _bad(x=[1.0]), TypeError, r"x must be a tensor, got list"),
@@ -30,10 +34,16 @@ _BAD = (
     BadInput("x without channels", _bad(x=lambda x: x[:, :0]), ValueError, r"x must have at least one channel"),
     BadInput("fc1_weight none", _bad(fc1_weight=None), TypeError, r"fc1_weight must be a tensor, got NoneType"),
     BadInput(
-        "fc1_weight convolution",
-        _bad(fc1_weight=lambda w: w[:, :, None, None]),
+        "fc1_weight of a larger convolution",
+        _bad(fc1_weight=lambda w: w[:, :, None, None].repeat(1, 1, 3, 3)),
         ValueError,
-        r"fc1_weight must have shape \(hidden, n \+ C\), got \(3, 11, 1, 1\)",
+        r"fc1_weight must have shape \(hidden, n \+ C\) or \(hidden, n \+ C, 1, 1\), got \(3, 11, 3, 3\)",
+    ),
+    BadInput(
+        "fc1_weight rank",
+        _bad(fc1_weight=lambda w: w[:, :, None]),
+        ValueError,
+        r"fc1_weight must have shape \(hidden, n \+ C\) or .*, got \(3, 11, 1\)",
     ),
     BadInput("no hidden channel", _bad(fc1_weight=lambda w: w[:0]), ValueError, r"fc1_weight must .* hidden channel"),
     BadInput(
@@ -67,6 +77,45 @@ _BAD = (
         ValueError,
         r"fc2_weight must have shape \(C, hidden\)=\(6, 3\), got \(3, 6\)",
     ),
+    BadInput(
+        "fc2_weight shape, convolution",
+        _bad(fc2_weight=lambda w: w.t()[:, :, None, None]),
+        ValueError,
+        r"fc2_weight must have shape \(C, hidden\)=\(6, 3\), got \(3, 6, 1, 1\)",
+    ),
+    BadInput(
+        "fc2_weight rank",
+        _bad(fc2_weight=lambda w: w[None]),
+        ValueError,
+        r"fc2_weight must have shape \(C, hidden\) or \(C, hidden, 1, 1\), got \(1, 6, 3\)",
+    ),
+    BadInput("fc2_weight list", _bad(fc2_weight=[1.0]), TypeError, r"fc2_weight must be a tensor, got list"),
+    BadInput(
+        "one layer of another width",
+        _bad(fc2_weight=None, fc2_bias=None),
+        ValueError,
+        r"fc1_weight must have one row per channel, C=6, where fc2_weight is None, got 3",
+    ),
+    BadInput(
+        "one layer, fc2_bias",
+        _one_layer(fc2_bias=torch.zeros(6)),
+        ValueError,
+        r"fc2_bias must be None where fc2_weight is None",
+    ),
+    BadInput(
+        "one layer, hidden_activation",
+        _one_layer(hidden_activation="silu"),
+        ValueError,
+        r"hidden_activation must be left at 'relu' where fc2_weight is None.*, got 'silu'",
+    ),
+    BadInput(
+        "hidden_activation",
+        _bad(hidden_activation="elu"),
+        ValueError,
+        r"hidden_activation must be one of 'relu', 'silu', 'gelu', 'hardswish', got 'elu'",
+    ),
+    BadInput("hidden_activation none", _bad(hidden_activation=None), ValueError, r"hidden_activation .* got None"),
+    BadInput("gate", _bad(gate="relu"), ValueError, r"gate must be one of 'sigmoid', 'hardsigmoid', got 'relu'"),
     BadInput("fc1_bias", _bad(fc1_bias=torch.zeros(4)), ValueError, r"fc1_bias must have shape \(hidden,\)=\(3,\)"),
     BadInput("fc2_bias", _bad(fc2_bias=torch.zeros(3)), ValueError, r"fc2_bias must have shape \(C,\)=\(6,\), got"),
     BadInput("fc1_bias rank", _bad(fc1_bias=lambda b: b[None]), ValueError, r"fc1_bias must have shape \(hidden,\)"),

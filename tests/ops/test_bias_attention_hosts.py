@@ -1,14 +1,10 @@
 """Swin, Swin V2, MaxViT, CoAtNet and LeViT as transformers and timm compute them; skipped where those are not."""
 
-import importlib.machinery
 import re
-import sys
-import types
-from pathlib import Path
 
 import pytest
 import torch
-from equality import assert_same, outputs_and_gradients, randomise
+from equality import assert_same, outputs_and_gradients, randomise, with_parameters
 from swin_v2 import SwinV2Attention
 
 from fused_attn import bias_attention_2d, create_model
@@ -16,20 +12,7 @@ from fused_attn.models.coatnet import CoAtNet
 from fused_attn.models.swin import Swin
 from fused_attn.modules import GridAttention2d, WindowAttention2d
 
-#: Where ``make`` puts them.
-HOSTS = str(Path(sys.prefix) / "hosts")
 SMALL = {"dim": 12, "depths": (2, 2), "heads": (3, 6), "window": 4, "patch_size": 2, "num_classes": 5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _hosts():
-    sys.path.append(HOSTS)
-    yield
-    sys.path.remove(HOSTS)
-
-
-def with_parameters(model, **tensors):
-    return {**tensors, **dict(model.named_parameters())}
 
 
 def check_model(model, host, rename, size, logits=lambda out: out, tolerance=5e-5):
@@ -61,11 +44,6 @@ def check_model(model, host, rename, size, logits=lambda out: out, tolerance=5e-
 
 
 # --- transformers ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    return pytest.importorskip("transformers", minversion="5.0")
 
 
 def hugging_face_config(config, **options):
@@ -124,46 +102,6 @@ def test_swin_v2_of_transformers(transformers, monkeypatch, impl, size):
 
 
 # --- timm -----------------------------------------------------------------------------------------------------------
-
-
-class _Names(type):
-    def __getattr__(cls, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return f"{cls.__name__}.{name}"
-
-
-class _Anything(types.ModuleType):
-    """A module with a class for every name that is asked for."""
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Names(name, (), {})
-
-
-@pytest.fixture(scope="module")
-def timm():
-    """timm imports torchvision for what it does to images; where that does not import, an empty one takes its place."""
-    added = []
-    try:
-        import torchvision.transforms  # noqa: F401
-    except Exception:  # its builds for CUDA raise RuntimeError beside a torch for the CPU
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        below = ("transforms", "transforms.functional", "transforms.v2", "datasets", "datasets.folder", "ops")
-        below = (*below, "ops.misc", "models", "models.feature_extraction")
-        for name in ("torchvision", *(f"torchvision.{name}" for name in below)):
-            module = _Anything(name)
-            module.__path__, module.__spec__ = [], importlib.machinery.ModuleSpec(name, None)
-            sys.modules[name] = module
-            added.append(name)
-            if "." in name:
-                parent, _, last = name.rpartition(".")
-                setattr(sys.modules[parent], last, module)
-    yield pytest.importorskip("timm", minversion="1.0")
-    for name in added:
-        del sys.modules[name]
 
 
 @pytest.mark.parametrize("impl", ["reference", "auto"])

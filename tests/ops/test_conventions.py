@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fused_attn import decomposed_bias_attention, rel_attention_2d
-from fused_attn.ops.rel_attention_2d.conventions import sam_relative_logits
+from fused_attn import decomposed_bias_attention, rel_attention_2d, sam_relative_logits
 
 
 def resized(table, length):

@@ -146,7 +146,9 @@ def test_what_is_kept_of_calls_is_bounded(monkeypatch):
     run = op.squeeze_excite.public(api._check)
     for size in range(1, 10):
         x, weight = torch.randn(1, 4, 1, size), torch.randn(4, 4)
-        out = [run("cpu", x, weight, None, weight, None, None, None, None, None)[0] for _ in range(3)]
+        out = [
+            run("cpu", x, weight, None, weight, None, None, None, None, None, "relu", "sigmoid")[0] for _ in range(3)
+        ]
         assert torch.equal(out[0], out[2])
         assert 1 <= len(run._plans) <= 4
 

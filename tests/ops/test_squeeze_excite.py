@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attn import _extension, squeeze_excite
 from fused_attn.modules import SqueezeExcite, result_shares
@@ -90,8 +91,13 @@ def test_a_sample_does_not_depend_on_the_others(size, channels_last):
 
 
 @needs_extension
-def test_what_is_saved_for_backward():
-    inputs = call(size=(4, 16, 6, 6), hidden=4, features=3, residual=True, relu=True)
+@pytest.mark.parametrize(
+    ("settings", "numbers"),
+    [({}, 16 + 4 + 16), ({"hidden_activation": "silu"}, 16 + 4 + 16), ({"one_layer": True}, 16 + 16)],
+    ids=str,
+)
+def test_what_is_saved_for_backward(settings, numbers):
+    inputs = call(size=(4, 16, 6, 6), hidden=4, features=3, residual=True, relu=True, **settings)
     leaves = {name: value.requires_grad_() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     saved = []
 
@@ -103,8 +109,19 @@ def test_what_is_saved_for_backward():
         out = squeeze_excite(**{**inputs, **leaves}, impl="cpu")
     own = {out.data_ptr(), *(leaf.data_ptr() for leaf in leaves.values())}
     extra = [tensor for tensor in saved if tensor.data_ptr() not in own]
-    assert sum(tensor.numel() for tensor in extra) == 4 * (16 + 4 + 16)
+    assert sum(tensor.numel() for tensor in extra) == 4 * numbers
     assert inputs["residual"].data_ptr() not in {tensor.data_ptr() for tensor in saved}
+
+
+@needs_extension
+@pytest.mark.parametrize("settings", [{"features": 3}, {"one_layer": True, "convolutions": True}], ids=str)
+def test_flops(settings):
+    inputs = call(size=(4, 16, 6, 6), hidden=5, **settings)
+    inputs["x"].requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        squeeze_excite(**inputs, impl="cpu").sum().backward()
+    products = 5 * (3 + 16) + 16 * 5 if "features" in settings else 16 * 16
+    assert counter.get_total_flops() == 3 * 2 * 4 * products
 
 
 @needs_extension
@@ -162,6 +179,26 @@ def test_state_dict_of_the_convolution_form_loads():
     assert torch.equal(again(x), ours(x))
 
 
+@pytest.mark.parametrize("layers", [2, 1])
+def test_module_is_the_op_of_its_options(layers):
+    torch.manual_seed(0)
+    options = {"hidden_activation": "gelu" if layers == 2 else "relu", "gate": "hardsigmoid"}
+    module = SqueezeExcite(8, result_features=3, layers=layers, hidden=5 if layers == 2 else None, **options)
+    sizes = {"fc1": (5, 11), "fc2": (8, 5)} if layers == 2 else {"fc1": (8, 11)}
+    assert {
+        name.removesuffix(".weight"): tensor.shape
+        for name, tensor in module.state_dict().items()
+        if name.endswith("weight")
+    } == sizes
+    x, result = torch.randn(2, 8, 4, 4), torch.randn(2, 3)
+    expected = squeeze_excite(x, *module.parameters(), result=result, **options)
+    assert torch.equal(module(x, result), expected)
+    torch.testing.assert_close(module.scales(x, result)[:, :, None, None] * x, expected)
+    torch.testing.assert_close(module(x, result_share=result_shares([module], result)[0]), expected)
+    module.fc1.register_forward_hook(lambda m, args, out: None)  # the layers are called
+    torch.testing.assert_close(module(x, result), expected)
+
+
 def test_larger_kernels_do_not_load():
     state = ConvolutionForm(16, 4).state_dict()
     state["fc1.weight"] = torch.zeros(4, 16, 3, 3)
@@ -206,6 +243,12 @@ def test_scales_are_those_of_the_op():
         ({"channels": 8, "reduction": 9}, "reduction must leave a hidden channel of channels=8, got 9"),
         ({"channels": 8, "reduction": 2, "result_features": -1}, "result_features must be at least 0, got -1"),
         ({"channels": 8, "reduction": 2, "impl": "fast"}, "impl must be one of 'auto', .* got 'fast'"),
+        ({"channels": 8, "hidden": 0}, "hidden must be at least 1, got 0"),
+        ({"channels": 8, "layers": 3}, "layers must be 1 or 2, got 3"),
+        ({"channels": 8, "layers": 1, "hidden": 2}, "hidden must be None where layers=1: .* got 2"),
+        ({"channels": 8, "layers": 1, "hidden_activation": "silu"}, "hidden_activation must be left at 'relu' where l"),
+        ({"channels": 8, "hidden": 2, "hidden_activation": "elu"}, "hidden_activation must be one of 'relu', .* 'elu'"),
+        ({"channels": 8, "hidden": 2, "gate": "relu"}, "gate must be one of 'sigmoid', 'hardsigmoid', got 'relu'"),
     ],
 )
 def test_bad_modules(arguments, message):

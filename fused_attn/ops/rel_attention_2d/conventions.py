@@ -9,7 +9,7 @@ Which arguments of :func:`~fused_attn.rel_attention_2d` reproduce which code bas
     SAM, ViTDet, MViTv2, equal grids and full tables:        index="query_minus_key", rel_scale=1.0
 
 In the last family the tables may have another length than the grids ask for, and the key grid may be smaller than
-the query grid (MViTv2 pools the keys).  :func:`sam_relative_logits` covers both::
+the query grid (MViTv2 pools the keys).  :func:`~fused_attn.sam_relative_logits` covers both::
 
     bias_h, bias_w = sam_relative_logits(query, rel_h, rel_w, key.shape[2:4])
     out = decomposed_bias_attention(query, key, value, bias_h, bias_w)

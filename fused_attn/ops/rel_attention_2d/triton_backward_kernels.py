@@ -140,6 +140,38 @@ def rel_attention_bwd_dq_kernel(
         query_segment = tiles.load_segments(query_segments_ptr, segments_of * queries + m, live_m, -2)
 
     dq = tl.zeros((BLOCK_M, BLOCK_DK), tl.float32)
+    # Before the loop over the grid, which so holds no more registers than without prefix keys.
+    if prefix_key_ptr is not None:
+        for j0 in range(0, prefixes, BLOCK_P):
+            j = j0 + tl.arange(0, BLOCK_P)
+            live_j = j < prefixes
+            k_block, v_block = tiles.load_prefix(
+                prefix_key_ptr, prefix_value_ptr, batch, head, j, d_k, d_v, live_j[:, None], live_k, live_v,
+                prefix_key_strides, prefix_value_strides,
+            )  # fmt: skip
+            s = tiles.dot(q_block, tl.trans(k_block), None, PRECISION) * scale
+            s = tl.where(live_j[None, :], s, float("-inf"))
+            p = softmax_exp(s - maximum[:, None], EXACT)
+            dp = tiles.dot(do_block, tl.trans(v_block), None, PRECISION)
+            if seed_ptr is not None:
+                column = (key_height * key_width + j)[None, :]
+                dp = tiles.dropped(dp, tiles.keep(key0[:, None], key1[:, None], column, threshold), keep_scale)
+            if DELTA_ONLY:
+                delta += tl.sum(p * dp, 1)
+            else:
+                ds = (p * (dp - delta[:, None])).to(k_block.dtype)
+                if EXACT:
+                    dq += tiles.dot(ds, k_block, None, PRECISION) * inverse_sum[:, None]
+                else:
+                    dq = tiles.dot(ds, k_block, dq, PRECISION)
+        if BLOCK_DK > 64:
+            q_block = tiles.load_again(
+                query_ptr, batch, head, y_m, x_m, d_k, live_m[:, None], live_k, query_strides, QUERY_ALIGN
+            )
+        if BLOCK_DV > 64:
+            do_block = tiles.load_again(
+                grad_out_ptr, batch, head, y_m, x_m, d_v, live_m[:, None], live_v, grad_out_strides, 1
+            )
     for x0 in range(0, BLOCK_W if ONE_STRIP else key_width, BLOCK_W):
         col_tile = tiles.along(col_ptrs, x0, col_logits_strides)
         live_w = (x0 + w < key_width)[None, :]
@@ -208,30 +240,6 @@ def rel_attention_bwd_dq_kernel(
             shift = tiles.int64(x0) * grad_col_logits_strides[4]
             col_mask = live_m[:, None] & live_w
             tl.store(grad_col_ptrs + shift, d_col_logits.to(grad_col_ptrs.dtype.element_ty), mask=col_mask)
-
-    if prefix_key_ptr is not None:
-        for j0 in range(0, prefixes, BLOCK_P):
-            j = j0 + tl.arange(0, BLOCK_P)
-            live_j = j < prefixes
-            k_block, v_block = tiles.load_prefix(
-                prefix_key_ptr, prefix_value_ptr, batch, head, j, d_k, d_v, live_j[:, None], live_k, live_v,
-                prefix_key_strides, prefix_value_strides,
-            )  # fmt: skip
-            s = tiles.dot(q_block, tl.trans(k_block), None, PRECISION) * scale
-            s = tl.where(live_j[None, :], s, float("-inf"))
-            p = softmax_exp(s - maximum[:, None], EXACT)
-            dp = tiles.dot(do_block, tl.trans(v_block), None, PRECISION)
-            if seed_ptr is not None:
-                column = (key_height * key_width + j)[None, :]
-                dp = tiles.dropped(dp, tiles.keep(key0[:, None], key1[:, None], column, threshold), keep_scale)
-            if DELTA_ONLY:
-                delta += tl.sum(p * dp, 1)
-            else:
-                ds = (p * (dp - delta[:, None])).to(k_block.dtype)
-                if EXACT:
-                    dq += tiles.dot(ds, k_block, None, PRECISION) * inverse_sum[:, None]
-                else:
-                    dq = tiles.dot(ds, k_block, dq, PRECISION)
 
     if DELTA_ONLY:
         tl.store(per_query_ptr + total + index, delta * inverse_sum, mask=live_m)

@@ -32,6 +32,11 @@ _COMPILE_SHAPES: dict[str, tuple] = {
     "free table 16x16, d 64": ((16, 16), 64, 64, torch.bfloat16, {"logits": False, "table": True}),
     "14x14, d 64, prefix": ((14, 14), 64, 64, torch.bfloat16, {"prefixes": 1}),
     "14x14, d 64, prefix, float32": ((14, 14), 64, 64, torch.float32, {"prefixes": 1}),
+    "14x14, d 96": ((14, 14), 96, 96, torch.bfloat16, {}),
+    "14x14, d 96, prefix": ((14, 14), 96, 96, torch.bfloat16, {"prefixes": 1}),
+    "14x14, d 96, prefix, float32": ((14, 14), 96, 96, torch.float32, {"prefixes": 1}),
+    "56x56, d 96": ((56, 56), 96, 96, torch.bfloat16, {}),
+    "free table 14x14, d 96": ((14, 14), 96, 96, torch.bfloat16, {"logits": False, "table": True, "segments": True}),
 }
 
 COMPILE_NOTES = """

@@ -155,6 +155,26 @@ def rel_attention_fwd_kernel(
     # Cast from float32: the interpreter of Triton 3.6 makes no bfloat16 constants.
     one = tl.full((1, 1), 1.0, tl.float32).to(value_ptr.dtype.element_ty)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    # Before the loop over the grid, which so holds no more registers than without prefix keys.
+    if prefix_key_ptr is not None:
+        for j0 in range(0, prefixes, BLOCK_P):
+            j = j0 + tl.arange(0, BLOCK_P)
+            live_j = j < prefixes
+            k_block, v_block = tiles.load_prefix(
+                prefix_key_ptr, prefix_value_ptr, batch, head, j, d_k, d_v, live_j[:, None], live_k, live_v,
+                prefix_key_strides, prefix_value_strides,
+            )  # fmt: skip
+            if ONES_COLUMN:
+                v_block = tl.where((d_v == D_V)[None, :], one, v_block)
+            s = tiles.dot(q_block, tl.trans(k_block), None, PRECISION) * scale
+            s = tl.where(live_j[None, :], s, float("-inf"))
+            m_i, l_i, acc = _attend(
+                s, v_block, m_i, l_i, acc, key0, key1, key_height * key_width + j, threshold, keep_scale, ONES_COLUMN,
+                EXACT, PRECISION,
+            )  # fmt: skip
+        q_block = tiles.load_again(
+            query_ptr, batch, head, y_m, x_m, d_k, live_m[:, None], live_k, query_strides, QUERY_ALIGN
+        )
     for x0 in range(0, BLOCK_W if ONE_STRIP else key_width, BLOCK_W):
         col_tile = tiles.along(col_ptrs, x0, col_logits_strides)
         live_w = (x0 + w < key_width)[None, :]
@@ -189,22 +209,6 @@ def rel_attention_fwd_kernel(
             m_i, l_i, acc = _attend(
                 s, v_block, m_i, l_i, acc, key0, key1, y * key_width + x, threshold, keep_scale, ONES_COLUMN, EXACT,
                 PRECISION,
-            )  # fmt: skip
-    if prefix_key_ptr is not None:
-        for j0 in range(0, prefixes, BLOCK_P):
-            j = j0 + tl.arange(0, BLOCK_P)
-            live_j = j < prefixes
-            k_block, v_block = tiles.load_prefix(
-                prefix_key_ptr, prefix_value_ptr, batch, head, j, d_k, d_v, live_j[:, None], live_k, live_v,
-                prefix_key_strides, prefix_value_strides,
-            )  # fmt: skip
-            if ONES_COLUMN:
-                v_block = tl.where((d_v == D_V)[None, :], one, v_block)
-            s = tiles.dot(q_block, tl.trans(k_block), None, PRECISION) * scale
-            s = tl.where(live_j[None, :], s, float("-inf"))
-            m_i, l_i, acc = _attend(
-                s, v_block, m_i, l_i, acc, key0, key1, key_height * key_width + j, threshold, keep_scale, ONES_COLUMN,
-                EXACT, PRECISION,
             )  # fmt: skip
 
     if ONES_COLUMN:

@@ -130,10 +130,14 @@ _TILES_BY_FAMILY = {
     ("sm_80", "forward", 128): Tile(64, 32, 8, 2),
     ("sm_80", "forward", 256): Tile(64, 32, 8, 1),
     ("sm_80", "backward_dq", 64): Tile(64, 32, 4, 2),
-    ("sm_80", "backward_dq", 128): Tile(64, 32, 8, 1),
+    ("sm_80", "backward_dq", 128): Tile(32, 32, 8, 1),
     ("sm_80", "backward_dkv", 32): Tile(64, 64, 8, 1),
     ("sm_80", "backward_dkv", 64): Tile(32, 64, 8, 1),
-    ("sm_90", "backward_dkv", 128): Tile(16, 64, 4, 1),
+    ("sm_80", "backward_dkv", 128): Tile(32, 64, 8, 1),
+    ("sm_90", "forward", 128): Tile(64, 64, 8, 2),
+    ("sm_90", "backward_dq", 128): Tile(128, 32, 8, 1),
+    ("sm_90", "backward_dkv", 128): Tile(16, 128, 8, 1),
+    ("sm_100", "forward", 128): Tile(128, 64, 8, 2),
     ("sm_100", "forward", 256): Tile(64, 32, 8, 1),
     ("sm_100", "backward_dkv", 32): Tile(64, 64, 4, 1),
 }
@@ -155,26 +159,40 @@ _TILES_FLOAT32 = {
     "backward_dkv": {32: Tile(32, 32, 4, 1), 64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 4, 1)},
     "backward_table": {32: Tile(32, 32, 4, 1), 64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 4, 1)},
 }
-
-
-# With biases that are read for every score.
+# Where a family's compiler makes the tile above spill.
+_TILES_FLOAT32_BY_FAMILY = {
+    ("sm_80", "backward_dkv", 128): Tile(16, 32, 8, 1),
+    ("sm_100", "backward_dkv", 128): Tile(16, 32, 8, 1),
+}
+# With biases that are read for every score: of a precision, or of the 16-bit types in a family.
 _TILES_WITH_TABLE = {
     ("16 bits", "forward", 32): Tile(128, 32, 4, 2),
     ("float32", "forward", 32): Tile(32, 32, 4, 1),
+    ("sm_100", "forward", 128): Tile(64, 64, 8, 2),
+    ("sm_80", "backward_dq", 128): Tile(64, 32, 8, 1),  # as many keys as without a table: ``strips`` counts on it
 }
+# With prefix keys, in 16-bit types.
+_TILES_WITH_PREFIX = {("sm_80", "forward", 64): Tile(64, 32, 8, 2)}
 
 
-def choose_tile(kernel: str, arch: str, dtype: torch.dtype, block_dk: int, block_dv: int, table: bool) -> Tile:
-    """Tile of ``kernel`` ``kernel`` ("forward", "backward_dq", "backward_dkv" or "backward_table") on on ``arch``."""
+def choose_tile(
+    kernel: str, arch: str, dtype: torch.dtype, block_dk: int, block_dv: int, table: bool, prefix: bool
+) -> Tile:
+    """Tile of ``kernel`` ("forward", "backward_dq", "backward_dkv" or "backward_table") on ``arch``."""
     bucket = max(32, block_dk, block_dv)
+    amd = arch.startswith("gfx")
+    family = "gfx" if amd else {"sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}.get(arch, "sm_80")
     precision = "float32" if dtype == torch.float32 else "16 bits"
     if table and (precision, kernel, bucket) in _TILES_WITH_TABLE:
         return _TILES_WITH_TABLE[precision, kernel, bucket]
     if dtype == torch.float32:
-        return _TILES_FLOAT32[kernel][bucket]
-    if arch.startswith("gfx"):
+        return _TILES_FLOAT32_BY_FAMILY.get((family, kernel, bucket), _TILES_FLOAT32[kernel][bucket])
+    if amd:
         return _TILES_AMD[kernel][bucket]
-    family = {"sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}.get(arch, "sm_80")
+    if table and (family, kernel, bucket) in _TILES_WITH_TABLE:
+        return _TILES_WITH_TABLE[family, kernel, bucket]
+    if prefix and (family, kernel, bucket) in _TILES_WITH_PREFIX:
+        return _TILES_WITH_PREFIX[family, kernel, bucket]
     return _TILES_BY_FAMILY.get((family, kernel, bucket), _TILES_NVIDIA[kernel][bucket])
 
 
@@ -199,11 +217,11 @@ def key_tile(block_n: int, height: int, width: int) -> tuple[int, int]:
 
 @functools.cache
 def _blocks(
-    kernel: str, arch: str, dtype: torch.dtype, d_k: int, d_v: int, table: bool = False
+    kernel: str, arch: str, dtype: torch.dtype, d_k: int, d_v: int, table: bool = False, prefix: bool = False
 ) -> tuple[Tile, int, int]:
     """Tile of a kernel and the padded depths of key and value."""
     block_dk, block_dv = (max(16, triton.next_power_of_2(depth)) for depth in (d_k, d_v))
-    return choose_tile(kernel, arch, dtype, block_dk, block_dv, table), block_dk, block_dv
+    return choose_tile(kernel, arch, dtype, block_dk, block_dv, table, prefix), block_dk, block_dv
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -271,11 +289,12 @@ def _launch_over_queries(
     query, key, value = common["query_ptr"], common["key_ptr"], common["value_ptr"]
     batch, heads, height, width, d_k = query.shape
     key_height, key_width = key.shape[2:4]
-    tile, block_dk, block_dv = _blocks(name, arch, query.dtype, d_k, value.shape[4], terms.bias_table is not None)
+    table, prefix = terms.bias_table, terms.prefix_key
+    depths = d_k, value.shape[4]
+    tile, block_dk, block_dv = _blocks(name, arch, query.dtype, *depths, table is not None, prefix is not None)
     rows, columns = key_tile(tile.block_n, key_height, key_width)
     queries = height * width
     block_m = max(16, min(tile.block_m, bucket_size(queries)))
-    prefix = terms.prefix_key
     prefixes = None if prefix is None else prefix.shape[3]
     arguments = {
         **common,

@@ -63,6 +63,14 @@ def load(ptr, batch, head, y, x, depth, live, live_depth, strides, ALIGN: tl.con
 
 
 @triton.jit
+def load_again(ptr, batch, head, y, x, depth, live, live_depth, strides, ALIGN: tl.constexpr):
+    """As ``load``, of a block that an earlier loop used: one load would keep the block for both loops in the layouts of
+    both, which deep ones have no registers for.  Volatile, or the compiler makes one load of the two."""
+    block_ptrs = pointers(ptr, batch, head, y, x, depth, strides, ALIGN)
+    return tl.load(block_ptrs, mask=live & live_depth, other=0.0, volatile=True)
+
+
+@triton.jit
 def along(pointers, first, strides):
     """Pointers from ``first`` of the depth on, if any."""
     if pointers is not None:

@@ -13,7 +13,7 @@ from .._floor import dispatch
 from .._floor.plain import is_plain, why_not_plain
 from ..layer_attention import weighted_layer_sum
 from . import op, reference
-from .api import ACTIVATIONS, squeeze_excite
+from .api import ACTIVATIONS, GATES, HIDDEN_ACTIVATIONS, check_choice, squeeze_excite
 
 
 class SqueezeExcite(nn.Module):
@@ -28,18 +28,23 @@ class SqueezeExcite(nn.Module):
 
     Args:
         channels: C of the feature map.
-        reduction: the hidden width is ``channels // reduction``.
+        reduction: the hidden width is ``channels // reduction``, unless ``hidden`` names it.
         result_features: features n of the result; 0: plain squeeze-excite.
-        bias: whether the two layers have a bias.
+        hidden: the hidden width; None: by ``reduction``.
+        layers: 2, or 1 as in Effective SE: ``fc1`` from C to C channels, ``fc2`` None, no hidden width.
+        hidden_activation: ``"relu"``, ``"silu"``, ``"gelu"`` or ``"hardswish"``; ``"relu"`` with one layer.
+        gate: ``"sigmoid"`` or ``"hardsigmoid"``.
+        bias: whether the layers have a bias.
         impl: implementation of the op; not part of the state dict, so weights load across implementations.
 
     Shapes: input (B, C, H, W), output (B, C, H, W).
 
     Raises:
-        ValueError: an argument is out of range, ``reduction`` leaves no hidden channel, a result is missing, not
-            expected, or of the wrong width or batch.
+        ValueError: an argument is out of range, ``reduction`` leaves no hidden channel, one layer is given what only
+            two have, a result is missing, not expected, or of the wrong width or batch.
 
-    Source: Hu et al. 2017, "Squeeze-and-Excitation Networks"; Ye, "Introduce the Result Into Self-Attention".
+    Source: Hu et al. 2017, "Squeeze-and-Excitation Networks"; Ye, "Introduce the Result Into Self-Attention"; one
+    layer: Lee and Park 2019, "CenterMask: Real-Time Anchor-Free Instance Segmentation".
     """
 
     def __init__(
@@ -48,6 +53,10 @@ class SqueezeExcite(nn.Module):
         reduction: int = 16,
         result_features: int = 0,
         *,
+        hidden: int | None = None,
+        layers: int = 2,
+        hidden_activation: str = "relu",
+        gate: str = "sigmoid",
         bias: bool = True,
         impl: str = "auto",
         device: torch.device | str | None = None,
@@ -57,19 +66,37 @@ class SqueezeExcite(nn.Module):
         for name, value in (("channels", channels), ("reduction", reduction)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if reduction > channels:
-            raise ValueError(f"reduction must leave a hidden channel of channels={channels}, got {reduction}")
+        if layers not in (1, 2):
+            raise ValueError(f"layers must be 1 or 2, got {layers!r}")
+        check_choice("hidden_activation", hidden_activation, HIDDEN_ACTIVATIONS)
+        check_choice("gate", gate, GATES)
+        if layers == 1:
+            if hidden is not None:
+                raise ValueError(f"hidden must be None where layers=1: there is no hidden layer, got {hidden}")
+            if hidden_activation != "relu":
+                raise ValueError(
+                    "hidden_activation must be left at 'relu' where layers=1: there is no hidden layer, "
+                    f"got {hidden_activation!r}"
+                )
+        elif hidden is None:
+            if reduction > channels:
+                raise ValueError(f"reduction must leave a hidden channel of channels={channels}, got {reduction}")
+        elif hidden < 1:
+            raise ValueError(f"hidden must be at least 1, got {hidden}")
         if result_features < 0:
             raise ValueError(f"result_features must be at least 0, got {result_features}")
         implementations = ("auto", *op.squeeze_excite.can_run)
         if impl not in implementations:
             raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")
-        self.channels, self.reduction, self.result_features = channels, reduction, result_features
+        self.channels, self.result_features = channels, result_features
+        #: None where it says nothing: the hidden width was named, or there is one layer.
+        self.reduction = reduction if layers == 2 and hidden is None else None
+        self.hidden_activation, self.gate = hidden_activation, gate
         self.impl = impl
-        hidden = channels // reduction
         options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(result_features + channels, hidden, **options)
-        self.fc2 = nn.Linear(hidden, channels, **options)
+        width = channels if layers == 1 else hidden or channels // reduction
+        self.fc1 = nn.Linear(result_features + channels, width, **options)
+        self.fc2 = nn.Linear(width, channels, **options) if layers == 2 else None
 
     def forward(
         self,
@@ -98,10 +125,11 @@ class SqueezeExcite(nn.Module):
                 result_share=result_share,
                 residual=residual,
                 activation=activation,
+                hidden_activation=self.hidden_activation,
+                gate=self.gate,
                 impl=self.impl,
             )
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+        check_choice("activation", activation, ACTIVATIONS)
         if residual is not None and residual.shape != x.shape:
             expected = f"(B, C, H, W)={tuple(x.shape)}"
             raise ValueError(f"residual must have shape {expected}, got {tuple(residual.shape)}")
@@ -120,19 +148,25 @@ class SqueezeExcite(nn.Module):
         """The gates alone, (B, C), in plain PyTorch: for plots of how much they differ between channels."""
         self._check(x, result, result_share)
         if self._plain():
-            return reference.scales(x, *self._layers(result_share), result, result_share)
+            return reference.scales(
+                x, *self._layers(result_share), result, result_share, self.hidden_activation, self.gate
+            )
         z = x.mean((2, 3))
         if result_share is None:
-            hidden = self.fc1(z if result is None else torch.cat((result, z), 1))
+            first = self.fc1(z if result is None else torch.cat((result, z), 1))
         else:
-            hidden = F.linear(z, self.fc1.weight[:, self.result_features :], self.fc1.bias) + result_share
-        return torch.sigmoid(self.fc2(F.relu(hidden)))
+            first = F.linear(z, self.fc1.weight[:, self.result_features :], self.fc1.bias) + result_share
+        if self.fc2 is not None:
+            first = self.fc2(reference.HIDDEN_ACTIVATIONS[self.hidden_activation](first))
+        return reference.GATES[self.gate](first)
 
     def _plain(self) -> bool:
-        return is_plain(self.fc1, nn.Linear) and is_plain(self.fc2, nn.Linear)
+        return is_plain(self.fc1, nn.Linear) and (self.fc2 is None or is_plain(self.fc2, nn.Linear))
 
-    def _layers(self, result_share: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _layers(self, result_share: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         weight = self.fc1.weight if result_share is None else self.fc1.weight[:, self.result_features :]
+        if self.fc2 is None:
+            return weight, self.fc1.bias, None, None
         return weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
 
     def _check(self, x: Tensor, result: Tensor | None, result_share: Tensor | None) -> None:
@@ -156,9 +190,8 @@ class SqueezeExcite(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.channels}, reduction={self.reduction}, result_features={self.result_features}, impl={self.impl!r}"
-        )
+        sizes = f"{self.channels}, reduction={self.reduction}, result_features={self.result_features}"
+        return f"{sizes}, hidden_activation={self.hidden_activation!r}, gate={self.gate!r}, impl={self.impl!r}"
 
 
 def result_shares(modules: Sequence[SqueezeExcite], result: Tensor) -> tuple[Tensor, ...]:

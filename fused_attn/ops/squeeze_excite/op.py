@@ -15,25 +15,32 @@ def _empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(x))
 
 
-def _allocate(x: Tensor, fc1_weight: Tensor, *_) -> tuple[Tensor, ...]:
+def _allocate(x: Tensor, fc1_weight: Tensor, fc1_bias, fc2_weight, *_) -> tuple[Tensor | None, ...]:
     batch, channels = x.shape[:2]
+
+    def of_width(width: int) -> Tensor:
+        return x.new_empty(batch, width, dtype=torch.float32)
+
     return (
         _empty_like(x),
-        *(x.new_empty(batch, width, dtype=torch.float32) for width in (channels, fc1_weight.shape[0], channels)),
+        of_width(channels),
+        None if fc2_weight is None else of_width(fc1_weight.shape[0]),
+        of_width(channels),
     )
 
 
 def _allocate_backward(
-    grad_out, x, fc1_weight, fc2_weight, result, active, z, hidden, scale, share_grad, residual_grad
-) -> tuple[Tensor, ...]:  # fmt: skip
+    grad_out, x, fc1_weight, fc2_weight, result, active, z, preactivation, scale, hidden_activation, gate, share_grad,
+    residual_grad,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients, unwritten; None for those that were not asked for."""
     width, (batch, channels) = fc1_weight.shape[0], x.shape[:2]
     return (
         _empty_like(x),
         empty_contiguous(fc1_weight),
         x.new_empty(width),
-        empty_contiguous(fc2_weight),
-        x.new_empty(channels),
+        None if fc2_weight is None else empty_contiguous(fc2_weight),
+        None if fc2_weight is None else x.new_empty(channels),
         None if result is None else empty_contiguous(result),
         x.new_empty(batch, width) if share_grad else None,
         _empty_like(x) if residual_grad else None,
@@ -41,28 +48,37 @@ def _allocate_backward(
 
 
 _cpp_forward, _cpp_backward = cpp("squeeze_excite_forward"), cpp("squeeze_excite_backward")
+#: The numbers by which csrc/squeeze_excite/kernels.h knows the functions.
+_HIDDEN_ACTIVATIONS, _GATES = (
+    {name: place for place, name in enumerate(names)} for names in (reference.HIDDEN_ACTIVATIONS, reference.GATES)
+)
 
 
-def _forward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual, relu, *outputs) -> None:
+def _forward(
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual, relu, hidden_activation, gate,
+    *outputs,
+) -> None:  # fmt: skip
     form = memory_format(x)
     _cpp_forward(
         in_format(x, form), fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share,
-        in_format(residual, form), relu, form == torch.channels_last, *outputs,
+        in_format(residual, form), relu, _HIDDEN_ACTIVATIONS[hidden_activation], _GATES[gate],
+        form == torch.channels_last, *outputs,
     )  # fmt: skip
 
 
 def _backward(
-    grad_out, x, fc1_weight, fc2_weight, result, active, z, hidden, scale, share_grad, residual_grad, *grads
+    grad_out, x, fc1_weight, fc2_weight, result, active, z, preactivation, scale, hidden_activation, gate, share_grad,
+    residual_grad, *grads,
 ) -> None:  # fmt: skip
     form = memory_format(x)
     _cpp_backward(
-        in_format(grad_out, form), in_format(x, form), fc1_weight, fc2_weight, result, active, z, hidden, scale,
-        form == torch.channels_last, *grads,
+        in_format(grad_out, form), in_format(x, form), fc1_weight, fc2_weight, result, active, z, preactivation, scale,
+        _HIDDEN_ACTIVATIONS[hidden_activation], _GATES[gate], form == torch.channels_last, *grads,
     )  # fmt: skip
 
 
 #: Places among the operator's arguments and outputs.
-_SHARE, _RESIDUAL, _RELU, _OUT = 6, 7, 8, 9
+_SHARE, _RESIDUAL, _RELU, _OUT = 6, 7, 8, 11
 
 
 def _complete(arguments: tuple, grads: tuple) -> tuple:
@@ -78,19 +94,20 @@ def _autocast(x: Tensor, *rest: Tensor | None) -> tuple:
     return (x, *parameters, residual)
 
 
-def _flops(x, fc1_weight, *_, **__) -> int:
-    hidden, columns = fc1_weight
-    return 2 * x[0] * hidden * (columns + x[1])
+def _flops(x, fc1_weight, fc1_bias, fc2_weight, *_, **__) -> int:
+    rows, columns = fc1_weight[:2]
+    return 2 * x[0] * rows * (columns + (0 if fc2_weight is None else x[1]))
 
 
 squeeze_excite = Operators(
     "squeeze_excite",
-    "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? result, "
-    "Tensor? result_share, Tensor? residual, bool relu) -> (Tensor out, Tensor z, Tensor hidden, Tensor scale)",
-    "(Tensor grad_out, Tensor x, Tensor fc1_weight, Tensor fc2_weight, Tensor? result, Tensor? active, Tensor z, "
-    "Tensor hidden, Tensor scale, bool share_grad, bool residual_grad) -> (Tensor grad_x, Tensor grad_fc1_weight, "
-    "Tensor grad_fc1_bias, Tensor grad_fc2_weight, Tensor grad_fc2_bias, Tensor grad_result, "
-    "Tensor grad_result_share, Tensor grad_residual)",
+    "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor? fc2_weight, Tensor? fc2_bias, Tensor? result, "
+    "Tensor? result_share, Tensor? residual, bool relu, str hidden_activation, str gate) -> (Tensor out, Tensor z, "
+    "Tensor preactivation, Tensor scale)",
+    "(Tensor grad_out, Tensor x, Tensor fc1_weight, Tensor? fc2_weight, Tensor? result, Tensor? active, Tensor z, "
+    "Tensor preactivation, Tensor scale, str hidden_activation, str gate, bool share_grad, bool residual_grad) -> "
+    "(Tensor grad_x, Tensor grad_fc1_weight, Tensor grad_fc1_bias, Tensor grad_fc2_weight, Tensor grad_fc2_bias, "
+    "Tensor grad_result, Tensor grad_result_share, Tensor grad_residual)",
     allocate=_allocate,
     allocate_backward=_allocate_backward,
     kernels={
@@ -100,7 +117,7 @@ squeeze_excite = Operators(
     autocast=_autocast,
     reference=reference.squeeze_excite,
     flops=_flops,
-    flops_backward=lambda grad_out, x, fc1_weight, *_, **__: 2 * _flops(x, fc1_weight),
+    flops_backward=lambda grad_out, x, fc1_weight, fc2_weight, *_, **__: 2 * _flops(x, fc1_weight, None, fc2_weight),
     derived={
         # The output, whose sign says where the activation let pass.
         "active": lambda values, needs: values[_OUT] if values[_RELU] else None,

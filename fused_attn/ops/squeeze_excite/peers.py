@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._floor.declarations import Peer
+from . import reference
 
 
 def _finish(x: Tensor, scale: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
@@ -20,38 +21,52 @@ def _finish(x: Tensor, scale: Tensor, residual: Tensor | None, activation: str |
     return F.relu(out, inplace=True) if activation == "relu" else out
 
 
+def _activated(hidden_activation: str, hidden: Tensor) -> Tensor:
+    """The hidden units, in place where PyTorch can."""
+    function = reference.HIDDEN_ACTIVATIONS[hidden_activation]
+    return function(hidden) if hidden_activation == "gelu" else function(hidden, inplace=True)
+
+
 def _linear(inputs: Mapping[str, Any]) -> Callable[..., Tensor]:
-    """Pooling and two ``Linear`` layers (SENet, the paper's networks)."""
+    """Pooling and ``Linear`` layers (SENet, the paper's networks)."""
 
     def run(
-        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *, result=None, result_share=None, residual=None, activation=None
-    ):
+        x, fc1_weight, fc1_bias, fc2_weight=None, fc2_bias=None, *, result=None, result_share=None, residual=None,
+        activation=None, hidden_activation="relu", gate="sigmoid",
+    ):  # fmt: skip
         z = x.mean((2, 3))
         if result is not None:
             z = torch.cat((result, z), 1)
-        hidden = F.linear(z, fc1_weight, fc1_bias)
+        logits = F.linear(z, fc1_weight.flatten(1), fc1_bias)
         if result_share is not None:
-            hidden = hidden + result_share
-        scale = F.linear(F.relu(hidden, inplace=True), fc2_weight, fc2_bias).sigmoid()
-        return _finish(x, scale[:, :, None, None], residual, activation)
+            logits = logits + result_share
+        if fc2_weight is not None:
+            logits = F.linear(_activated(hidden_activation, logits), fc2_weight.flatten(1), fc2_bias)
+        return _finish(x, reference.GATES[gate](logits)[:, :, None, None], residual, activation)
 
     return run
 
 
+def _kernels_1x1(weight: Tensor) -> Tensor:
+    return weight if weight.dim() == 4 else weight[:, :, None, None]
+
+
 def _convolution(inputs: Mapping[str, Any]) -> Callable[..., Tensor]:
-    """Adaptive pooling and two 1x1 convolutions (torchvision, timm)."""
+    """Adaptive pooling and 1x1 convolutions (torchvision, timm)."""
 
     def run(
-        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *, result=None, result_share=None, residual=None, activation=None
-    ):
+        x, fc1_weight, fc1_bias, fc2_weight=None, fc2_bias=None, *, result=None, result_share=None, residual=None,
+        activation=None, hidden_activation="relu", gate="sigmoid",
+    ):  # fmt: skip
         z = F.adaptive_avg_pool2d(x, 1)
         if result is not None:
             z = torch.cat((result[:, :, None, None], z), 1)
-        hidden = F.conv2d(z, fc1_weight[:, :, None, None], fc1_bias)
+        logits = F.conv2d(z, _kernels_1x1(fc1_weight), fc1_bias)
         if result_share is not None:
-            hidden = hidden + result_share[:, :, None, None]
-        scale = F.conv2d(F.relu(hidden, inplace=True), fc2_weight[:, :, None, None], fc2_bias).sigmoid()
-        return _finish(x, scale, residual, activation)
+            logits = logits + result_share[:, :, None, None]
+        if fc2_weight is not None:
+            logits = F.conv2d(_activated(hidden_activation, logits), _kernels_1x1(fc2_weight), fc2_bias)
+        return _finish(x, reference.GATES[gate](logits), residual, activation)
 
     return run
 

@@ -7,7 +7,7 @@ the plans; ``compile_cases`` gives the same plans over meta tensors to the compi
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._floor.launch import Launch, checked, compiler_options
 from .._floor.layout import in_format, memory_format
-from . import triton_kernels
+from . import reference, triton_kernels
 
 #: Elements of a tile: 16 for each thread of 4 warps, two 16-byte loads of bfloat16.
 _TILE = 2048
@@ -112,8 +112,39 @@ def _float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float()
 
 
+def _matrix(weight: Tensor) -> Tensor:
+    """The weight of a linear layer or a 1x1 convolution, in float32."""
+    return weight.flatten(1).float()
+
+
+_BELOW_ONE = 1.0 - torch.finfo(torch.float32).eps / 2
+#: name -> gradient of the hidden activation's argument, of the gradient of its value and of the argument.
+_ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
+    "silu": torch.ops.aten.silu_backward,
+    "gelu": torch.ops.aten.gelu_backward,
+    "hardswish": torch.ops.aten.hardswish_backward,
+}
+
+
+def _scale_of(logits: Tensor, gate: str) -> Tensor:
+    scale = reference.GATES[gate](logits)
+    if gate == "hardsigmoid":
+        # Below 1 wherever x < 3, though x + 3 may round to 6: the scale alone then says where the gate has a slope.
+        scale = torch.where(logits < 3.0, scale.clamp(max=_BELOW_ONE), scale)
+    return scale
+
+
+def _through_gate(grad: Tensor, scale: Tensor, gate: str) -> Tensor:
+    """The gradient of the gate's argument from that of its value, ``scale``."""
+    if gate == "sigmoid":
+        return grad.mul_(scale * (1.0 - scale))
+    return torch.where((scale > 0.0) & (scale < 1.0), grad * (1.0 / 6.0), 0.0)
+
+
 def forward(
-    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual, relu, out, z, hidden, scale
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual, relu, hidden_activation, gate,
+    out, z, preactivation, scale,
 ) -> None:  # fmt: skip
     """Forward of the operators in op.py."""
     if x.shape[0] == 0:
@@ -121,22 +152,25 @@ def forward(
     form = memory_format(x)
     x, residual = in_format(x, form), in_format(residual, form)
     features = 0 if result is None else result.shape[1]
-    weight = fc1_weight.float()
+    weight = _matrix(fc1_weight)
     with torch.cuda.device_of(x):
         plan_squeeze(x, z).run()
-        units = F.linear(z, weight[:, features:], _float(fc1_bias))
+        first = F.linear(z, weight[:, features:], _float(fc1_bias))
         if result is not None:
-            units.addmm_(result.float(), weight[:, :features].t())
+            first.addmm_(result.float(), weight[:, :features].t())
         if result_share is not None:
-            units += result_share
-        torch.relu_(units)
-        hidden.copy_(units)
-        scale.copy_(F.linear(units, fc2_weight.float(), _float(fc2_bias)).sigmoid_())
+            first += result_share
+        if fc2_weight is not None:
+            preactivation.copy_(first)
+            hidden = reference.HIDDEN_ACTIVATIONS[hidden_activation](first)
+            first = F.linear(hidden, _matrix(fc2_weight), _float(fc2_bias))
+        scale.copy_(_scale_of(first, gate))
         plan_scale(x, scale, residual, out, relu).run()
 
 
 def backward(
-    grad_out, x, fc1_weight, fc2_weight, result, active, z, hidden, scale, share_grad, residual_grad, *grads
+    grad_out, x, fc1_weight, fc2_weight, result, active, z, preactivation, scale, hidden_activation, gate, share_grad,
+    residual_grad, *grads,
 ) -> None:  # fmt: skip
     """Backward of the operators in op.py."""
     if x.shape[0] == 0:
@@ -147,27 +181,30 @@ def backward(
     form = memory_format(x)
     x, grad_out = in_format(x, form), in_format(grad_out, form)
     features = 0 if result is None else result.shape[1]
-    weight = fc1_weight.float()
+    weight, grad_w1 = _matrix(fc1_weight), grad_w1.flatten(1)
     with torch.cuda.device_of(x):
-        logits = torch.empty_like(scale)
-        plan_scale_backward(grad_out, active, x, grad_residual if residual_grad else None, logits).run()
-        logits *= scale * (1.0 - scale)
-        grad_w2.copy_(logits.t() @ hidden)
-        grad_b2.copy_(logits.sum(0))
-        units = (logits @ fc2_weight.float()).masked_fill_(hidden <= 0.0, 0.0)
-        grad_w1[:, features:].copy_(units.t() @ z)
-        grad_b1.copy_(units.sum(0))
+        grad_first = torch.empty_like(scale)
+        plan_scale_backward(grad_out, active, x, grad_residual if residual_grad else None, grad_first).run()
+        grad_first = _through_gate(grad_first, scale, gate)
+        if fc2_weight is not None:
+            hidden = reference.HIDDEN_ACTIVATIONS[hidden_activation](preactivation)
+            grad_w2.flatten(1).copy_(grad_first.t() @ hidden)
+            grad_b2.copy_(grad_first.sum(0))
+            grad_hidden = grad_first @ _matrix(fc2_weight)
+            grad_first = _ACTIVATION_BACKWARD[hidden_activation](grad_hidden, preactivation)
+        grad_w1[:, features:].copy_(grad_first.t() @ z)
+        grad_b1.copy_(grad_first.sum(0))
         if result is not None:
-            grad_w1[:, :features].copy_(units.t() @ result.float())
-            grad_result.copy_(units @ weight[:, :features])
+            grad_w1[:, :features].copy_(grad_first.t() @ result.float())
+            grad_result.copy_(grad_first @ weight[:, :features])
         if share_grad:
-            grad_share.copy_(units)
+            grad_share.copy_(grad_first)
         # The residual's gradient is that of the output where it was active: one map to read instead of two.
         source, signs = (grad_residual, None) if residual_grad else (grad_out, active)
-        plan_squeeze_backward(source, signs, scale, units @ weight[:, features:], grad_x).run()
+        plan_squeeze_backward(source, signs, scale, grad_first @ weight[:, features:], grad_x).run()
 
 
-#: Cases of the compile report: name -> (map, dtype, channels_last).
+#: Cases of the compile report: name -> (map, dtype, channels_last).  C 240 is EfficientNet's: the gate alone.
 _COMPILE_SHAPES: dict[str, tuple] = {
     "14x14, C 512": ((512, 14, 14), torch.bfloat16, False),
     "14x14, C 512, channels_last": ((512, 14, 14), torch.bfloat16, True),
@@ -177,19 +214,25 @@ _COMPILE_SHAPES: dict[str, tuple] = {
     "7x7, C 2048, channels_last": ((2048, 7, 7), torch.bfloat16, True),
     "14x14, C 512, float32": ((512, 14, 14), torch.float32, False),
     "14x14, C 512, channels_last, float32": ((512, 14, 14), torch.float32, True),
+    "28x28, C 240": ((240, 28, 28), torch.bfloat16, False),
+    "28x28, C 240, channels_last": ((240, 28, 28), torch.bfloat16, True),
 }
 
 
 def compile_cases(arch: str) -> Iterator[tuple[str, Launch]]:
-    """(case, launch) of every kernel, with residual and ReLU, over meta tensors: see compile_report.py."""
+    """(case, launch) of every kernel, most with residual and ReLU, over meta tensors: see compile_report.py.
+
+    Hidden activations, gates and the number of layers are no part of these kernels.
+    """
     for name, (size, dtype, channels_last) in _COMPILE_SHAPES.items():
         form = torch.channels_last if channels_last else torch.contiguous_format
         x = torch.empty((128, *size), dtype=dtype, device="meta").contiguous(memory_format=form)
         per_channel = torch.empty((128, size[0]), dtype=torch.float32, device="meta")
+        block = None if size[0] == 240 else x
         for launch in (
             plan_squeeze(x, per_channel),
-            plan_scale(x, per_channel, x, x, True),
-            plan_scale_backward(x, x, x, x, per_channel),
+            plan_scale(x, per_channel, block, x, block is not None),
+            plan_scale_backward(x, block, x, block, per_channel),
             plan_squeeze_backward(x, None, per_channel, per_channel, x),
         ):
             yield name, launch
