@@ -145,11 +145,10 @@ def _check_softmax(
     temperature = check_options(temperature, log)
     _check_mask("row_mask", "(B, H)", row_mask, x, 2)
     _check_mask("col_mask", "(B, W)", col_mask, x, 3)
-    options = {"row_mask": row_mask, "col_mask": col_mask, "log": log or None}
-    options["temperature"] = None if temperature == 1.0 else temperature
-    given = [name for name, value in options.items() if value is not None]
-    if weight_row is not None and given:
-        raise ValueError(f"{given[0]} must not be given together with weight_row and weight_col")
+    options = {"row_mask": row_mask is not None, "col_mask": col_mask is not None, "log": log}
+    for option, given in {**options, "temperature": temperature != 1.0}.items():
+        if given and weight_row is not None:
+            raise ValueError(f"{option} must not be given together with weight_row and weight_col")
     return x, weight_row, weight_col, row_mask, col_mask, temperature, log
 
 
