@@ -146,8 +146,8 @@ def _check_softmax(
     _check_mask("row_mask", "(B, H)", row_mask, x, 2)
     _check_mask("col_mask", "(B, W)", col_mask, x, 3)
     options = {"row_mask": row_mask is not None, "col_mask": col_mask is not None, "log": log}
-    for option, given in {**options, "temperature": temperature != 1.0}.items():
-        if given and weight_row is not None:
+    for option, is_given in {**options, "temperature": temperature != 1.0}.items():
+        if is_given and weight_row is not None:
             raise ValueError(f"{option} must not be given together with weight_row and weight_col")
     return x, weight_row, weight_col, row_mask, col_mask, temperature, log
 
