@@ -162,8 +162,8 @@ class DualSoftmax(nn.Module):
     """Matching probabilities of a similarity matrix: the softmax over its rows times the softmax over its columns.
 
     Args:
-        temperature: the similarities are divided by it; positive.  It costs no pass over the matrix in memory; divided by
-            it before their product, the features make it cost nothing.
+        temperature: the similarities are divided by it; positive.  No pass over the matrix in memory; divided by it
+            before they are multiplied, the features make it cost nothing.
         log: return the logarithm of the probabilities, as LightGlue does.
         impl: implementation of :func:`~fused_attn.row_col_softmax`.
 
