@@ -18,9 +18,24 @@ struct GradOut {
   void load_image(const Block& k, int64_t i) {
     const TensorView& g = p.grad_out;
     const int64_t offset = (k.b0 + i) * g.stride[0] + k.h * g.stride[1] + k.c * g.stride[2] + k.y0 * g.stride[3];
-    rows = rows_of(g, 3, offset, k.rows, p.width, 0.0f, memory.data, o.stride);
+    if (p.masked())
+      load_kept(k, i, offset);
+    else
+      rows = rows_of(g, 3, offset, k.rows, p.width, 0.0f, memory.data, o.stride);
     const bool last = i + 1 == k.images || g.stride[4] != 1;
     next = static_cast<const char*>(g.data) + (offset + (last ? 0 : g.stride[0])) * size;
+  }
+  // Zero where an element takes no part, whatever is there.
+  __attribute__((noinline)) void load_kept(const Block& k, int64_t i, int64_t offset) {
+    const TensorView& g = p.grad_out;
+    load_rows(g, offset, g.stride[3], g.stride[4], k.rows, p.width, 0.0f, memory.data, o.stride);
+    rows = {memory.data, o.stride};
+    for (int64_t y = 0; y < k.rows; ++y) {
+      const float* kept = o.kept(k, i, k.y0 + y);
+      float* row = memory + y * o.stride;
+      for (int64_t v = 0; v < o.vectors; ++v)
+        store(row + v * L, Operands::where_kept(kept, v, load(row + v * L), 0.0f));
+    }
   }
   // Brings row y of the next image closer, to be called while this one's is computed: images lie heads planes apart,
   // where no hardware prefetcher follows, and a whole image at once would wait for room among the outstanding misses.
@@ -106,8 +121,18 @@ struct Gradients : Visitor {
     vf row, col, grad;  // softmaxes and the gradient of their product
   };
 
+  struct Logits {
+    vf row, col;
+  };
+  template <bool Log>
+  FA_INLINE static Logits grad_logits(vf row, vf col, vf d, float row_sum, vf col_sum) {
+    if constexpr (Log) return {d - row * row_sum, d - col * col_sum};
+    // The difference first: where one probability is near 1 it cancels.
+    return {row * (rounded(col * d) - row_sum), col * (rounded(row * d) - col_sum)};
+  }
+
   // factors(y)(v): those of vector v of row y.
-  template <bool Weighted, bool Normalise, class At>
+  template <bool Weighted, bool Log, bool Normalise, class At>
   FA_INLINE void add(const Block& k, int64_t i, const Normalisation<Normalise>& norm, const float* row_sums,
                      const At& factors) {
     const int64_t vectors = o.vectors;
@@ -122,8 +147,7 @@ struct Gradients : Visitor {
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t lane = v * L;
         const auto [row, col, d] = factors_of(v);
-        // The difference first: where one probability is near 1 it cancels.
-        const vf d_row = row * (rounded(col * d) - sum), d_col = col * (rounded(row * d) - load(col_sums + lane));
+        const auto [d_row, d_col] = grad_logits<Log>(row, col, d, sum, load(col_sums + lane));
         if constexpr (!Weighted) {
           store(x_to + lane, d_row + d_col);
         } else {
@@ -158,11 +182,22 @@ struct Gradients : Visitor {
   }
   void images_done(const Block& k) {
     const TensorView& g = p.grad_x;
+    if (!p.logits_are_x()) scale_and_mask(k);
     for (int64_t i = 0; i < k.images; ++i)
       for (int64_t y = 0; y < k.rows; ++y)
         store_row(g, (k.b0 + i) * g.stride[0] + k.c * g.stride[1] + (k.y0 + y) * g.stride[2], p.width,
                   grad_x + i * o.plane + y * o.stride, p.large);
     end_of_streams();
+  }
+  // Gradients of logits become those of x.
+  __attribute__((noinline)) void scale_and_mask(const Block& k) {
+    for (int64_t i = 0; i < k.images; ++i)
+      for (int64_t y = 0; y < k.rows; ++y) {
+        const float* kept = o.kept(k, i, k.y0 + y);
+        float* row = grad_x + i * o.plane + y * o.stride;
+        for (int64_t v = 0; v < o.vectors; ++v)
+          store(row + v * L, Operands::where_kept(kept, v, load(row + v * L) * p.factor, 0.0f));
+      }
   }
 };
 

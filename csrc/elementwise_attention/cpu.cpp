@@ -46,6 +46,24 @@ void tile(Problem& p) {
     p.ranges = std::clamp<int64_t>(ceil_div(kTasks, p.groups * p.channels), 1, std::max<int64_t>(p.height / 32, 1));
 }
 
+Mask mask_of(const std::optional<Tensor>& mask) {
+  if (!mask) return {};
+  return {static_cast<const bool*>(mask->data_ptr()), {mask->stride(0), mask->stride(1)}};
+}
+
+// What the softmax without weights has beside its input.
+struct DualOptions {
+  const std::optional<Tensor>&row_mask, &col_mask;
+  double temperature;
+  bool log;
+
+  void fill(Problem& p) const {
+    p.factor = static_cast<float>(1.0 / temperature);
+    p.row_mask = mask_of(row_mask), p.col_mask = mask_of(col_mask);
+    p.log = log;
+  }
+};
+
 void fill_problem(Problem& p, const Tensor& x, const std::optional<Tensor>& weight_row,
                   const std::optional<Tensor>& weight_col, const Tensor& row_statistics, const Tensor& col_statistics) {
   p.batch = x.size(0), p.channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
@@ -56,6 +74,7 @@ void fill_problem(Problem& p, const Tensor& x, const std::optional<Tensor>& weig
   p.row_statistics = floats_of(row_statistics);
   p.col_statistics = floats_of(col_statistics);
   p.mean = p.scale = nullptr, p.moments = nullptr;
+  p.factor = 1.0f;
   tile(p);
 }
 
@@ -91,15 +110,17 @@ void forward_statistics(Forward& p) {
   parallel(p.planes(), use.tiled.combine_columns, p);
 }
 
-void row_col_softmax_forward(Tensor x, std::optional<Tensor> weight_row, std::optional<Tensor> weight_col, Tensor out,
-                             Tensor row_statistics, Tensor col_statistics) {
+void row_col_softmax_forward(Tensor x, std::optional<Tensor> weight_row, std::optional<Tensor> weight_col,
+                             std::optional<Tensor> row_mask, std::optional<Tensor> col_mask, double temperature,
+                             bool log, Tensor out, Tensor row_statistics, Tensor col_statistics) {
   if (out.numel() == 0) return;
   Forward p{};
   fill_problem(p, x, weight_row, weight_col, row_statistics, col_statistics);
+  DualOptions{row_mask, col_mask, temperature, log}.fill(p);
   p.out = view_by_head(out, p.channels), p.large = is_large(out);
-  p.also = Also::output;
+  p.also = p.log || p.masked() ? Also::nothing : Also::output;
   forward_statistics(p);
-  if (!p.whole()) parallel(p.tasks(), best_kernels().output, p);
+  if (!p.whole() || p.also == Also::nothing) parallel(p.tasks(), best_kernels().output, p);
 }
 
 void elementwise_attention_forward(Tensor x, Tensor weight_row, Tensor weight_col, bool training, double eps,
@@ -151,10 +172,13 @@ void backward(Backward& p, const Tensor& grad_out, const Tensor& grad_x, const T
 }
 
 void row_col_softmax_backward(Tensor grad_out, Tensor x, std::optional<Tensor> weight_row,
-                              std::optional<Tensor> weight_col, Tensor row_statistics, Tensor col_statistics,
-                              Tensor grad_x, Tensor grad_weight_row, Tensor grad_weight_col) {
+                              std::optional<Tensor> weight_col, std::optional<Tensor> row_mask,
+                              std::optional<Tensor> col_mask, Tensor row_statistics, Tensor col_statistics,
+                              double temperature, bool log, Tensor grad_x, Tensor grad_weight_row,
+                              Tensor grad_weight_col) {
   Backward p{};
   fill_problem(p, x, weight_row, weight_col, row_statistics, col_statistics);
+  DualOptions{row_mask, col_mask, temperature, log}.fill(p);
   p.grad_out = view_by_head(grad_out, p.channels);
   backward(p, grad_out, grad_x, grad_weight_row, grad_weight_col);
 }
@@ -186,10 +210,12 @@ void elementwise_attention_backward(Tensor grad_out, Tensor x, Tensor weight_row
 }  // namespace
 
 FUSED_ATTN_REGISTER(row_col_softmax,
-                    "(Tensor x, Tensor? weight_row, Tensor? weight_col, Tensor(a!) out, Tensor(b!) row_statistics, "
+                    "(Tensor x, Tensor? weight_row, Tensor? weight_col, Tensor? row_mask, Tensor? col_mask, "
+                    "float temperature, bool log, Tensor(a!) out, Tensor(b!) row_statistics, "
                     "Tensor(c!) col_statistics)",
-                    "(Tensor grad_out, Tensor x, Tensor? weight_row, Tensor? weight_col, Tensor row_statistics, "
-                    "Tensor col_statistics, Tensor(a!) grad_x, Tensor(b!) grad_weight_row, Tensor(c!) grad_weight_col)")
+                    "(Tensor grad_out, Tensor x, Tensor? weight_row, Tensor? weight_col, Tensor? row_mask, "
+                    "Tensor? col_mask, Tensor row_statistics, Tensor col_statistics, float temperature, bool log, "
+                    "Tensor(a!) grad_x, Tensor(b!) grad_weight_row, Tensor(c!) grad_weight_col)")
 
 FUSED_ATTN_REGISTER(
     elementwise_attention,

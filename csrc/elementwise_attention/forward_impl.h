@@ -90,6 +90,17 @@ struct Statistics : Visitor {
     }
   }
 
+  // Rows or columns that take no part: a sum other than 0, so that exponentials of 0 over it are 0.
+  __attribute__((noinline)) static void settle(const Mask& mask, int64_t b, int64_t begin, int64_t count, float shift,
+                                               float* shifts, float* sums) {
+    for (int64_t i = 0; i < count; ++i)
+      if (!mask(b, begin + i)) shifts[i] = shift, sums[i] = 1.0f;
+  }
+  void settle_rows(const Block& k, int64_t i, int64_t y, int64_t count, float shift, float* statistics) const {
+    float* shifts = statistics + k.y0 + y;
+    settle(p.row_mask, k.b0 + i, k.y0 + y, count, shift, shifts, shifts + p.height);
+  }
+
   // Maximum and sum of the columns over the block, on top of those `before`, which col_max and col_sum hold.
   template <bool Weighted, bool Keep>
   void columns(const Block& k, int64_t i, bool before, float* exponentials) {
@@ -118,7 +129,7 @@ struct Statistics : Visitor {
   }
 };
 
-template <bool Weighted, bool Normalise>
+template <bool Weighted, bool Normalise, bool Log>
 struct Output : Visitor {
   const Forward& p;
   Writer write;
@@ -126,7 +137,12 @@ struct Output : Visitor {
   Output(const Forward& forward, Operands& operands) : Visitor{operands}, p(forward), write(p) {}
 
   void image(const Block& k, int64_t i, int64_t plane) {
-    o.load_statistics<false>(k, plane);
+    o.load_statistics<false, Log>(k, plane);
+    if constexpr (Log) return write_kept(k, i, [&](int64_t y) FA_INLINE_CALL { return LogSoftmaxes(o, o.x[i], y); });
+    if (!Weighted && p.masked())
+      return write_kept(k, i, [&](int64_t y) FA_INLINE_CALL {
+        return [row = Softmaxes<false>(o, o.x[i], y)](int64_t v) FA_INLINE_CALL { return row.product(v); };
+      });
     const int64_t channel = k.h * p.channels + k.c;
     const float mean = Normalise ? p.mean[channel] : 0.0f, scale = Normalise ? p.scale[channel] : 1.0f;
     write(k, i, [&](int64_t y) FA_INLINE_CALL {
@@ -137,9 +153,19 @@ struct Output : Visitor {
       };
     });
   }
+  // at(y)(v) where an element takes part.
+  template <class At>
+  FA_INLINE void write_kept(const Block& k, int64_t i, const At& at) {
+    if (!p.masked()) return write(k, i, at);
+    write(k, i, [&](int64_t y) FA_INLINE_CALL {
+      return [kept = o.kept(k, i, k.y0 + y), value = at(y)](int64_t v)
+                 FA_INLINE_CALL { return Operands::where_kept(kept, v, value(v), Log ? -kInfinity : 0.0f); };
+    });
+  }
   void images_done(const Block&) { end_of_streams(); }
 };
 
 void output(const Forward& p, int64_t begin, int64_t end) {
-  with_options(p, [&]<bool Weighted, bool Normalise>() { walk<Output<Weighted, Normalise>>(p, begin, end); });
+  with_options(
+      p, [&]<bool Weighted, bool Normalise, bool Log>() { walk<Output<Weighted, Normalise, Log>>(p, begin, end); });
 }

@@ -7,6 +7,14 @@ namespace fused_attn::elementwise_attention {
 
 constexpr int64_t kMostImagesAtOnce = 32;
 
+// Which rows or columns of every image take part; null data: all.
+struct Mask {
+  const bool* data;
+  int64_t stride[2];
+
+  bool operator()(int64_t b, int64_t i) const { return data == nullptr || data[b * stride[0] + i * stride[1]]; }
+};
+
 // Sizes, inputs, statistics and how the work is cut up.  A task is one channel, one group of images and one range of
 // rows, for all heads.  A small plane is taken whole, as one block; a larger one is tiled: the task walks down its rows
 // a block at a time.  All of this follows the shape alone, so that no result depends on the number of threads.
@@ -19,10 +27,17 @@ struct Problem {
   int64_t groups, ranges, block_rows, images_at_once;
   bool large;  // more is written than stays in the caches
 
+  // Without weights: logits are x times the factor, what a mask excludes is in no softmax, and the result is the log.
+  float factor;
+  Mask row_mask, col_mask;
+  bool log;
+
   // Batch normalisation of the product; without it mean is null.
   const float *mean, *scale;  // (head, channel); scale is 1 / sqrt(variance + eps)
   double* moments;            // (task, head, 2), see the kernels that write it
 
+  bool masked() const { return row_mask.data != nullptr || col_mask.data != nullptr; }
+  bool logits_are_x() const { return factor == 1.0f && !masked(); }
   bool whole() const { return block_rows >= height; }
   int64_t tasks() const { return channels * groups * ranges; }
   int64_t planes() const { return batch * heads * channels; }

@@ -57,8 +57,13 @@ struct Operands {
   // reciprocal alone would be shared by a whole row or column, and not cancel in the gradients of its logits.
   const float* row_max;
   Scratch<float> col_max, row_inverse, row_rest, col_inverse, col_rest;
-  int64_t columns_of = -1;     // the plane of the column statistics
-  bool columns_share = false;  // one shift
+  Scratch<float> row_log, col_log;  // logarithms of the sums
+  int64_t columns_of = -1;          // the plane of the column statistics
+  bool columns_share = false;       // one shift
+  // Where logits are not x itself, 1 for what takes part and 0 for what does not: columns of every image of the block,
+  // and a row of nothing.
+  Scratch<float> kept_columns, nothing;
+  int64_t kept_of = -1;  // the first of the images
 
   explicit Operands(const Problem& problem)
       : p(problem),
@@ -73,9 +78,59 @@ struct Operands {
         row_inverse(p.block_rows, 0.0f),
         row_rest(p.block_rows, 0.0f),
         col_inverse(stride, 0.0f),
-        col_rest(stride, 0.0f) {}
+        col_rest(stride, 0.0f) {
+    if (p.log || !p.logits_are_x()) allocate_for_options();
+  }
 
+  __attribute__((noinline)) void allocate_for_options() {
+    row_log.allocate(p.block_rows), col_log.allocate(stride), col_log.fill(0.0f);
+    kept_columns.allocate(p.images_at_once * stride), kept_columns.fill(0.0f);
+    nothing.allocate(stride), nothing.fill(0.0f);
+  }
+
+  __attribute__((noinline)) void load_masks(const Block& k) {
+    if (kept_of == k.b0) return;
+    kept_of = k.b0;
+    for (int64_t i = 0; i < k.images; ++i)
+      for (int64_t x = 0; x < p.width; ++x) kept_columns[i * stride + x] = p.col_mask(k.b0 + i, x);
+  }
+  // What of row y of the plane takes part in image i of the block.
+  FA_INLINE const float* kept(const Block& k, int64_t i, int64_t y) const {
+    return p.row_mask(k.b0 + i, y) ? kept_columns + i * stride : nothing.data;
+  }
+  // Another number where `kept` says that an element takes no part.
+  FA_INLINE static vf where_kept(const float* kept, int64_t v, vf value, float otherwise) {
+    return select(load(kept + v * L) > 0.0f, value, broadcast(otherwise));
+  }
+  // A row of x becomes one of logits.
+  FA_INLINE void scale_and_mask(float* row, const float* kept) const {
+    for (int64_t v = 0; v < vectors; ++v)
+      store(row + v * L, where_kept(kept, v, load(row + v * L) * p.factor, -kInfinity));
+  }
+  __attribute__((noinline)) void load_logits(const Block& k) {
+    const int64_t* from = p.x.stride;
+    const float factor = p.factor;
+    for (int64_t i = 0; i < k.images; ++i) {
+      x[i] = {x_memory + i * plane, stride};
+      for (int64_t y = 0; y < k.rows; ++y) {
+        float* to = x_memory + i * plane + y * stride;
+        const float* taken = kept(k, i, k.y0 + y);
+        const int64_t offset = (k.b0 + i) * from[0] + k.c * from[1] + (k.y0 + y) * from[2];
+        if (p.x.dtype == DType::float32 && from[3] == 1 && p.width % L == 0) {
+          const float* row = at<float>(p.x, offset);
+          for (int64_t v = 0; v < vectors; ++v) {
+            prefetch_on(row + v * L);
+            store(to + v * L, where_kept(taken, v, load(row + v * L) * factor, -kInfinity));
+          }
+          continue;
+        }
+        load_row(p.x, offset, from[3], p.width, -kInfinity, to);
+        scale_and_mask(to, taken);
+      }
+    }
+  }
   void load_images(const Block& k) {
+    if (!p.logits_are_x()) return load_logits(k);
     for (int64_t i = 0; i < k.images; ++i)
       x[i] = rows_of(p.x, 2, (k.b0 + i) * p.x.stride[0] + k.c * p.x.stride[1] + k.y0 * p.x.stride[2], k.rows, p.width,
                      p.weighted ? 1.0f : -kInfinity, x_memory + i * plane, stride);
@@ -88,16 +143,22 @@ struct Operands {
     weight_col = rows_of(c, 2, k.h * c.stride[0] + k.c * c.stride[1] + k.y0 * c.stride[2], k.rows, p.width, 0.0f,
                          col_memory.data, stride);
   }
-  // Without `rest` where only the product of the softmaxes is formed.
-  template <bool Rest>
+  // Without `rest` where only the product of the softmaxes is formed.  With `Log`, logarithms of the sums in its place.
+  template <bool Rest, bool Log = false>
   FA_INLINE void load_statistics(const Block& k, int64_t plane_index) {
     row_max = p.row_statistics + plane_index * 2 * p.height + k.y0;
-    invert<Rest>(row_max + p.height, k.rows, row_inverse.data, row_rest.data);
+    if constexpr (Log)
+      logarithms(row_max + p.height, k.rows, row_log.data);
+    else
+      invert<Rest>(row_max + p.height, k.rows, row_inverse.data, row_rest.data);
     if (plane_index == columns_of) return;
     columns_of = plane_index;
     const float* statistics = p.col_statistics + plane_index * 2 * p.width;
     load_row_as(statistics, 1, p.width, 0.0f, col_max.data);
-    invert<Rest>(statistics + p.width, p.width, col_inverse.data, col_rest.data);
+    if constexpr (Log)
+      logarithms(statistics + p.width, p.width, col_log.data);
+    else
+      invert<Rest>(statistics + p.width, p.width, col_inverse.data, col_rest.data);
     columns_share = !p.weighted && all_are(statistics, p.width, statistics[0]);
   }
   // Whether every row of the block and every column of its plane is shifted by one number.
@@ -106,6 +167,9 @@ struct Operands {
     bool all = true;
     for (int64_t i = 0; i < count; ++i) all &= numbers[i] == number;
     return all;
+  }
+  FA_INLINE static void logarithms(const float* sums, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = __builtin_logf(sums[i]);
   }
   // 0 beyond `count`.
   template <bool Rest>
@@ -145,7 +209,8 @@ void walk(const P& p, int64_t begin, int64_t end) {
       for (k.b0 = b_begin; k.b0 < b_end; k.b0 += p.images_at_once) {
         k.images = smaller(p.images_at_once, b_end - k.b0);
         k.first_images = k.b0 == b_begin;
-        o.load_images(k);
+        if (!p.logits_are_x()) o.load_masks(k);
+        if constexpr (Visitor::kReadsX) o.load_images(k);
         visitor.images(k);
         for (k.h = 0; k.h < p.heads; ++k.h) {
           o.load_weights(k);
@@ -162,14 +227,16 @@ void walk(const P& p, int64_t begin, int64_t end) {
   }
 }
 
-// run<Weighted, Normalise>().
+// run<Weighted, Normalise, Log>().
 template <class Run>
 void with_options(const Problem& p, const Run& run) {
-  if (!p.weighted) return run.template operator()<false, false>();
-  p.mean ? run.template operator()<true, true>() : run.template operator()<true, false>();
+  if (p.log) return run.template operator()<false, false, true>();
+  if (!p.weighted) return run.template operator()<false, false, false>();
+  p.mean ? run.template operator()<true, true, false>() : run.template operator()<true, false, false>();
 }
 
 struct Visitor {
+  static constexpr bool kReadsX = true;
   Operands& o;
   void images(const Block&) {}
   void head(const Block&) {}
@@ -231,6 +298,23 @@ struct Softmaxes : Row<Weighted> {
     else
       exponential = exp_of(exponent);
     return exponential * (row_inverse * load(col_inverse + v * L));
+  }
+};
+
+// One row of the logarithms of both softmaxes, added up.
+struct LogSoftmaxes : Row<false> {
+  float row_max, row_log;
+  const float *col_max, *col_log;
+
+  FA_INLINE LogSoftmaxes(const Operands& o, const Rows& image, int64_t y)
+      : Row<false>(o, image, y),
+        row_max(o.row_max[y]),
+        row_log(o.row_log.data[y]),
+        col_max(o.col_max.data),
+        col_log(o.col_log.data) {}
+  FA_INLINE vf operator()(int64_t v) const {
+    const int64_t lane = v * L;
+    return (value(v) - row_max - row_log) + (value(v) - load(col_max + lane) - load(col_log + lane));
   }
 };
 

@@ -9,7 +9,8 @@ struct TiledStatistics : Statistics {
 
   // Sums of R rows from y on, and of the columns over them: one exponential serves both.
   template <int R>
-  FA_INLINE bool shared_rows(const Block& k, const Rows& x, int64_t y, float* statistics) {
+  FA_INLINE bool shared_rows(const Block& k, int64_t i, int64_t y, float* statistics) {
+    const Rows& x = o.x[i];
     const int64_t vectors = o.vectors;
     const float by = shift;
     float* const to = col_sum.data;
@@ -34,34 +35,50 @@ struct TiledStatistics : Statistics {
       statistics[k.y0 + y + r] = by;
       statistics[p.height + k.y0 + y + r] = sum_lanes(sums[r]);
     }
+    if (p.masked()) settle_rows(k, i, y, R, by, statistics);
     return all_near(statistics + p.height + k.y0 + y, R);
   }
 
-  // Rows and columns of a block, shifted by the maximum of the plane's first row; false where others are too far from
-  // it.
+  // Rows and columns of a block, shifted by the maximum of the plane's first row that takes part; false where others
+  // are too far from it.
   bool shared(const Block& k, int64_t i, int64_t plane) {
     float* statistics = p.row_statistics + plane * 2 * p.height;
     if (k.first_rows) {
-      load_row(p.x, (k.b0 + i) * p.x.stride[0] + k.c * p.x.stride[1], p.x.stride[3], p.width, -kInfinity, col_max.data);
+      int64_t first = 0;
+      while (first + 1 < p.height && !p.row_mask(k.b0 + i, first)) ++first;
+      load_row(p.x, (k.b0 + i) * p.x.stride[0] + k.c * p.x.stride[1] + first * p.x.stride[2], p.x.stride[3], p.width,
+               -kInfinity, col_max.data);
+      if (!p.logits_are_x()) o.scale_and_mask(col_max.data, o.kept(k, i, first));
       shift = max_lanes(over_vectors(
           o.vectors, broadcast(-kInfinity), [&](int64_t v) FA_INLINE_CALL { return load(col_max + v * L); }, kLarger));
       for (int64_t v = 0; v < o.vectors; ++v) store(col_sum + v * L, vf{});
     }
     int64_t y = 0;
     for (; y + 8 <= k.rows; y += 8)
-      if (!shared_rows<8>(k, o.x[i], y, statistics)) return false;
+      if (!shared_rows<8>(k, i, y, statistics)) return false;
     for (; y < k.rows; ++y)
-      if (!shared_rows<1>(k, o.x[i], y, statistics)) return false;
+      if (!shared_rows<1>(k, i, y, statistics)) return false;
     if (!k.last_rows) return true;
     float* partial = p.col_partials + (k.range * p.planes() + plane) * 2 * p.width;
     for (int64_t x = 0; x < p.width; ++x) partial[x] = shift;
     store_row_as(partial + p.width, p.width, col_sum.data);
+    if (!any_row(k, i)) return shift - shift == 0.0f;  // the sums of columns are 0, and a finite shift keeps them so
+    if (p.masked()) settle(p.col_mask, k.b0 + i, 0, p.width, shift, col_max.data, col_sum.data);
     return all_near(col_sum.data, p.width);
+  }
+
+  // Whether a row of the range takes part.
+  bool any_row(const Block& k, int64_t i) const {
+    bool any = p.row_mask.data == nullptr;
+    for (int64_t y = p.height * k.range / p.ranges; !any && y < k.y0 + k.rows; ++y) any = p.row_mask(k.b0 + i, y);
+    return any;
   }
 
   // Rows and columns of a block, each shifted by its own maximum.
   void separate(const Block& k, int64_t i, int64_t plane) {
-    rows<Weighted, false>(k, i, p.row_statistics + plane * 2 * p.height, nullptr);
+    float* statistics = p.row_statistics + plane * 2 * p.height;
+    rows<Weighted, false>(k, i, statistics, nullptr);
+    if (!Weighted && p.masked()) settle_rows(k, i, 0, k.rows, 0.0f, statistics);
     float* partial = p.col_partials + (k.range * p.planes() + plane) * 2 * p.width;
     if (!k.first_rows) {
       load_row_as(partial, 1, p.width, -kInfinity, col_max.data);
@@ -104,7 +121,8 @@ void combine_columns(const Forward& p, int64_t begin, int64_t end) {
       const float shift = max == -kInfinity ? 0.0f : max;
       for (int64_t r = 0; r < p.ranges; ++r)
         sum += partial(r)[p.width + x] * __builtin_exp2f((partial(r)[x] - shift) * kLog2e);
-      statistics[x] = max, statistics[p.width + x] = sum;
+      const bool takes_part = p.col_mask(plane / p.channels / p.heads, x);
+      statistics[x] = takes_part ? max : shift, statistics[p.width + x] = takes_part ? sum : 1.0f;
     }
   }
 }
@@ -124,8 +142,9 @@ struct Moments : Visitor {
 void moments(const Forward& p, int64_t begin, int64_t end) { walk<Moments>(p, begin, end); }
 
 // Per row and per column, the sum of product times its gradient.
-template <bool Weighted, bool Normalise>
+template <bool Weighted, bool Normalise, bool Log>
 struct Sums : Visitor {
+  static constexpr bool kReadsX = !Log;  // the gradient alone
   const Backward& p;
   GradOut grad;
   Scratch<float> col_sum;
@@ -134,7 +153,7 @@ struct Sums : Visitor {
       : Visitor{operands}, p(backward), grad(backward, operands), col_sum(o.stride, 0.0f) {}
 
   void image(const Block& k, int64_t i, int64_t plane) {
-    o.load_statistics<false>(k, plane);
+    if constexpr (!Log) o.load_statistics<false>(k, plane);
     grad.load_image(k, i);
     const int64_t vectors = o.vectors;
     const Normalisation<Normalise> norm(p, k);
@@ -145,9 +164,19 @@ struct Sums : Visitor {
       load_row_as(partial, 1, p.width, 0.0f, col_sum.data);
     float* col = col_sum.data;
     for (int64_t y = 0; y < k.rows; ++y) {
-      const Softmaxes<Weighted> row(o, o.x[i], y);
       const float* grad_row = grad.rows[y];
       vf sum{};
+      if constexpr (Log) {
+        for (int64_t v = 0; v < vectors; ++v) {
+          prefetch_on(grad_row + v * L);
+          const vf d = load(grad_row + v * L);
+          sum += d;
+          store(col + v * L, load(col + v * L) + d);
+        }
+        p.row_sums[plane * p.height + k.y0 + y] = sum_lanes(sum);
+        continue;
+      }
+      const Softmaxes<Weighted> row(o, o.x[i], y);
       for (int64_t v = 0; v < vectors; ++v) {
         if constexpr (!Weighted) prefetch_on(row.x + v * L), prefetch_on(grad_row + v * L);
         const vf product = row.product(v), t = product * norm.backward(load(grad_row + v * L), row.value(v), product);
@@ -161,7 +190,8 @@ struct Sums : Visitor {
 };
 
 void sums(const Backward& p, int64_t begin, int64_t end) {
-  with_options(p, [&]<bool Weighted, bool Normalise>() { walk<Sums<Weighted, Normalise>>(p, begin, end); });
+  with_options(p,
+               [&]<bool Weighted, bool Normalise, bool Log>() { walk<Sums<Weighted, Normalise, Log>>(p, begin, end); });
 }
 
 void combine_sums(const Backward& p, int64_t begin, int64_t end) {
@@ -173,7 +203,7 @@ void combine_sums(const Backward& p, int64_t begin, int64_t end) {
     }
 }
 
-template <bool Weighted, bool Normalise>
+template <bool Weighted, bool Normalise, bool Log>
 struct TiledGradients : Gradients {
   bool written = false;  // grad_x of this block already
 
@@ -189,7 +219,7 @@ struct TiledGradients : Gradients {
       written = o.shares(k);
       if (written) return shared(k, i, row_sums);
     }
-    add<Weighted>(k, i, norm, row_sums, [&](int64_t y) FA_INLINE_CALL {
+    add<Weighted, Log>(k, i, norm, row_sums, [&](int64_t y) FA_INLINE_CALL {
       return [norm, softmax = Softmaxes<Weighted>(o, o.x[i], y), grad_out = grad.rows[y]](int64_t v) FA_INLINE_CALL {
         const vf row = softmax.row(v), col = softmax.col(v);
         return Factors{row, col, norm.backward(load(grad_out + v * L), softmax.value(v), row * col)};
@@ -202,23 +232,34 @@ struct TiledGradients : Gradients {
     const TensorView& g = p.grad_x;
     const int64_t offset = (k.b0 + i) * g.stride[0] + k.c * g.stride[1] + k.y0 * g.stride[2];
     const float shift = o.col_max.data[0];
-    for (int64_t y = 0; y < k.rows; ++y)
-      write_row(g, offset + y * g.stride[2], p.width, p.large,
-                [x = o.x[i][y], grad_out = grad.rows[y], row_inverse = o.row_inverse.data[y],
-                 row_rest = o.row_rest.data[y], row_sum = row_sums[y], col_inverse = o.col_inverse.data,
-                 col_rest = o.col_rest.data, col_sum = col_sum.data, shift](int64_t v) FA_INLINE_CALL {
-                  const int64_t lane = v * L;
-                  prefetch_on(x + lane), prefetch_on(grad_out + lane);
-                  const vf e = exp_of(load(x + lane) - shift), d = load(grad_out + lane);
-                  const vf row = e * row_inverse + rounded(e * row_rest);
-                  const vf col = e * load(col_inverse + lane) + rounded(e * load(col_rest + lane));
-                  return row * (rounded(col * d) - row_sum) + col * (rounded(row * d) - load(col_sum + lane));
-                });
+    auto grad_logit = [&](int64_t y) FA_INLINE_CALL {
+      return [x = o.x[i][y], grad_out = grad.rows[y], row_inverse = o.row_inverse.data[y],
+              row_rest = o.row_rest.data[y], row_sum = row_sums[y], col_inverse = o.col_inverse.data,
+              col_rest = o.col_rest.data, col_sum = col_sum.data, shift](int64_t v) FA_INLINE_CALL {
+        const int64_t lane = v * L;
+        prefetch_on(x + lane), prefetch_on(grad_out + lane);
+        const vf e = exp_of(load(x + lane) - shift), d = load(grad_out + lane);
+        const vf row = e * row_inverse + rounded(e * row_rest);
+        const vf col = e * load(col_inverse + lane) + rounded(e * load(col_rest + lane));
+        const auto [d_row, d_col] = Gradients::grad_logits<Log>(row, col, d, row_sum, load(col_sum + lane));
+        return d_row + d_col;
+      };
+    };
+    if (p.logits_are_x()) {
+      for (int64_t y = 0; y < k.rows; ++y) write_row(g, offset + y * g.stride[2], p.width, p.large, grad_logit(y));
+    } else {
+      for (int64_t y = 0; y < k.rows; ++y)
+        write_row(g, offset + y * g.stride[2], p.width, p.large,
+                  [kept = o.kept(k, i, k.y0 + y), factor = p.factor, grad = grad_logit(y)](int64_t v)
+                      FA_INLINE_CALL { return Operands::where_kept(kept, v, grad(v) * factor, 0.0f); });
+    }
   }
 
   void images_done(const Block& k) { written ? end_of_streams() : Gradients::images_done(k); }
 };
 
 void tiled_gradients(const Backward& p, int64_t begin, int64_t end) {
-  with_options(p, [&]<bool Weighted, bool Normalise>() { walk<TiledGradients<Weighted, Normalise>>(p, begin, end); });
+  with_options(p, [&]<bool Weighted, bool Normalise, bool Log>() {
+    walk<TiledGradients<Weighted, Normalise, Log>>(p, begin, end);
+  });
 }

@@ -14,6 +14,10 @@ struct WholeStatistics : Statistics {
           *col_statistics = p.col_statistics + plane * 2 * p.width;
     rows<Weighted, true>(k, i, row_statistics, exponentials.data);
     columns<Weighted, true>(k, i, false, exponentials.data);
+    if (!Weighted && p.masked()) {
+      settle_rows(k, i, 0, k.rows, 0.0f, row_statistics);
+      settle(p.col_mask, k.b0 + i, 0, p.width, 0.0f, col_max.data, col_sum.data);
+    }
     store_row_as(col_statistics, p.width, col_max.data);
     store_row_as(col_statistics + p.width, p.width, col_sum.data);
     if (p.also == Also::nothing) return;
@@ -33,7 +37,7 @@ void whole_statistics(const Forward& p, int64_t begin, int64_t end) {
 }
 
 // Forms the sums on the way, from softmaxes and gradients of their product kept in L1.
-template <bool Weighted, bool Normalise>
+template <bool Weighted, bool Normalise, bool Log>
 struct WholeGradients : Gradients {
   Scratch<float> gradient, row_softmax, col_softmax, row_sum;
 
@@ -64,8 +68,13 @@ struct WholeGradients : Gradients {
         for (int64_t v = 0; v < vectors; ++v) {
           const vf row = softmax.row(v), col = softmax.col(v);
           const vf d = norm.backward(load(grad_out + v * L), softmax.value(v), row * col);
-          sum += row * rounded(col * d);
-          store(col_sums + v * L, load(col_sums + v * L) + col * rounded(row * d));
+          if constexpr (Log) {
+            sum += d;
+            store(col_sums + v * L, load(col_sums + v * L) + d);
+          } else {
+            sum += row * rounded(col * d);
+            store(col_sums + v * L, load(col_sums + v * L) + col * rounded(row * d));
+          }
           store(d_to + v * L, d), store(row_to + v * L, row), store(col_to + v * L, col);
         }
         sums[j] = sum;
@@ -73,7 +82,7 @@ struct WholeGradients : Gradients {
       for (int64_t j = count; j < L; ++j) sums[j] = vf{};
       store(row_sum + y0, sum_lanes_of_each(sums));
     }
-    add<Weighted>(k, i, norm, row_sum.data, [&](int64_t y) FA_INLINE_CALL {
+    add<Weighted, Log>(k, i, norm, row_sum.data, [&](int64_t y) FA_INLINE_CALL {
       const int64_t at = y * o.stride;
       return [row = row_softmax + at, col = col_softmax + at, d = gradient + at](int64_t v)
                  FA_INLINE_CALL { return Factors{load(row + v * L), load(col + v * L), load(d + v * L)}; };
@@ -82,5 +91,7 @@ struct WholeGradients : Gradients {
 };
 
 void whole_gradients(const Backward& p, int64_t begin, int64_t end) {
-  with_options(p, [&]<bool Weighted, bool Normalise>() { walk<WholeGradients<Weighted, Normalise>>(p, begin, end); });
+  with_options(p, [&]<bool Weighted, bool Normalise, bool Log>() {
+    walk<WholeGradients<Weighted, Normalise, Log>>(p, begin, end);
+  });
 }

@@ -17,6 +17,14 @@ def _bad(**changes: Any) -> Callable[[], dict[str, Any]]:
     return changed(partial(spec.make_inputs, F32, CPU, **spec.SMALL, heads=3), **changes)
 
 
+def _dual(**changes: Any) -> Callable[[], dict[str, Any]]:
+    return changed(partial(spec.make_inputs, F32, CPU, **spec.SMALL), **changes)
+
+
+def _mask(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.bool)
+
+
 _EVERY = ("x", "weight_row", "weight_col")
 _BOTH = (
     BadInput("x rank", _bad(x=lambda x: x[0]), ValueError, r"x must have 4 dimensions .*\(2, 3, 4\)"),
@@ -55,6 +63,43 @@ _SOFTMAX = (
     *_BOTH,
     BadInput("one weight", _bad(weight_col=None), ValueError, r"weight_col must be given together with weight_row"),
     BadInput("other weight", _bad(weight_row=None), ValueError, r"weight_row must be given together with weight_col"),
+    BadInput(
+        "row mask shape",
+        _dual(row_mask=_mask(2, 4)),
+        ValueError,
+        r"row_mask must have shape \(B, H\)=\(2, 3\), got \(2, 4\)",
+    ),
+    BadInput(
+        "column mask rank",
+        _dual(col_mask=_mask(4)),
+        ValueError,
+        r"col_mask must have shape \(B, W\)=\(2, 4\), got \(4,\)",
+    ),
+    BadInput("mask no tensor", _dual(row_mask=[True]), TypeError, r"row_mask must be a tensor, got list"),
+    BadInput(
+        "mask of numbers",
+        _dual(col_mask=torch.ones(2, 4)),
+        TypeError,
+        r"col_mask must have the dtype torch.bool, got .*32",
+    ),
+    BadInput(
+        "mask device", _dual(row_mask=_mask(2, 3).to("meta")), ValueError, r"row_mask must be on the device of x, cpu"
+    ),
+    BadInput("temperature 0", _dual(temperature=0), ValueError, r"temperature must be positive and finite, got 0.0"),
+    BadInput("temperature nan", _dual(temperature=float("nan")), ValueError, r"temperature must be positive .*got nan"),
+    BadInput("temperature no number", _dual(temperature="1"), TypeError, r"temperature must be a number, got str"),
+    BadInput("log no bool", _dual(log=1), TypeError, r"log must be a bool, got int"),
+    *(
+        BadInput(
+            f"weights and {name}", _bad(**{name: value}), ValueError, rf"{name} must not be given together with weight"
+        )
+        for name, value in {
+            "row_mask": _mask(2, 3),
+            "col_mask": _mask(2, 4),
+            "temperature": 0.5,
+            "log": True,
+        }.items()
+    ),
 )
 _ATTENTION = (
     *_BOTH,

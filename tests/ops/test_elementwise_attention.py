@@ -129,6 +129,53 @@ def test_dual_softmax_module(impl):
         DualSoftmax()(similarity[0, 0])
 
 
+@implementations
+@pytest.mark.parametrize("sizes", [(10, 12), (150, 130)], ids=str)
+def test_dual_softmax_with_masks_against_the_published_loftr(impl, sizes):
+    """It fills with -1e9: the same but where a row and a column are both masked."""
+    (similarity,) = draw((2, *sizes))
+    row, col = (torch.arange(2 * size).view(2, size) % 7 < 4 for size in sizes)
+    filled = (similarity / 0.1).masked_fill(~(row[:, :, None] & col[:, None]), -1e9)
+    published = filled.softmax(1) * filled.softmax(2)
+    neither = ~row[:, :, None] & ~col[:, None]
+    torch.testing.assert_close(published[neither], torch.full_like(published[neither], 1 / sizes[0] / sizes[1]))
+    out = DualSoftmax(0.1, impl=impl)(similarity, row, col)
+    torch.testing.assert_close(out, published.masked_fill(neither, 0.0), rtol=2e-5, atol=1e-8)
+
+
+@implementations
+@pytest.mark.parametrize("sizes", [(10, 12), (150, 130)], ids=str)
+def test_logarithm_where_the_product_underflows(impl, sizes):
+    (similarity,) = draw((1, *sizes), scale=60.0)
+    out = DualSoftmax(0.5, log=True, impl=impl)(similarity)
+    exact = similarity.double() / 0.5
+    expected = exact.log_softmax(1) + exact.log_softmax(2)
+    assert bool((expected.exp().float() == 0.0).any())
+    torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-4)
+
+
+@implementations
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("sizes", [(10, 12), (150, 130)], ids=str)
+def test_nothing_of_what_masks_exclude_is_seen(impl, log, sizes):
+    """NaN and infinity there, in similarities and gradients, change no bit."""
+    similarity, grad_out = draw((2, *sizes), (2, *sizes))
+    row, col = (torch.arange(2 * size).view(2, size) % 7 < 4 for size in sizes)
+    kept = row[:, :, None] & col[:, None]
+    results = []
+    for fill in (0.0, float("nan"), float("inf")):
+        x = similarity.where(kept, torch.tensor(fill)).requires_grad_()
+        out = DualSoftmax(0.3, log, impl=impl)(x, row, col)
+        (grad,) = torch.autograd.grad(out, x, grad_out.where(kept, torch.tensor(fill)))
+        assert bool((out[~kept] == (float("-inf") if log else 0.0)).all())
+        assert not grad[~kept].any()
+        assert bool(grad[kept].isfinite().all())
+        results.append((out, grad))
+    for found in results[1:]:
+        for one, other in zip(found, results[0], strict=True):
+            assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_block(batch_norm):
     block = ElementwiseAttentionBlock(3, (5, 7), 4, batch_norm=batch_norm)
@@ -148,6 +195,8 @@ def test_modules_name_what_is_wrong():
         ElementwiseAttention(1, (0, 4), 1)
     with pytest.raises(ValueError, match=r"impl must be one of 'auto', .* got 'fast'"):
         DualSoftmax(impl="fast")
+    with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
+        DualSoftmax(0.0)
     with pytest.raises(ValueError, match="kernel_size must be odd and positive, got 2"):
         ElementwiseAttentionBlock(1, (4, 4), 1, kernel_size=2)
     with pytest.raises(ValueError, match=r"x must have shape \(B, 1, 4, 5\), got \(2, 1, 5, 4\)"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._floor import checks
@@ -11,39 +13,57 @@ from . import op
 
 
 def row_col_softmax(
-    x: Tensor, weight_row: Tensor | None = None, weight_col: Tensor | None = None, *, impl: str = "auto"
+    x: Tensor,
+    weight_row: Tensor | None = None,
+    weight_col: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    col_mask: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    log: bool = False,
+    impl: str = "auto",
 ) -> Tensor:
     """Compute the softmax along the rows times the softmax along the columns.
 
     ``out[b,h,c] = softmax over W of (x[b,c] * weight_row[h,c]) * softmax over H of (x[b,c] * weight_col[h,c])``, every
-    product element by element.  Without weights it is the dual softmax of x itself, the matching probability of
-    feature matching: ``out = x.softmax(3) * x.softmax(2)``.
+    product element by element.  Without weights it is the dual softmax of ``logits = x / temperature``, the matching
+    probability of feature matching: ``out = logits.softmax(3) * logits.softmax(2)``, or with ``log`` its logarithm
+    ``logits.log_softmax(3) + logits.log_softmax(2)``.  Masks, temperature and logarithm go with that form alone.
 
     Args:
         x: (B, C, H, W), float32, float16 or bfloat16 (float64: reference only).  Any strides, any H and W.
         weight_row: (heads, C, H, W), dtype of ``x``, for the softmax over W; None together with ``weight_col``.
         weight_col: (heads, C, H, W), dtype of ``x``, for the softmax over H.
+        row_mask: (B, H), bool: True for rows that take part (``mask0`` of LoFTR).
+        col_mask: (B, W), bool: True for columns that take part (``mask1``).
+        temperature: positive; a factor within the kernels.
+        log: return the logarithm, which is not formed of the product: it stays finite where that underflows.
         impl: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         (B, heads, C, H, W), or (B, C, H, W) without weights; contiguous, dtype of ``x``.
 
     Raises:
-        TypeError: an argument is not a tensor, or not of a floating-point dtype.
-        ValueError: shapes, dtypes or devices do not fit, or one weight is given without the other.
+        TypeError: an argument is not a tensor or of another type, or not of a floating-point dtype; a mask is not bool.
+        ValueError: shapes, dtypes or devices do not fit, one weight is given without the other, masks, temperature or
+            logarithm with weights, or the temperature is not positive.
         RuntimeError: the named ``impl`` cannot run on these inputs.
 
     Softmax statistics are float32.  Gradients reach x and both weights; they are computed without atomics and are
     bitwise the same at every run and number of threads.  Saved for backward: the inputs and two float32 numbers per
     row and column of each plane; the output is not.
 
+    An element whose row or column is masked is in no softmax: the output there is 0 (-inf with ``log``) and the
+    gradient of x 0, whatever x holds there.  LoFTR instead gives such elements the logit -1e9: the same where row and
+    column take part, but where neither does 1/(H*W) and the like, if all of a row and of a column is masked.
+
     Under autocast it computes as ``x.softmax(3) * x.softmax(2)`` does: in float32 on GPUs, on the CPU in the widest
     dtype of the inputs.  Lower precision would not hold the logits: a mask of -1e9, or the difference of 50.0 and 50.1.
 
     Source: Araujo Bacochina and de Souza 2023, "Element-Wise Attention Layers", eq. 4-7; without weights Sun et al.
-    2021, "LoFTR", eq. 2 (dual softmax).
+    2021, "LoFTR", eq. 2 (dual softmax), and Lindenberger et al. 2023, "LightGlue", eq. 8 (its logarithm).
     """
-    return _run_softmax(impl, x, weight_row, weight_col)[0]
+    return _run_softmax(impl, x, weight_row, weight_col, row_mask, col_mask, temperature, log)[0]
 
 
 def elementwise_attention(
@@ -111,7 +131,10 @@ def _update(running: Tensor, batch: Tensor, momentum: float) -> None:
     running.copy_((1.0 - momentum) * running.to(batch.dtype) + momentum * batch)
 
 
-def _check_softmax(x: Tensor, weight_row: Tensor | None, weight_col: Tensor | None) -> tuple[Any, ...]:
+def _check_softmax(
+    x: Tensor, weight_row: Tensor | None, weight_col: Tensor | None, row_mask: Tensor | None, col_mask: Tensor | None,
+    temperature: object, log: bool,
+) -> tuple[Any, ...]:  # fmt: skip
     """The arguments of the operator."""
     _check_x(x)
     if (weight_row is None) != (weight_col is None):
@@ -119,7 +142,14 @@ def _check_softmax(x: Tensor, weight_row: Tensor | None, weight_col: Tensor | No
         raise ValueError(f"{missing} must be given together with {given}, got None")
     if weight_row is not None:
         _check_weights(x, weight_row, weight_col)
-    return x, weight_row, weight_col
+    temperature = check_options(temperature, log)
+    _check_mask("row_mask", "(B, H)", row_mask, x, 2)
+    _check_mask("col_mask", "(B, W)", col_mask, x, 3)
+    options = {"row_mask": row_mask is not None, "col_mask": col_mask is not None, "log": log}
+    for option, is_given in {**options, "temperature": temperature != 1.0}.items():
+        if is_given and weight_row is not None:
+            raise ValueError(f"{option} must not be given together with weight_row and weight_col")
+    return x, weight_row, weight_col, row_mask, col_mask, temperature, log
 
 
 def _check_attention(
@@ -143,6 +173,30 @@ def _check_attention(
     if training or running_mean is None or running_var is None:
         return x, weight_row, weight_col, None, None, eps
     return x, weight_row, weight_col, running_mean, running_var, eps
+
+
+def check_options(temperature: object, log: object) -> float:
+    """The temperature, as a float."""
+    temperature = checks.number("temperature", temperature)
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if not isinstance(log, bool):
+        raise TypeError(f"log must be a bool, got {type(log).__name__}")
+    return temperature
+
+
+def _check_mask(name: str, sizes: str, mask: object, x: Tensor, dim: int) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must have the dtype torch.bool, got {mask.dtype}")
+    expected = x.shape[0], x.shape[dim]
+    if mask.shape != expected:
+        raise ValueError(f"{name} must have shape {sizes}={tuple(expected)}, got {tuple(mask.shape)}")
+    if mask.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {mask.device}")
 
 
 def _check_x(x: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._floor.plain import is_plain
 from . import op
-from .api import elementwise_attention, row_col_softmax
+from .api import check_options, elementwise_attention, row_col_softmax
 
 
 def _check_impl(impl: str) -> None:
@@ -162,29 +162,33 @@ class DualSoftmax(nn.Module):
     """Matching probabilities of a similarity matrix: the softmax over its rows times the softmax over its columns.
 
     Args:
+        temperature: the similarities are divided by it; positive.  No pass over the matrix in memory; divided by it
+            before they are multiplied, the features make it cost nothing.
+        log: return the logarithm of the probabilities, as LightGlue does.
         impl: implementation of :func:`~fused_attn.row_col_softmax`.
 
-    Shapes: input (B, H, W) or (B, C, H, W), output the same.  A temperature belongs into the features whose products
-    the similarities are: there it costs no pass over the matrix.
+    Shapes: input (B, H, W) or (B, C, H, W), masks (B, H) and (B, W), output as the input.
 
     Raises:
-        ValueError: the input has another number of dimensions.
+        TypeError, ValueError: the input has another number of dimensions, or as :func:`~fused_attn.row_col_softmax`.
 
-    Source: Sun et al. 2021, "LoFTR", eq. 2.
+    Source: Sun et al. 2021, "LoFTR", eq. 2; Lindenberger et al. 2023, "LightGlue", eq. 8.
     """
 
-    def __init__(self, *, impl: str = "auto") -> None:
+    def __init__(self, temperature: float = 1.0, log: bool = False, *, impl: str = "auto") -> None:
         super().__init__()
         _check_impl(impl)
-        self.impl = impl
+        self.temperature, self.log, self.impl = check_options(temperature, log), log, impl
 
-    def forward(self, similarity: Tensor) -> Tensor:
-        """Normalise ``similarity`` along both of its last dimensions."""
+    def forward(self, similarity: Tensor, row_mask: Tensor | None = None, col_mask: Tensor | None = None) -> Tensor:
+        """Normalise ``similarity`` along both of its last dimensions, over rows and columns whose masks are True."""
         if similarity.dim() not in (3, 4):
             raise ValueError(f"similarity must have shape (B, H, W) or (B, C, H, W), got {tuple(similarity.shape)}")
-        if similarity.dim() == 4:
-            return row_col_softmax(similarity, impl=self.impl)
-        return row_col_softmax(similarity.unsqueeze(1), impl=self.impl).squeeze(1)
+        x = similarity if similarity.dim() == 4 else similarity.unsqueeze(1)
+        out = row_col_softmax(
+            x, None, None, row_mask, col_mask, temperature=self.temperature, log=self.log, impl=self.impl
+        )
+        return out if similarity.dim() == 4 else out.squeeze(1)
 
     def extra_repr(self) -> str:
-        return f"impl={self.impl!r}"
+        return f"temperature={self.temperature}, log={self.log}, impl={self.impl!r}"

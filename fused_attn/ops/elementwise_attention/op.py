@@ -68,6 +68,10 @@ def _unless_empty(kernel):
 SOFTMAX_FLOPS, ATTENTION_FLOPS = (10, 18), (13, 28)
 
 
+# What the softmax without weights has beside its input; see the public function.
+_MASKS, _OPTIONS = "Tensor? row_mask, Tensor? col_mask", "Scalar temperature, bool log"
+
+
 def _per_element(factor: int, index: int = 0):
     def formula(*shapes, **_) -> int:
         x, weight_row = shapes[index : index + 2]
@@ -78,8 +82,8 @@ def _per_element(factor: int, index: int = 0):
 
 row_col_softmax = Operators(
     "row_col_softmax",
-    f"(Tensor x, Tensor? weight_row, Tensor? weight_col) -> (Tensor out, {_STATISTICS})",
-    f"(Tensor grad_out, Tensor x, Tensor? weight_row, Tensor? weight_col, {_STATISTICS}) "
+    f"(Tensor x, Tensor? weight_row, Tensor? weight_col, {_MASKS}, {_OPTIONS}) -> (Tensor out, {_STATISTICS})",
+    f"(Tensor grad_out, Tensor x, Tensor? weight_row, Tensor? weight_col, {_MASKS}, {_STATISTICS}, {_OPTIONS}) "
     "-> (Tensor grad_x, Tensor grad_weight_row, Tensor grad_weight_col)",
     allocate=_allocate_softmax,
     kernels={
@@ -90,6 +94,7 @@ row_col_softmax = Operators(
     reference=reference.row_col_softmax,
     flops=_per_element(SOFTMAX_FLOPS[0]),
     flops_backward=_per_element(SOFTMAX_FLOPS[1], 1),
+    apart=("row_mask", "col_mask"),
 )
 
 elementwise_attention = Operators(

@@ -13,9 +13,9 @@ from .._floor.declarations import Peer
 
 
 def _softmax(inputs: Mapping[str, Any]) -> Callable[..., Tensor]:
-    def run(x, weight_row=None, weight_col=None):
+    def run(x, weight_row=None, weight_col=None, log=False):
         if weight_row is None:
-            return x.softmax(3) * x.softmax(2)
+            return x.log_softmax(3) + x.log_softmax(2) if log else x.softmax(3) * x.softmax(2)
         x = x.unsqueeze(1)
         return (x * weight_row).softmax(4) * (x * weight_col).softmax(3)
 

@@ -125,6 +125,9 @@ _PLANES = {
     "no rows": _g((0, 4)),
     "no columns": _g((3, 0)),
 }
+#: Of these, what goes each its own way without weights.
+_DUAL = {name: _PLANES[name] for name in ("small", "width 17", "two blocks", "transposed", "spread", "no rows")}
+_LOG = {"log": True, "temperature": 0.7}
 _WEIGHTED = {
     "many images": _g((6, 5), batch=67, heads=2),
     "heads 5": _g((7, 7), heads=5, channels=2),
@@ -166,6 +169,39 @@ def _mask_far_in(inputs: dict[str, Any]) -> None:
     x[0, 0, 100] = x[0, 0, :, 30] = x[-1, 0, 120, 5] = float("-inf")
 
 
+def with_masks(inputs: dict[str, Any], rows: bool = True, columns: bool = True) -> None:
+    """Masks that exclude about a third of the rows and columns, and NaN and infinity in x there."""
+    x = inputs["x"]
+    batch, _, height, width = x.shape
+    excluded = torch.zeros(batch, 1, height, width, dtype=torch.bool)
+    if rows:
+        row = torch.rand(batch, height) > 0.3
+        excluded |= ~row[:, None, :, None]
+        inputs["row_mask"] = row.to(x.device)
+    if columns:
+        col = torch.rand(2 * batch, width).gt(0.3)[::2]  # strided
+        excluded |= ~col[:, None, None]
+        inputs["col_mask"] = col.to(x.device)
+    wild = torch.where(torch.rand(x.shape) < 0.5, float("nan"), float("inf")).to(x)
+    x.copy_(torch.where(excluded.to(x.device), wild, x))
+
+
+def padded(inputs: dict[str, Any]) -> None:
+    """Images padded to one size: the second half of the first one's rows and a third of its columns are not there."""
+    batch, _, height, width = inputs["x"].shape
+    row, col = torch.ones(batch, height, dtype=torch.bool), torch.ones(batch, width, dtype=torch.bool)
+    row[0, height // 2 :] = False
+    col[0, 2 * width // 3 :] = False
+    inputs["row_mask"], inputs["col_mask"] = (mask.to(inputs["x"].device) for mask in (row, col))
+
+
+def _all_masked(inputs: dict[str, Any]) -> None:
+    """Of one image every column, of the other the first rows."""
+    padded(inputs)
+    inputs["col_mask"][0] = False
+    inputs["row_mask"][1:, :2] = False
+
+
 def _large_image(inputs: dict[str, Any]) -> None:
     inputs["x"][1] *= 40
 
@@ -195,6 +231,22 @@ SOFTMAX_SAMPLES = (
     _sample("dual, small planes, far below", **_g((9, 11)), edit=_far_below),
     _sample("dual, large numbers", **_g((130, 70)), edit=_large_image),
     _sample("large logits of one image", **_g((7, 9), heads=2), edit=_large_image),
+    *(_sample(f"dual, temperature, {name}", **plane, options={"temperature": 0.3}) for name, plane in _DUAL.items()),
+    *(_sample(f"dual, log, {name}", small=name == "small", **plane, options=_LOG) for name, plane in _DUAL.items()),
+    *(
+        _sample(f"dual, masks, {name}", small=name == "small", **plane, edit=with_masks)
+        for name, plane in _DUAL.items()
+    ),
+    *(_sample(f"dual, log, masks, {name}", **plane, edit=with_masks, options=_LOG) for name, plane in _DUAL.items()),
+    _sample("dual, row mask", **_g((6, 7)), edit=partial(with_masks, columns=False)),
+    _sample("dual, column mask", **_g((6, 7)), edit=partial(with_masks, rows=False), options={"temperature": 3}),
+    _sample("dual, padded", **_g((300, 200)), edit=padded, options={"temperature": 2.0}),
+    _sample("dual, log, padded", **_g((300, 200)), edit=padded, options={"log": True}),
+    _sample("dual, all masked", **_g((6, 7)), edit=_all_masked),
+    _sample("dual, log, all masked", **_g((130, 70)), edit=_all_masked, options={"log": True}),
+    _sample("dual, log, masked", **_g((4, 5)), edit=_mask, options={"log": True}),
+    _sample("dual, log, far below", **_g((300, 200), batch=1), edit=_far_below, options={"log": True}),
+    _sample("dual, log, nan", **_g((4, 5)), edit=_plant("x", float("nan")), options={"log": True}),
     _sample("dual, nan", **_g((4, 5)), edit=_plant("x", float("nan"))),
     _sample("inf in weight_row", **_g((4, 5), heads=2), edit=_plant("weight_row", float("inf"))),
 )
@@ -226,6 +278,9 @@ def _fuzz(choices: tuple[Any, ...], modes: tuple[Mapping[str, Any], ...], draw: 
         "weight_layout": draw.choice(layouts),
         "options": draw.choice(modes),
     }
+    if settings["heads"] is None:
+        settings["options"] = draw.choice(({}, {"temperature": 0.6}, {"log": True}))
+        settings["edit"] = draw.choice((None, with_masks, padded))
     name = str({key: getattr(value, "__name__", value) for key, value in settings.items()})
     return Sample(name, partial(make_inputs, **settings))
 
@@ -233,8 +288,10 @@ def _fuzz(choices: tuple[Any, ...], modes: tuple[Mapping[str, Any], ...], draw: 
 # --- benchmark shapes -------------------------------------------------------------------------------------------------
 
 
-def _shape(name: str, batch: int, channels: int, grid: tuple[int, int], heads: int | None, attention=False) -> Shape:
-    settings = {"batch": batch, "channels": channels, "grid": grid, "heads": heads}
+def _shape(
+    name: str, batch: int, channels: int, grid: tuple[int, int], heads: int | None, attention=False, **options: Any
+) -> Shape:
+    settings = {"batch": batch, "channels": channels, "grid": grid, "heads": heads, "options": options}
     plane = grid[0] * grid[1]
     x, weights = batch * channels * plane, 2 * (heads or 0) * channels * plane
     planes = batch * (heads or 1) * channels
@@ -256,6 +313,7 @@ def _shape(name: str, batch: int, channels: int, grid: tuple[int, int], heads: i
 SOFTMAX_SHAPES = (
     _shape("4,800x4,800", 1, 1, (4800, 4800), None),
     _shape("2,000x2,000", 1, 1, (2000, 2000), None),
+    _shape("2,048x2,048, log", 1, 1, (2048, 2048), None, log=True),
     _shape("B 512, 16 heads, 28x28", 512, 1, (28, 28), 16),
 )
 SOFTMAX_GROWTH = tuple(_shape(f"{n}x{n}", 1, 1, (n, n), None) for n in (60, 120, 1000, 2000))
@@ -271,10 +329,12 @@ ATTENTION_GROWTH = tuple(_shape(f"B {n}, 4 heads, 28x28", n, 1, (28, 28), 4, att
 
 
 _EVERY = ("x", "weight_row", "weight_col")
+_MASKS = ("row_mask", "col_mask")
 
 
 def _softmax_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:
-    return op.row_col_softmax.calls(impl, *map(inputs.get, _EVERY))
+    options = inputs.get("temperature", 1.0), inputs.get("log", False)
+    return op.row_col_softmax.calls(impl, *map(inputs.get, _EVERY + _MASKS), *options)
 
 
 def _attention_operators(impl: str, inputs: Mapping[str, Any]) -> tuple[tuple[Any, tuple], ...]:

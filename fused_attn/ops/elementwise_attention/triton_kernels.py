@@ -4,6 +4,9 @@ A program owns a tile of ROWS rows of one plane (image, head, channel) and walks
 WHOLE says that the tile is the whole plane.  x is indexed by (image, channel, y, x) strides, weights by (head, channel,
 y, x), gradients of the output by (image, head, channel, y, x); outputs are contiguous.  Addresses are 64-bit.
 
+Without weights, ``factor`` (None: 1) makes logits of x, ``row_mask`` (image, y) and ``col_mask`` (image, x) say what
+takes part, and LOG asks for the logarithm.
+
 No atomics: every element is written once.  Column statistics, sums and moments of a tile go to memory, and
 triton_launch.py adds them up in a fixed order.
 """
@@ -27,7 +30,34 @@ def _tile(plane_ptr, y, x, y_stride, x_stride, inside):
 
 
 @triton.jit
-def _inputs(x_ptr, row_ptr, col_ptr, x_strides, row_strides, col_strides, image, head, channel, y, x, inside):
+def _kept(row_mask_ptr, col_mask_ptr, image, y, x, height, width, inside):
+    """What of a tile takes part."""
+    if row_mask_ptr is not None:
+        inside = inside & (tl.load(row_mask_ptr + image * height + y, mask=y < height, other=0) != 0)[:, None]
+    if col_mask_ptr is not None:
+        inside = inside & (tl.load(col_mask_ptr + image * width + x, mask=x < width, other=0) != 0)[None, :]
+    return inside
+
+
+@triton.jit
+def _where_kept(kept, value, row_mask_ptr, col_mask_ptr, LOG: tl.constexpr):
+    """A tile of the output, or of the gradient of logits, where it takes part."""
+    if (row_mask_ptr is not None) or (col_mask_ptr is not None):
+        value = tl.where(kept, value, float("-inf") if LOG else 0.0)
+    return value
+
+
+@triton.jit
+def _settled(mask_ptr, image, i, size, maximum, total):
+    """Statistics of rows or columns, those that take no part with a sum that exponentials of 0 can be divided by."""
+    if mask_ptr is not None:
+        kept = tl.load(mask_ptr + image * size + i, mask=i < size, other=0) != 0
+        maximum, total = tl.where(kept, maximum, 0.0), tl.where(kept, total, 1.0)
+    return maximum, total
+
+
+@triton.jit
+def _inputs(x_ptr, row_ptr, col_ptr, factor, x_strides, row_strides, col_strides, image, head, channel, y, x, inside):
     """Values, weights and row and column logits of a tile; logits are -inf outside.  Where the op has no weights, those
     returned are not to be read."""
     value = _tile(x_ptr + image * x_strides[0] + channel * x_strides[1], y, x, x_strides[2], x_strides[3], inside)
@@ -40,7 +70,10 @@ def _inputs(x_ptr, row_ptr, col_ptr, x_strides, row_strides, col_strides, image,
         col_logit = tl.where(inside, value * weight_col, float("-inf"))
     else:
         weight_row, weight_col = value, value
-        row_logit = tl.where(inside, value, float("-inf"))
+        logit = value
+        if factor is not None:
+            logit = value * factor
+        row_logit = tl.where(inside, logit, float("-inf"))
         col_logit = row_logit
     return value, weight_row, weight_col, row_logit, col_logit
 
@@ -71,9 +104,14 @@ def _softmaxes(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, 
 
 
 @triton.jit
-def _product(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width, EXACT: tl.constexpr):
-    """Product of the row and the column softmax of a tile, with one exponential."""
+def _product(
+    row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width, EXACT: tl.constexpr,
+    LOG: tl.constexpr = False,
+):  # fmt: skip
+    """Product of the row and the column softmax of a tile, with one exponential, or its logarithm."""
     row_max, row_sum, col_max, col_sum = _statistics(row_stats_ptr, col_stats_ptr, plane, y, x, height, width)
+    if LOG:
+        return (row_logit - row_max - tl.log(row_sum)) + (col_logit - col_max - tl.log(col_sum))
     both = softmax_exp((row_logit - row_max) + (col_logit - col_max), EXACT)
     return both * reciprocal(row_sum, EXACT) * reciprocal(col_sum, EXACT)
 
@@ -95,14 +133,14 @@ def _add_moments(product, inside, shift, first, second):
 
 @triton.jit
 def row_col_stats_kernel(
-    x_ptr, row_ptr, col_ptr, out_ptr, row_stats_ptr, col_stats_ptr, moments_ptr,
+    x_ptr, row_ptr, col_ptr, row_mask_ptr, col_mask_ptr, out_ptr, row_stats_ptr, col_stats_ptr, moments_ptr, factor,
     x_strides, row_strides, col_strides, planes, heads, channels, height, width, chunks, shift,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
     """Statistics of the rows of a tile, and of its columns.
 
     WHOLE: the columns are finished; ``out`` or ``moments`` (plane, 2) are written where they are not None.  Otherwise
-    ``col_stats`` is (chunk, plane, 2, width) and holds maximum and sum of the tile.
+    ``col_stats`` is (chunk, plane, 2, width) and holds maximum and sum of the tile, not settled.
     """
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     chunk, plane, image, head, channel = _position(chunks, heads, channels)
@@ -114,8 +152,9 @@ def row_col_stats_kernel(
     for start in tl.range(0, width, COLUMNS):
         x = start + tl.arange(0, COLUMNS)
         inside = (y < height)[:, None] & (x < width)[None, :]
+        kept = _kept(row_mask_ptr, col_mask_ptr, image, y, x, height, width, inside)
         _, _, _, row_logit, col_logit = _inputs(
-            x_ptr, row_ptr, col_ptr, x_strides, row_strides, col_strides, image, head, channel, y, x, inside
+            x_ptr, row_ptr, col_ptr, factor, x_strides, row_strides, col_strides, image, head, channel, y, x, kept
         )
         new_max = tl.maximum(row_max, tl.max(row_logit, 1))
         e_row = softmax_exp(row_logit - _finite(new_max)[:, None], EXACT)
@@ -124,11 +163,18 @@ def row_col_stats_kernel(
         col_max = tl.max(col_logit, 0)
         e_col = softmax_exp(col_logit - _finite(col_max)[None, :], EXACT)
         col_sum = tl.sum(e_col, 0)
+        if WHOLE:
+            col_max, col_sum = _settled(col_mask_ptr, image, x, width, col_max, col_sum)
         tl.store(cols + x, col_max, mask=x < width)
         tl.store(cols + width + x, col_sum, mask=x < width)
         if WHOLE:
             # One tile to the plane.  A row or column of -inf alone has a sum of 0: 0 / 0, as in the reference.
-            product = e_row * reciprocal(row_sum, EXACT)[:, None] * (e_col * reciprocal(col_sum, EXACT)[None, :])
+            if LOG:
+                product = row_logit - row_max[:, None] - tl.log(row_sum)[:, None]
+                product += col_logit - col_max[None, :] - tl.log(col_sum)[None, :]
+            else:
+                product = e_row * reciprocal(row_sum, EXACT)[:, None] * (e_col * reciprocal(col_sum, EXACT)[None, :])
+            product = _where_kept(kept, product, row_mask_ptr, col_mask_ptr, LOG)
             if out_ptr is not None:
                 at = plane * height * width + y.to(tl.int64)[:, None] * width + x[None, :]
                 tl.store(out_ptr + at, product.to(out_ptr.dtype.element_ty), mask=inside)
@@ -137,6 +183,7 @@ def row_col_stats_kernel(
                 first, second = _add_moments(product, inside, shift, zero, zero)
                 tl.store(moments_ptr + plane * 2, tl.sum(first, 0))
                 tl.store(moments_ptr + plane * 2 + 1, tl.sum(second, 0))
+    row_max, row_sum = _settled(row_mask_ptr, image, y, height, row_max, row_sum)
     tl.store(rows, row_max, mask=y < height)
     tl.store(rows + height, row_sum, mask=y < height)
 
@@ -156,7 +203,7 @@ def row_col_moments_kernel(
         x = start + tl.arange(0, COLUMNS)
         inside = (y < height)[:, None] & (x < width)[None, :]
         _, _, _, row_logit, col_logit = _inputs(
-            x_ptr, row_ptr, col_ptr, x_strides, row_strides, col_strides, image, head, channel, y, x, inside
+            x_ptr, row_ptr, col_ptr, None, x_strides, row_strides, col_strides, image, head, channel, y, x, inside
         )
         product = _product(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width, EXACT)
         first, second = _add_moments(product, inside, shift, first, second)
@@ -167,9 +214,10 @@ def row_col_moments_kernel(
 
 @triton.jit
 def row_col_output_kernel(
-    x_ptr, row_ptr, col_ptr, out_ptr, row_stats_ptr, col_stats_ptr, mean_ptr, scale_ptr,
+    x_ptr, row_ptr, col_ptr, row_mask_ptr, col_mask_ptr, out_ptr, row_stats_ptr, col_stats_ptr, mean_ptr, scale_ptr,
+    factor,
     x_strides, row_strides, col_strides, heads, channels, height, width, chunks,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
     """The product of the softmaxes; normalised and times x where there is a mean."""
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
@@ -178,10 +226,12 @@ def row_col_output_kernel(
     for start in tl.range(0, width, COLUMNS):
         x = start + tl.arange(0, COLUMNS)
         inside = (y < height)[:, None] & (x < width)[None, :]
+        kept = _kept(row_mask_ptr, col_mask_ptr, image, y, x, height, width, inside)
         value, _, _, row_logit, col_logit = _inputs(
-            x_ptr, row_ptr, col_ptr, x_strides, row_strides, col_strides, image, head, channel, y, x, inside
+            x_ptr, row_ptr, col_ptr, factor, x_strides, row_strides, col_strides, image, head, channel, y, x, kept
         )
-        out = _product(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width, EXACT)
+        out = _product(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width, EXACT, LOG)
+        out = _where_kept(kept, out, row_mask_ptr, col_mask_ptr, LOG)
         if mean_ptr is not None:
             at = head * channels + channel
             out = (out - tl.load(mean_ptr + at)) * tl.load(scale_ptr + at) * value
@@ -212,7 +262,7 @@ def row_col_grad_moments_kernel(
         x = start + tl.arange(0, COLUMNS)
         inside = (y < height)[:, None] & (x < width)[None, :]
         value, _, _, row_logit, col_logit = _inputs(
-            x_ptr, row_ptr, col_ptr, x_strides, row_strides, col_strides, image, head, channel, y, x, inside
+            x_ptr, row_ptr, col_ptr, None, x_strides, row_strides, col_strides, image, head, channel, y, x, inside
         )
         product = _product(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width, EXACT)
         d = value * _grad_out(grad_out_ptr, grad_out_strides, image, head, channel, y, x, inside)
@@ -236,12 +286,13 @@ def _grad_product(grad, value, product, mean_ptr, scale_ptr, grad_mean_ptr, grad
 
 @triton.jit
 def row_col_sums_kernel(
-    grad_out_ptr, x_ptr, row_ptr, col_ptr, row_stats_ptr, col_stats_ptr, mean_ptr, scale_ptr, grad_mean_ptr,
-    grad_var_ptr, row_sums_ptr, col_sums_ptr,
+    grad_out_ptr, x_ptr, row_ptr, col_ptr, row_mask_ptr, col_mask_ptr, row_stats_ptr, col_stats_ptr, mean_ptr,
+    scale_ptr, grad_mean_ptr, grad_var_ptr, row_sums_ptr, col_sums_ptr, factor,
     grad_out_strides, x_strides, row_strides, col_strides, planes, heads, channels, height, width, chunks,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
-    """Sums of probability times its gradient: of rows (plane, height), of columns of a tile (chunk, plane, width)."""
+    """Sums of probability times its gradient, with LOG of the gradient alone: of rows (plane, height), of columns of a
+    tile (chunk, plane, width)."""
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     chunk, plane, image, head, channel = _position(chunks, heads, channels)
     y = chunk * ROWS + tl.arange(0, ROWS)
@@ -249,48 +300,64 @@ def row_col_sums_kernel(
     for start in tl.range(0, width, COLUMNS):
         x = start + tl.arange(0, COLUMNS)
         inside = (y < height)[:, None] & (x < width)[None, :]
-        value, _, _, row_logit, col_logit = _inputs(
-            x_ptr, row_ptr, col_ptr, x_strides, row_strides, col_strides, image, head, channel, y, x, inside
-        )
-        row, col = _softmaxes(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width, EXACT)
-        grad = _grad_out(grad_out_ptr, grad_out_strides, image, head, channel, y, x, inside)
-        at = head * channels + channel
-        d = _grad_product(grad, value, row * col, mean_ptr, scale_ptr, grad_mean_ptr, grad_var_ptr, at)
-        sums += tl.sum(row * (col * d), 1)
-        to = col_sums_ptr + (_int64(chunk) * planes + plane) * width + x
-        tl.store(to, tl.sum(col * (row * d), 0), mask=x < width)
+        kept = _kept(row_mask_ptr, col_mask_ptr, image, y, x, height, width, inside)
+        if LOG:
+            grad = _grad_out(grad_out_ptr, grad_out_strides, image, head, channel, y, x, kept)
+            sums += tl.sum(grad, 1)
+            to = col_sums_ptr + (_int64(chunk) * planes + plane) * width + x
+            tl.store(to, tl.sum(grad, 0), mask=x < width)
+        else:
+            value, _, _, row_logit, col_logit = _inputs(
+                x_ptr, row_ptr, col_ptr, factor, x_strides, row_strides, col_strides, image, head, channel, y, x, kept
+            )
+            row, col = _softmaxes(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width, EXACT)
+            grad = _grad_out(grad_out_ptr, grad_out_strides, image, head, channel, y, x, kept)
+            at = head * channels + channel
+            d = _grad_product(grad, value, row * col, mean_ptr, scale_ptr, grad_mean_ptr, grad_var_ptr, at)
+            sums += tl.sum(row * (col * d), 1)
+            to = col_sums_ptr + (_int64(chunk) * planes + plane) * width + x
+            tl.store(to, tl.sum(col * (row * d), 0), mask=x < width)
     tl.store(row_sums_ptr + plane * height + y, sums, mask=y < height)
 
 
 @triton.jit
 def _gradients(
-    grad_out_ptr, x_ptr, row_ptr, col_ptr, row_stats_ptr, col_stats_ptr, mean_ptr, scale_ptr, grad_mean_ptr,
-    grad_var_ptr, row_sums_ptr, col_sums_ptr,
+    grad_out_ptr, x_ptr, row_ptr, col_ptr, row_mask_ptr, col_mask_ptr, row_stats_ptr, col_stats_ptr, mean_ptr,
+    scale_ptr, grad_mean_ptr, grad_var_ptr, row_sums_ptr, col_sums_ptr, factor,
     grad_out_strides, x_strides, row_strides, col_strides, image, head, channel, plane, channels, height, width,
-    y, x, inside, WHOLE: tl.constexpr,
+    y, x, inside, WHOLE: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the row and of the column logits of a tile; values and gradient of x."""
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    kept = _kept(row_mask_ptr, col_mask_ptr, image, y, x, height, width, inside)
     value, weight_row, weight_col, row_logit, col_logit = _inputs(
-        x_ptr, row_ptr, col_ptr, x_strides, row_strides, col_strides, image, head, channel, y, x, inside
+        x_ptr, row_ptr, col_ptr, factor, x_strides, row_strides, col_strides, image, head, channel, y, x, kept
     )
     row, col = _softmaxes(row_logit, col_logit, row_stats_ptr, col_stats_ptr, plane, y, x, height, width, EXACT)
-    grad = _grad_out(grad_out_ptr, grad_out_strides, image, head, channel, y, x, inside)
+    grad = _grad_out(grad_out_ptr, grad_out_strides, image, head, channel, y, x, kept)
     at = head * channels + channel
     product = row * col
     d = _grad_product(grad, value, product, mean_ptr, scale_ptr, grad_mean_ptr, grad_var_ptr, at)
     by_row, by_col = col * d, row * d
     if WHOLE:
-        row_sum, col_sum = tl.sum(row * by_row, 1), tl.sum(col * by_col, 0)
+        if LOG:
+            row_sum, col_sum = tl.sum(d, 1), tl.sum(d, 0)
+        else:
+            row_sum, col_sum = tl.sum(row * by_row, 1), tl.sum(col * by_col, 0)
     else:
         row_sum = tl.load(row_sums_ptr + plane * height + y, mask=y < height, other=0.0)
         col_sum = tl.load(col_sums_ptr + plane * width + x, mask=x < width, other=0.0)
-    # The difference first: where one probability is near 1 it cancels.
-    d_row, d_col = row * (by_row - row_sum[:, None]), col * (by_col - col_sum[None, :])
-    if row_ptr is not None:  # noqa: SIM108 - a constexpr condition chooses the code
+    if LOG:
+        d_row, d_col = d - row * row_sum[:, None], d - col * col_sum[None, :]
+    else:
+        # The difference first: where one probability is near 1 it cancels.
+        d_row, d_col = row * (by_row - row_sum[:, None]), col * (by_col - col_sum[None, :])
+    if row_ptr is not None:
         d_x = d_row * weight_row + d_col * weight_col
     else:
-        d_x = d_row + d_col
+        d_x = _where_kept(kept, d_row + d_col, row_mask_ptr, col_mask_ptr, False)
+        if factor is not None:
+            d_x *= factor
     if mean_ptr is not None:
         d_x += grad * ((product - tl.load(mean_ptr + at)) * tl.load(scale_ptr + at))
     return value, d_row, d_col, d_x
@@ -298,10 +365,10 @@ def _gradients(
 
 @triton.jit
 def row_col_bwd_x_kernel(
-    grad_out_ptr, x_ptr, row_ptr, col_ptr, row_stats_ptr, col_stats_ptr, mean_ptr, scale_ptr, grad_mean_ptr,
-    grad_var_ptr, row_sums_ptr, col_sums_ptr, grad_x_ptr,
+    grad_out_ptr, x_ptr, row_ptr, col_ptr, row_mask_ptr, col_mask_ptr, row_stats_ptr, col_stats_ptr, mean_ptr,
+    scale_ptr, grad_mean_ptr, grad_var_ptr, row_sums_ptr, col_sums_ptr, grad_x_ptr, factor,
     grad_out_strides, x_strides, row_strides, col_strides, heads, channels, height, width, chunks,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
     """Gradient of x: a program owns rows of one image and channel and adds up the heads."""
     chunk, plane_x, image, _head, channel = _position(chunks, 1, channels)
@@ -313,10 +380,10 @@ def row_col_bwd_x_kernel(
         for head in tl.range(0, heads):
             plane = (image * heads + head) * channels + channel
             _value, _d_row, _d_col, d_x = _gradients(
-                grad_out_ptr, x_ptr, row_ptr, col_ptr, row_stats_ptr, col_stats_ptr, mean_ptr, scale_ptr,
-                grad_mean_ptr, grad_var_ptr, row_sums_ptr, col_sums_ptr,
+                grad_out_ptr, x_ptr, row_ptr, col_ptr, row_mask_ptr, col_mask_ptr, row_stats_ptr, col_stats_ptr,
+                mean_ptr, scale_ptr, grad_mean_ptr, grad_var_ptr, row_sums_ptr, col_sums_ptr, factor,
                 grad_out_strides, x_strides, row_strides, col_strides, image, head, channel, plane, channels, height,
-                width, y, x, inside, WHOLE,
+                width, y, x, inside, WHOLE, LOG,
             )  # fmt: skip
             total += d_x
         offsets = plane_x * height * width + y.to(tl.int64)[:, None] * width + x[None, :]
@@ -345,10 +412,10 @@ def row_col_bwd_weight_kernel(
         image = _int64(image)
         plane = (image * heads + head) * channels + channel
         value, d_row, d_col, _ = _gradients(
-            grad_out_ptr, x_ptr, row_ptr, col_ptr, row_stats_ptr, col_stats_ptr, mean_ptr, scale_ptr,
-            grad_mean_ptr, grad_var_ptr, row_sums_ptr, col_sums_ptr,
+            grad_out_ptr, x_ptr, row_ptr, col_ptr, None, None, row_stats_ptr, col_stats_ptr, mean_ptr,
+            scale_ptr, grad_mean_ptr, grad_var_ptr, row_sums_ptr, col_sums_ptr, None,
             grad_out_strides, x_strides, row_strides, col_strides, image, head, channel, plane, channels, height,
-            width, y, x, inside, WHOLE,
+            width, y, x, inside, WHOLE, False,
         )  # fmt: skip
         grad_row += d_row * value
         grad_col += d_col * value

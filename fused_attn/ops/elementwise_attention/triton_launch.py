@@ -41,6 +41,23 @@ class PlaneLaunch(Launch):
         return a["ROWS"] * a["COLUMNS"] * sum(tensor.element_size() for tensor in moved if tensor is not None)
 
 
+class Dual(NamedTuple):
+    """What the softmax without weights has beside its input."""
+
+    row_mask: Tensor | None = None
+    col_mask: Tensor | None = None
+    temperature: float = 1.0
+    log: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        masks = {"row_mask_ptr": self.row_mask, "col_mask_ptr": self.col_mask}
+        dense = {name: mask if mask is None else mask.contiguous().view(torch.uint8) for name, mask in masks.items()}
+        return dense | {"factor": None if self.temperature == 1.0 else 1.0 / self.temperature, "LOG": self.log}
+
+
+PLAIN = Dual()
+
+
 class Tiling(NamedTuple):
     """How a plane is cut: rows and columns of a tile, row tiles, and whether one tile is the whole plane."""
 
@@ -72,7 +89,9 @@ def _launch(kernel, programs: int, tile: Tiling, arguments: dict[str, Any]) -> L
     return PlaneLaunch(kernel, checked(programs, "x makes"), arguments, options)
 
 
-def _common(x: Tensor, row: Tensor | None, col: Tensor | None, row_stats: Tensor, col_stats: Tensor) -> dict[str, Any]:
+def _common(
+    x: Tensor, row: Tensor | None, col: Tensor | None, row_stats: Tensor, col_stats: Tensor, dual: Dual = PLAIN
+) -> dict[str, Any]:
     batch, channels, height, width = x.shape
     heads = 1 if row is None else row.shape[0]
     tile = tiling(height, width)
@@ -83,15 +102,15 @@ def _common(x: Tensor, row: Tensor | None, col: Tensor | None, row_stats: Tensor
         "width": width, "chunks": tile.chunks, "shift": 1.0 / (height * width),
         "ROWS": tile.rows, "COLUMNS": tile.columns, "WHOLE": tile.whole,
         "out_ptr": None, "moments_ptr": None, "mean_ptr": None, "scale_ptr": None,
-    }  # fmt: skip
+    } | dual.arguments()  # fmt: skip
 
 
 # --- forward ----------------------------------------------------------------------------------------------------
 
 
-def plan_statistics(x, row, col, row_stats, col_partials, *, out=None, moments=None) -> Launch:
+def plan_statistics(x, row, col, row_stats, col_partials, dual=PLAIN, *, out=None, moments=None) -> Launch:
     """Row statistics and those of the columns of each chunk, ``col_partials`` (chunks, ...); see the kernel."""
-    common = _common(x, row, col, row_stats, col_partials) | {"out_ptr": out, "moments_ptr": moments}
+    common = _common(x, row, col, row_stats, col_partials, dual) | {"out_ptr": out, "moments_ptr": moments}
     tile = tiling(*x.shape[2:])
     return _launch(kernels.row_col_stats_kernel, common["planes"] * tile.chunks, tile, common)
 
@@ -102,41 +121,45 @@ def plan_moments(x, row, col, row_stats, col_stats, moments) -> Launch:
     return _launch(kernels.row_col_moments_kernel, common["planes"] * tile.chunks, tile, common)
 
 
-def plan_output(x, row, col, out, row_stats, col_stats, mean=None, scale=None) -> Launch:
-    common = _common(x, row, col, row_stats, col_stats) | {"out_ptr": out, "mean_ptr": mean, "scale_ptr": scale}
+def plan_output(x, row, col, out, row_stats, col_stats, mean=None, scale=None, dual=PLAIN) -> Launch:
+    common = _common(x, row, col, row_stats, col_stats, dual) | {"out_ptr": out, "mean_ptr": mean, "scale_ptr": scale}
     tile = tiling(*x.shape[2:])
     return _launch(kernels.row_col_output_kernel, common["planes"] * tile.chunks, tile, common)
 
 
-def _combine_columns(partials: Tensor, col_stats: Tensor) -> None:
+def _combine_columns(partials: Tensor, col_stats: Tensor, col_mask: Tensor | None) -> None:
     """Column statistics of whole planes from those of their chunks, (chunks, planes, 2, width), in one fixed order."""
     maximum, total = partials.unbind(2)
     largest = maximum.amax(0)
     shift = largest.masked_fill(largest == float("-inf"), 0.0)
     total = (total * (maximum - shift).exp()).sum(0)
+    if col_mask is not None:  # as the kernels settle them
+        excluded = ~col_mask.repeat_interleave(len(total) // len(col_mask), 0)
+        largest, total = largest.masked_fill(excluded, 0.0), total.masked_fill(excluded, 1.0)
     torch.stack((largest, total), 1, out=col_stats.view(-1, 2, col_stats.shape[-1]))
 
 
-def _statistics(x, row, col, row_stats, col_stats, out=None, moments=None) -> None:
+def _statistics(x, row, col, row_stats, col_stats, dual=PLAIN, out=None, moments=None) -> None:
     tile = tiling(*x.shape[2:])
     if tile.whole:
-        plan_statistics(x, row, col, row_stats, col_stats, out=out, moments=moments).run()
+        plan_statistics(x, row, col, row_stats, col_stats, dual, out=out, moments=moments).run()
         return
     planes = row_stats.shape[:3].numel()
     partials = x.new_empty((tile.chunks, planes, 2, x.shape[3]), dtype=torch.float32)
-    plan_statistics(x, row, col, row_stats, partials).run()
-    _combine_columns(partials, col_stats)
+    plan_statistics(x, row, col, row_stats, partials, dual).run()
+    _combine_columns(partials, col_stats, dual.col_mask)
     if moments is not None:
         plan_moments(x, row, col, row_stats, col_stats, moments).run()
 
 
-def softmax_forward(x, row, col, out, row_stats, col_stats) -> None:
+def softmax_forward(x, row, col, row_mask, col_mask, temperature, log, out, row_stats, col_stats) -> None:
+    dual = Dual(row_mask, col_mask, temperature, log)
     if out.numel() == 0:
         return
     with torch.cuda.device_of(x):
-        _statistics(x, row, col, row_stats, col_stats, out=out)
+        _statistics(x, row, col, row_stats, col_stats, dual, out=out)
         if not tiling(*x.shape[2:]).whole:
-            plan_output(x, row, col, out, row_stats, col_stats).run()
+            plan_output(x, row, col, out, row_stats, col_stats, dual=dual).run()
 
 
 def _reduced(moments: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
@@ -179,8 +202,8 @@ class Normalisation(NamedTuple):
     grad_var: Tensor | None = None
 
 
-def _backward(grad_out, x, row, col, row_stats, col_stats, norm, sums=(None, None)) -> dict[str, Any]:
-    return _common(x, row, col, row_stats, col_stats) | {
+def _backward(grad_out, x, row, col, row_stats, col_stats, norm, sums=(None, None), dual=PLAIN) -> dict[str, Any]:
+    return _common(x, row, col, row_stats, col_stats, dual) | {
         "grad_out_ptr": grad_out,
         "grad_out_strides": strides(grad_out),
         "mean_ptr": norm.mean,
@@ -198,14 +221,14 @@ def plan_grad_moments(grad_out, x, row, col, row_stats, col_stats, norm, moments
     return _launch(kernels.row_col_grad_moments_kernel, arguments["planes"] * tile.chunks, tile, arguments)
 
 
-def plan_sums(grad_out, x, row, col, row_stats, col_stats, norm, sums) -> Launch:
-    arguments = _backward(grad_out, x, row, col, row_stats, col_stats, norm, sums)
+def plan_sums(grad_out, x, row, col, row_stats, col_stats, norm, sums, dual=PLAIN) -> Launch:
+    arguments = _backward(grad_out, x, row, col, row_stats, col_stats, norm, sums, dual)
     tile = tiling(*x.shape[2:])
     return _launch(kernels.row_col_sums_kernel, arguments["planes"] * tile.chunks, tile, arguments)
 
 
-def plan_grad_x(grad_out, x, row, col, row_stats, col_stats, norm, sums, grad_x) -> Launch:
-    arguments = _backward(grad_out, x, row, col, row_stats, col_stats, norm, sums) | {"grad_x_ptr": grad_x}
+def plan_grad_x(grad_out, x, row, col, row_stats, col_stats, norm, sums, grad_x, dual=PLAIN) -> Launch:
+    arguments = _backward(grad_out, x, row, col, row_stats, col_stats, norm, sums, dual) | {"grad_x_ptr": grad_x}
     tile = tiling(*x.shape[2:])
     programs = x.shape[0] * x.shape[1] * tile.chunks
     return _launch(kernels.row_col_bwd_x_kernel, programs, tile, arguments)
@@ -224,7 +247,7 @@ def plan_grad_weight(grad_out, x, row, col, row_stats, col_stats, norm, sums, pa
     return _launch(kernels.row_col_bwd_weight_kernel, programs, tile, arguments)
 
 
-def _run_backward(grad_out, x, row, col, row_stats, col_stats, norm, grad_x, grad_row, grad_col) -> None:
+def _run_backward(grad_out, x, row, col, row_stats, col_stats, norm, grad_x, grad_row, grad_col, dual=PLAIN) -> None:
     batch, _, height, width = x.shape
     terms = (grad_out, x, row, col, row_stats, col_stats, norm)
     tile, planes = tiling(height, width), row_stats.shape[:3].numel()
@@ -232,9 +255,9 @@ def _run_backward(grad_out, x, row, col, row_stats, col_stats, norm, grad_x, gra
     if not tile.whole:
         row_sums = x.new_empty((planes, height), dtype=torch.float32)
         partials = x.new_empty((tile.chunks, planes, width), dtype=torch.float32)
-        plan_sums(*terms, (row_sums, partials)).run()
+        plan_sums(*terms, (row_sums, partials), dual).run()
         sums = row_sums, partials.sum(0)
-    plan_grad_x(*terms, sums, grad_x).run()
+    plan_grad_x(*terms, sums, grad_x, dual).run()
     if row is not None:
         partials = x.new_empty((-(-batch // IMAGES), 2, *row.shape), dtype=torch.float32)
         plan_grad_weight(*terms, sums, partials).run()
@@ -250,10 +273,11 @@ def _by_head(tensor: Tensor, channels: int) -> Tensor:
     return tensor.unflatten(1, (tensor.shape[1] // channels, channels))
 
 
-def softmax_backward(grad_out, x, row, col, row_stats, col_stats, *grads) -> None:
+def softmax_backward(grad_out, x, row, col, row_mask, col_mask, row_stats, col_stats, temperature, log, *grads) -> None:
+    dual = Dual(row_mask, col_mask, temperature, log)
     with torch.cuda.device_of(x):
         grad_out = _by_head(grad_out, x.shape[1])
-        _run_backward(grad_out, x, row, col, row_stats, col_stats, Normalisation(), *grads)
+        _run_backward(grad_out, x, row, col, row_stats, col_stats, Normalisation(), *grads, dual)
 
 
 def attention_backward(grad_out, x, row, col, row_stats, col_stats, mean, var, training, eps, *grads) -> None:
@@ -272,7 +296,8 @@ def attention_backward(grad_out, x, row, col, row_stats, col_stats, mean, var, t
 
 # --- compilation without a GPU ----------------------------------------------------------------------------------
 
-#: Cases of the compile report: name -> (batch, channels, grid, heads, dtype).
+#: Cases of the compile report: name -> (batch, channels, grid, heads, dtype), and whether there is everything that the
+#: softmax without weights can have beside its input, with the logarithm or not.
 _COMPILE_SHAPES: dict[str, tuple] = {
     "28x28, 16 heads": (512, 1, (28, 28), 16, torch.bfloat16),
     "32x32, 3 channels": (256, 3, (32, 32), 8, torch.float16),
@@ -281,19 +306,24 @@ _COMPILE_SHAPES: dict[str, tuple] = {
     "28x28, float32": (512, 1, (28, 28), 16, torch.float32),
     "dual 4800x4800": (1, 1, (4800, 4800), None, torch.bfloat16),
     "dual 4800x4800, float32": (1, 1, (4800, 4800), None, torch.float32),
+    "dual 4800x4800, masked, float32": (1, 1, (4800, 4800), None, torch.float32, False),
+    "dual 2048x2048, masked, log, float32": (1, 1, (2048, 2048), None, torch.float32, True),
+    "dual 32x32, masked, log, float32": (64, 1, (32, 32), None, torch.float32, True),
 }
 
 
 def compile_cases(arch: str) -> Iterator[tuple[str, Launch]]:
     """(case, launch) of every shipped configuration, over meta tensors; the tiles are the same on every ``arch``."""
-    for name, (batch, channels, grid, heads, dtype) in _COMPILE_SHAPES.items():
-        for launch in _plan_all(batch, channels, grid, heads, dtype):
+    for name, shape in _COMPILE_SHAPES.items():
+        for launch in _plan_all(*shape):
             statistics = launch.kernel is kernels.row_col_stats_kernel
             moments = statistics and launch.arguments["moments_ptr"] is not None
             yield f"{name}, moments" if moments else name, launch
 
 
-def _plan_all(batch: int, channels: int, grid: tuple[int, int], heads: int | None, dtype: torch.dtype) -> list[Launch]:
+def _plan_all(
+    batch: int, channels: int, grid: tuple[int, int], heads: int | None, dtype: torch.dtype, log: bool | None = None
+) -> list[Launch]:
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -306,15 +336,16 @@ def _plan_all(batch: int, channels: int, grid: tuple[int, int], heads: int | Non
     per_channel = [empty((heads or 1) * channels) for _ in range(4)]
     norm = Normalisation(*per_channel) if heads else Normalisation()
     sums = (None, None) if tile.whole else (empty(*lead, grid[0]), empty(*lead, grid[1]))
-    launches = [plan_statistics(x, row, col, *stats, **({"out": out} if tile.whole else {}))]
+    dual = PLAIN if log is None else Dual(*(empty(batch, size, dtype=torch.bool) for size in grid), 0.1, log)
+    launches = [plan_statistics(x, row, col, *stats, dual, **({"out": out} if tile.whole else {}))]
     if heads:
         statistics = plan_statistics(x, row, col, *stats, moments=moments)
         launches += [statistics] if tile.whole else [plan_moments(x, row, col, *stats, moments)]
         launches.append(plan_grad_moments(out, x, row, col, *stats, norm, moments))
-    launches.append(plan_output(x, row, col, out, *stats, *norm[:2]))
+    launches.append(plan_output(x, row, col, out, *stats, *norm[:2], dual))
     if not tile.whole:
-        launches.append(plan_sums(out, x, row, col, *stats, norm, sums))
-    launches.append(plan_grad_x(out, x, row, col, *stats, norm, sums, x))
+        launches.append(plan_sums(out, x, row, col, *stats, norm, sums, dual))
+    launches.append(plan_grad_x(out, x, row, col, *stats, norm, sums, x, dual))
     if heads:
         launches.append(plan_grad_weight(out, x, row, col, *stats, norm, sums, empty(1, 2, heads, channels, *grid)))
     return launches

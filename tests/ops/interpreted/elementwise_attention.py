@@ -8,7 +8,7 @@ import torch
 
 from fused_attn.ops._floor.declarations import Sample
 from fused_attn.ops.elementwise_attention import op, reference, triton_launch
-from fused_attn.ops.elementwise_attention.spec import SPECS, make_inputs
+from fused_attn.ops.elementwise_attention.spec import SPECS, make_inputs, padded
 from fused_attn.testing import checks
 from fused_attn.testing.numerics import mismatches
 
@@ -28,7 +28,9 @@ def _unwritten_memory_is_nan():
 SOFTMAX_SAMPLES = (
     "row 1x9", "column 9x1", "channels_last", "transposed weights", "large logits", "no heads", "no images",
     "dual, small", "dual, one value to a plane", "dual, spread", "dual, transposed", "dual, expanded batch",
-    "dual, no rows", "dual, masked", "dual, nan", "inf in weight_row",
+    "dual, no rows", "dual, masked", "dual, nan", "inf in weight_row", "dual, temperature, small", "dual, log, small",
+    "dual, masks, small", "dual, log, masks, small", "dual, row mask", "dual, column mask", "dual, all masked",
+    "dual, log, masked",
 )  # fmt: skip
 ATTENTION_SAMPLES = (
     "small", "row 1x9", "column 9x1", "small weights", "strided weights", "no images", "evaluation, row 1x9",
@@ -41,6 +43,7 @@ GROUPS = {"batch": triton_launch.IMAGES + 1, "channels": 1, "grid": (4, 3), "hea
 def _cases():
     own = (
         ("row_col_softmax", "dual, tiles", TILES),
+        ("row_col_softmax", "dual, masks, log, tiles", TILES | {"edit": padded, "options": {"log": True}}),
         ("row_col_softmax", "tiles", TILES | {"heads": 1}),
         ("row_col_softmax", "groups", GROUPS),
         ("elementwise_attention", "tiles", TILES | {"heads": 1}),
@@ -90,7 +93,7 @@ def test_offsets_past_two_to_the_31():
     storage = torch.from_numpy(np.zeros(far + 64, dtype=np.int16)).view(BF16)
     plane = torch.randn(2, 1, 3, 4, dtype=F32).to(BF16)
     x = storage.as_strided(plane.shape, (far, 12, 4, 1)).copy_(plane)
-    got = op.row_col_softmax.run("triton", x, None, None)[0]
+    got = op.row_col_softmax.run("triton", x, None, None, None, None, 1.0, False)[0]
     rounded, exact = reference.row_col_softmax(plane), reference.row_col_softmax(plane.double())
     found = mismatches(*({"out": out} for out in (got, rounded, exact)))
     assert not found, "; ".join(found)
