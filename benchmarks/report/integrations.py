@@ -105,9 +105,32 @@ def markdown(result: dict[str, Any] | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def timings() -> str:
+    """What ``fused-attn convert --out benchmarks/results/convert`` measured, a model to a row."""
+    lines = ["| model | replaced | outputs, gradients | forward, ms | forward + backward, ms | peak memory, MiB |"]
+    lines.append("| --- | --- | --- | ---: | ---: | ---: |")
+    places = set()
+    for file in sorted((RESULT.parent / "convert").glob("*.json")):
+        found = json.loads(file.read_text())
+        where = found["environment"]
+        places.add(f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}, {where['date']}")
+        ops = Counter(each["op"] for each in found["candidates"] if each["outcome"] == "replaced")
+        name = " ".join([f"`{found['model']}`", *found["options"]])
+        name += ", " + "x".join(map(str, (found["images"][0], *found["images"][2:])))
+        cells = [name, ", ".join(f"{count} `{op}`" for op, count in ops.items())]
+        cells.append(", ".join(f"{found['difference'][what]:.0e}" for what in ("outputs", "gradients")))
+        for part in ("forward", "forward + backward"):
+            before, after = (found["seconds"][when][part] for when in ("before", "after"))
+            cells.append(f"{before * 1e3:,.0f} → {after * 1e3:,.0f} ({before / after:.2f}x)")
+        before, after = (found["peak_bytes"][when]["forward + backward"] / 2**20 for when in ("before", "after"))
+        cells.append(f"{before:,.0f} → {after:,.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{'; '.join(sorted(places))}.", ""])
+
+
 def tables() -> dict[str, str]:
     """By file name."""
-    return {"integrations.md": markdown()}
+    return {"integrations.md": markdown(), "integrations_cpu.md": timings()}
 
 
 def main() -> None:
@@ -128,7 +151,7 @@ def main() -> None:
     found = survey(timm_models() if options.host == "timm" else transformers_models())
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     result[options.host] = {"version": package.__version__, "date": str(datetime.date.today()), **found}
-    RESULT.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    RESULT.write_text(json.dumps(result, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":
