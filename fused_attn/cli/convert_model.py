@@ -141,16 +141,18 @@ def _built(config: ConvertConfig) -> tuple[nn.Module, tuple[int, int, int]]:
         if package == "timm":
             model = host.create_model(name, **options)
             channels, *size = model.pretrained_cfg["input_size"]
-            size = _pair(options.get("img_size", size))
+            size = options.get("img_size", size)
         else:
             settings = getattr(host, name)(**options)
             model = host.AutoModel.from_config(settings)
-            channels, size = getattr(settings, "num_channels", 3), _pair(settings.image_size)
+            channels, size = getattr(settings, "num_channels", 3), getattr(settings, "image_size", None)
     except Exception as error:
         raise BenchError(f"model {config.model} cannot be built ({type(error).__name__}: {error})") from error
     if config.image_size is not None:
-        size = (config.image_size, config.image_size)
-    return model, (channels, *size)
+        size = config.image_size
+    elif size is None:
+        raise BenchError(f"image_size must be given for model {config.model}, whose configuration has none")
+    return model, (channels, *_pair(size))
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -63,6 +63,7 @@ def test_difference_sees_every_tensor():
     [
         (["--model", "botnet26t_256"], "model must be timm:NAME or transformers:CLASS, got 'botnet26t_256'"),
         (["--model", "transformers:NoConfig"], "model transformers:NoConfig cannot be built (AttributeError: "),
+        (["--model", "transformers:RegNetConfig"], "image_size must be given for model transformers:RegNetConfig"),
         (["--model", "transformers:SamVisionConfig", "--options", "x"], "options must be KEY=VALUE, got 'x'"),
         (["--model", "timm:x", "--ops", "swin"], "ops must be some of rel_attention_2d, "),
         (["--model", "transformers:SamVisionConfig", "--options", *SAM, "--image-size", "48"], "does not take images"),
