@@ -1,6 +1,6 @@
 """What ``fused_attn.integrations`` serves of timm and transformers: results/integrations.{json,md}.
 
-    python benchmarks/report/integrations.py timm|transformers [--folder FOLDER] [--stand-in]
+    python benchmarks/report/integrations.py timm|transformers|kornia [--folder FOLDER] [--stand-in]
 
 builds every architecture of a host on meta, with its default settings, converts it with all ops, and writes down what
 was replaced and what was left alone, why.  ``--folder`` is where the host lies, if it is not installed; ``--stand-in``
@@ -53,6 +53,15 @@ def transformers_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
         yield kind, lambda kind=kind, auto=auto: auto.from_config(AutoConfig.for_model(kind))
 
 
+def kornia_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    from kornia.feature import LoFTR
+
+    yield "LoFTR", lambda: LoFTR(pretrained=None)
+
+
+HOST_MODELS = {"timm": timm_models, "transformers": transformers_models, "kornia": kornia_models}
+
+
 def survey(models: Iterator[tuple[str, Callable[[], nn.Module]]]) -> dict[str, Any]:
     """Architectures by what was replaced in them, and modules of every class of the registry."""
     architectures, classes, built, failed = Counter(), {}, 0, {}
@@ -89,9 +98,10 @@ def markdown(result: dict[str, Any] | None = None) -> str:
     result = json.loads(RESULT.read_text()) if result is None else result
     lines = ["| | built | with a layer that an op replaces | " + " | ".join(f"`{op}`" for op in OPS) + " |"]
     lines.append("| --- | ---: | ---: |" + " ---: |" * len(OPS))
-    for package in ("timm", "transformers"):
+    for package in HOST_MODELS:
         found = result[package]
-        cells = [f"{found['by_op'][op]['all'] + found['by_op'][op]['some']}" for op in OPS]
+        ways = [found["by_op"].get(op, {"all": 0, "some": 0}) for op in OPS]  # an op that no class was of at that time
+        cells = [f"{way['all'] + way['some']}" for way in ways]
         lines.append(
             f"| {package} {found['version']}, {found['date']} | {found['built']} of "
             f"{found['built'] + len(found['failed'])} | {found['served']} | {' | '.join(cells)} |"
@@ -135,7 +145,7 @@ def tables() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("host", choices=("timm", "transformers"))
+    parser.add_argument("host", choices=HOST_MODELS)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--stand-in", action="store_true")
     options = parser.parse_args()
@@ -148,7 +158,7 @@ def main() -> None:
         stand_in_for_torchvision()
     warnings.simplefilter("ignore")
     package = importlib.import_module(options.host)
-    found = survey(timm_models() if options.host == "timm" else transformers_models())
+    found = survey(HOST_MODELS[options.host]())
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     result[options.host] = {"version": package.__version__, "date": str(datetime.date.today()), **found}
     RESULT.write_text(json.dumps(result, indent=1, sort_keys=True, allow_nan=False) + "\n")

@@ -9,15 +9,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch import nn
 
-from . import timm_hosts, transformers_hosts
+from . import kornia_hosts, timm_hosts, transformers_hosts
 from .host import Host, class_path, release
 from .report import ALREADY, REPLACED, Candidate, Report
 
 #: ``module:Class`` of a host -> how it is served.  Strings: no host is imported for it.
-HOSTS: dict[str, Host] = {**timm_hosts.HOSTS, **transformers_hosts.HOSTS}
+HOSTS: dict[str, Host] = {**timm_hosts.HOSTS, **transformers_hosts.HOSTS, **kornia_hosts.HOSTS}
 OPS = tuple(dict.fromkeys(host.op for host in HOSTS.values()))
 #: package -> the versions whose classes the layers were written for and tested with: from the first to below the second
-VERSIONS = {"timm": timm_hosts.VERSIONS, "transformers": transformers_hosts.VERSIONS}
+VERSIONS = {"kornia": kornia_hosts.VERSIONS, "timm": timm_hosts.VERSIONS, "transformers": transformers_hosts.VERSIONS}
 
 #: what a subclass may define anew: ``reason`` looks at what ``__init__`` has left, and the others compute nothing
 _HARMLESS = ("__init__", "extra_repr", "__doc__", "__annotate__", "__annotate_func__")
@@ -31,10 +31,10 @@ def convert(model: nn.Module, ops: Iterable[str] | None = None, strict: bool = F
     instance.  A call that only the original can serve, for attention weights say, runs the original.
 
     Args:
-        model: any module; timm's and transformers' classes in it are known.  May be on meta, compiled
-            (``torch.compile`` compiles it anew at its next call), or wrapped in ``DistributedDataParallel``.
-        ops: names of ops to use, of ``rel_attention_2d``, ``bias_attention_2d`` and ``squeeze_excite``.  None: all,
-            but none on the CPU where it is not faster there.
+        model: any module; timm's and transformers' classes in it are known, and kornia's LoFTR.  May be on meta,
+            compiled (``torch.compile`` compiles it anew at its next call), or wrapped in ``DistributedDataParallel``.
+        ops: names of ops to use, of ``rel_attention_2d``, ``bias_attention_2d``, ``squeeze_excite`` and
+            ``row_col_softmax``.  None: all, but none on the CPU where it is not faster there.
         strict: raise where a candidate for one of ``ops`` is left alone.
 
     Returns:

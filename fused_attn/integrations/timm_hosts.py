@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.bias_attention_2d.api import bias_attention_2d
@@ -80,6 +81,42 @@ class BottleneckAttn(nn.Module):
 
 def _bottleneck_reason(module: Any) -> str | None:
     if (kind := class_path(type(module.pos_embed))) != "timm.layers.bottleneck_attn:PosEmbedRel":
+        return f"pos_embed is a {kind}"
+    return has_hooks(module, "pos_embed")
+
+
+# --- HaloNet ----------------------------------------------------------------------------------------------------------
+
+
+class HaloAttn(nn.Module):
+    """``timm.layers.halo_attn.HaloAttn``: blocks of queries, each with a window of keys that reaches beyond it."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        if height % self.block_size or width % self.block_size:
+            return original(self, x)
+        blocks = height // self.block_size, width // self.block_size
+        block, window, halo = self.block_size_ds, self.win_size, self.halo_size
+        query = self.q(x).unflatten(1, (self.num_heads, -1))
+        query = query.unflatten(4, (-1, block)).unflatten(3, (-1, block)).permute(0, 3, 5, 1, 4, 6, 2).flatten(0, 2)
+        # Beyond the map lie zeros, which are attended to.
+        padded = F.pad(self.kv(x), [halo] * 4).unflatten(1, (self.num_heads, -1))
+        windows = padded.unfold(3, window, self.block_size).unfold(4, window, self.block_size)
+        key, value = windows.permute(0, 3, 4, 1, 5, 6, 2).flatten(0, 2).split([self.dim_head_qk, self.dim_head_v], -1)
+        # The table is one for queries as many as keys.
+        rel_h, rel_w = (table[window - block :] for table in (self.pos_embed.height_rel, self.pos_embed.width_rel))
+        out = rel_attention_2d(
+            query, key, value, rel_h, rel_w, scale=self.scale, rel_scale=None if self.scale_pos_embed else 1.0
+        )
+        out = out.unflatten(0, (batch, *blocks)).permute(0, 3, 6, 1, 4, 2, 5)
+        return self.pool(out.flatten(5, 6).flatten(3, 4).flatten(1, 2))
+
+
+def _halo_reason(module: Any) -> str | None:
+    if (kind := class_path(type(module.pos_embed))) != "timm.layers.halo_attn:PosEmbedRel":
         return f"pos_embed is a {kind}"
     return has_hooks(module, "pos_embed")
 
@@ -343,6 +380,7 @@ def _efficientnet_reason(module: Any) -> str | None:
 HOSTS: dict[str, Host] = {
     "timm.models.vision_transformer_sam:Attention": Host("rel_attention_2d", SamAttention, _sam_reason),
     "timm.layers.bottleneck_attn:BottleneckAttn": Host("rel_attention_2d", BottleneckAttn, _bottleneck_reason),
+    "timm.layers.halo_attn:HaloAttn": Host("rel_attention_2d", HaloAttn, _halo_reason),
     "timm.models.mvitv2:MultiScaleAttention": Host("rel_attention_2d", MultiScaleAttention, _mvit_reason, False),
     "timm.models.swin_transformer:WindowAttention": Host("bias_attention_2d", WindowAttention, _window_reason),
     "timm.models.maxxvit:Attention2d": Host("bias_attention_2d", Attention2d, _maxxvit_reason),

@@ -63,6 +63,25 @@ def test_bottleneck(timm, options):
         layer(x.mT)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"block_size": 2, "halo_size": 1},
+        {"block_size": 4, "halo_size": 1, "stride": 2, "scale_pos_embed": True, "qkv_bias": True},
+        {"block_size": 4, "halo_size": 3, "stride": 2, "avg_down": True, "dim_head": 6, "dim_out": 24},
+    ],
+)
+def test_halo(timm, options):
+    from timm.layers.halo_attn import HaloAttn
+
+    layer = randomise(HaloAttn(16, num_heads=2, **options))
+    x = torch.randn(2, 16, 8, 4, requires_grad=True)
+    check(layer, lambda: layer(x), x=x)
+    integrations.convert(layer)
+    with pytest.raises(AssertionError):  # of the original
+        layer(x[:, :, :7])
+
+
 @pytest.mark.parametrize("cls", [False, True])
 @pytest.mark.parametrize(
     "options",
