@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch import nn
 
 from . import kornia_hosts, timm_hosts, transformers_hosts
-from .host import Host, class_path, release
+from .host import Host, class_path, own_methods, release
 from .report import ALREADY, REPLACED, Candidate, Report
 
 #: ``module:Class`` of a host -> how it is served.  Strings: no host is imported for it.
@@ -61,6 +62,8 @@ def convert_modules(modules: Mapping[str, nn.Module], ops: Collection[str] | Non
     for module, candidate in found:
         if candidate.outcome == REPLACED:
             module.forward = functools.partial(HOSTS[candidate.host].layer.forward, module)
+        elif not candidate.fused and _is_ours(module):  # changed since it was converted
+            del module.__dict__["forward"]
     return report
 
 
@@ -113,18 +116,19 @@ def _defines_forward(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _outcome(module: nn.Module, defining: type[nn.Module], host: Host, ops: Collection[str] | None) -> str:
-    if _is_ours(module):
-        return ALREADY
-    if ops is not None and host.op not in ops:
+    ours = _is_ours(module)
+    if not ours and ops is not None and host.op not in ops:
         return f"{host.op} is not among ops"
-    if "forward" in module.__dict__:
-        return "something else has replaced its forward"
     reason = _unknown_class(type(module), defining, host)
+    if replaced := [name for name in own_methods(module) if not (ours and name == "forward")]:
+        reason = f"something else has replaced its {replaced[0]}"
     if reason is None:
         try:
             reason = host.reason(module)
         except AttributeError as error:
             reason = f"it is not built as its class is known: {error}"
+    if ours:
+        return reason or ALREADY
     if reason is None and ops is None and not host.faster_on_cpu and _is_on_cpu(module):
         reason = f"no faster on the CPU; ops={[host.op]} replaces it"
     return reason or REPLACED
@@ -150,6 +154,10 @@ def _unknown_class(kind: type, defining: type[nn.Module], host: Host) -> str | N
         return f"the forward of {defining.__name__} was replaced"
     if [*inspect.signature(defining.forward).parameters] != [*inspect.signature(host.layer.forward).parameters]:
         return f"the forward of {defining.__name__} takes other arguments than it is known to"
+    # functools.wraps copies all names; a host's own decorators lie in its package.
+    folder = os.path.dirname(sys.modules[package].__file__ or "")
+    if not defining.forward.__code__.co_filename.startswith(folder):
+        return f"the forward of {defining.__name__} was replaced"
     for each in kind.__mro__[: kind.__mro__.index(defining)]:
         for name, value in each.__dict__.items():
             overrides = callable(value) or isinstance(value, (property, staticmethod, classmethod))

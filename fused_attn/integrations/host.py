@@ -40,13 +40,19 @@ def original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def has_hooks(module: nn.Module, *names: str) -> str | None:
-    """Why submodules cannot be passed over: they have hooks, which would not run."""
+    """Why submodules cannot be passed over: they have hooks or methods of their own, which would not run."""
     for name in names:
-        child = module.get_submodule(name)
-        for part in (child, *child.modules()):
+        for part in module.get_submodule(name).modules():
             if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
                 return f"{name} has hooks, which would not run"
+            if methods := own_methods(part):
+                return f"{methods[0]} of {name} was replaced"
     return None
+
+
+def own_methods(module: nn.Module) -> list[str]:
+    """Names of methods that an instance has in place of its class's."""
+    return [name for name in vars(module) if callable(getattr(type(module), name, None))]
 
 
 def passes_over(module: nn.Module, **kinds: type[nn.Module]) -> str | None:
@@ -130,11 +136,13 @@ def are_segments(mask: Tensor, segments: Tensor) -> Tensor:
 
 
 def checked_segments(mask: Tensor) -> Tensor | None:
-    """:func:`segments_of`; None where the mask is another one.
+    """:func:`segments_of`; None where the mask is another one, or wants a gradient.
 
     That is known without waiting for the device on the CPU alone, outside a compiled graph; elsewhere such a mask is an
     error when the device comes to it.
     """
+    if mask.requires_grad:
+        return None
     segments = segments_of(mask)
     if mask.is_meta:
         return segments

@@ -204,6 +204,8 @@ class WindowAttention(nn.Module):
 
 def _window_reason(module: Any) -> str | None:
     index = host.unusual_index(module.relative_position_index, module.window_size)
+    if index is None and module.softmax.dim not in (-1, 3):
+        return f"a softmax along dimension {module.softmax.dim} is not computed"
     return index or passes_over(module, attn_drop=nn.Dropout, softmax=nn.Softmax)
 
 

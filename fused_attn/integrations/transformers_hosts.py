@@ -112,7 +112,7 @@ class SwinAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         size = self.relative_position_bias.window_size
         served, segments = _segments(hidden_states, attention_mask, size)
-        if not served or wants_attentions(self, kwargs.get("output_attentions")):
+        if not served or _other_attention(self) or wants_attentions(self, kwargs.get("output_attentions")):
             return original(self, hidden_states, attention_mask, **kwargs)
         parts = (layer(hidden_states) for layer in (self.q_proj, self.k_proj, self.v_proj))
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
@@ -179,9 +179,17 @@ def _segments(hidden_states: Tensor, mask: Tensor | None, size: Sequence[int]) -
     return segments is not None, segments
 
 
+def _other_attention(module: Any) -> str | None:
+    """The attention that its model was told to use, if it is not one of transformers' own of this computation."""
+    name = module.config._attn_implementation
+    return None if name in (None, "eager", "sdpa", "fused_attn") else name
+
+
 def _swin_reason(module: Any) -> str | None:
+    if (name := _other_attention(module)) is not None:
+        return f"its model is set to the attention {name!r}"
     bias = module.relative_position_bias
-    if not (kind := host.class_path(type(bias))).endswith(":SwinRelativePositionBias"):
+    if (kind := host.class_path(type(bias))) != "transformers.models.swin.modeling_swin:SwinRelativePositionBias":
         return f"relative_position_bias is a {kind}"
     index = host.unusual_index(bias.relative_position_index, bias.window_size)
     return index or has_hooks(module, "relative_position_bias")

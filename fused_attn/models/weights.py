@@ -23,10 +23,11 @@ _MRLA: tuple[Rule, ...] = (
     (r"\.mrla\.lambda_t$", ".mrla.shortcut_weight"),
 )
 
+_IMAGENET_RESNET = "ResNet of torchvision, timm and the MRLA authors"
 #: Whose names -> what they are called here; every rule is applied to every name, in this order.
 SCHEMES: Mapping[str, tuple[Rule, ...]] = {
     "this package": (),
-    "ResNet of torchvision, timm and the MRLA authors": (
+    _IMAGENET_RESNET: (
         (r"^conv1\.", "stem."), (r"^bn1\.", "bn."), (r"^layer(\d+)\.(\d+)\.", _stage),
         (r"\.downsample\.", ".shortcut."), *_MRLA,
     ),
@@ -76,6 +77,8 @@ def load_weights(model: nn.Module, file: str | os.PathLike[str], unused: Collect
     renamed = {scheme: _renamed(weights, rules) for scheme, rules in SCHEMES.items()}
     whole = own.keys() | set(unused)
     scheme = min(renamed, key=lambda each: len(renamed[each].keys() ^ whole))
+    if scheme == _IMAGENET_RESNET and getattr(getattr(model, "stem", None), "stride", None) == (1, 1):
+        raise ValueError(f"{path} holds the weights of a ResNet whose first convolution has stride 2: stem='imagenet'")
     found = {name: _in_shape(tensor, own.get(name)) for name, tensor in renamed[scheme].items() if name not in unused}
     # Files older than this counter lack it.
     counters = {name: own[name] for name in own.keys() - found.keys() if name.endswith("num_batches_tracked")}
@@ -110,6 +113,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     for name, value in content.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{path} must hold a state dict, got {type(value).__name__} under {name!r}")
+        if not isinstance(name, str) or value.layout != torch.strided or value.is_meta or value.is_quantized:
+            raise ValueError(f"{path} must hold dense tensors by their names, got another kind under {name!r}")
     if all(name.startswith("module.") for name in content):
         content = {name.removeprefix("module."): value for name, value in content.items()}
     return {name: value for name, value in content.items() if not name.endswith(_COMPUTED)}
@@ -121,8 +126,7 @@ def _renamed(weights: Mapping[str, Tensor], rules: tuple[Rule, ...]) -> dict[str
         own_name = name
         for pattern, replacement in rules:
             own_name = re.sub(pattern, replacement, own_name)
-        # Two names of one tensor here: neither is lost, and the second is one that does not fit.
-        renamed[name if own_name in renamed else own_name] = tensor
+        renamed[f"{name}, a second {own_name}," if own_name in renamed else own_name] = tensor
     return renamed
 
 
@@ -142,6 +146,6 @@ def _problems(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[st
             problems.append(f"{name} has shape {tuple(tensor.shape)}, {tuple(own[name].shape)} expected")
         elif tensor.is_floating_point() != own[name].is_floating_point():
             problems.append(f"{name} has dtype {tensor.dtype}, {own[name].dtype} expected")
-        elif tensor.is_floating_point() and not tensor.isfinite().all():
-            problems.append(f"{name} holds inf or nan")
+        elif tensor.is_floating_point() and not tensor.to(own[name].dtype).isfinite().all():
+            problems.append(f"{name} holds inf or nan, or numbers past {own[name].dtype}")
     return problems

@@ -360,3 +360,34 @@ def test_layers_keep_the_conventions_of_the_kernels_library(layer):
     assert own == {"forward", "can_torch_compile", "has_backward"}
     assert "__init__" not in layer.__dict__
     assert layer.can_torch_compile is layer.has_backward is True
+
+
+def test_methods_of_an_instance(net):
+    """Its own, and those of what is passed over."""
+    net.excite.fc1.forward = lambda x: 2 * nn.Conv2d.forward(net.excite.fc1, x)
+    net.windows.attn._get_rel_pos_bias = lambda: 0.0
+    attention, excite, windows = integrations.convert(net, OPS)
+    assert attention.fused
+    assert excite.outcome == "forward of fc1 was replaced"
+    assert windows.outcome == "something else has replaced its _get_rel_pos_bias"
+
+
+def test_a_forward_that_hides_behind_the_names_of_another(net, monkeypatch):
+    kind = type(net.excite)
+    theirs = kind.forward
+    monkeypatch.setattr(kind, "forward", functools.wraps(theirs)(lambda self, x: theirs(self, x) + 1))
+    assert integrations.convert(net, OPS).candidates[1].outcome == "the forward of SEModule was replaced"
+
+
+def test_what_was_changed_after_the_first_call_is_restored_by_the_second(net):
+    integrations.convert(net, OPS)
+    net.excite.bn = nn.BatchNorm2d(2)
+    (excite,) = (each for each in integrations.convert(net, OPS) if each.path == "excite")
+    assert excite.outcome == "bn is a torch.nn.modules.batchnorm:BatchNorm2d"
+    assert "forward" not in vars(net.excite)
+
+
+def test_a_softmax_along_another_dimension(net):
+    net.windows.attn.softmax = nn.Softmax(dim=-2)
+    (windows,) = (each for each in integrations.convert(net, OPS) if each.path == "windows.attn")
+    assert windows.outcome == "a softmax along dimension -2 is not computed"

@@ -119,6 +119,9 @@ def change(**changes):
         (change(**{"fc.bias": torch.zeros(10, dtype=torch.int64)}), "fc.bias has dtype torch.int64, torch.float32"),
         (change(**{"fc.bias": torch.full((10,), float("nan"))}), "fc.bias holds inf or nan"),
         (change(**{"conv1.weight": torch.ones(16, 3, 3, 3)}), "conv1.weight is not in the model"),
+        (change(**{"fc.bias": torch.full((10,), 1e300, dtype=torch.float64)}), "fc.bias holds inf or nan, or numbers"),
+        (change(**{"fc.bias": torch.ones(10).to_sparse()}), "must hold dense tensors by their names, .* 'fc.bias'"),
+        ({0: torch.ones(1)}, "must hold dense tensors by their names, got another kind under 0"),
         ({"state_dict": {"fc.bias": "text"}}, "must hold a state dict, got str under 'fc.bias'"),
         ([torch.ones(2)], "must hold a state dict, got list"),
     ],
@@ -146,9 +149,25 @@ def test_a_pickle_is_not_executed(suffix, tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
+def test_two_names_of_one_tensor(tmp_path):
+    model = create_model("resnet34", stem="imagenet")
+    state = {**file_of(model, (_STAGES, *_RESNET), tmp_path / "x"), "module.stem.weight": model.stem.weight * 0}
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"stem.weight, a second stem.weight, is not in the model"):
+        load_weights(model, tmp_path / "weights.pth")
+
+
 def test_a_missing_file_and_a_model_on_meta(tmp_path):
     with pytest.raises(FileNotFoundError, match="checkpoint must be a file, found none at"):
         create_model("wrn_10_1", checkpoint=tmp_path / "none.pth")
     torch.save(change(), tmp_path / "weights.pth")
     with torch.device("meta"), pytest.raises(ValueError, match="model must hold memory to load weights into"):
         create_model("wrn_10_1", checkpoint=tmp_path / "weights.pth")
+
+
+def test_a_first_stride_that_the_shapes_do_not_show(tmp_path):
+    file = tmp_path / "weights.pth"
+    file_of(create_model("resnet34", stem="imagenet"), (_STAGES, *_RESNET), file)
+    create_model("resnet34", stem="imagenet", checkpoint=file)
+    with pytest.raises(ValueError, match="whose first convolution has stride 2: stem='imagenet'"):
+        create_model("resnet34", checkpoint=file)
