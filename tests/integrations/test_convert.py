@@ -232,18 +232,22 @@ def test_export(net, images, expected):
     torch.testing.assert_close(program.module()(images), expected[0], rtol=1e-5, atol=1e-5)
 
 
-def test_distributed(net, images, expected, tmp_path):
+@pytest.fixture
+def one_process(tmp_path):
+    """Outlives what holds it: the last owner's destructor waits for a thread that may wait for Python."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(net)
-        assert outcomes(integrations.convert(wrapped, ops=OPS)) == {f"module.{path}": "replaced" for path in PATHS}
-        out = wrapped(images)
-        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(0)))
-        gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
-        assert_same((out.detach(), gradients), expected)
-        assert integrations.restore(net) == 3
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed(one_process, net, images, expected):
+    wrapped = nn.parallel.DistributedDataParallel(net)
+    assert outcomes(integrations.convert(wrapped, ops=OPS)) == {f"module.{path}": "replaced" for path in PATHS}
+    out = wrapped(images)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(0)))
+    gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
+    assert_same((out.detach(), gradients), expected)
+    assert integrations.restore(net) == 3
 
 
 def test_meta(net, images, expected):
