@@ -1,6 +1,7 @@
 """Weights of other implementations, loaded by their names."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -171,3 +172,10 @@ def test_a_first_stride_that_the_shapes_do_not_show(tmp_path):
     create_model("resnet34", stem="imagenet", checkpoint=file)
     with pytest.raises(ValueError, match="whose first convolution has stride 2: stem='imagenet'"):
         create_model("resnet34", checkpoint=file)
+
+
+def test_a_safetensors_file_without_the_package(tmp_path, monkeypatch):
+    save_file(change(), tmp_path / "weights.safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=r"weights.safetensors needs safetensors to be read: pip install safetensors"):
+        create_model("wrn_10_1", checkpoint=tmp_path / "weights.safetensors")

@@ -60,6 +60,10 @@ def _attention_residual(value0, value1, query, **options):
     return ops.attention_residual([value0, value1], query, **options)
 
 
+def _similarities(n):
+    return {"x": torch.randn(n, 1, 5, 6)}
+
+
 def _planes(n):
     return {"x": torch.randn(n, 1, 4, 5), **{f"weight_{side}": torch.randn(2, 1, 4, 5) for side in ("row", "col")}}
 
@@ -80,6 +84,7 @@ CALLS = {
     LayerCache.attend: (_layer_attention(_attend), _layers),
     ops.attention_residual: (_attention_residual, _values),
     ops.elementwise_attention: (_elementwise_attention, _planes),
+    ops.row_col_softmax: (ops.row_col_softmax, _similarities),
 }
 
 
@@ -108,7 +113,7 @@ def evaluate(call, inputs: Mapping, **options):
 def test_every_number_of_every_op_is_tested():
     functions = [getattr(ops, name) for name in ops.__all__ if name not in ("SPECS", "LayerCache")]
     assert {function for function in (*functions, LayerCache.attend) if numbers_of(function)} == set(CALLS)
-    assert len(ARGUMENTS) == 12
+    assert len(ARGUMENTS) == 13
 
 
 @arguments
@@ -186,6 +191,7 @@ DYNAMIC = {
     _layers: ("value0", 2),
     _values: ("value0", 0),
     _planes: ("x", 0),
+    _similarities: ("x", 0),
 }
 
 
