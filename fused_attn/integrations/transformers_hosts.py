@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -137,8 +137,7 @@ class SwinSelfAttention(nn.Module):
         served, segments = _segments(hidden_states, attention_mask, self.window_size)
         if not served or wants_attentions(self, output_attentions):
             return original(self, hidden_states, attention_mask, output_attentions)
-        parts = (layer(hidden_states) for layer in (self.query, self.key, self.value))
-        query, key, value = (part.unflatten(-1, (-1, self.attention_head_size)) for part in parts)
+        query, key, value = _projected(self, hidden_states)
         table = host.table_by_heads(self.relative_position_bias_table, self.window_size)
         scale = 1 / math.sqrt(self.attention_head_size)
         dropout_p = self.dropout.p if self.dropout.training else 0.0
@@ -160,13 +159,18 @@ class SwinV2SelfAttention(nn.Module):
         served, segments = _segments(hidden_states, attention_mask, self.window_size)
         if not served or wants_attentions(self, output_attentions):
             return original(self, hidden_states, attention_mask, output_attentions)
-        parts = (layer(hidden_states) for layer in (self.query, self.key, self.value))
-        query, key, value = (part.unflatten(-1, (-1, self.attention_head_size)) for part in parts)
+        query, key, value = _projected(self, hidden_states)
         scale = self.logit_scale.clamp(max=math.log(1.0 / 0.01)).exp()
         query, key = F.normalize(query, dim=-1) * scale.flatten(1), F.normalize(key, dim=-1)
         table = 16 * self.continuous_position_bias_mlp(self.relative_coords_table)[0].sigmoid().permute(2, 0, 1)
         dropout_p = self.dropout.p if self.dropout.training else 0.0
         return (host.window_attention(query, key, value, table, self.window_size, segments, 1.0, dropout_p),)
+
+
+def _projected(module: Any, hidden_states: Tensor) -> Iterator[Tensor]:
+    """Queries, keys and values, (B, N, heads, d)."""
+    for layer in (module.query, module.key, module.value):
+        yield layer(hidden_states).unflatten(-1, (-1, module.attention_head_size))
 
 
 def _segments(hidden_states: Tensor, mask: Tensor | None, size: Sequence[int]) -> tuple[bool, Tensor | None]:
