@@ -11,7 +11,7 @@ from importlib.util import find_spec
 #: extra of pyproject.toml -> the modules that it brings
 EXTRAS = {
     "train": (
-        "accelerate", "datasets", "kornia", "matplotlib", "numpy", "PIL", "pyarrow", "safetensors", "sklearn",
+        "accelerate", "datasets", "kornia", "matplotlib", "numpy", "PIL", "pyarrow", "yaml", "safetensors", "sklearn",
         "torchmetrics", "tqdm", "tyro",
     ),
     "bench": ("matplotlib", "rich", "tqdm", "tyro"),

@@ -83,6 +83,7 @@ BOUNDS: dict[str, dict[str, Bound | None]] = {
     "scales": {"images": IMAGES, "stage": Bound(1, 1000), "seed": SEED},
     "inspect": {"image": None, "head": None},
     "demo": {},
+    "reproduce": {"seeds": Bound(1, 1000), "threads": THREADS, "checkpoint_every": COUNT},
     "convert": {"image_size": Bound(1, 4096), "batch_size": IMAGES, "threads": THREADS, "seconds": SECONDS},
 }
 

@@ -22,7 +22,7 @@ FLOORS = (
     ("",),
     ("train",),
     ("bench", "testing"),
-    ("cli",),
+    ("cli", "reproduce"),
     ("__main__",),
 )
 #: Arrows between ops: where its layers must be called, squeeze-excite is a weighted sum of maps; bias_attention_2d runs

@@ -12,6 +12,7 @@ from fused_attn.bench import BenchError, command, networks
 from fused_attn.cli import convert_model, demo
 from fused_attn.cli import draw_elementwise as drawing
 from fused_attn.cli import draw_scales as scales
+from fused_attn.reproduce.command import ReproduceConfig
 from fused_attn.train import TrainConfig, TrainError
 
 #: command -> what declares its options, those without a default, and the error of the settings
@@ -22,6 +23,7 @@ COMMANDS = {
     "scales": (scales.ScalesConfig, {"runs": (Path("run"),), "out": Path("out")}, TrainError),
     "inspect": (drawing.run, {"source": "attention_wise_b"}, TrainError),
     "demo": (demo.run, {}, TrainError),
+    "reproduce": (ReproduceConfig, {}, TrainError),
     "convert": (convert_model.ConvertConfig, {"model": "timm:botnet26t_256"}, BenchError),
 }
 WHOLE = [-1, -(2**40), 10**30]

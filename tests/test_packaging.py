@@ -494,7 +494,7 @@ def test_a_command_with_a_broken_package_ends_in_one_line(tmp_path):
 
 
 def test_extras_are_those_of_the_metadata():
-    names = {"pillow": "PIL", "scikit-learn": "sklearn"}
+    names = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
     optional = metadata()["optional-dependencies"]
     for extra, expected in _extras.EXTRAS.items():
         assert [names.get(package, package) for package in optional[extra]] == [*expected]

@@ -18,7 +18,7 @@ from fused_attn import cli
 from fused_attn.train.recipes import RECIPES
 
 PAGE = Path(__file__).parents[2] / "docs" / "command_line.md"
-COMMANDS = ("train", "inspect", "scales", "demo", "bench", "bench networks", "convert", "info")
+COMMANDS = ("train", "reproduce", "inspect", "scales", "demo", "bench", "bench networks", "convert", "info")
 
 HEAD = """# Command line
 

@@ -1,4 +1,4 @@
-"""The command line: ``fused-attn train | inspect | scales | demo | bench | convert | info``."""
+"""The command line: ``fused-attn train | reproduce | inspect | scales | demo | bench | convert | info``."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     if not arguments or arguments[0] not in COMMANDS:
         wants_help = bool(arguments) and arguments[0] in ("-h", "--help")
-        lines = [f"  {name:9}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+        lines = [f"  {name:10}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
         usage = "\n".join(["usage: fused-attn COMMAND [options]; fused-attn COMMAND --help shows the options", *lines])
         if arguments and not wants_help:
             usage = (
@@ -221,8 +221,18 @@ def _convert(arguments: Sequence[str]) -> int:
     return run(tyro.cli(ConvertConfig, args=arguments, prog="fused-attn convert"))
 
 
+def _reproduce(arguments: Sequence[str]) -> int:
+    """Run a table or figure of the papers, and write it beside the paper's numbers; without one, list them."""
+    import tyro
+
+    from ..reproduce.command import ReproduceConfig, run
+
+    return run(tyro.cli(ReproduceConfig, args=arguments, prog="fused-attn reproduce"))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
+    "reproduce": _reproduce,
     "inspect": _inspect,
     "demo": _demo,
     "bench": _bench,
@@ -233,6 +243,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 #: command -> extra of the package that it needs
 EXTRA_OF = {
     "train": "train",
+    "reproduce": "train",
     "inspect": "train",
     "demo": "train",
     "bench": "bench",

@@ -64,12 +64,28 @@ def run(
         raise TrainError(f"out must be a file in a folder that exists, got {path}")
     check_folder(path.parent, TrainError)
 
+    _draw(config, folder if folder.is_dir() else None, image, head, path)
+    print(path)
+    return 0
+
+
+def draw_run(folder: Path, path: Path, image: int = 0, head: int = 0) -> None:
+    """Draw a test image in the trained network of a run, as ``fused-attn inspect`` does, into a PNG file.
+
+    Raises:
+        TrainError: the folder holds no run, or its data or network do not do.
+    """
+    config = saved_config(folder, f"source must hold a run, with its config.json, got {folder}", impl="auto")
+    _draw(config, folder, image, head, path)
+
+
+def _draw(config: TrainConfig, folder: Path | None, image: int, head: int, path: Path) -> None:
     from ..train.loop import build_network
 
     loaded = data.of_run(config)
     torch.manual_seed(config.seed)
     network = build_network(config, loaded).eval()
-    if folder.is_dir():
+    if folder is not None:
         file = weights.file_of(folder, "source")
         weights.load(network, weights.read(file, "source"), file, "source")
     if not 0 <= image < len(loaded.test):
@@ -87,8 +103,6 @@ def run(
         f"{config.model}, {config.data_note or config.dataset}, test image {image}, head {head}: "
         f"class {int(one.labels)}, predicted {int(logits.argmax())}",
     )
-    print(path)
-    return 0
 
 
 def trace(network: nn.Module, image: Tensor, head: int = 0) -> tuple[list[Panels], Tensor]:

@@ -91,7 +91,7 @@ def run(config: ScalesConfig) -> int:
     if len(set(names)) < len(names):
         raise TrainError(f"runs must have different names, got {', '.join(names)}")
     make_folder(config.out, TrainError)
-    measured = {folder.name: _of_run(folder, config) for folder in config.runs}
+    measured = {folder.name: of_run(folder, config) for folder in config.runs}
     layers = {layer for each in measured.values() for layer in each}
     if not any(layer.startswith(_prefix(config.stage)) for layer in layers):
         raise TrainError(f"stage must be one with squeeze-excite layers in these networks, got {config.stage}")
@@ -109,7 +109,12 @@ def run(config: ScalesConfig) -> int:
     return 0
 
 
-def _of_run(folder: Path, config: ScalesConfig) -> dict[str, Tensor]:
+def of_run(folder: Path, config: ScalesConfig) -> dict[str, Tensor]:
+    """Layer -> (images,) deviations of the network in the folder of a finished run, as :func:`deviations` gives them.
+
+    Raises:
+        TrainError: there is no finished run, or its data or network do not do.
+    """
     from ..train import augment, data, weights
     from ..train.config import saved_config
     from ..train.loop import build_network

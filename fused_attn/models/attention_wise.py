@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from ..modules import ElementwiseAttentionBlock
@@ -15,10 +17,10 @@ STD = 0.02
 class _PapersStart(Model):
     """A model whose weights start at a normal distribution of standard deviation 0.02, biases at 0 (section 2.3)."""
 
-    def initialise(self) -> None:
+    def initialise(self, std: float = STD) -> None:
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.normal_(module.weight, std=STD)
+                nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -37,6 +39,10 @@ class AttentionWise(_PapersStart):
         heads: attention heads in a layer.
         layers: number of :class:`~fused_attn.modules.ElementwiseAttentionBlock`.
         batch_norm: whether every layer has a batch normalisation between skip and ReLU.
+        skip: whether every layer has a skip connection; the appendix tries it without.
+        std: standard deviation of the normal distribution that convolutions and the classifier start from; the
+            appendix also tries 1.
+        attention_std: that of the attention's weights.
         image_size: H = W, or (H, W), of the images: every pixel has weights of its own.
         impl: implementation of the attention.
 
@@ -45,7 +51,7 @@ class AttentionWise(_PapersStart):
     Raises:
         ValueError: an argument is out of range, or the images do not have the size ``image_size``.
 
-    All weights start at a normal distribution of standard deviation 0.02, biases at 0; batch normalisation at 1 and 0.
+    Biases start at 0, batch normalisation at 1 and 0.
     Source: Araujo Bacochina and de Souza 2023, "Element-Wise Attention Layers: an option for optimization", sec. 2.2.
     """
 
@@ -57,6 +63,9 @@ class AttentionWise(_PapersStart):
         heads: int = 8,
         layers: int = 2,
         batch_norm: bool = False,
+        skip: bool = True,
+        std: float = STD,
+        attention_std: float = STD,
         image_size: int | tuple[int, int] = 28,
         impl: str = "auto",
     ) -> None:
@@ -64,15 +73,20 @@ class AttentionWise(_PapersStart):
         for name, number in (("heads", heads), ("layers", layers)):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
+        for name, deviation in (("std", std), ("attention_std", attention_std)):
+            if not 0.0 <= deviation < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {deviation}")
         self.size = grid(image_size)
         self.layers = nn.Sequential(
             *(
-                ElementwiseAttentionBlock(in_chans, self.size, heads, batch_norm=batch_norm, impl=impl)
+                ElementwiseAttentionBlock(
+                    in_chans, self.size, heads, batch_norm=batch_norm, skip=skip, std=attention_std, impl=impl
+                )
                 for _ in range(layers)
             )
         )
         self.fc = nn.Linear(in_chans * self.size[0] * self.size[1], num_classes)
-        self.initialise()
+        self.initialise(std)
 
     def forward(self, x: Tensor) -> Tensor:
         check_size(x, self.size)

@@ -135,7 +135,11 @@ class TrainConfig:
     rotate: float = 0.0
     """Rotate each image at random by up to this many degrees either way."""
     normalize: bool = True
-    """Subtract the mean of every channel and divide by its standard deviation; otherwise pixels are in [0, 1]."""
+    """Subtract the mean of every channel and divide by its standard deviation; otherwise pixels are in [0, 1], unless
+    ``pixel_mean`` is set."""
+    pixel_mean: bool = False
+    """Images in memory: subtract the mean of every pixel of the training images instead, before padding and crop, and
+    divide by nothing, as He et al. do on CIFAR-10."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Dtype of autocast; no: everything in float32."""
@@ -150,6 +154,9 @@ class TrainConfig:
     deterministic: bool = True
     """Use algorithms that give the same bits at every run; warn where PyTorch has none."""
 
+    log_gradient: str | None = None
+    """Name of a parameter, or with [N] at its end of its N-th part along its first dimension: the mean of its gradient
+    before clipping is in the log next to the loss, and that of the last step in the metrics."""
     eval_every: int = 1
     """Epochs between evaluations; 0: none, not even at the end."""
     log_every: int = 10
@@ -166,6 +173,9 @@ class TrainConfig:
         # Accelerate rescales the loss after each optimizer's step: the second would divide by another scale.
         two = self.separate_attention
         _check(not two or self.mixed_precision != "fp16", "mixed_precision", "no or bf16 with two optimizers", "fp16")
+        # Gradients are multiplied by fp16's scale until the optimizer's step.
+        no_scale = self.log_gradient is None or self.mixed_precision != "fp16"
+        _check(no_scale, "mixed_precision", "no or bf16 with log_gradient", "fp16")
         nesterov = self.nesterov and "sgd" in (self.optimizer, self.attention_optimizer)
         _check(not nesterov or self.momentum > 0, "momentum", "above 0 with nesterov", self.momentum)
         rising = all(one < other for one, other in zip(self.milestones, self.milestones[1:], strict=False))

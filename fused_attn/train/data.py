@@ -178,6 +178,14 @@ def of_run(config: TrainConfig) -> Dataset:
     return loaded
 
 
+def pixel_mean(images: Images) -> Tensor:
+    """(C, H, W) mean of images scaled to [0, 1]."""
+    total = torch.zeros(images.shape, dtype=torch.float64)
+    for part in images.images.split(1000):
+        total += part.double().sum(0)
+    return (total / (255.0 * len(images))).float()
+
+
 def hold_out(train: Images | ImageFiles, count: int) -> tuple[Images | ImageFiles, Images | ImageFiles]:
     """Split off ``count`` images, the same for every run: (kept, held out)."""
     if count >= len(train):

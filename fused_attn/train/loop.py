@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -107,6 +107,7 @@ class Run:
         self.average = (
             AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema > 0 else None
         )
+        self.gradient = None if config.log_gradient is None else gradient_of(self.network, config.log_gradient)
         optimizers = build_optimizers(config, self.network)
         compiled = torch.compile(self.network) if config.compile else self.network
         self.model, *prepared = self.accelerator.prepare(compiled, *optimizers.values())
@@ -238,6 +239,8 @@ class Run:
             step_loss += detached / config.accumulate
             correct = (logits.detach().argmax(1) == labels).sum()
             totals += torch.stack([detached.double() * share, correct.double(), torch.full_like(correct, share)])
+        logs = self.step + 1 == self.last_step or (self.step + 1) % config.log_every == 0
+        gradient = {} if self.gradient is None or not logs else {"gradient_mean": self.gradient()}
         if self._update(step_loss):
             self.totals += totals
             if self.average is not None:
@@ -247,11 +250,11 @@ class Run:
                 for buffer, value in zip(self.network.buffers(), before, strict=True):
                     buffer.copy_(value)
         self.step += 1
-        if self.step % config.log_every == 0 or self.step == self.last_step:
+        if logs:
             loss = float(accelerator.reduce(step_loss, "mean"))
             if accelerator.is_main_process:
                 epoch = round(self.step / self.steps_per_epoch, 6)
-                self.log.write("step", step=self.step, epoch=epoch, loss=loss, lr=rate)
+                self.log.write("step", step=self.step, epoch=epoch, loss=loss, lr=rate, **gradient)
                 self.bar.set_postfix(epoch=f"{epoch:.2f}", loss=f"{loss:.4f}", lr=f"{rate:.4f}", refresh=False)
         self.bar.update()
 
@@ -520,8 +523,12 @@ class Run:
             "seconds": round(self.seconds, 1),
             "images_per_second": round(self.step * self.config.batch_size / max(self.seconds, 1e-9), 1),
             "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
+            "training_images": len(self.images),
+            "image_shape": [self.dataset.in_chans, *self.dataset.image_size],
+            "classes": self.dataset.num_classes,
             "data": self.config.data_note or self.config.dataset,
             "processes": self.accelerator.num_processes,
+            **self._last_gradient(),
             "skipped_steps": self.skipped,
             "unreadable_images": len(self.unreadable),
             "init_from": self.initialised,
@@ -535,6 +542,11 @@ class Run:
             atomic.write_text(self.config.out / "metrics.json", dumps(metrics, indent=1) + "\n")
         self.accelerator.wait_for_everyone()
         return metrics
+
+    def _last_gradient(self) -> dict[str, float | None]:
+        if self.gradient is None or not self.accelerator.is_main_process:
+            return {}
+        return {"gradient_mean": self.log.events("step")[-1]["gradient_mean"]}
 
     # --- interruption -------------------------------------------------------------------------------------------
 
@@ -573,6 +585,28 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.accumulate,
     )
+
+
+def gradient_of(network: nn.Module, name: str) -> Callable[[], float]:
+    """What reads the mean of a parameter's gradient, or of the part of it that ``NAME[N]`` names.
+
+    Raises:
+        TrainError: there is no such parameter, or no such part of it.
+    """
+    stem, bracket, index = name.removesuffix("]").partition("[")
+    parameters = dict(network.named_parameters())
+    if stem not in parameters:
+        raise TrainError(f"log_gradient must be one of {', '.join(parameters)}, got {name!r}")
+    parameter = parameters[stem]
+    if not bracket:
+        return lambda: _mean(parameter.grad)
+    if not (name.endswith("]") and index.isdecimal() and int(index) < len(parameter)):
+        raise TrainError(f"log_gradient must have an index from 0 to {len(parameter) - 1}, got {name!r}")
+    return lambda: _mean(None if parameter.grad is None else parameter.grad[int(index)])
+
+
+def _mean(gradient: Tensor | None) -> float:
+    return math.nan if gradient is None else float(gradient.detach().double().mean())
 
 
 def build_network(config: TrainConfig, dataset: data.Dataset) -> nn.Module:

@@ -52,11 +52,11 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "sa-resnet": (
         "Luo, Self-Attentive Layer Aggregation, section 3: 64,000 steps, divided by 10 at 32,000 and 48,000 (here: the "
-        "nearest ends of epochs); it subtracts the mean of every pixel, this trainer that of every channel",
+        "nearest ends of epochs); the mean of every pixel subtracted",
         {
             "model": "sa_resnet20", "dataset": "cifar10", "epochs": 165, "max_steps": 64000, "batch_size": 128,
             "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "schedule": "step",
-            "milestones": (82, 123), "gamma": 0.1, "crop_padding": 4, "flip": True,
+            "milestones": (82, 123), "gamma": 0.1, "crop_padding": 4, "flip": True, "pixel_mean": True,
         },
     ),
     "mrla": (

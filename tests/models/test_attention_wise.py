@@ -92,6 +92,22 @@ def test_logits_are_those_of_the_papers_equations(name, channels):
         assert (x > 0).float().mean() > 0.2
 
 
+def test_a_layer_without_skip_and_other_starts():
+    torch.manual_seed(0)
+    model = create_model(
+        "attention_wise_b", in_chans=1, skip=False, std=1.0, attention_std=0.5, impl="reference"
+    ).eval()
+    assert model.fc.weight.std().item() == pytest.approx(1.0, abs=0.05)
+    assert model.layers[0].attention.weight_row.std().item() == pytest.approx(0.5, abs=0.02)
+    assert not model.fc.bias.any()
+    block, images = model.layers[0], torch.rand(2, 1, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(block(images), block.conv(block.attention(images)).relu())
+    for name, value in (("std", -1.0), ("attention_std", float("nan"))):
+        with pytest.raises(ValueError, match=f"{name} must be at least 0 and finite, got {value}"):
+            create_model("attention_wise_b", in_chans=1, **{name: value})
+
+
 def test_control_halves_the_maps_twice():
     torch.manual_seed(0)
     model = create_model("vgg_control", in_chans=1).eval()

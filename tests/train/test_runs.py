@@ -330,6 +330,37 @@ def test_pixels_are_normalised_or_left_as_they_are(small, tmp_path):
             torch.testing.assert_close(transform(images), expected)
 
 
+def test_the_mean_of_every_pixel_goes_before_the_padding(small, tmp_path):
+    digits = data.load("digits", image_size=8)
+    images = digits.test.images[:4].float() / 255.0
+    mean = (digits.train.images.double() / 255.0).mean(0).float()
+    _, evaluation = augment.build(small(tmp_path, pixel_mean=True), digits)
+    torch.testing.assert_close(evaluation(images), images - mean)
+    training, _ = augment.build(small(tmp_path, pixel_mean=True, crop_padding=2, flip=False), digits)
+    crops = training(images)
+    padded = F.pad(images - mean, (2, 2, 2, 2))
+    for image, crop in zip(padded, crops, strict=True):
+        windows = [image[:, y : y + 8, x : x + 8] for y in range(5) for x in range(5)]
+        assert min(float((crop - window).abs().max()) for window in windows) < 1e-6
+
+
+def test_the_log_has_the_mean_gradient_of_a_parameter_or_of_a_part_of_it(small, tmp_path, linear_model):
+    settings = {**PLAIN, "max_steps": 2, "log_gradient": "1.weight[3]", "clip_norm": 1e-3}
+    metrics = train(small(tmp_path / "part", **settings))
+    whole = train(small(tmp_path / "whole", **{**settings, "log_gradient": "1.bias"}))
+    config = small(tmp_path / "part", **settings)
+    digits = data.load("digits", image_size=8)
+    model = linear(config, digits)
+    batch = next(data.epoch_batches(data.take(digits.train, 200), 32, 0, 0))
+    _, normalize = augment.build(config, digits)
+    F.cross_entropy(model(normalize(batch.images.float() / 255.0)), batch.labels).backward()
+    logged = [event["gradient_mean"] for event in events(tmp_path / "part")]
+    assert logged[0] == pytest.approx(float(model[1].weight.grad[3].mean()), rel=1e-4)
+    assert metrics["gradient_mean"] == logged[1]
+    assert events(tmp_path / "whole")[0]["gradient_mean"] == pytest.approx(float(model[1].bias.grad.mean()), abs=1e-6)
+    assert "gradient_mean" in whole
+
+
 def test_resume_after_the_damaged_checkpoint_is_removed_as_advised(small, tmp_path, uninterrupted):
     folder = tmp_path / "run"
     killed(small(folder, **RANDOM), 17)
@@ -435,6 +466,9 @@ def test_killed_after_the_last_checkpoint_and_before_the_metrics(small, tmp_path
     [
         ({"batch_size": 300}, "batch_size must be at most the 256 training images, got 300"),
         ({"batch_size": 30, "accumulate": 4}, r"batch_size must be a multiple of processes \* accumulate = 4, got 30"),
+        ({"log_gradient": "stem.bias"}, "log_gradient must be one of stem.weight, .*, got 'stem.bias'"),
+        ({"log_gradient": "stem.weight[16]"}, r"log_gradient must have an index from 0 to 15, got 'stem.weight\[16\]'"),
+        ({"log_gradient": "stem.weight[x]"}, "log_gradient must have an index from 0 to 15"),
         ({"train_images": 5000}, "train_images must be at most 1437, got 5000"),
         ({"model": "wrn_11_1"}, "model wrn_11_1: depth .* must be 6n.4"),
         ({"model": "wrm_10_1"}, "model wrm_10_1: name must be a registered model, got 'wrm_10_1': did you mean"),

@@ -123,6 +123,8 @@ class ElementwiseAttentionBlock(nn.Module):
     Args:
         channels, size, heads, impl: as in :class:`ElementwiseAttention`.
         batch_norm: whether a batch normalisation follows the skip (the paper's models A, C, E, G).
+        skip: whether the input is added to the output of the convolution; the paper's appendix leaves it out.
+        std: as in :class:`ElementwiseAttention`.
         kernel_size: of the convolution over the concatenated heads; odd, padded to keep the size.
         bias: whether the convolution has a bias.
 
@@ -139,6 +141,8 @@ class ElementwiseAttentionBlock(nn.Module):
         heads: int,
         *,
         batch_norm: bool = False,
+        skip: bool = True,
+        std: float = 0.02,
         kernel_size: int = 3,
         bias: bool = True,
         impl: str = "auto",
@@ -149,13 +153,15 @@ class ElementwiseAttentionBlock(nn.Module):
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.attention = ElementwiseAttention(channels, size, heads, impl=impl, **options)
+        self.attention = ElementwiseAttention(channels, size, heads, std=std, impl=impl, **options)
         self.conv = nn.Conv2d(heads * channels, channels, kernel_size, padding=kernel_size // 2, bias=bias, **options)
         self.norm = nn.BatchNorm2d(channels, **options) if batch_norm else nn.Identity()
+        self.skip = skip
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x, (B, C, H, W)."""
-        return torch.relu(self.norm(self.conv(self.attention(x)) + x))
+        out = self.conv(self.attention(x))
+        return torch.relu(self.norm(out + x if self.skip else out))
 
 
 class DualSoftmax(nn.Module):

@@ -1,0 +1,62 @@
+"""Keeps a table that ``fused-attn reproduce`` made: results/reproduce/NAME.md, with the table, the figure and what is
+small of every run in results/reproduce/NAME/.
+
+Run from the repository root: ``python benchmarks/report/reproduced.py OUT [--rows ROWS]``, with the folders that the
+command was given; NAME is the table's id with - for /.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+RESULTS = Path(__file__).parents[1] / "results" / "reproduce"
+TABLE = ("table.csv", "figure.png")
+RUN = ("config.json", "metrics.json", "log.csv")
+
+
+def keep(out: Path, rows: Path, results: Path = RESULTS) -> Path:
+    """Copy a table and its runs; returns the page."""
+    name = json.loads((out / "reproduce.json").read_text())["table"].replace("/", "-")
+    folder = results / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for file in TABLE:
+        shutil.copy(out / file, folder / file)
+    text = (out / "table.md").read_text()
+    for metrics in sorted(rows.glob("*/seed*/metrics.json")):
+        row = metrics.parts[-3]
+        if f"{row}/" not in _slugs(out):
+            continue
+        to = folder / row / metrics.parts[-2]
+        to.mkdir(parents=True)
+        for file in RUN:
+            shutil.copy(metrics.parent / file, to / file)
+        if (cost := rows / row / "cost.json").exists():
+            shutil.copy(cost, folder / row / "cost.json")
+    page = results / f"{name}.md"
+    # The page that has the table has headings of its own.
+    body = text.partition("\n")[2].strip()
+    page.write_text(f"{body}\n\n[Figure]({name}/figure.png), [numbers]({name}/table.csv).\n")
+    return page
+
+
+def _slugs(out: Path) -> set[str]:
+    from fused_attn.reproduce.tables import Tables
+
+    made = json.loads((out / "reproduce.json").read_text())
+    return {f"{row.slug}/" for row in Tables().table(made["table"], made["scale"]).rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--rows", type=Path)
+    options = parser.parse_args()
+    print(keep(options.out, options.rows or options.out).read_text())
+
+
+if __name__ == "__main__":
+    main()

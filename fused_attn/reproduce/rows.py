@@ -1,0 +1,194 @@
+"""Runs of a table: which are there, and those that are missing, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..train.config import MAY_GROW, TrainConfig, saved_config
+from ..train.errors import TrainError, reason
+from ..train.json_files import dumps
+from ..train.results import read_metrics
+from .tables import Row
+
+#: Exit status of a command that Ctrl-C or SIGTERM ended.
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One row with one seed; ``title`` is what its progress is headed with."""
+
+    row: Row
+    seed: int
+    config: TrainConfig
+
+    @property
+    def title(self) -> str:
+        return f"{self.row.name}, seed {self.seed}"
+
+    def is_done(self) -> bool:
+        """Whether the run is there and complete.
+
+        Raises:
+            TrainError: the folder holds a run of other settings, or a damaged one.
+        """
+        out = self.config.out
+        if not (out / "config.json").exists():
+            return False
+        self.config.check_resumes(saved_config(out, "rows"))
+        if not (out / "metrics.json").exists():
+            return False
+        ran = read_metrics(out)["config"]
+        return all(ran[name] == getattr(self.config, name) for name in MAY_GROW)
+
+
+def run(jobs: Sequence[Job], isolate: bool) -> tuple[dict[Job, str], bool]:
+    """Run what is not there yet.
+
+    Args:
+        jobs: in this order.
+        isolate: each in a process of its own, so that one that is killed, or crashes, does not end the others.
+
+    Returns:
+        job -> why it failed; and whether the user interrupted, which leaves the rest undone.
+    """
+    failed: dict[Job, str] = {}
+    for number, job in enumerate(jobs, start=1):
+        head = f"[{number}/{len(jobs)}] {job.title}"
+        try:
+            if job.is_done():
+                print(f"{head}: is there", flush=True)
+                continue
+            print(f"{head}: {job.config.out}", flush=True)
+            why = (_in_child if isolate else _here)("train", job.config)
+        except TrainError as error:
+            why = reason(error)
+        except KeyboardInterrupt:
+            return failed, True
+        if why is not None:
+            failed[job] = why
+            print(f"{head}: failed: {why}", flush=True)
+    return failed, False
+
+
+def measure_cost(config: TrainConfig, seconds: float, isolate: bool) -> str | None:
+    """Time training steps of a complete run for so many seconds, and measure their memory; why it failed, or None.
+
+    Raises:
+        KeyboardInterrupt: the user interrupted.
+    """
+    return (_in_child if isolate else _here)("cost", config, seconds)
+
+
+def _here(what: str, config: TrainConfig, *more: float) -> str | None:
+    """Run in this process; why it failed, or None."""
+    try:
+        WORK[what](config, *more)
+    except Exception as error:
+        if not isinstance(error, TrainError):
+            traceback.print_exc()
+        return reason(error)
+    return None
+
+
+def _in_child(what: str, config: TrainConfig, *more: float) -> str | None:
+    """Run in a new process; why it failed, or None.
+
+    Raises:
+        KeyboardInterrupt: SIGINT or SIGTERM came; the child has saved its state.
+    """
+    request = dumps({"what": what, "config": config.as_json(), "more": more})
+    read, write = os.pipe()
+    command = [sys.executable, "-m", "fused_attn.reproduce.rows", str(write), request]
+    # A session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on, once.
+    child = subprocess.Popen(command, pass_fds=[write], start_new_session=True, env=_environment())
+    os.close(write)
+    received: list[int] = []
+
+    def forward(number: int, frame: Any) -> None:
+        received.append(number)
+        child.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with os.fdopen(read) as pipe:
+            said = pipe.read()
+        status = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if received:
+        raise KeyboardInterrupt
+    if status == 0:
+        return None
+    if said:
+        return said
+    return f"its process was ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+
+
+def _environment() -> dict[str, str]:
+    """That of a child, which finds this package also where it is not installed."""
+    root = str(Path(__file__).parents[2])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+
+
+def _train(config: TrainConfig) -> None:
+    import dataclasses
+
+    from ..train.loop import train
+
+    train(dataclasses.replace(config, resume=(config.out / "config.json").exists()))
+
+
+def _cost(config: TrainConfig, seconds: float) -> None:
+    from . import cost
+
+    cost.write(config, seconds)
+
+
+#: What a process of a row does.
+WORK: dict[str, Callable[..., None]] = {"train": _train, "cost": _cost}
+
+
+def _end_with_parent() -> None:
+    """Interrupt this process, which saves its state, when the one that started it is gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(pipe: int, request: dict[str, Any]) -> int:
+    """Do the work of one row and return the exit status; why it failed goes into the pipe."""
+    _end_with_parent()
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in request["config"].items()}
+    try:
+        WORK[request["what"]](TrainConfig(**settings), *request["more"])
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if not isinstance(error, TrainError):
+            traceback.print_exc()
+        with os.fdopen(pipe, "w") as out:
+            out.write(reason(error))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), json.loads(sys.argv[2])))
