@@ -1,6 +1,6 @@
 """What ``fused_attn.integrations`` serves of its hosts: results/integrations.{json,md}.
 
-    python benchmarks/report/integrations.py timm|transformers|kornia|bottleneck_transformer_pytorch [--folder FOLDER] [--stand-in]
+    python benchmarks/report/integrations.py PACKAGE [--folder FOLDER] [--stand-in]
 
 builds every architecture of a host on meta, with its default settings, converts it with all ops, and writes down what
 was replaced and what was left alone, why.  ``--folder`` is where the host lies, if it is not installed; ``--stand-in``

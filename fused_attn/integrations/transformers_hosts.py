@@ -306,6 +306,33 @@ def _coarse_reason(module: Any) -> str | None:
     return None
 
 
+class LightGlueMatchAssignmentLayer(nn.Module):
+    """``LightGlueMatchAssignmentLayer``, masked or not."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self: Any, descriptors: Tensor, mask: Tensor) -> Tensor:
+        projected = self.final_projection(descriptors) / self.descriptor_dim**0.25
+        similarity = projected[::2] @ projected[1::2].mT
+        if mask is not None:
+            # Not the op's masks: where neither takes part, the host has -log(N) twice, and they -inf.
+            excluded = mask[::2, :, None] * mask[1::2, None] == 0
+            similarity = similarity.masked_fill(excluded, torch.finfo(similarity.dtype).min)
+        matchability = self.matchability(descriptors).squeeze(-1)
+        certainty, doubt = F.logsigmoid(matchability), F.logsigmoid(-matchability)
+        batch, count, _ = similarity.shape
+        scores = similarity.new_zeros(batch, count + 1, count + 1)
+        matches = row_col_softmax(similarity.unsqueeze(1), log=True).squeeze(1)
+        scores[:, :-1, :-1] = matches + certainty[::2, :, None] + certainty[1::2, None]
+        scores[:, :-1, -1], scores[:, -1, :-1] = doubt[::2], doubt[1::2]
+        return scores
+
+
+def _lightglue_reason(module: Any) -> str | None:
+    return None
+
+
 _SAM = Host("rel_attention_2d", SamVisionAttention, _sam_reason)
 _SAM_SDPA = Host("rel_attention_2d", SamVisionSdpaAttention, _sam_reason)
 _SWIN_SELF = Host("bias_attention_2d", SwinSelfAttention, _swin_self_reason)
@@ -343,6 +370,9 @@ _MODELS = {
     "pp_ocrv6_small_det.modeling_pp_ocrv6_small_det:PPOCRV6SmallDetSqueezeExcitationModule": _PPOCR,
     "efficientloftr.modeling_efficientloftr:EfficientLoFTRForKeypointMatching._coarse_matching": Host(
         "row_col_softmax", EfficientLoFTRCoarseMatching, _coarse_reason
+    ),
+    "lightglue.modeling_lightglue:LightGlueMatchAssignmentLayer": Host(
+        "row_col_softmax", LightGlueMatchAssignmentLayer, _lightglue_reason
     ),
 }
 HOSTS: dict[str, Host] = {f"transformers.models.{name}": entry for name, entry in _MODELS.items()}

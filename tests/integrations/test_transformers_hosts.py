@@ -268,5 +268,19 @@ def test_matching_that_is_left_alone(matcher, monkeypatch):
     assert reason() == "the _coarse_matching of EfficientLoFTRForKeypointMatching was replaced"
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_lightglue(transformers, masked):
+    """Two pairs of images; scores of what is masked are finite, though close to the end of float32."""
+    from transformers.models.lightglue.modeling_lightglue import LightGlueMatchAssignmentLayer
+
+    layer = randomise(LightGlueMatchAssignmentLayer(transformers.LightGlueConfig(descriptor_dim=16)))
+    x = torch.randn(4, 9, 16, requires_grad=True)
+    mask = (torch.arange(9) < torch.tensor([[9], [7], [6], [8]])).int() if masked else None
+    check(layer, lambda: layer(x, mask).clamp(min=-50), x=x)
+    expected = layer(x, mask)
+    integrations.convert(layer)
+    torch.testing.assert_close(layer(x, mask), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_registered_classes_are_there(transformers):
     check_registered(HOSTS)
