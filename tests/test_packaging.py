@@ -535,5 +535,5 @@ def test_nothing_is_imported_that_no_extra_has():
     assert third_party("models/*.py") == {"safetensors"}  # for files of that kind; the error says what to install
     # Peers name what they need themselves.
     assert third_party("ops/**/*.py") - third_party("ops/*/peers.py") == {"triton"}
-    assert third_party("cli/*.py") | third_party("train/*.py") == extras["train"]
+    assert third_party("cli/*.py") | third_party("train/*.py") | third_party("reproduce/*.py") == extras["train"]
     assert third_party("bench/*.py") == extras["bench"]

@@ -71,11 +71,13 @@ def test_commands_that_are_not_there(failing, capsys):
     status, errors = failing("trian")
     assert status == 2
     assert errors.startswith(
-        "fused-attn: error: the command must be one of train, inspect, demo, bench, scales, convert, info, got 'trian'"
+        "fused-attn: error: the command must be one of train, reproduce, inspect, demo, bench, scales, convert, info, got 'trian'"
     )
     assert failing()[0] == 2
     assert cli.main(["--help"]) == 0
-    assert {"train", "inspect", "demo", "bench", "scales", "convert", "info"} <= set(capsys.readouterr().out.split())
+    assert {"train", "reproduce", "inspect", "demo", "bench", "scales", "convert", "info"} <= set(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_required_options_are_named(failing):
