@@ -174,4 +174,4 @@ def plot(measured: dict[str, dict[str, Tensor]], stage: int, path: Path) -> None
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
