@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
 from .. import create_model
-from . import applies, atomic, augment, checkpoint, data, folder, identity, weights
+from . import applies, atomic, augment, checkpoint, data, folder, gradients, identity, weights
 from .config import MAY_GROW, TrainConfig
 from .environment import describe
 from .errors import NonFiniteError, TrainError, reason
@@ -107,7 +107,7 @@ class Run:
         self.average = (
             AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema > 0 else None
         )
-        self.gradient = None if config.log_gradient is None else gradient_of(self.network, config.log_gradient)
+        self.gradient = None if config.log_gradient is None else gradients.mean_of(self.network, config.log_gradient)
         optimizers = build_optimizers(config, self.network)
         compiled = torch.compile(self.network) if config.compile else self.network
         self.model, *prepared = self.accelerator.prepare(compiled, *optimizers.values())
@@ -585,28 +585,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.accumulate,
     )
-
-
-def gradient_of(network: nn.Module, name: str) -> Callable[[], float]:
-    """What reads the mean of a parameter's gradient, or of the part of it that ``NAME[N]`` names.
-
-    Raises:
-        TrainError: there is no such parameter, or no such part of it.
-    """
-    stem, bracket, index = name.removesuffix("]").partition("[")
-    parameters = dict(network.named_parameters())
-    if stem not in parameters:
-        raise TrainError(f"log_gradient must be one of {', '.join(parameters)}, got {name!r}")
-    parameter = parameters[stem]
-    if not bracket:
-        return lambda: _mean(parameter.grad)
-    if not (name.endswith("]") and index.isdecimal() and int(index) < len(parameter)):
-        raise TrainError(f"log_gradient must have an index from 0 to {len(parameter) - 1}, got {name!r}")
-    return lambda: _mean(None if parameter.grad is None else parameter.grad[int(index)])
-
-
-def _mean(gradient: Tensor | None) -> float:
-    return math.nan if gradient is None else float(gradient.detach().double().mean())
 
 
 def build_network(config: TrainConfig, dataset: data.Dataset) -> nn.Module:
