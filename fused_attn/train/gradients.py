@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,3 +31,8 @@ def mean_of(network: nn.Module, name: str) -> Callable[[], float]:
 
 def _mean(gradient: Tensor | None) -> float:
     return math.nan if gradient is None else float(gradient.detach().double().mean())
+
+
+def last(events: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """For the metrics: ``gradient_mean`` of the last of the logged steps, if it has one."""
+    return {"gradient_mean": event["gradient_mean"] for event in events if "gradient_mean" in event}

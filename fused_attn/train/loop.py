@@ -528,7 +528,7 @@ class Run:
             "classes": self.dataset.num_classes,
             "data": self.config.data_note or self.config.dataset,
             "processes": self.accelerator.num_processes,
-            **self._last_gradient(),
+            **gradients.last(self.log.events("step")[-1:]),
             "skipped_steps": self.skipped,
             "unreadable_images": len(self.unreadable),
             "init_from": self.initialised,
@@ -542,11 +542,6 @@ class Run:
             atomic.write_text(self.config.out / "metrics.json", dumps(metrics, indent=1) + "\n")
         self.accelerator.wait_for_everyone()
         return metrics
-
-    def _last_gradient(self) -> dict[str, float | None]:
-        if self.gradient is None or not self.accelerator.is_main_process:
-            return {}
-        return {"gradient_mean": self.log.events("step")[-1]["gradient_mean"]}
 
     # --- interruption -------------------------------------------------------------------------------------------
 
