@@ -6,33 +6,36 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import TrainError
 
 
-def mean_of(network: nn.Module, name: str) -> Callable[[], float]:
-    """What reads the mean of a parameter's gradient, or of the part of it that ``NAME[N]`` names.
+def mean_of(network: nn.Module, name: str | None) -> Callable[[], dict[str, float]]:
+    """What reads ``gradient_mean``, of a parameter or of the part of it that ``NAME[N]`` names; nothing for None.
 
     Raises:
         TrainError: there is no such parameter, or no such part of it.
     """
+    if name is None:
+        return dict
     stem, bracket, index = name.removesuffix("]").partition("[")
     parameters = dict(network.named_parameters())
     if stem not in parameters:
         raise TrainError(f"log_gradient must be one of {', '.join(parameters)}, got {name!r}")
-    parameter = parameters[stem]
-    if not bracket:
-        return lambda: _mean(parameter.grad)
-    if not (name.endswith("]") and index.isdecimal() and int(index) < len(parameter)):
-        raise TrainError(f"log_gradient must have an index from 0 to {len(parameter) - 1}, got {name!r}")
-    return lambda: _mean(None if parameter.grad is None else parameter.grad[int(index)])
+    parameter, part = parameters[stem], slice(None)
+    if bracket:
+        if not (name.endswith("]") and index.isdecimal() and int(index) < len(parameter)):
+            raise TrainError(f"log_gradient must have an index from 0 to {len(parameter) - 1}, got {name!r}")
+        part = slice(int(index), int(index) + 1)
 
+    def read() -> dict[str, float]:
+        gradient = parameter.grad
+        return {"gradient_mean": math.nan if gradient is None else float(gradient[part].detach().double().mean())}
 
-def _mean(gradient: Tensor | None) -> float:
-    return math.nan if gradient is None else float(gradient.detach().double().mean())
+    return read
 
 
 def last(events: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """For the metrics: ``gradient_mean`` of the last of the logged steps, if it has one."""
-    return {"gradient_mean": event["gradient_mean"] for event in events if "gradient_mean" in event}
+    return {name: value for event in events[-1:] for name, value in event.items() if name == "gradient_mean"}

@@ -107,7 +107,7 @@ class Run:
         self.average = (
             AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema > 0 else None
         )
-        self.gradient = None if config.log_gradient is None else gradients.mean_of(self.network, config.log_gradient)
+        self.gradient = gradients.mean_of(self.network, config.log_gradient)
         optimizers = build_optimizers(config, self.network)
         compiled = torch.compile(self.network) if config.compile else self.network
         self.model, *prepared = self.accelerator.prepare(compiled, *optimizers.values())
@@ -240,7 +240,7 @@ class Run:
             correct = (logits.detach().argmax(1) == labels).sum()
             totals += torch.stack([detached.double() * share, correct.double(), torch.full_like(correct, share)])
         logs = self.step + 1 == self.last_step or (self.step + 1) % config.log_every == 0
-        gradient = {} if self.gradient is None or not logs else {"gradient_mean": self.gradient()}
+        gradient = self.gradient() if logs else {}
         if self._update(step_loss):
             self.totals += totals
             if self.average is not None:
@@ -528,7 +528,7 @@ class Run:
             "classes": self.dataset.num_classes,
             "data": self.config.data_note or self.config.dataset,
             "processes": self.accelerator.num_processes,
-            **gradients.last(self.log.events("step")[-1:]),
+            **gradients.last(self.log.events("step")),
             "skipped_steps": self.skipped,
             "unreadable_images": len(self.unreadable),
             "init_from": self.initialised,
@@ -575,8 +575,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=False)
     GradientState._reset_state()
     return Accelerator(
-        # Without a GPU it sees torchrun's processes only when told to use the CPU.
-        cpu=not torch.cuda.is_available(),
+        cpu=not torch.cuda.is_available(),  # without a GPU it sees torchrun's processes only when told so
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.accumulate,
     )
