@@ -14,7 +14,8 @@ namespace {
 
 constexpr int64_t kChunkBytes = 1 << 21;  // of the maps of one chunk of samples
 constexpr int64_t kSerialPack = 1 << 17;  // numbers that one thread packs sooner than several wake up
-constexpr int64_t kSerialMaps = 1 << 15;  // numbers of maps that one thread passes over sooner than several wake up
+constexpr int64_t kSerialMaps = 1 << 16;  // numbers of maps that one thread passes over sooner than several wake up
+constexpr int64_t kGroupsOfRow = 4;       // groups of channels of a position that a thread takes at least
 
 // What `run_pack` fills: `depth` rows of whole panels.
 std::vector<float> panels_for(const Kernels& use, int64_t depth, int64_t columns) {
@@ -62,13 +63,15 @@ void fill_problem(Problem& p, const Tensor& x, const Tensor& fc1_weight, const s
 }
 
 // Fewer chunks than threads: each step of the pass is split over channels, which costs the second read from the cache.
+// Channels last, a thread takes 64 channels or so: less than that of every row is slower than to leave a thread idle.
 template <class P>
 void run(const Pass<P>& pass, const P& p) {
   const bool split = p.chunks() < torch::stable::get_num_threads() && p.batch * p.map() >= kSerialMaps;
   if (!split) return parallel(p.chunks(), pass.chunks, p);
-  parallel(p.batch * p.groups(), pass.sums, p);
+  const int64_t groups = p.batch * p.groups(), grain = p.channels_last ? kGroupsOfRow : 1;
+  parallel(groups, pass.sums, p, grain);
   parallel(p.chunks(), pass.layers, p);
-  parallel(p.batch * p.groups(), pass.writes, p);
+  parallel(groups, pass.writes, p, grain);
 }
 
 void* data_or_null(Tensor& tensor) { return tensor.numel() > 0 ? tensor.mutable_data_ptr() : nullptr; }

@@ -74,8 +74,8 @@ struct Pass {
 };
 
 struct Kernels {
-  int64_t panel;                  // columns to a panel
-  Kernel<Pack> pack;              // panels
+  int64_t panel;      // columns to a panel
+  Kernel<Pack> pack;  // panels
   Pass<Forward> forward;
   Pass<Backward> backward;
   Kernel<Backward> weight_grads;  // groups of rows: of fc1, then of fc2

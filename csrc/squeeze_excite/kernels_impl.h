@@ -131,9 +131,9 @@ FA_INLINE void write_map(const Problem& p, Channels channels, T* to, const float
     } else if (!p.channels_last) {
       for (int64_t c = 0; c < channels.count; ++c) {
         const int64_t offset = (channels.begin + c) * p.positions;
-        row(offset, p.positions,
-            [&, of_a = broadcast(a[c]), of_b = broadcast(b[c])](auto lanes)
-                FA_INLINE_CALL { return value(offset, lanes, of_a, of_b); });
+        row(offset, p.positions, [&, of_a = broadcast(a[c]), of_b = broadcast(b[c])](auto lanes) FA_INLINE_CALL {
+          return value(offset, lanes, of_a, of_b);
+        });
       }
     } else {
       for (int64_t y = 0; y < p.positions; ++y) {
@@ -150,19 +150,43 @@ FA_INLINE void write_map(const Problem& p, Channels channels, T* to, const float
 
 // --- the small layers -----------------------------------------------------------------------------------------------
 
+// to[k * PANEL + lane] = view[offset + lane * column_stride + k * depth_stride], lane < lanes, k < depth.
+void pack_lanes(const TensorView& view, int64_t offset, int64_t column_stride, int64_t depth_stride, int64_t lanes,
+                int64_t depth, float* to) {
+  with_element(view.dtype, [&](auto element) {
+    const auto* from = at<decltype(element)>(view, offset);
+    if (column_stride == 1) {
+      for (int64_t k = 0; k < depth; ++k)
+        each(lanes, [&](auto row) FA_INLINE_CALL { row.store(to + k * PANEL, row.load(from + k * depth_stride)); });
+    } else if (depth_stride == 1) {
+      each(lanes, [&](auto columns) FA_INLINE_CALL {
+        each(depth, [&](auto rows) FA_INLINE_CALL {
+          vf x[L];
+          for (int64_t i = 0; i < L; ++i)
+            x[i] = i < columns.count ? rows.load(from + (columns.begin + i) * column_stride) : vf{};
+          transpose(x);
+          for (int64_t k = 0; k < rows.count; ++k) columns.store(to + (rows.begin + k) * PANEL, x[k]);
+        });
+      });
+    } else {
+      for (int64_t lane = 0; lane < lanes; ++lane)
+        for (int64_t k = 0; k < depth; ++k)
+          to[k * PANEL + lane] = static_cast<float>(from[lane * column_stride + k * depth_stride]);
+    }
+  });
+}
+
 void pack(const Pack& p, int64_t begin, int64_t end) {
   for (int64_t panel = begin; panel < end; ++panel) {
-    float* to = p.to + panel * p.depth * PANEL;
-    for (int64_t lane = 0; lane < PANEL; ++lane) {
-      const int64_t column = panel * PANEL + lane;
-      if (column >= p.columns) {
-        for (int64_t k = 0; k < p.depth; ++k) to[k * PANEL + lane] = 0.0f;
-      } else if (column < p.split) {
-        gather(p.from, column * p.column_stride, p.depth_stride, p.depth, 1.0f, to + lane, PANEL);
-      } else {
-        gather(p.tail, (column - p.split) * p.tail_column_stride, p.tail_depth_stride, p.depth, 1.0f, to + lane, PANEL);
-      }
-    }
+    const int64_t first = panel * PANEL, count = smaller(PANEL, p.columns - first);
+    const int64_t split = smaller(larger(p.split - first, 0), count);  // lanes before it come from `from`
+    float* to = p.to + first * p.depth;
+    if (split > 0) pack_lanes(p.from, first * p.column_stride, p.column_stride, p.depth_stride, split, p.depth, to);
+    if (split < count)
+      pack_lanes(p.tail, (first + split - p.split) * p.tail_column_stride, p.tail_column_stride, p.tail_depth_stride,
+                 count - split, p.depth, to + split);
+    for (int64_t k = 0; k < p.depth; ++k)
+      for (int64_t lane = count; lane < PANEL; ++lane) to[k * PANEL + lane] = 0.0f;
   }
 }
 
@@ -328,9 +352,8 @@ void layers(const Forward& p, int64_t first, int64_t count) {
     activate(p, outputs, outputs);
   }
   if (!p.one_layer)
-    multiply(
-        count, hidden.data, units, 1, p.hidden, p.fc2, p.channels,
-        [&](int64_t i, int64_t c, vf x) FA_INLINE_CALL { store(logits + i * channels + c, x + load(bias2 + c)); });
+    multiply(count, hidden.data, units, 1, p.hidden, p.fc2, p.channels,
+             [&](int64_t i, int64_t c, vf x) FA_INLINE_CALL { store(logits + i * channels + c, x + load(bias2 + c)); });
   const float* gate_inputs = p.one_layer ? hidden.data : logits.data;
   for (int64_t i = 0; i < count; ++i) gate(p, gate_inputs + i * channels, p.scale + (first + i) * p.channels);
 }
@@ -514,9 +537,8 @@ template <class P>
 void run_sums(const P& p, int64_t begin, int64_t end) {
   Scratch<float> partial(padded(p.channels));
   with_element(p.dtype, [&](auto element) {
-    each_sample(p, begin, end, [&](int64_t b, Channels channels) {
-      sum<decltype(element)>(p, b, channels, partial.data);
-    });
+    each_sample(p, begin, end,
+                [&](int64_t b, Channels channels) { sum<decltype(element)>(p, b, channels, partial.data); });
   });
 }
 

@@ -304,10 +304,10 @@ def test_bits_of_few_samples_at_any_number_of_threads(capability):
     if _extension.CPU_CAPABILITIES.index(capability) > _extension.CPU_CAPABILITIES.index(best):
         pytest.skip(f"this processor has no {capability}")
     settings = (
-        {"size": (1, 70, 22, 22), "hidden": 7, "features": 5, "residual": True, "relu": True},
-        {"size": (1, 70, 22, 22), "hidden": 7, "relu": True, "hidden_activation": "silu", "dtype": torch.bfloat16},
-        {"size": (3, 230, 7, 7), "one_layer": True, "share": True, "residual": True, "gate": "hardsigmoid"},
-        {"size": (3, 230, 7, 7), "hidden": 9, "residual": True, "relu": True, "dtype": torch.float16},
+        {"size": (1, 70, 31, 31), "hidden": 7, "features": 5, "residual": True, "relu": True},
+        {"size": (1, 70, 31, 31), "hidden": 7, "relu": True, "hidden_activation": "silu", "dtype": torch.bfloat16},
+        {"size": (3, 450, 7, 7), "one_layer": True, "share": True, "residual": True, "gate": "hardsigmoid"},
+        {"size": (3, 450, 7, 7), "hidden": 9, "residual": True, "relu": True, "dtype": torch.float16},
         {"size": (1, 73, 170, 170), "hidden": 3, "relu": True},  # streamed
     )
     _extension.set_cpu_capability(capability)
