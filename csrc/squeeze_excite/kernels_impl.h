@@ -319,21 +319,35 @@ void sum(const Forward& p, int64_t b, Channels channels, float* partial) {
           [&](int64_t offset, auto lanes) FA_INLINE_CALL { return lanes.load_on(x + offset); });
 }
 
+// What the layers of a chunk need, held for many of them.  Backward's is held for the whole batch, see cpu.cpp.
+struct LayerMemory {
+  Scratch<float> input, hidden, logits, bias1, bias2;
+
+  explicit LayerMemory(const Forward& p)
+      : input(p.chunk * padded(p.columns())),
+        hidden(p.chunk * padded(p.hidden)),
+        logits(p.chunk * padded(p.channels)),
+        bias1(padded(p.hidden)),
+        bias2(padded(p.channels)) {
+    gather_padded(p.bias1, p.hidden, bias1.data);
+    gather_padded(p.bias2, p.channels, bias2.data);
+  }
+  explicit LayerMemory(const Backward&) {}
+};
+
 // Scales of samples [first, first + count).
 template <class T>
-void layers(const Forward& p, int64_t first, int64_t count) {
+void layers(const Forward& p, const LayerMemory& memory, int64_t first, int64_t count) {
   const int64_t inputs = padded(p.columns()), units = padded(p.hidden), channels = padded(p.channels);
-  Scratch<float> input(count * inputs), hidden(count * units), logits(p.one_layer ? 0 : count * channels);
-  Scratch<float> bias1(units), bias2(channels);
-  gather_padded(p.bias1, p.hidden, bias1.data);
-  gather_padded(p.bias2, p.channels, bias2.data);
+  float *input = memory.input.data, *hidden = memory.hidden.data, *logits = memory.logits.data;
+  const float *bias1 = memory.bias1.data, *bias2 = memory.bias2.data;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t b = first + i;
     if (p.features > 0)
       gather(p.result, b * p.result.stride[0], p.result.stride[1], p.features, 1.0f, input + i * inputs);
     for (int64_t c = 0; c < p.channels; ++c) input[i * inputs + p.features + c] = p.z[b * p.channels + c];
   }
-  multiply(count, input.data, inputs, 1, p.columns(), p.fc1, p.hidden,
+  multiply(count, input, inputs, 1, p.columns(), p.fc1, p.hidden,
            [&](int64_t i, int64_t j, vf x) FA_INLINE_CALL { store(hidden + i * units + j, x + load(bias1 + j)); });
   for (int64_t i = 0; i < count; ++i) {
     const int64_t b = first + i;
@@ -352,9 +366,9 @@ void layers(const Forward& p, int64_t first, int64_t count) {
     activate(p, outputs, outputs);
   }
   if (!p.one_layer)
-    multiply(count, hidden.data, units, 1, p.hidden, p.fc2, p.channels,
+    multiply(count, hidden, units, 1, p.hidden, p.fc2, p.channels,
              [&](int64_t i, int64_t c, vf x) FA_INLINE_CALL { store(logits + i * channels + c, x + load(bias2 + c)); });
-  const float* gate_inputs = p.one_layer ? hidden.data : logits.data;
+  const float* gate_inputs = p.one_layer ? hidden : logits;
   for (int64_t i = 0; i < count; ++i) gate(p, gate_inputs + i * channels, p.scale + (first + i) * p.channels);
 }
 
@@ -420,7 +434,7 @@ void sum(const Backward& p, int64_t b, Channels channels, float* partial) {
 
 // Gradients of the means, over the positions, of samples [first, first + count), and of what else enters the layers.
 template <class T>
-void layers(const Backward& p, int64_t first, int64_t count) {
+void layers(const Backward& p, const LayerMemory&, int64_t first, int64_t count) {
   const int64_t inputs = padded(p.columns()), units = padded(p.hidden), channels = padded(p.channels);
   const float mean = 1.0f / p.positions;
   for (int64_t b = first; b < first + count; ++b)
@@ -510,12 +524,13 @@ template <class P>
 void run_chunks(const P& p, int64_t begin, int64_t end) {
   const Channels all{0, p.channels};
   Scratch<float> partial(padded(p.channels));
+  const LayerMemory memory(p);
   with_element(p.dtype, [&](auto element) {
     using T = decltype(element);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t first = chunk * p.chunk, last = smaller(first + p.chunk, p.batch);
       for (int64_t b = first; b < last; ++b) sum<T>(p, b, all, partial.data);
-      layers<T>(p, first, last - first);
+      layers<T>(p, memory, first, last - first);
       // Backwards: the sample that was summed last is the one most of which is still in the cache.
       for (int64_t b = last - 1; b >= first; --b) write<T>(p, b, all);
     }
@@ -544,9 +559,10 @@ void run_sums(const P& p, int64_t begin, int64_t end) {
 
 template <class P>
 void run_layers(const P& p, int64_t begin, int64_t end) {
+  const LayerMemory memory(p);
   with_element(p.dtype, [&](auto element) {
     for (int64_t chunk = begin; chunk < end; ++chunk)
-      layers<decltype(element)>(p, chunk * p.chunk, smaller(p.chunk, p.batch - chunk * p.chunk));
+      layers<decltype(element)>(p, memory, chunk * p.chunk, smaller(p.chunk, p.batch - chunk * p.chunk));
   });
 }
 
