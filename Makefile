@@ -52,7 +52,8 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 # Packages whose networks tests compare with.  Apart from the environment and without what they require: torchmetrics imports
 # transformers where it finds it, which takes every training 1.6 s, and fails beside timm's torchvision, built for CUDA alone.
 $(VENV)/hosts: $(VENV)/torch
-	$(BIN)/pip install --quiet --no-deps --no-compile --upgrade --target $@ -c constraints.txt timm transformers regex tokenizers
+	$(BIN)/pip install --quiet --no-deps --no-compile --upgrade --target $@ -c constraints.txt \
+		timm transformers regex tokenizers bottleneck-transformer-pytorch einops
 	touch $@
 
 # One wheel for every Python and torch, tagged with the manylinux that its library is fit for.  Torch's libraries stay out:

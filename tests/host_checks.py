@@ -8,6 +8,7 @@ from equality import assert_same, outputs_and_gradients, with_parameters
 
 from fused_attn import integrations
 from fused_attn.integrations.convert import OPS
+from fused_attn.integrations.host import method_of, own_methods
 
 #: What adds the same to all logits of a query: its gradient is rounding.
 VANISHING = ("k_proj.bias", "key.bias", "k_norm.bias", "norm_k.bias", "rel_pos.mlp.fc2.bias")
@@ -29,7 +30,7 @@ def check(model, call, tolerance=2e-5, **inputs):
         assert max(gradients.pop(name).abs().max() for _, gradients in (found, expected)) < 1e-5 * scale, name
     assert_same(found, expected, tolerance=tolerance)
     assert integrations.restore(model) == len(report)
-    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not any("forward" in module.__dict__ or own_methods(module) for module in model.modules())
     assert torch.equal(outputs_and_gradients(call, tensors)[0], expected[0])
 
 
@@ -37,6 +38,7 @@ def check_registered(hosts):
     """Classes of a registry are there, and take the arguments that their layers take."""
     for path, host in hosts.items():
         module, name = path.split(":")
-        kind = getattr(importlib.import_module(module), name)
-        theirs, ours = ([*inspect.signature(each.forward).parameters] for each in (kind, host.layer))
+        kind = getattr(importlib.import_module(module), name.partition(".")[0])
+        methods = getattr(kind, method_of(path)), host.layer.forward
+        theirs, ours = ([*inspect.signature(each).parameters] for each in methods)
         assert theirs == ours, path

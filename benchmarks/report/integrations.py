@@ -1,6 +1,6 @@
-"""What ``fused_attn.integrations`` serves of timm and transformers: results/integrations.{json,md}.
+"""What ``fused_attn.integrations`` serves of its hosts: results/integrations.{json,md}.
 
-    python benchmarks/report/integrations.py timm|transformers|kornia [--folder FOLDER] [--stand-in]
+    python benchmarks/report/integrations.py PACKAGE [--folder FOLDER] [--stand-in]
 
 builds every architecture of a host on meta, with its default settings, converts it with all ops, and writes down what
 was replaced and what was left alone, why.  ``--folder`` is where the host lies, if it is not installed; ``--stand-in``
@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from fused_attn import integrations
 from fused_attn.integrations.convert import HOSTS, OPS
+from fused_attn.integrations.host import version_of
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "integrations.json"
@@ -44,13 +45,17 @@ def timm_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
 
 
 def transformers_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-    """One for each type of configuration that ``AutoModel`` or ``AutoBackbone`` builds."""
-    from transformers import AutoBackbone, AutoConfig, AutoModel
-    from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES, MODEL_MAPPING_NAMES
+    """One for each type of configuration that an automatic class for key points, features or backbones builds."""
+    from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForKeypointMatching
+    from transformers.models.auto import modeling_auto as names
 
-    for kind in sorted({*MODEL_MAPPING_NAMES, *MODEL_FOR_BACKBONE_MAPPING_NAMES}):
-        auto = AutoModel if kind in MODEL_MAPPING_NAMES else AutoBackbone
-        yield kind, lambda kind=kind, auto=auto: auto.from_config(AutoConfig.for_model(kind))
+    autos = {
+        **dict.fromkeys(names.MODEL_FOR_BACKBONE_MAPPING_NAMES, AutoBackbone),
+        **dict.fromkeys(names.MODEL_MAPPING_NAMES, AutoModel),
+        **dict.fromkeys(names.MODEL_FOR_KEYPOINT_MATCHING_MAPPING_NAMES, AutoModelForKeypointMatching),
+    }
+    for kind in sorted(autos):
+        yield kind, lambda kind=kind: autos[kind].from_config(AutoConfig.for_model(kind))
 
 
 def kornia_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
@@ -59,7 +64,23 @@ def kornia_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     yield "LoFTR", lambda: LoFTR(pretrained=None)
 
 
-HOST_MODELS = {"timm": timm_models, "transformers": transformers_models, "kornia": kornia_models}
+def lucidrains_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """With the sizes of its own example, and positions of both kinds."""
+    from bottleneck_transformer_pytorch import BottleStack
+
+    for relative in (True, False):
+        yield (
+            f"BottleStack {relative}",
+            lambda relative=relative: BottleStack(dim=256, fmap_size=64, dim_out=2048, rel_pos_emb=relative),
+        )
+
+
+HOST_MODELS = {
+    "timm": timm_models,
+    "transformers": transformers_models,
+    "kornia": kornia_models,
+    "bottleneck_transformer_pytorch": lucidrains_models,
+}
 
 
 def survey(models: Iterator[tuple[str, Callable[[], nn.Module]]]) -> dict[str, Any]:
@@ -157,10 +178,10 @@ def main() -> None:
 
         stand_in_for_torchvision()
     warnings.simplefilter("ignore")
-    package = importlib.import_module(options.host)
+    importlib.import_module(options.host)
     found = survey(HOST_MODELS[options.host]())
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    result[options.host] = {"version": package.__version__, "date": str(datetime.date.today()), **found}
+    result[options.host] = {"version": version_of(options.host), "date": str(datetime.date.today()), **found}
     RESULT.write_text(json.dumps(result, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Fused ops in models of timm and transformers::
+"""Fused ops in models of timm, transformers, kornia and lucidrains::
 
     from fused_attn import integrations
 
@@ -6,7 +6,7 @@
     print(report)
     integrations.restore(model)
 
-Neither host is imported: a model that holds one of its classes has done so.
+No host is imported: a model that holds one of its classes has done so.
 """
 
 from . import transformers

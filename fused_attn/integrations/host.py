@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -21,8 +23,8 @@ class Host:
 
     Args:
         op: public name of the op that computes it.
-        layer: a module without state whose ``forward``, with the signature of the host's, is bound to the instance;
-            the conventions of Hugging Face's kernels library.
+        layer: a module without state whose ``forward``, with the signature of the host's ``forward`` or other method,
+            is bound to the instance in its place; the conventions of Hugging Face's kernels library.
         reason: why an instance cannot be served; None: it can.
         faster_on_cpu: whether the CPU gains by it; if not, ``convert`` leaves modules on the CPU alone until their op
             is named.
@@ -65,6 +67,21 @@ def passes_over(module: nn.Module, **kinds: type[nn.Module]) -> str | None:
 
 def class_path(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def method_of(path: str) -> str:
+    """The method that an entry of the registry is for: ``module:Class``, or ``module:Class.method``."""
+    return path.partition(":")[2].partition(".")[2] or "forward"
+
+
+def version_of(package: str) -> str:
+    """What an imported package says of itself, or else was installed as; "0" where neither is known."""
+    if (version := getattr(sys.modules[package], "__version__", None)) is not None:
+        return version
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "0"
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -236,11 +253,9 @@ def scaled_map(x: Tensor, fc1: nn.Conv2d, activation: nn.Module, fc2: nn.Conv2d,
 
 def unusual_gates(module: nn.Module, *names: str) -> str | None:
     """Why the op does not compute the gates of a squeeze-excite layer, by the names of its submodules in their order:
-    convolution, activation, convolution, gate; or convolution, gate."""
-    *hidden, gate = names
-    activations = [("gate", gate, GATES)]
-    activations += [("hidden activation", name, HIDDEN_ACTIVATIONS) for name in hidden[1::2]]
-    for name in hidden[::2]:
+    convolution, activation, convolution, gate; or convolution, gate; or without a gate, which is none."""
+    convolutions, functions = names[::2], names[1::2]
+    for name in convolutions:
         layer = module.get_submodule(name)
         if type(layer) is not nn.Conv2d:
             return f"{name} is a {type(layer).__name__}, not a 1x1 convolution"
@@ -248,7 +263,8 @@ def unusual_gates(module: nn.Module, *names: str) -> str | None:
             return f"{name} is not a 1x1 convolution"
         if layer.padding not in ("same", "valid", (0, 0)):
             return f"{name} pads"
-    for what, name, known in activations:
+    for name in reversed(functions):
+        what, known = ("gate", GATES) if name == names[-1] else ("hidden activation", HIDDEN_ACTIVATIONS)
         function = module.get_submodule(name)
         if class_path(type(function)) not in known or getattr(function, "approximate", "none") != "none":
             return f"{what} {function} is not computed"

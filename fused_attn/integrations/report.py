@@ -14,7 +14,7 @@ class Candidate:
 
     Attributes:
         path: of the module in the model; "" is the model itself.
-        host: its class, as ``module:Class``.
+        host: its class, as ``module:Class``, or ``module:Class.method`` where that is replaced and not its forward.
         op: the op that computes the class.
         outcome: ``"replaced"``, ``"already"`` (an earlier call replaced it), or why it was left alone.
     """

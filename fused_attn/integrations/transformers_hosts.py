@@ -1,4 +1,4 @@
-"""transformers' attention and squeeze-excite layers."""
+"""transformers' attention, squeeze-excite and matching layers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.elementwise_attention.api import row_col_softmax
+from ..ops.squeeze_excite.api import squeeze_excite
 from . import host
 from .host import Host, has_hooks, original, passes_over
 
@@ -240,7 +242,7 @@ def _efficientnet_reason(module: Any) -> str | None:
 
 
 class PPLCNetSqueezeExcitationModule(nn.Module):
-    """``PPLCNetSqueezeExcitationModule`` and ``PPLCNetV3SqueezeExcitationModule``."""
+    """``PPLCNetSqueezeExcitationModule``, and those of its versions 3 and 4."""
 
     can_torch_compile = True
     has_backward = True
@@ -256,12 +258,88 @@ def _pplcnet_reason(module: Any) -> str | None:
     return host.unusual_gates(module, *names) or has_hooks(module, "avg_pool")
 
 
+class PPOCRSqueezeExcitationModule(nn.Module):
+    """``PPOCRV5MobileDetSqueezeExcitationModule`` and ``PPOCRV6SmallDetSqueezeExcitationModule``."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        steeper = 6 * 0.2  # Their gate is clamp(0.2 x + 0.5), PyTorch's hardsigmoid clamp(x / 6 + 0.5).
+        return squeeze_excite(
+            hidden_states,
+            self.conv1.weight,
+            self.conv1.bias,
+            steeper * self.conv2.weight,
+            None if self.conv2.bias is None else steeper * self.conv2.bias,
+            hidden_activation=host.HIDDEN_ACTIVATIONS[host.class_path(type(self.act_fn))],
+            gate="hardsigmoid",
+        )
+
+
+def _ppocr_reason(module: Any) -> str | None:
+    return host.unusual_gates(module, "conv1", "act_fn", "conv2") or has_hooks(module, "avg_pool")
+
+
+# --- matching ---------------------------------------------------------------------------------------------------------
+
+
+class EfficientLoFTRCoarseMatching(nn.Module):
+    """``EfficientLoFTRForKeypointMatching._coarse_matching`` by dual softmax."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self: Any, coarse_features: Tensor, coarse_scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        grid = coarse_features.shape[3:]
+        features_0, features_1 = (coarse_features.flatten(3).mT / coarse_features.shape[2] ** 0.5).unbind(1)
+        similarity = features_0 @ features_1.mT
+        confidence = row_col_softmax(similarity.unsqueeze(1), temperature=self.config.coarse_matching_temperature)
+        indices, scores = self._get_matches_from_scores(confidence.squeeze(1).unflatten(2, grid).unflatten(1, grid))
+        keypoints = torch.stack([indices % grid[1], indices // grid[1]], -1) * coarse_scale
+        return keypoints, scores, indices
+
+
+def _coarse_reason(module: Any) -> str | None:
+    if module.config.coarse_matching_skip_softmax:
+        return "matching without softmax is not computed"
+    return None
+
+
+class LightGlueMatchAssignmentLayer(nn.Module):
+    """``LightGlueMatchAssignmentLayer``, masked or not."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self: Any, descriptors: Tensor, mask: Tensor) -> Tensor:
+        projected = self.final_projection(descriptors) / self.descriptor_dim**0.25
+        similarity = projected[::2] @ projected[1::2].mT
+        if mask is not None:
+            # Not the op's masks: where neither takes part, the host has -log(N) twice, and they -inf.
+            excluded = mask[::2, :, None] * mask[1::2, None] == 0
+            similarity = similarity.masked_fill(excluded, torch.finfo(similarity.dtype).min)
+        matchability = self.matchability(descriptors).squeeze(-1)
+        certainty, doubt = F.logsigmoid(matchability), F.logsigmoid(-matchability)
+        batch, count, _ = similarity.shape
+        scores = similarity.new_zeros(batch, count + 1, count + 1)
+        matches = row_col_softmax(similarity.unsqueeze(1), log=True).squeeze(1)
+        scores[:, :-1, :-1] = matches + certainty[::2, :, None] + certainty[1::2, None]
+        scores[:, :-1, -1], scores[:, -1, :-1] = doubt[::2], doubt[1::2]
+        return scores
+
+
+def _lightglue_reason(module: Any) -> str | None:
+    return None
+
+
 _SAM = Host("rel_attention_2d", SamVisionAttention, _sam_reason)
 _SAM_SDPA = Host("rel_attention_2d", SamVisionSdpaAttention, _sam_reason)
 _SWIN_SELF = Host("bias_attention_2d", SwinSelfAttention, _swin_self_reason)
 _SWIN_V2 = Host("bias_attention_2d", SwinV2SelfAttention, _swin_self_reason)
 _EFFICIENTNET = Host("squeeze_excite", EfficientNetSqueezeExciteLayer, _efficientnet_reason, False)
 _PPLCNET = Host("squeeze_excite", PPLCNetSqueezeExcitationModule, _pplcnet_reason, False)
+_PPOCR = Host("squeeze_excite", PPOCRSqueezeExcitationModule, _ppocr_reason, False)
 _MODELS = {
     "sam.modeling_sam:SamVisionAttention": _SAM,
     "sam.modeling_sam:SamVisionSdpaAttention": _SAM_SDPA,
@@ -287,5 +365,14 @@ _MODELS = {
     "align.modeling_align:AlignVisionSqueezeExciteLayer": _EFFICIENTNET,
     "pp_lcnet.modeling_pp_lcnet:PPLCNetSqueezeExcitationModule": _PPLCNET,
     "pp_lcnet_v3.modeling_pp_lcnet_v3:PPLCNetV3SqueezeExcitationModule": _PPLCNET,
+    "pp_lcnet_v4.modeling_pp_lcnet_v4:PPLCNetV4SqueezeExcitationModule": _PPLCNET,
+    "pp_ocrv5_mobile_det.modeling_pp_ocrv5_mobile_det:PPOCRV5MobileDetSqueezeExcitationModule": _PPOCR,
+    "pp_ocrv6_small_det.modeling_pp_ocrv6_small_det:PPOCRV6SmallDetSqueezeExcitationModule": _PPOCR,
+    "efficientloftr.modeling_efficientloftr:EfficientLoFTRForKeypointMatching._coarse_matching": Host(
+        "row_col_softmax", EfficientLoFTRCoarseMatching, _coarse_reason
+    ),
+    "lightglue.modeling_lightglue:LightGlueMatchAssignmentLayer": Host(
+        "row_col_softmax", LightGlueMatchAssignmentLayer, _lightglue_reason
+    ),
 }
 HOSTS: dict[str, Host] = {f"transformers.models.{name}": entry for name, entry in _MODELS.items()}

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from equality import randomise
+from equality import assert_close, assert_same, outputs_and_gradients, randomise
 from host_checks import OPS, check, check_registered
 from torch import nn
 
@@ -75,11 +75,38 @@ def test_halo(timm, options):
     from timm.layers.halo_attn import HaloAttn
 
     layer = randomise(HaloAttn(16, num_heads=2, **options))
-    x = torch.randn(2, 16, 8, 4, requires_grad=True)
+    x = torch.randn(2, 16, 8, 12, requires_grad=True)
     check(layer, lambda: layer(x), x=x)
     integrations.convert(layer)
     with pytest.raises(AssertionError):  # of the original
         layer(x[:, :, :7])
+
+
+def test_halo_transforms(timm):
+    """Its windows have derivatives of their own, in both modes, and none within a compiled graph."""
+    from timm.layers.halo_attn import HaloAttn
+
+    layer = randomise(HaloAttn(16, num_heads=2, block_size=4, halo_size=3))
+    x, tangent = torch.randn(2, 2, 16, 8, 12).unbind()
+    weights = dict(layer.named_parameters())
+
+    def transformed():
+        forward = torch.func.jvp(layer, (x,), (tangent,))[1]
+        gradients = torch.func.vmap(torch.func.grad(square), (None, 0))(weights, x)
+        return {"jvp": forward, **gradients}
+
+    def square(weights, image):
+        return torch.func.functional_call(layer, weights, image[None]).square().sum()
+
+    def run():
+        return outputs_and_gradients(lambda: layer(x), weights)
+
+    expected, expected_run = transformed(), run()
+    assert integrations.convert(layer).replaced == 1
+    for name, found in transformed().items():
+        assert_close(found, expected[name], 1e-5, name)
+    layer.compile(backend="aot_eager", fullgraph=True)
+    assert_same(run(), expected_run)
 
 
 @pytest.mark.parametrize("cls", [False, True])

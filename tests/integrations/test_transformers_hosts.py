@@ -207,13 +207,79 @@ def test_efficientnet(transformers, name):
             check(layer, lambda layer=layer: layer(x), x=x)
 
 
-@pytest.mark.parametrize("name", ["pp_lcnet:PPLCNet", "pp_lcnet_v3:PPLCNetV3"])
+@pytest.mark.parametrize("name", ["pp_lcnet:PPLCNet", "pp_lcnet_v3:PPLCNetV3", "pp_lcnet_v4:PPLCNetV4"])
 def test_pp_lcnet(transformers, name):
     folder, name = name.split(":")
     kind = class_of(f"transformers.models.{folder}.modeling_{folder}:{name}SqueezeExcitationModule")
     layer = kind(16)
     x = torch.randn(2, 16, 5, 4, requires_grad=True)
     check(randomise(layer), lambda: layer(x), x=x)
+
+
+@pytest.mark.parametrize("path", [name for name in HOSTS if "PPOCR" in name])
+def test_pp_ocr(transformers, path):
+    """With gates of which some are clamped."""
+    layer = randomise(class_of(path)(16, 2))
+    x = torch.randn(2, 16, 5, 4, requires_grad=True)
+    with torch.no_grad():
+        x += torch.linspace(-8, 8, 16)[:, None, None]
+    gates = layer(x) / x
+    assert 0 < (gates == 0).sum() < gates.numel() / 2
+    check(layer, lambda: layer(x), x=x)
+
+
+# --- matching ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def matcher(transformers):
+    config = transformers.EfficientLoFTRConfig(
+        stage_num_blocks=[1, 1, 1, 1], out_features=[8, 8, 16, 32], hidden_size=32, num_attention_layers=1,
+        fine_matching_slice_dim=4, coarse_matching_threshold=0.0, coarse_matching_border_removal=1,
+    )  # fmt: skip
+    return randomise(transformers.EfficientLoFTRForKeypointMatching(config)).eval()
+
+
+def test_efficientloftr(matcher):
+    """Scores, key points and gradients, and the same matches."""
+    images = torch.randn(2, 2, 3, 64, 96)
+
+    def run():
+        found = matcher(images)
+        matches.append(found.matches)
+        return torch.cat((found.matching_scores.flatten(), found.keypoints.flatten()))
+
+    matches = []
+    check(matcher, run)
+    assert (matches[0] >= 0).sum() > 4
+    assert all(torch.equal(each, matches[0]) for each in matches)
+
+
+def test_matching_that_is_left_alone(matcher, monkeypatch):
+    def reason():
+        (candidate,) = integrations.convert(matcher)
+        return candidate.outcome
+
+    assert reason() == "replaced"
+    matcher.config.coarse_matching_skip_softmax = True
+    assert reason() == "matching without softmax is not computed"
+    assert "_coarse_matching" not in vars(matcher)
+    monkeypatch.setattr(type(matcher), "_coarse_matching", lambda self, coarse_features, coarse_scale: None)
+    assert reason() == "the _coarse_matching of EfficientLoFTRForKeypointMatching was replaced"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_lightglue(transformers, masked):
+    """Two pairs of images; scores of what is masked are finite, though close to the end of float32."""
+    from transformers.models.lightglue.modeling_lightglue import LightGlueMatchAssignmentLayer
+
+    layer = randomise(LightGlueMatchAssignmentLayer(transformers.LightGlueConfig(descriptor_dim=16)))
+    x = torch.randn(4, 9, 16, requires_grad=True)
+    mask = (torch.arange(9) < torch.tensor([[9], [7], [6], [8]])).int() if masked else None
+    check(layer, lambda: layer(x, mask).clamp(min=-50), x=x)
+    expected = layer(x, mask)
+    integrations.convert(layer)
+    torch.testing.assert_close(layer(x, mask), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_registered_classes_are_there(transformers):
