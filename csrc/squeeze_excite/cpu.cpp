@@ -14,6 +14,8 @@ namespace {
 
 constexpr int64_t kChunkBytes = 1 << 21;  // of the maps of one chunk of samples
 constexpr int64_t kSerialPack = 1 << 17;  // numbers that one thread packs sooner than several wake up
+constexpr int64_t kSerialMaps = 1 << 16;  // numbers of maps that one thread passes over sooner than several wake up
+constexpr int64_t kGroupsOfRow = 4;       // groups of channels of a position that a thread takes at least
 
 // What `run_pack` fills: `depth` rows of whole panels.
 std::vector<float> panels_for(const Kernels& use, int64_t depth, int64_t columns) {
@@ -60,6 +62,18 @@ void fill_problem(Problem& p, const Tensor& x, const Tensor& fc1_weight, const s
   p.z = floats_of(z), p.preactivation = floats_of(preactivation), p.scale = floats_of(scale);
 }
 
+// Fewer chunks than threads: each step of the pass is split over channels, which costs the second read from the cache.
+// Channels last, a thread takes 64 channels or so: less than that of every row is slower than to leave a thread idle.
+template <class P>
+void run(const Pass<P>& pass, const P& p) {
+  const bool split = p.chunks() < torch::stable::get_num_threads() && p.batch * p.map() >= kSerialMaps;
+  if (!split) return parallel(p.chunks(), pass.chunks, p);
+  const int64_t groups = p.batch * p.groups(), grain = p.channels_last ? kGroupsOfRow : 1;
+  parallel(groups, pass.sums, p, grain);
+  parallel(p.chunks(), pass.layers, p);
+  parallel(groups, pass.writes, p, grain);
+}
+
 void* data_or_null(Tensor& tensor) { return tensor.numel() > 0 ? tensor.mutable_data_ptr() : nullptr; }
 
 // The memory of a map that was just allocated.
@@ -85,7 +99,7 @@ void squeeze_excite_forward(Tensor x, Tensor fc1_weight, std::optional<Tensor> f
   const auto fc1 = pack_weight(use, fc1_weight, false);
   const auto fc2 = fc2_weight ? pack_weight(use, *fc2_weight, false) : std::vector<float>{};
   p.fc1 = fc1.data(), p.fc2 = fc2.data();
-  parallel(p.chunks(), use.forward, p);
+  run(use.forward, p);
 }
 
 void squeeze_excite_backward(Tensor grad_out, Tensor x, Tensor fc1_weight, std::optional<Tensor> fc2_weight,
@@ -109,9 +123,10 @@ void squeeze_excite_backward(Tensor grad_out, Tensor x, Tensor fc1_weight, std::
   std::vector<float> grad_logits(p.batch * padded(p.channels));
   std::vector<float> grad_first(p.one_layer ? 0 : p.batch * padded(p.hidden));
   std::vector<float> units(p.one_layer ? 0 : p.batch * p.hidden);
+  std::vector<float> grad_input(p.batch * padded(p.columns()));
   p.grad_logits = grad_logits.data(), p.grad_first = p.one_layer ? p.grad_logits : grad_first.data();
-  p.units = units.data();
-  parallel(p.chunks(), use.backward, p);
+  p.units = units.data(), p.grad_input = grad_input.data();
+  run(use.backward, p);
 
   // One task sums over the whole batch in the order of the samples: the same bits at any number of threads.
   std::vector<float> inputs = panels_for(use, p.batch, p.columns());

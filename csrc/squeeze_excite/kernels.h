@@ -17,6 +17,10 @@ struct Pack {
 enum class Activation : int64_t { relu, silu, gelu, hardswish };
 enum class Gate : int64_t { sigmoid, hardsigmoid };
 
+// Channels, or rows of a weight's gradient, to a task: a multiple of every vector length.
+constexpr int64_t kRowGroup = 16;
+inline int64_t padded(int64_t count) { return (count + kRowGroup - 1) / kRowGroup * kRowGroup; }
+
 // Maps are dense, (batch, channels, positions) or, channels last, (batch, positions, channels), of one element type.
 struct Problem {
   int64_t batch, channels, positions, features;
@@ -26,7 +30,7 @@ struct Problem {
   Gate gate;
   bool large;  // maps are streamed past the caches, in which they would not stay
   DType dtype;
-  int64_t chunk;  // samples that a thread squeezes, sends through the layers and scales together
+  int64_t chunk;  // samples that go through the layers together
   const void* x;
   TensorView result;     // (batch, features)
   float *z, *scale;      // (batch, channels), dense
@@ -35,6 +39,7 @@ struct Problem {
   int64_t columns() const { return features + channels; }
   int64_t map() const { return channels * positions; }
   int64_t chunks() const { return (batch + chunk - 1) / chunk; }
+  int64_t groups() const { return padded(channels) / kRowGroup; }  // of a sample
 };
 
 struct Forward : Problem {
@@ -51,6 +56,7 @@ struct Backward : Problem {
   float* grad_logits;              // (batch, padded channels): gradient of the gate's argument
   float* grad_first;               // (batch, padded hidden): of the first layer's outputs; grad_logits with one layer
   float* units;                    // (batch, hidden): the hidden units, formed anew
+  float* grad_input;               // (batch, padded columns): of the features; of the means, over the positions
   void *grad_x, *grad_residual;    // grad_residual: or null
   void *grad_result, *grad_share;  // dense, or null
   // For the weights' gradients, sums over the batch:
@@ -58,14 +64,20 @@ struct Backward : Problem {
   void *grad_fc1, *grad_bias1, *grad_fc2, *grad_bias2;  // dense
 };
 
-constexpr int64_t kRowGroup = 16;  // rows of a weight's gradient to a task; a multiple of every vector length
-inline int64_t padded(int64_t count) { return (count + kRowGroup - 1) / kRowGroup * kRowGroup; }
+// A pass over the maps: chunk by chunk, or a step over all of them before the next one.
+template <class P>
+struct Pass {
+  Kernel<P> chunks;  // chunks of samples
+  Kernel<P> sums;    // groups of channels, those of the first sample first
+  Kernel<P> layers;  // chunks of samples
+  Kernel<P> writes;  // groups of channels
+};
 
 struct Kernels {
-  int64_t panel;                  // columns to a panel
-  Kernel<Pack> pack;              // panels
-  Kernel<Forward> forward;        // chunks of samples
-  Kernel<Backward> backward;      // chunks of samples
+  int64_t panel;      // columns to a panel
+  Kernel<Pack> pack;  // panels
+  Pass<Forward> forward;
+  Pass<Backward> backward;
   Kernel<Backward> weight_grads;  // groups of rows: of fc1, then of fc2
 };
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,18 +191,20 @@ def check_gradcheck(spec: OpSpec, inputs: Mapping[str, Any]) -> None:
 # --- behaviour --------------------------------------------------------------------------------------------------
 
 
-def check_deterministic(spec: OpSpec, impl: str, inputs: Mapping[str, Any], runs: int = 5) -> None:
-    """The same bits from every run, at one thread and at two."""
+def check_deterministic(
+    spec: OpSpec, impl: str, inputs: Mapping[str, Any], runs: int = 5, threads: Sequence[int] = (1, 2)
+) -> None:
+    """The same bits from every run at every number of threads."""
     grad_out = draw_grad_out(spec, inputs)
     expected = None
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
+    for number in threads:
+        torch.set_num_threads(number)
         for run in range(runs):
             results = evaluate(bound(spec, impl), inputs, grad_out)
             expected = expected or results
             for name, tensor in results.items():
                 assert torch.equal(_bits(tensor), _bits(expected[name])), (
-                    f"{name} of run {run + 1} at {threads} threads differs from the first run at 1 thread"
+                    f"{name} of run {run + 1} at {number} threads differs from the first run at {threads[0]}"
                 )
 
 
