@@ -403,7 +403,7 @@ def test_metadata_agree_and_travel_with_the_wheel(pure):
     with zipfile.ZipFile(pure) as archive:
         names = archive.namelist()
         (text,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
-    assert "fused_attn/py.typed" in names
+    assert {"fused_attn/py.typed", "fused_attn/reproduce/tables.yaml", "fused_attn/reproduce/costs.json"} <= {*names}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert {"License-Expression: Apache-2.0", "Requires-Dist: torch>=2.11"} <= {*text.splitlines()}
 

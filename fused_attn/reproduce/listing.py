@@ -128,5 +128,6 @@ def _range(values: list, shown) -> str:
 def _duration(seconds: float) -> str:
     for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
+            value = seconds / size
+            return f"{value:.3g} {unit}" if value < 100 else f"{value:,.0f} {unit}"
     return f"{seconds:.3g} s"
