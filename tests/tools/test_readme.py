@@ -61,7 +61,7 @@ def test_tables_of_benchmarks_are_those_of_their_json():
         found += 1
     assert found
     for name, text in readme.tables().items():
-        assert "|" in text
+        assert "|" in text or name == "headline.md"
         assert (ROOT / "benchmarks/results" / name).read_text() == text
 
 
