@@ -10,7 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
+
+# Runs from a clone without installation too.
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from fused_attn.reproduce.tables import Tables
 
 RESULTS = Path(__file__).parents[1] / "results" / "reproduce"
 TABLE = ("table.csv", "figure.png")
@@ -19,35 +25,28 @@ RUN = ("config.json", "metrics.json", "log.csv")
 
 def keep(out: Path, rows: Path, results: Path = RESULTS) -> Path:
     """Copy a table and its runs; returns the page."""
-    name = json.loads((out / "reproduce.json").read_text())["table"].replace("/", "-")
+    made = json.loads((out / "reproduce.json").read_text())
+    name = made["table"].replace("/", "-")
+    slugs = {row.slug for row in Tables().table(made["table"], made["scale"]).rows}
     folder = results / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for file in TABLE:
         shutil.copy(out / file, folder / file)
-    text = (out / "table.md").read_text()
     for metrics in sorted(rows.glob("*/seed*/metrics.json")):
-        row = metrics.parts[-3]
-        if f"{row}/" not in _slugs(out):
-            continue
-        to = folder / row / metrics.parts[-2]
-        to.mkdir(parents=True)
-        for file in RUN:
-            shutil.copy(metrics.parent / file, to / file)
-        if (cost := rows / row / "cost.json").exists():
-            shutil.copy(cost, folder / row / "cost.json")
+        run = metrics.parent
+        if run.parent.name in slugs:
+            to = folder / run.parent.name / run.name
+            to.mkdir(parents=True)
+            for file in RUN:
+                shutil.copy(run / file, to / file)
+            if (cost := run.parent / "cost.json").exists():
+                shutil.copy(cost, to.parent / cost.name)
     page = results / f"{name}.md"
     # The page that has the table has headings of its own.
-    body = text.partition("\n")[2].strip()
+    body = (out / "table.md").read_text().partition("\n")[2].strip()
     page.write_text(f"{body}\n\n[Figure]({name}/figure.png), [numbers]({name}/table.csv).\n")
     return page
-
-
-def _slugs(out: Path) -> set[str]:
-    from fused_attn.reproduce.tables import Tables
-
-    made = json.loads((out / "reproduce.json").read_text())
-    return {f"{row.slug}/" for row in Tables().table(made["table"], made["scale"]).rows}
 
 
 def main() -> None:

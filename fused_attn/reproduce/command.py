@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -61,7 +62,7 @@ class ReproduceConfig:
     """Give every run a process of its own: one that is killed does not end the others."""
     measure: bool = False
     """Measure what a step of every network costs on this machine, for the list."""
-    tables: Path = TABLES
+    tables: Path | None = None
     """File of the tables; the package's own when not given, whose first lines describe the form."""
 
     def __post_init__(self) -> None:
@@ -74,18 +75,26 @@ def run(config: ReproduceConfig) -> int:
     Raises:
         TrainError: a setting is not usable.
     """
-    tables = Tables(config.tables)
+    tables = Tables(config.tables or TABLES)
     if config.table is None or config.scale is None or config.out is None:
         if config.table is not None:
             missing = "scale" if config.scale is None else "out"
             raise TrainError(f"{missing} must be given with a table, e.g. --scale small --out runs/table; got none")
+        _without_effect(
+            config, "a table", ["seeds", "only", "rows", "data_dir", "data_note", "impl", "mixed_precision"]
+        )
         from . import listing
 
         if config.measure:
             print(listing.measure(tables, config.threads))
         print(listing.text(tables), end="")
         return 0
+    _without_effect(config, "the list", ["measure"])
+    if config.scale == "smoke":
+        _without_effect(config, "images that must be loaded", ["data_dir", "data_note"])
     table = tables.table(config.table, config.scale)
+    if table.counts:
+        _without_effect(config, "a training", ["seeds", "only", "rows", "data_dir", "data_note", "impl"])
     chosen = _chosen(table, config)
     _claim(config)
     if table.counts:
@@ -106,6 +115,18 @@ def run(config: ReproduceConfig) -> int:
         print("fused-attn: interrupted; the same command goes on")
         return INTERRUPTED
     return 1 if failed else 0
+
+
+def _without_effect(config: ReproduceConfig, what: str, names: Sequence[str]) -> None:
+    """Refuse options that were given and have no effect.
+
+    Raises:
+        TrainError: names the first such option.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(ReproduceConfig)}
+    for name in names:
+        if (value := getattr(config, name)) != defaults[name]:
+            raise TrainError(f"{name}: it is for {what}; got {value!r}")
 
 
 def _chosen(table: Table, config: ReproduceConfig) -> tuple[Row, ...]:

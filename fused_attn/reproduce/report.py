@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
@@ -34,13 +35,17 @@ class Results:
     failed: dict[int, str] = field(default_factory=dict)
 
     def values(self, name: str) -> list[float]:
-        """The numbers of a measure: one for every complete seed, or one for the row; nan where it was not finite."""
+        """The numbers of a measure: one for every complete seed, or one for the row; nan where it was not finite.  None
+        from a run without that number, as without a validation set."""
         measure = MEASURES[name]
         one = {"cost": self.cost, "counts": self.counts}.get(measure.of)
         sources = [one] if one is not None else [] if measure.of == "cost" else list(self.metrics.values())
         if measure.of == "counts" and sources:
             sources = sources[:1]
-        numbers = (measure.value(source) for source in sources)
+        numbers = []
+        for source in sources:
+            with contextlib.suppress(KeyError):
+                numbers.append(measure.value(source))
         return [math.nan if number is None else number for number in numbers]
 
 

@@ -102,5 +102,10 @@ def test_page_of_the_command_line_is_current():
     assert python("-c", code).stdout.strip() == command_line.PAGE.read_text().strip(), "make bench renders it anew"
 
 
+def test_the_page_names_no_path_of_this_machine():
+    assert str(ROOT) not in command_line.PAGE.read_text()
+    assert str(ROOT) not in command_line.render()
+
+
 def test_every_command_is_on_the_page():
     assert {command.split()[0] for command in command_line.COMMANDS} == set(cli.COMMANDS)
