@@ -39,7 +39,7 @@ def keep(out: Path, rows: Path, results: Path = RESULTS) -> Path:
             to = folder / run.parent.name / run.name
             to.mkdir(parents=True)
             for file in RUN:
-                shutil.copy(run / file, to / file)
+                (to / file).write_text(_without_places((run / file).read_text(), rows, run))
             if (cost := run.parent / "cost.json").exists():
                 shutil.copy(cost, to.parent / cost.name)
     page = results / f"{name}.md"
@@ -47,6 +47,14 @@ def keep(out: Path, rows: Path, results: Path = RESULTS) -> Path:
     body = (out / "table.md").read_text().partition("\n")[2].strip()
     page.write_text(f"{body}\n\n[Figure]({name}/figure.png), [numbers]({name}/table.csv).\n")
     return page
+
+
+def _without_places(text: str, rows: Path, run: Path) -> str:
+    """The text without where the data and the runs are on this machine."""
+    data = json.loads((run / "config.json").read_text())["data_dir"]
+    for place, name in ((data and str(Path(data).parent), "<data>"), (str(rows), "runs")):
+        text = text.replace(place, name) if place else text
+    return text
 
 
 def main() -> None:

@@ -27,5 +27,6 @@ def test_a_table_and_its_runs_are_kept(tmp_path):
         "elementwise-figure12/one-head/seed0/metrics.json",
         "elementwise-figure12/table.csv",
     ]
+    assert all(str(tmp_path) not in path.read_text() for path in results.rglob("*") if path.suffix in (".json", ".csv"))
     csv = results / "elementwise-figure12" / "table.csv"
     assert csv.read_bytes() == (out / "table.csv").read_bytes()
