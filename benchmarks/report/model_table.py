@@ -5,18 +5,19 @@ with attention over their layers), window_models.md (attention with free relativ
 FLOPs are those of one forward pass of one image, two per multiply-add, counted by ``torch.utils.flop_counter`` on the
 reference implementation with meta tensors: nothing is computed, so the table is the same on every machine.
 
-Run from the repository root: ``python -m benchmarks.model_table``.
+Run from the repository root: ``python benchmarks/report/model_table.py``.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+# Runs from a clone without installation too.
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import fused_attn
+from fused_attn.reproduce.counts import of_network
 
 NUM_CLASSES = 100
 IMAGE_SIZE = 32
@@ -88,20 +89,7 @@ EXCITE_PUBLISHED = {
 
 def measure(name: str, num_classes: int = NUM_CLASSES, image_size: int = IMAGE_SIZE, **options) -> dict[str, int]:
     """Count parameters and FLOPs of one model."""
-    channels = options.get("in_chans", 3)
-    with torch.device("meta"):
-        options = {"num_classes": num_classes, "image_size": image_size, "impl": "reference", **options}
-        model = fused_attn.create_model(name, **options).eval()
-        counter = FlopCounterMode(display=False)
-        with counter, torch.no_grad():
-            model(torch.empty(1, channels, image_size, image_size))
-    by_operator = counter.get_flop_counts()["Global"]
-    return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "flops": counter.get_total_flops(),
-        # Only the attention multiplies batches of matrices.
-        "attention_flops": by_operator.get(torch.ops.aten.bmm, 0),
-    }
+    return of_network(name, num_classes=num_classes, image_size=image_size, **options)
 
 
 def measure_rows(groups) -> list[dict[str, int | str]]:

@@ -369,12 +369,16 @@ def peak_memory(
     return run_child("fused_attn.bench.measure", arguments, what=f"the memory of {name} on {op}, {shape}")
 
 
+def with_package() -> dict[str, str]:
+    """The environment of a child that finds this package, also where it is not installed."""
+    root = str(Path(__file__).parents[2])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+
+
 def child_environment() -> dict[str, str]:
     """That of a process whose memory is measured: it finds this package, and gives freed blocks back at once."""
-    root = str(Path(__file__).parents[2])
     return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+        **with_package(),
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "0",
     }

@@ -98,9 +98,7 @@ def run(config: ReproduceConfig) -> int:
     chosen = _chosen(table, config)
     _claim(config)
     if table.counts:
-        results = [
-            report.Results(row, counts=counts.of_network(row.config(Path()), table.counts)) for row in table.rows
-        ]
+        results = [report.Results(row, counts=_counts(row, table)) for row in table.rows]
         print(report.write(table, results, config.seeds, config.out), end="")
         return 0
     base = config.rows or config.out
@@ -127,6 +125,11 @@ def _without_effect(config: ReproduceConfig, what: str, names: Sequence[str]) ->
     for name in names:
         if (value := getattr(config, name)) != defaults[name]:
             raise TrainError(f"{name}: it is for {what}; got {value!r}")
+
+
+def _counts(row: Row, table: Table) -> dict[str, int]:
+    config = row.config(Path())
+    return counts.of_network(config.model, **table.counts or {}, **config.parsed_model_options())
 
 
 def _chosen(table: Table, config: ReproduceConfig) -> tuple[Row, ...]:

@@ -104,10 +104,10 @@ def peak_of_step(config: TrainConfig, image: tuple[int, int, int], classes: int,
 
 
 def _peak(request: dict[str, Any]) -> int:
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in request["config"].items()}
-    torch.set_num_threads(settings["threads"])
+    config = TrainConfig.from_json(request["config"])
+    torch.set_num_threads(request["config"]["threads"])
     channels, height, width = request["image"]
-    step = _step(TrainConfig(**settings), (channels, height, width), request["classes"], request["batch_size"])
+    step = _step(config, (channels, height, width), request["classes"], request["batch_size"])
     step(2)  # momentum, libraries and threads are there
     if torch.cuda.is_available():
         return measure.peak_allocated(step)

@@ -1,32 +1,33 @@
-"""Parameters and multiply-adds of a network, counted without computing anything."""
+"""Parameters and FLOPs of a network, counted without computing anything."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import create_model
-from ..train.config import TrainConfig
 
 
-def of_network(config: TrainConfig, image: Mapping[str, int]) -> dict[str, Any]:
-    """Count what the network of a row has, on the reference implementation, for one image.
+def of_network(name: str, *, num_classes: int, image_size: int, in_chans: int = 3, **options: Any) -> dict[str, int]:
+    """Count what a network has, on the reference implementation, for one image.
 
     Args:
-        config: of the row: its model and the model's options.
-        image: ``num_classes``, ``in_chans`` and ``image_size``, as for :func:`~fused_attn.create_model`.
+        name: of the model.
+        num_classes, image_size, in_chans, options: as for :func:`~fused_attn.create_model`.
 
     Returns:
-        ``parameters``, and ``macs``: half the FLOPs that ``torch.utils.flop_counter`` finds in a forward pass.
+        ``parameters``; ``flops`` of a forward pass, two per multiply-add, as ``torch.utils.flop_counter`` finds them;
+        and of these ``attention_flops``, as only the attention multiplies batches of matrices.
     """
+    options |= {"num_classes": num_classes, "image_size": image_size, "in_chans": in_chans}
     with torch.device("meta"):
-        network = create_model(config.model, impl="reference", **image, **config.parsed_model_options()).eval()
+        model = create_model(name, impl="reference", **options).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(torch.empty(1, image["in_chans"], image["image_size"], image["image_size"]))
+            model(torch.empty(1, in_chans, image_size, image_size))
     return {
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "macs": counter.get_total_flops() / 2,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "flops": counter.get_total_flops(),
+        "attention_flops": counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0),
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ..train import atomic
 from ..train.config import TrainConfig
@@ -13,6 +12,7 @@ from ..train.environment import describe
 from ..train.errors import TrainError, reason
 from ..train.json_files import dumps, read_object
 from . import cost
+from .report import machine
 from .tables import Row, Table, Tables
 
 #: Measured by the package's authors; the machine is named in it.
@@ -46,7 +46,11 @@ def text(tables: Tables) -> str:
             source = table.source
             lines += ["", source]
         lines += [f"  {id:24}{table.title}", f"  {'':24}{_cost(table, known['seconds_per_image'])}"]
-    where = "no step was measured yet" if "environment" not in known else _where(known["environment"])
+    where = (
+        "no step was measured yet"
+        if "environment" not in known
+        else f"{machine(known['environment'])}, {known['environment']['date']}"
+    )
     return "\n".join(
         [
             "Tables and figures of the papers; fused-attn reproduce ID --scale full|small|smoke --out FOLDER runs one.",
@@ -56,11 +60,6 @@ def text(tables: Tables) -> str:
             "",
         ]
     )
-
-
-def _where(environment: Mapping[str, Any]) -> str:
-    device = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} thread(s)"
-    return f"{device}, torch {environment['torch']}, {environment['date']}"
 
 
 def measure(tables: Tables, threads: int | None) -> Path:

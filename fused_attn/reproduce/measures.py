@@ -50,7 +50,7 @@ MEASURES = {
     "gradient_mean": Measure("mean gradient of the first weights", ".1e", lambda metrics: metrics["gradient_mean"]),
     "hours": Measure("training, hours", ".2f", lambda metrics: metrics["seconds"] / 3600.0),
     "parameters": Measure("parameters, millions", ".3f", lambda counts: counts["parameters"] / 1e6, "counts"),
-    "macs": Measure("multiply-adds of an image, billions", ".3f", lambda counts: counts["macs"] / 1e9, "counts"),
+    "macs": Measure("multiply-adds of an image, billions", ".3f", lambda counts: counts["flops"] / 2e9, "counts"),
     "step_ms": Measure("training step, ms", ",.0f", lambda cost: cost["step_ms"], "cost"),
     "peak_mib": Measure("peak memory of a step, MiB", ",.0f", lambda cost: cost["peak_bytes"] / 2**20, "cost"),
 }

@@ -118,17 +118,18 @@ def _machines(results: Sequence[Results]) -> list[str]:
     lines = [f"Data: {', '.join(sorted({run['data'] for run in runs}))}.  Measured on:", ""]
     where: dict[str, set[str]] = defaultdict(set)
     for run in runs:
-        where[_machine(run["environment"])].add(run["environment"]["date"])
+        where[machine(run["environment"])].add(run["environment"]["date"])
     costs: dict[str, set[str]] = defaultdict(set)
     for each in results:
         if each.cost is not None:
-            costs[_machine(each.cost["environment"])].add(each.cost["environment"]["date"])
+            costs[machine(each.cost["environment"])].add(each.cost["environment"]["date"])
     lines += [f"- training: {machine}, {_dates(dates)}" for machine, dates in where.items()]
     lines += [f"- cost of a step: {machine}, {_dates(dates)}" for machine, dates in costs.items()]
     return [*lines, ""]
 
 
-def _machine(environment: Mapping[str, Any]) -> str:
+def machine(environment: Mapping[str, Any]) -> str:
+    """What a result was measured on, without the date."""
     device = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} thread(s)"
     return f"{device}, torch {environment['torch']}, fused-attn {environment['fused_attn']}"
 

@@ -12,9 +12,9 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from ..bench.measure import with_package
 from ..train.config import MAY_GROW, TrainConfig, saved_config
 from ..train.errors import TrainError, reason
 from ..train.json_files import dumps
@@ -112,7 +112,7 @@ def _in_child(what: str, config: TrainConfig, *more: float) -> str | None:
     read, write = os.pipe()
     command = [sys.executable, "-m", "fused_attn.reproduce.rows", str(write), request]
     # A session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on, once.
-    child = subprocess.Popen(command, pass_fds=[write], start_new_session=True, env=_environment())
+    child = subprocess.Popen(command, pass_fds=[write], start_new_session=True, env=with_package())
     os.close(write)
     received: list[int] = []
 
@@ -135,12 +135,6 @@ def _in_child(what: str, config: TrainConfig, *more: float) -> str | None:
     if said:
         return said
     return f"its process was ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-
-
-def _environment() -> dict[str, str]:
-    """That of a child, which finds this package also where it is not installed."""
-    root = str(Path(__file__).parents[2])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
 
 
 def _train(config: TrainConfig) -> None:
@@ -176,9 +170,8 @@ def _end_with_parent() -> None:
 def main(pipe: int, request: dict[str, Any]) -> int:
     """Do the work of one row and return the exit status; why it failed goes into the pipe."""
     _end_with_parent()
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in request["config"].items()}
     try:
-        WORK[request["what"]](TrainConfig(**settings), *request["more"])
+        WORK[request["what"]](TrainConfig.from_json(request["config"]), *request["more"])
         return 0
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -186,9 +186,8 @@ class Tables:
 
 def _config(name: str, settings: Mapping[str, Any], out: Path) -> TrainConfig:
     options = tuple(f"{key}={value}" for key, value in settings["model_options"].items())
-    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     try:
-        return TrainConfig(**{**plain, "model_options": options, "out": out})
+        return TrainConfig.from_json({**settings, "model_options": options, "out": out})
     except (TrainError, TypeError) as error:
         raise TrainError(f"the row {name}: {reason(error)}") from error
 

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import math
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -208,6 +209,15 @@ class TrainConfig:
             for name, value in dataclasses.asdict(self).items()
         }
 
+    @classmethod
+    def from_json(cls, settings: Mapping[str, Any]) -> TrainConfig:
+        """The settings that :meth:`as_json` wrote.
+
+        Raises:
+            TrainError: one is out of range.
+        """
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()})
+
     def check_resumes(self, saved: TrainConfig) -> None:
         """Refuse to continue a run whose settings were others.
 
@@ -246,9 +256,8 @@ def saved_config(folder: Path, what: str, **changes: Any) -> TrainConfig:
         raise TrainError(f"{what}: {path} has settings that this version does not know: {', '.join(unknown)}")
     if missing := sorted({"model", "dataset"} - saved.keys()):
         raise TrainError(f"{what}: {path} must name the run's {' and '.join(missing)}")
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     try:
-        return TrainConfig(**{**settings, "out": folder, "resume": False, **changes})
+        return TrainConfig.from_json({**saved, "out": folder, "resume": False, **changes})
     except TrainError as error:
         raise TrainError(f"{what}: {path}: {reason(error)}") from error
 
