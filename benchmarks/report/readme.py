@@ -110,11 +110,10 @@ def replacements(folder: Path = RESULTS) -> str:
     op's.
     """
     lines = []
-    for old, new, op, page in REPLACEMENTS:
-        path = folder / f"{op}.json"
-        if not path.exists():
-            continue
-        result = json.loads(path.read_text())
+    there = [each for each in REPLACEMENTS if (folder / f"{each[2]}.json").exists()]
+    days = report.dates(json.loads((folder / f"{op}.json").read_text()) for _, _, op, _ in there)
+    for old, new, op, page in there:
+        result = json.loads((folder / f"{op}.json").read_text())
         steps = [row for row in result["rows"] if (row["kind"], row["pass"], row["status"]) == ("shape", "both", "ok")]
         speed, memory = [], []
         for mine in (row for row in steps if row["fused"]):
@@ -124,8 +123,8 @@ def replacements(folder: Path = RESULTS) -> str:
         if not lines:
             environment = result["environment"]
             lines = [
-                f"{environment['threads']} cores of {environment['cpu']}, torch {environment['torch']}, float32, "
-                "forward + backward: time and peak extra memory of the fastest of eager PyTorch, `torch.compile` and "
+                f"{environment['threads']} cores of {environment['cpu']}, torch {environment['torch']}, {days}, "
+                "float32, forward + backward: time and peak extra memory of the fastest of eager PyTorch, `torch.compile` and "
                 "SDPA, over the fused op's; least and most of the benchmark's shapes. With an allocator that keeps "
                 "freed memory: [with the default one](../../docs/results/default_allocator.md) the ratios are others.",
                 "",

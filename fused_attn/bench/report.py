@@ -171,6 +171,8 @@ def markdown(report: Report) -> str:
 def summary(reports: Iterable[Report]) -> str:
     """One line for each op and shape: forward and backward of the fused op beside its fastest peer."""
     lines: list[str] = []
+    reports = list(reports)
+    days = dates(reports)
     for report in reports:
         timed = [
             row for row in report["rows"] if row["kind"] == "shape" and row["pass"] == "both" and row.get("p50_ms")
@@ -179,8 +181,9 @@ def summary(reports: Iterable[Report]) -> str:
             same = (row for row in timed if row["shape"] == mine["shape"])
             peer = next(row for row in same if row["provider"] == mine["best_peer"])
             if not lines:
+                where = machine(report).replace(report["environment"]["date"], days)
                 lines = [
-                    f"{machine(report)}, {report['dtype']}, forward + backward, medians, the ratio that of rounds; the "
+                    f"{where}, {report['dtype']}, forward + backward, medians, the ratio that of rounds; the "
                     "share is that of the copy bandwidth which this machine reaches at most; memory: held at the peak "
                     "beyond the inputs.",
                     "",
@@ -193,6 +196,12 @@ def summary(reports: Iterable[Report]) -> str:
                 f"| {_mebibytes(mine['extra_bytes'])} | {_mebibytes(peer['extra_bytes'])} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def dates(reports: Iterable[Report]) -> str:
+    """The day of the measurements, or the first and the last."""
+    days = sorted({report["environment"]["date"] for report in reports})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}" if days else ""
 
 
 def _memory_tables(report: Report) -> list[str]:
