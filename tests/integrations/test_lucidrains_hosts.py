@@ -25,7 +25,8 @@ def test_stack(package):
     """Two blocks on maps of two sizes."""
     stack = randomise(package.BottleStack(**SIZES, rel_pos_emb=True))
     x = torch.randn(2, 8, 8, 6, requires_grad=True)
-    check(stack, lambda: stack(x), x=x)
+    # Batch norms of two images magnify rounding: either form is up to 1.2e-4 from float64.
+    check(stack, lambda: stack(x), tolerance=2e-4, x=x)
 
 
 def test_another_map_runs_the_original(package):
