@@ -20,12 +20,9 @@ from torch import Tensor
 from ..bench import measure
 from ..train import atomic
 from ..train.config import TrainConfig
-from ..train.data import Dataset, Images
 from ..train.environment import describe
 from ..train.errors import TrainError, reason
 from ..train.json_files import dumps, read_object
-from ..train.loop import build_network
-from ..train.optim import build_optimizers
 from ..train.results import read_metrics
 
 #: The least number of steps that are timed.
@@ -116,6 +113,11 @@ def _peak(request: dict[str, Any]) -> int:
 
 
 def _step(config: TrainConfig, image: tuple[int, int, int], classes: int, batch_size: int) -> Callable[..., None]:
+    # What trains takes seconds to import, which a table that is only put together does without.
+    from ..train.data import Dataset, Images
+    from ..train.loop import build_network
+    from ..train.optim import build_optimizers
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     nothing = Images(torch.zeros(1, *image, dtype=torch.uint8), torch.zeros(1).long())
     dataset = Dataset(nothing, nothing, classes, torch.zeros(image[0]), torch.ones(image[0]))

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fused_attn import _extension, rel_attention_2d, squeeze_excite
 from fused_attn.ops import SPECS
 from fused_attn.ops._floor.declarations import leaves, with_tensors
-from fused_attn.ops._floor.operators import Public, signature
+from fused_attn.ops._floor.operators import Public
+from fused_attn.ops._floor.plain_calls import Guard, signature
 from fused_attn.ops.squeeze_excite import api, op
 from fused_attn.testing.numerics import draw_grad_out, evaluate
 
@@ -70,9 +71,11 @@ def test_what_is_not(make):
 
 def test_no_call_is_plain_within_modes_and_transforms():
     x, seen = torch.randn(2, 3), []
+    guard = Guard((x,))
+    assert guard((x,))
 
     def look(tensor):
-        seen.append(is_plain((x,)) or is_plain((tensor,)))
+        seen.append(is_plain((x,)) or is_plain((tensor,)) or guard((x,)) or guard((tensor,)))
         return tensor.sum()
 
     torch.func.vmap(look)(x)
@@ -91,6 +94,27 @@ def test_no_call_is_plain_within_modes_and_transforms():
         look(x)
     assert len(seen) >= 10
     assert not any(seen)
+
+
+def test_a_guard_tells_signatures_apart():
+    x, weight, one = torch.randn(2, 3), torch.nn.Parameter(torch.randn(3)), 1.0
+    call = ("auto", x, weight, None, one)
+    guard = Guard(call)
+    assert guard(call)
+    assert guard(("auto", torch.randn(2, 3), torch.nn.Parameter(torch.randn(3)), None, one))
+    for place, other in [
+        (0, "cpu"), (1, None), (1, x.double()), (1, x[:, :2]), (1, x.t().contiguous().t()), (1, x[None]),
+        (1, x.clone().requires_grad_()), (1, x.to("meta")), (1, x.as_subclass(Wrapped)), (2, weight.detach()),
+        (3, x), (3, [x]), (4, 1), (4, True), (4, None), (4, x),
+    ]:  # fmt: skip
+        assert not guard((*call[:place], other, *call[place + 1 :])), (place, other)
+    modes = (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), forward_ad.dual_level())
+    for mode in modes:
+        with mode:
+            assert not guard(call), mode
+    assert guard(call)
+    assert not Guard.serves(("auto", [x], weight))
+    assert not Guard.serves(("auto", None))
 
 
 @needs_cpu
@@ -151,6 +175,7 @@ def test_what_is_kept_of_calls_is_bounded(monkeypatch):
         ]
         assert torch.equal(out[0], out[2])
         assert 1 <= len(run._plans) <= 4
+        assert 1 <= len(run._latest) <= Public._GUARDED
 
 
 IMPORTED_WITHIN = """
@@ -159,7 +184,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 x = torch.randn(2)
 with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True):
-    from fused_attn.ops._floor.operators import signature
+    from fused_attn.ops._floor.plain_calls import signature
     assert signature((x,)) is None
 with torch.inference_mode():
     assert signature((x, torch.randn(2)))

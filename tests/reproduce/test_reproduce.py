@@ -184,7 +184,7 @@ def wait_for_steps(process, folder, count):
 def test_killed_in_the_middle_of_a_row_and_run_again_is_the_same_table(mine, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     arguments = ["mine/two", "--scale", "full", *mine, "--checkpoint-every", 5]
-    process = start(*arguments, "--out", out)
+    process = start(*arguments, "--out", out, "--only", "attention")
     wait_for_steps(process, out / "attention" / "seed0", 12)
     process.send_signal(signal.SIGKILL)
     process.communicate()

@@ -9,21 +9,19 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
-import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from ... import _extension
 from . import autograd, checks, dispatch
 from .declarations import OpSpec
 from .layout import empty_contiguous
+from .plain_calls import EMPTY, Guard, any_autocast, getter, signature
 
 #: Fills outputs that it is given, behind the arguments of the operator.
 Kernel = Callable[..., None]
@@ -128,13 +126,13 @@ class Operators:
         for argument in needed:
             kind = "lists" if autograd.is_list(argument) else "tensors" if _is_tensor(argument) else "others"
             places[kind].append(names.index(argument.name))
-        self._needed_tensors, self._needed_lists, self._needed_others = map(_getter, places.values())
+        self._needed_tensors, self._needed_lists, self._needed_others = map(getter, places.values())
         self._saves_lists = bool(places["lists"])
         saved = [place for kind in places.values() for place in kind]
-        self._in_order = _getter([0, *(1 + saved.index(names.index(argument.name)) for argument in needed)])
+        self._in_order = getter([0, *(1 + saved.index(names.index(argument.name)) for argument in needed)])
         # Of every argument of forward, the place of its gradient; of those without one and of lists, the last: None.
         grads = [output.name for output in backward.returns]
-        self._grads = _getter(
+        self._grads = getter(
             [
                 grads.index(f"grad_{argument.name}")
                 if f"grad_{argument.name}" in grads and not autograd.is_list(argument)
@@ -202,7 +200,7 @@ class Operators:
         """
         known = names or {}
         tensors = {known.get(name, name): args[place] for name, place in self._asked.items()}
-        if _any_autocast() and dispatch.autocast_dtype(_first(args)) is not None:
+        if any_autocast() and dispatch.autocast_dtype(_first(args)) is not None:
             tensors = self._cast(tensors)
         checks.same_dtype(tensors, self._or_float32)
         impl = dispatch.choose(op or self.name, impl, self.can_run, *tensors.values())
@@ -221,7 +219,7 @@ class Operators:
 
     def run(self, impl: str, *args: Any) -> tuple[Tensor, ...]:
         """All outputs of the operator of ``impl``, or what ``reference`` gives, with autocast off."""
-        if _any_autocast() and dispatch.autocast_dtype(_first(args)) is not None:
+        if any_autocast() and dispatch.autocast_dtype(_first(args)) is not None:
             with torch.autocast(_first(args).device.type, enabled=False):
                 return self.run(impl, *args)
         if impl != "reference" and not torch.compiler.is_compiling() and signature(args) is not None:
@@ -321,13 +319,6 @@ class Operators:
         return backward
 
 
-def _getter(places: Sequence[int]) -> Callable[[Sequence], tuple]:
-    """The items at these places, as a tuple whatever their number."""
-    if len(places) > 1:
-        return operator.itemgetter(*places)
-    return lambda values: tuple(values[place] for place in places)
-
-
 def _is_tensor(argument: torch._C.Argument) -> bool:
     return argument.type.isSubtypeOf(torch.OptionalType(torch.TensorType.get()))
 
@@ -375,7 +366,7 @@ class _Again:
 
     def __call__(self, *args) -> tuple:
         if not self._layouts:
-            outputs = [_EMPTY if output is None else output for output in self._allocate(*args)]
+            outputs = [EMPTY if output is None else output for output in self._allocate(*args)]
             if self._layouts is None:  # of a call that may be the only one
                 self._layouts = []
                 return tuple(outputs)
@@ -383,7 +374,7 @@ class _Again:
         return tuple(
             [
                 layout
-                if layout is _EMPTY
+                if layout is EMPTY
                 else torch.empty_like(layout)
                 if isinstance(layout, Tensor)
                 else [*map(torch.empty_like, layout)]
@@ -394,7 +385,7 @@ class _Again:
 
 def _without_memory(output: Tensor) -> Tensor:
     """The same tensor, which is dense, as nothing but a model for ``empty_like``."""
-    if output is not _EMPTY:
+    if output is not EMPTY:
         output.untyped_storage().resize_(0)
     return output
 
@@ -420,84 +411,6 @@ def _unwrapped(function: Callable[..., tuple]) -> Callable:
     return run
 
 
-# --- plain calls ------------------------------------------------------------------------------------------------------
-
-
-_any_autocast = torch._C._is_any_autocast_enabled
-_dispatch_keys, _included, _excluded = (
-    getattr(torch._C, f"_dispatch_{name}") for name in ("keys", "tls_local_include_set", "tls_local_exclude_set")
-)
-
-
-def _state() -> tuple[int, int]:
-    """The dispatch keys that active modes, transforms and guards add to every call, and those that they leave out."""
-    return _included().raw_repr(), _excluded().raw_repr()
-
-
-def _keys(device: str) -> set[int]:
-    """The sets of dispatch keys that dense tensors on a device have: made outside and inside inference mode."""
-    usual = torch.empty(0, device=device)
-    with torch.inference_mode():
-        return {_dispatch_keys(tensor).raw_repr() for tensor in (usual, torch.empty(0, device=device))}
-
-
-def _plain() -> tuple[set[tuple[int, int]], set[int], Tensor]:
-    states = {_state()}
-    with torch.inference_mode():
-        states.add(_state())
-    return states, _keys("cpu"), torch.empty(0, device="cpu")
-
-
-# In a thread of its own, which has no modes: the package may be imported within some.
-with ThreadPoolExecutor(1) as _thread:
-    _PLAIN_STATES, _PLAIN_KEYS, _EMPTY = _thread.submit(_plain).result()
-_PLAIN_DEVICES = {"cpu"}
-_PLAIN_KINDS = frozenset({type(None), float, bool, int, str})
-_metadata = operator.attrgetter("shape", "dtype", "device", "requires_grad")
-
-
-def signature(args: Sequence[Any]) -> tuple | None:
-    """What there is to know of a plain call but for the values of its tensors; None if it is not plain.
-
-    Plain is a call with tensors as users make them, and with no mode, transform or autocast of PyTorch's active.
-    """
-    if _state() not in _PLAIN_STATES or forward_ad._current_level >= 0 or _any_autocast():
-        return None
-    seen = [torch.is_grad_enabled(), _extension.available()]
-    return tuple(seen) if _look(args, seen) else None
-
-
-def _look(args: Sequence[Any], seen: list) -> bool:
-    """Add what there is to know of ``args``; False if one is not plain."""
-    for arg in args:
-        kind = type(arg)
-        if kind is Tensor or kind is Parameter:
-            if _dispatch_keys(arg).raw_repr() not in _PLAIN_KEYS and not _is_plain_tensor(arg):
-                return False
-            seen += _metadata(arg)
-            seen.append(arg.stride())
-        elif kind in _PLAIN_KINDS:
-            seen += kind, arg  # 1, 1.0 and True are equal
-        elif kind is list or kind is tuple:
-            seen.append(len(arg))
-            if not _look(arg, seen):
-                return False
-        else:  # a subclass, a symbolic number
-            return False
-    return True
-
-
-def _is_plain_tensor(tensor: Tensor) -> bool:
-    if _dispatch_keys(tensor).raw_repr() in _PLAIN_KEYS:
-        return True
-    device = tensor.device.type
-    if device != "cuda" or device in _PLAIN_DEVICES:
-        return False
-    _PLAIN_DEVICES.add(device)
-    _PLAIN_KEYS.update(_keys(device))
-    return _is_plain_tensor(tensor)
-
-
 class Public:
     """Check, choose, run: see :meth:`Operators.public`.
 
@@ -505,7 +418,8 @@ class Public:
     for the next one of the same signature: they would take longer than the kernel of a small call.
     """
 
-    _MOST = 1024
+    #: Signatures that are kept, and those among them that are looked at one by one.
+    _MOST, _GUARDED = 1024, 4
 
     def __init__(self, operators: Operators, check: Callable[..., tuple], op: str, names: Mapping[str, str]) -> None:
         self._operators, self._check, self._op, self._names = operators, check, op, names
@@ -515,16 +429,22 @@ class Public:
             parameters.index(user) if (user := names.get(name, name)) in parameters else None
             for name in operators.arguments
         ]
-        self._plans: dict[tuple, tuple] = {}
+        self._plans: dict[tuple, _Plan] = {}
+        self._latest: tuple[_Plan, ...] = ()
 
     def __call__(self, impl: str, *args: Any) -> tuple[Tensor, ...]:
         """All outputs of the operator, or of the reference, for the arguments of ``check``."""
-        operators = self._operators
-        key = None if torch.compiler.is_compiling() else signature((impl, *args))
-        plan = None if key is None else self._plans.get(key)
-        if plan is not None:
-            run, pick, constants = plan
-            return run(*operators.draw(pick((*args, *constants))))
+        operators, key = self._operators, None
+        if not torch.compiler.is_compiling():
+            call = impl, *args
+            for plan in self._latest:
+                if plan.guard(call):
+                    return plan.run(*operators.draw(plan.pick((*args, *plan.constants))))
+            key = signature(call)
+            plan = None if key is None else self._plans.get(key)
+            if plan is not None:
+                self._guard(plan, call)
+                return plan.run(*operators.draw(plan.pick((*args, *plan.constants))))
         impl, chosen = operators.choose(impl, self._check(*args), op=self._op, names=self._names)
         drawn = operators.draw(chosen)
         if key is None or impl == "reference":
@@ -549,4 +469,21 @@ class Public:
             return  # a number may have been read from it
         if len(self._plans) >= self._MOST:
             self._plans.clear()
-        self._plans[key] = run, _getter(places), tuple(constants)
+        self._plans[key] = _Plan(run, getter(places), tuple(constants))
+
+    def _guard(self, plan: _Plan, call: tuple) -> None:
+        """Try ``plan`` before others from now on."""
+        if plan.guard is None and Guard.serves(call):
+            plan.guard = Guard(call)
+        if plan.guard is not None:
+            self._latest = plan, *self._latest[: self._GUARDED - 1]
+
+
+@dataclass(slots=True, eq=False)
+class _Plan:
+    """How calls of one signature are made: ``run`` of what ``pick`` takes of the arguments and the constants."""
+
+    run: Callable[..., tuple]
+    pick: Callable[[Sequence], tuple]
+    constants: tuple
+    guard: Guard | None = None
