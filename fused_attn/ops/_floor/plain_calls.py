@@ -14,11 +14,6 @@ from torch.nn import Parameter
 
 from ... import _extension
 
-try:
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # not public: without it, calls are told apart in Python
-    TensorGuards = None
-
 any_autocast = torch._C._is_any_autocast_enabled
 _dispatch_keys, _included, _excluded = (
     getattr(torch._C, f"_dispatch_{name}") for name in ("keys", "tls_local_include_set", "tls_local_exclude_set")
@@ -37,16 +32,34 @@ def _keys(device: str) -> set[int]:
         return {_dispatch_keys(tensor).raw_repr() for tensor in (usual, torch.empty(0, device=device))}
 
 
-def _plain() -> tuple[set[tuple[int, int]], set[int], Tensor]:
+def _guard_on(*tensors: Tensor) -> Callable[..., bool]:
+    """Whether tensors have the type, dispatch keys, dtype, device, sizes, strides and requires_grad of these.
+
+    The dispatch keys are those within modes and transforms, though not within all of them.
+    """
+    from torch._C._dynamo.guards import TensorGuards
+
+    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+
+def _has_guards(tensor: Tensor) -> bool:
+    try:
+        return _guard_on(tensor)(tensor)
+    except Exception:  # they are not public: where they are others, calls are told apart in Python
+        return False
+
+
+def _plain() -> tuple[set[tuple[int, int]], set[int], Tensor, bool]:
     states = {_state()}
     with torch.inference_mode():
         states.add(_state())
-    return states, _keys("cpu"), torch.empty(0, device="cpu")
+    empty = torch.empty(0, device="cpu")
+    return states, _keys("cpu"), empty, _has_guards(empty)
 
 
 # In a thread of its own, which has no modes: the package may be imported within some.
 with ThreadPoolExecutor(1) as _thread:
-    _PLAIN_STATES, _PLAIN_KEYS, EMPTY = _thread.submit(_plain).result()
+    _PLAIN_STATES, _PLAIN_KEYS, EMPTY, _HAS_GUARDS = _thread.submit(_plain).result()
 _PLAIN_DEVICES = {"cpu"}
 _PLAIN_KINDS = frozenset({type(None), float, bool, int, str})
 _metadata = operator.attrgetter("shape", "dtype", "device", "requires_grad")
@@ -106,17 +119,14 @@ class Guard:
     def __init__(self, args: Sequence) -> None:
         tensors = [place for place, arg in enumerate(args) if isinstance(arg, Tensor)]
         self._tensors, self._others = getter(tensors), getter([i for i in range(len(args)) if i not in tensors])
-        # It compares type, dispatch keys, dtype, device, sizes, strides and requires_grad; of what is active in the
-        # thread, it does not see every mode.
-        guards = TensorGuards(*self._tensors(args), dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        self._check, self._same = guards.check, self._others(args)
+        self._check, self._same = _guard_on(*self._tensors(args)), self._others(args)
         self._mode = torch.is_grad_enabled(), _extension.available()
 
     @staticmethod
     def serves(args: Sequence) -> bool:
         """Whether there can be one for a plain call with these arguments."""
         kinds = {*map(type, args)}
-        return TensorGuards is not None and not kinds & {list, tuple} and bool(kinds & {Tensor, Parameter})
+        return _HAS_GUARDS and not kinds & {list, tuple} and bool(kinds & {Tensor, Parameter})
 
     def __call__(self, args: Sequence) -> bool:
         return (
