@@ -143,8 +143,13 @@ def _words(expected: Any) -> str:
     return _WORDS[expected]
 
 
-def make_folder(path: Path, error: type[Exception]) -> None:
-    """Make the folder ``out`` of a command before its work, not after it, and try whether files can be made in it.
+def make_folder(path: Path, error: type[Exception], option: str = "out") -> None:
+    """Make a folder that a command writes into before its work, not after it, and try whether files can be made in it.
+
+    Args:
+        path: of the folder.
+        error: to raise.
+        option: that the folder was given as, for the error's text.
 
     Raises:
         error: it cannot be made, is a file, or takes no files.
@@ -152,12 +157,12 @@ def make_folder(path: Path, error: type[Exception]) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise error(f"out: the folder {path} cannot be made ({problem})") from problem
-    check_folder(path, error)
+        raise error(f"{option}: the folder {path} cannot be made ({problem})") from problem
+    check_folder(path, error, option)
 
 
-def check_folder(path: Path, error: type[Exception]) -> None:
-    """Try whether files can be made in the folder that ``out`` is, or is in.
+def check_folder(path: Path, error: type[Exception], option: str = "out") -> None:
+    """Try whether files can be made in the folder that ``out``, or ``option``, is, or is in.
 
     Raises:
         error: they cannot.
@@ -165,4 +170,4 @@ def check_folder(path: Path, error: type[Exception]) -> None:
     try:
         tempfile.TemporaryFile(dir=path).close()
     except OSError as problem:
-        raise error(f"out: the folder {path} cannot be written into ({problem})") from problem
+        raise error(f"{option}: the folder {path} cannot be written into ({problem})") from problem

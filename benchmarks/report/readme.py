@@ -125,8 +125,9 @@ def replacements(folder: Path = RESULTS) -> str:
             lines = [
                 f"{environment['threads']} cores of {environment['cpu']}, torch {environment['torch']}, {days}, "
                 "float32, forward + backward: time and peak extra memory of the fastest of eager PyTorch, "
-                "`torch.compile` and SDPA, over the fused op's; least and most of the benchmark's shapes. With an allocator that keeps "
-                "freed memory: [with the default one](../../docs/results/default_allocator.md) the ratios are others.",
+                "`torch.compile` and SDPA, over the fused op's; least and most of the benchmark's shapes. With an "
+                "allocator that keeps freed memory: "
+                "[with the default one](../../docs/results/default_allocator.md) the ratios are others.",
                 "",
                 "| replace this | by that | time | memory |",
                 "| --- | --- | ---: | ---: |",

@@ -27,6 +27,9 @@ def keep(out: Path, rows: Path, results: Path = RESULTS) -> Path:
     """Copy a table and its runs; returns the page."""
     made = json.loads((out / "reproduce.json").read_text())
     name = made["table"].replace("/", "-")
+    missing = [file for file in TABLE if not (out / file).exists()]
+    if missing:
+        sys.exit(f"{out} is not complete: it has no {', '.join(missing)}")
     slugs = {row.slug for row in Tables().table(made["table"], made["scale"]).rows}
     folder = results / name
     shutil.rmtree(folder, ignore_errors=True)
@@ -44,8 +47,10 @@ def keep(out: Path, rows: Path, results: Path = RESULTS) -> Path:
                 shutil.copy(cost, to.parent / cost.name)
     page = results / f"{name}.md"
     # The page that has the table has headings of its own.
-    body = (out / "table.md").read_text().partition("\n")[2].strip()
-    page.write_text(f"{body}\n\n[Figure]({name}/figure.png), [numbers]({name}/table.csv).\n")
+    title, _, body = (out / "table.md").read_text().partition("\n")
+    page.write_text(
+        f"{title.lstrip('# ')}.  {body.strip()}\n\n[Figure]({name}/figure.png), [numbers]({name}/table.csv).\n"
+    )
     return page
 
 

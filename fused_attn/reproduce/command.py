@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,9 +44,9 @@ class ReproduceConfig:
     rows: Path | None = None
     """Folder for the folders of the runs, which tables of one paper may share; ``out`` when not given."""
     seeds: int = 1
-    """Runs of every row, with seeds from 0."""
+    """Run every row with so many seeds, from 0; the table shows all that are there."""
     only: tuple[str, ...] = ()
-    """Run these rows and no others; the table shows those that are there."""
+    """Run these rows and no others; the table shows all that are there."""
     data_dir: Path | None = None
     """Local folder of the data set, as for ``fused-attn train``."""
     data_note: str = ""
@@ -80,9 +81,8 @@ def run(config: ReproduceConfig) -> int:
         if config.table is not None:
             missing = "scale" if config.scale is None else "out"
             raise TrainError(f"{missing} must be given with a table, e.g. --scale small --out runs/table; got none")
-        _without_effect(
-            config, "a table", ["seeds", "only", "rows", "data_dir", "data_note", "impl", "mixed_precision"]
-        )
+        of_the_list = ["table", "tables", "measure", *(["threads"] if config.measure else [])]
+        _without_effect(config, "a table", [name for name in vars(config) if name not in of_the_list])
         from . import listing
 
         if config.measure:
@@ -95,15 +95,16 @@ def run(config: ReproduceConfig) -> int:
     table = tables.table(config.table, config.scale)
     if table.counts:
         _without_effect(config, "a training", ["seeds", "only", "rows", "data_dir", "data_note", "impl"])
-    chosen = _chosen(table, config)
+        table = tables.table(config.table, "full")  # at every scale: counting is cheap
+    base, chosen = config.rows or config.out, _chosen(table, config)
+    wanted = [] if table.counts else [_job(row, seed, base, config) for seed in range(config.seeds) for row in chosen]
+    if config.rows is not None:
+        make_folder(config.rows, TrainError, "rows")
     _claim(config)
     if table.counts:
         results = [report.Results(row, counts=_counts(row, table)) for row in table.rows]
         print(report.write(table, results, config.seeds, config.out), end="")
         return 0
-    base = config.rows or config.out
-    make_folder(base, TrainError)
-    wanted = [_job(row, seed, base, config) for seed in range(config.seeds) for row in chosen]
     failed, interrupted = rows.run(wanted, config.isolate)
     if not interrupted and any(MEASURES[name].of == "cost" for name in table.measures):
         interrupted = _measure_costs(wanted, failed, config)
@@ -149,13 +150,21 @@ def _claim(config: ReproduceConfig) -> None:
     assert config.out is not None
     make_folder(config.out, TrainError)
     path, now = config.out / "reproduce.json", {"table": config.table, "scale": config.scale}
-    if path.exists():
+    if not path.exists():
+        if foreign := [name for name in ("table.md", "table.csv", "figure.png") if (config.out / name).exists()]:
+            raise TrainError(
+                f"out must be a new folder, or that of a table; {config.out} has a {foreign[0]} of another"
+            )
+    else:
         before = read_object(path, "out")
         if any(before.get(key) != value for key, value in now.items()):
             raise TrainError(
                 f"out must be a new folder, or that of {config.table} at the scale {config.scale}; {config.out} holds "
                 f"{before.get('table')} at the scale {before.get('scale')}"
             )
+        if config.rows is None and before.get("rows") is not None:
+            raise TrainError(f"rows must be given as before, {before['rows']}; got none")
+    now["rows"] = None if config.rows is None else str(config.rows)
     atomic.write_text(path, dumps({**now, "seeds": config.seeds, "environment": describe()}, indent=1) + "\n")
 
 
@@ -171,38 +180,46 @@ def _job(row: Row, seed: int, base: Path, config: ReproduceConfig) -> Job:
         settings["data_dir"] = config.data_dir
     if config.data_note and config.scale != "smoke":
         settings["data_note"] = config.data_note
-    return Job(row, seed, row.config(base / row.slug / f"seed{seed}", **settings))
+    job = Job(row, seed, row.config(base / row.slug / f"seed{seed}", **settings))
+    if job.config.dataset == "imagefolder" and job.config.data_dir is None:
+        raise TrainError(f"data_dir must be given: the folder of images of {row.name}; got none")
+    return job
 
 
 def _measure_costs(jobs: list[Job], failed: dict[Job, str], config: ReproduceConfig) -> bool:
     """Measure a step of every row whose first run is complete and that has no cost yet; whether it was interrupted."""
     for job in jobs:
-        if job.seed == 0 and job not in failed and cost.read(job.config) is None:
+        try:
+            if job.seed > 0 or job in failed or not job.is_done() or cost.read(job.config) is not None:
+                continue
             print(f"cost of a step: {job.row.name}", flush=True)
-            try:
-                why = rows.measure_cost(job.config, COST_SECONDS[config.scale], config.isolate)
-            except KeyboardInterrupt:
-                return True
-            if why is not None:
-                failed[job] = f"cost of a step: {why}"
+            why = rows.measure_cost(job.config, COST_SECONDS[config.scale], config.isolate)
+        except TrainError as error:
+            why = str(error)
+        except KeyboardInterrupt:
+            return True
+        if why is not None:
+            failed[job] = f"cost of a step: {why}"
     return False
 
 
 def _results(row: Row, base: Path, config: ReproduceConfig, failed: dict[Job, str]) -> report.Results:
     """What is there of a row, whichever call ran it."""
     results = report.Results(row)
-    for seed in range(config.seeds):
+    of_this_call = {job.seed: why for job, why in failed.items() if job.row is row}
+    found = {int(path.name[4:]) for path in (base / row.slug).glob("seed*") if path.name[4:].isdecimal()}
+    for seed in sorted(found | {*range(config.seeds)}):
         job = _job(row, seed, base, config)
         try:
             if job.is_done():
                 results.metrics[seed], results.folders[seed] = read_metrics(job.config.out), job.config.out
         except TrainError as error:
-            results.failed[seed] = str(error)
-        if seed == 0 and results.metrics:
-            results.cost = cost.read(job.config)
-    for job, why in failed.items():
-        if job.row is row:
-            results.failed[job.seed] = why
+            if seed not in of_this_call:
+                results.unused[seed] = str(error)
+    results.failed = of_this_call
+    if results.metrics:
+        with contextlib.suppress(TrainError):  # which the row that was to be measured has failed with
+            results.cost = cost.read(_job(row, 0, base, config).config)
     if config.mixed_precision != "no" or config.impl != "auto":
         settings = {**row.settings, "mixed_precision": config.mixed_precision, "impl": config.impl}
         results.row = dataclasses.replace(row, settings=settings)

@@ -48,9 +48,18 @@ def write(config: TrainConfig, seconds: float) -> None:
 
 
 def read(config: TrainConfig) -> dict[str, Any] | None:
-    """The row's cost.json, if it is there."""
+    """The row's cost.json, if it is there.
+
+    Raises:
+        TrainError: it is damaged.
+    """
     path = path_of(config)
-    return read_object(path, "rows") if path.exists() else None
+    if not path.exists():
+        return None
+    found = read_object(path, "rows")
+    if missing := {"step_ms", "peak_bytes", "environment"} - found.keys():
+        raise TrainError(f"rows: {path} is damaged: it lacks {', '.join(sorted(missing))}")
+    return found
 
 
 def time_step(

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from ..train import atomic
 from ..train.config import TrainConfig
 from ..train.environment import describe
@@ -64,13 +66,18 @@ def text(tables: Tables) -> str:
 
 def measure(tables: Tables, threads: int | None) -> Path:
     """Measure a step of every network of a full run on this machine, and keep the times; returns their file."""
-    found: dict[str, float] = {}
+    if threads is not None:
+        torch.set_num_threads(threads)
+    path = measured_here()
+    here, found = describe(), _known_here(path)
+    done: set[str] = set()
     rows = [(table, row) for id in tables.ids for table in [tables.table(id, "full")] for row in table.rows]
     rows = [(table, row) for table, row in rows if not table.counts]
     for number, (_, row) in enumerate(rows, start=1):
         config = row.config(Path(), threads=threads)
-        if (key := _key(config)) in found:
+        if (key := _key(config)) in done or config.dataset not in DATA:
             continue
+        done.add(key)
         image, classes, _ = DATA[config.dataset]
         batch_size = max(2, min(config.batch_size, PIXELS // (image[1] * image[2])))
         print(f"[{number}/{len(rows)}] {key}", flush=True)
@@ -80,13 +87,20 @@ def measure(tables: Tables, threads: int | None) -> Path:
             print(f"not measured: {reason(error)}", flush=True)
             continue
         found[key] = step["step_ms"] / 1e3 / batch_size
-    path = measured_here()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(path, dumps({"environment": describe(), "seconds_per_image": found}, indent=1) + "\n")
-    except OSError as error:
-        raise TrainError(f"measure: {path} cannot be written ({error})") from error
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write_text(path, dumps({"environment": here, "seconds_per_image": found}, indent=1) + "\n")
+        except OSError as error:
+            raise TrainError(f"measure: {path} cannot be written ({error})") from error
     return path
+
+
+def _known_here(path: Path) -> dict[str, float]:
+    """What was measured before, of these tables or others, if it was on the same machine."""
+    if not path.exists():
+        return {}
+    known = read_object(path, "costs")
+    return dict(known["seconds_per_image"]) if machine(known["environment"]) == machine(describe()) else {}
 
 
 def _key(config: TrainConfig) -> str:
@@ -112,6 +126,8 @@ def _epoch(row: Row, seconds_per_image: Mapping[str, float]) -> tuple[float | No
     """(seconds of an epoch, epochs) of a run."""
     config = row.config(Path())
     seconds = seconds_per_image.get(_key(config))
+    if config.dataset not in DATA:
+        return None, config.epochs
     images = DATA[config.dataset][2] - config.validation
     steps = config.epochs * (images // config.batch_size)
     if config.max_steps is not None:

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import math
+import os
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ OURS, PAPERS = "#1f77b4", "#888888"
 @dataclass
 class Results:
     """What is there of a row: metrics.json of the seeds that are complete, the folders that they are in, the cost of
-    a step and the counts of the network; and why seeds failed."""
+    a step and the counts of the network; and why seeds failed, or are there but not used."""
 
     row: Row
     metrics: dict[int, Mapping[str, Any]] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class Results:
     cost: Mapping[str, Any] | None = None
     counts: Mapping[str, Any] | None = None
     failed: dict[int, str] = field(default_factory=dict)
+    unused: dict[int, str] = field(default_factory=dict)
 
     def values(self, name: str) -> list[float]:
         """The numbers of a measure: one for every complete seed, or one for the row; nan where it was not finite.  None
@@ -50,7 +52,9 @@ class Results:
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """(mean, standard deviation of the sample), the latter None of a single value."""
+    """(mean, standard deviation of the sample), the latter None of a single value; nan where a value is not finite."""
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan if len(values) > 1 else None
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
@@ -59,8 +63,8 @@ def write(table: Table, results: Sequence[Results], seeds: int, folder: Path) ->
     text = markdown(table, results, seeds)
     atomic.write_text(folder / "table.md", text)
     atomic.write_text(folder / "table.csv", comma_separated(table, results))
-    if any(any(each.values(name)) for each in results for name in table.measures):
-        temporary = folder / ".figure.png.writing"
+    if any(each.values(name) for each in results for name in table.measures):
+        temporary = folder / f".figure.png.{os.getpid()}.writing"
         _FIGURES[table.figure](table, results, temporary)
         temporary.replace(folder / "figure.png")
     return text
@@ -91,14 +95,16 @@ def markdown(table: Table, results: Sequence[Results], seeds: int) -> str:
                 paper = each.row.reported.get(name)
                 cells.append("-" if paper is None else format(paper, MEASURES[name].format))
         lines.append("| " + " | ".join(cells) + " |")
-    several = not table.counts and seeds > 1
+    several = any(len(each.metrics) > 1 for each in results)
     notes = ["Mean ± standard deviation over the seeds."] if several else []
     if any(math.isnan(value) for each in results for name in table.measures for value in each.values(name)):
         notes.append("nan: the number was not finite.")
     notes += [f"{note[0].upper()}{note[1:]}{'' if note.endswith('.') else '.'}" for note in table.notes]
+    if table.left_out and not table.counts:
+        notes.append(f"Rows that this scale does not have: {'; '.join(table.left_out)}.")
     lines += ["", *notes, ""] if notes else [""]
     if not table.counts:
-        lines += [*_machines(results), *_differences(results)]
+        lines += [*_machines(results), *_incidents(results), *_differences(results)]
     lines += _unfinished(results, seeds if not table.counts else 0)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -112,25 +118,45 @@ def _cell(name: str, values: Sequence[float]) -> str:
 
 
 def _machines(results: Sequence[Results]) -> list[str]:
-    runs = [metrics for each in results for metrics in each.metrics.values()]
-    if not runs:
-        return []
-    lines = [f"Data: {', '.join(sorted({run['data'] for run in runs}))}.  Measured on:", ""]
-    where: dict[str, set[str]] = defaultdict(set)
-    for run in runs:
-        where[machine(run["environment"])].add(run["environment"]["date"])
-    costs: dict[str, set[str]] = defaultdict(set)
+    """The data, and what was measured on what; with the rows of each, where they differ."""
+    data: dict[str, list[str]] = defaultdict(list)
+    training: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    costs: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for each in results:
+        for seed, run in each.metrics.items():
+            name = f"{each.row.name}, seed {seed}"
+            data[run["data"]].append(name)
+            training[machine(run["environment"])].append((name, run["environment"]["date"]))
         if each.cost is not None:
-            costs[machine(each.cost["environment"])].add(each.cost["environment"]["date"])
-    lines += [f"- training: {machine}, {_dates(dates)}" for machine, dates in where.items()]
-    lines += [f"- cost of a step: {machine}, {_dates(dates)}" for machine, dates in costs.items()]
+            costs[machine(each.cost["environment"])].append((each.row.name, each.cost["environment"]["date"]))
+    if not training:
+        return []
+    if len(data) == 1:
+        lines = [f"Data: {next(iter(data))}.  Measured on:", ""]
+    else:
+        lines = ["Data:", "", *(f"- {name} ({'; '.join(rows)})" for name, rows in data.items()), "", "Measured on:", ""]
+    for what, where in (("training", training), ("cost of a step", costs)):
+        for name, rows in where.items():
+            of = f" ({'; '.join(row for row, _ in rows)})" if len(where) > 1 else ""
+            lines.append(f"- {what}: {name}, {_dates({date for _, date in rows})}{of}")
     return [*lines, ""]
+
+
+def _incidents(results: Sequence[Results]) -> list[str]:
+    """What runs left out of their training."""
+    lines = []
+    for each in results:
+        for seed, run in each.metrics.items():
+            for key, what in (("skipped_steps", "steps without effect"), ("unreadable_images", "unreadable images")):
+                if count := run.get(key, 0):
+                    lines.append(f"- {each.row.name}, seed {seed}: {count:,} {what} left out")
+    return [*lines, ""] if lines else []
 
 
 def machine(environment: Mapping[str, Any]) -> str:
     """What a result was measured on, without the date."""
-    device = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} thread(s)"
+    processor = f"{environment['cpu']}, {environment['cpu_capability']}, {environment['threads']} thread(s)"
+    device = environment["gpu"] or processor
     return f"{device}, torch {environment['torch']}, fused-attn {environment['fused_attn']}"
 
 
@@ -164,7 +190,10 @@ def _unfinished(results: Sequence[Results], seeds: int) -> list[str]:
     for each in results:
         for seed, why in each.failed.items():
             lines.append(f"- {each.row.name}, seed {seed}: failed: {why}")
-        missing = [seed for seed in range(seeds) if seed not in each.metrics and seed not in each.failed]
+        for seed, why in each.unused.items():
+            lines.append(f"- {each.row.name}, seed {seed}: is there, but not used: {why}")
+        there = {*each.metrics, *each.failed, *each.unused}
+        missing = [seed for seed in range(seeds) if seed not in there]
         if missing:
             lines.append(f"- {each.row.name}: not complete: seed {', '.join(map(str, missing))}")
     return ["Not in the table:", "", *lines, ""] if lines else []
@@ -257,7 +286,7 @@ def _curves(table: Table, results: Sequence[Results], path: Path) -> None:
                 label = each.row.name if seed == min(each.folders) else None
                 axes.plot(epochs, values, ".-", lw=1, ms=3, color=f"C{number}", label=label)
                 last = max([last, *epochs])
-            if (paper := each.row.reported.get(name)) is not None:
+            if (paper := _reported(each.row, name)) is not None:
                 axes.plot(last, paper, "x", color=f"C{number}", ms=9)
         axes.set(xlabel="epoch", ylabel=MEASURES[name].heading)
         axes.grid(alpha=0.3)
@@ -266,12 +295,23 @@ def _curves(table: Table, results: Sequence[Results], path: Path) -> None:
     figure.savefig(path, dpi=110, format="png")
 
 
+def _reported(row: Row, name: str) -> float | None:
+    """What the paper reports of a measure; of an error, 100 % less an accuracy."""
+    if name == "test_error" and "test_accuracy" in row.reported:
+        return 100.0 - row.reported["test_accuracy"]
+    return row.reported.get(name)
+
+
 def _logged(folder: Path, name: str) -> tuple[list[float], list[float]]:
     """(epochs, values) of a measure in the log of a run."""
     kind = "step" if name == "gradient_mean" else "epoch"
-    events = RunLog(folder).events(kind)
-    numbers = [MEASURES[name].value(event) for event in events]
-    return [event["epoch"] for event in events], [math.nan if number is None else number for number in numbers]
+    epochs, numbers = [], []
+    for event in RunLog(folder).events(kind):
+        with contextlib.suppress(KeyError):  # a log of epochs has no accuracy where none was measured
+            number = MEASURES[name].value(event)
+            epochs.append(event["epoch"])
+            numbers.append(math.nan if number is None else number)
+    return epochs, numbers
 
 
 def _panels(table: Table, results: Sequence[Results], path: Path) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..bench.measure import with_package
+from ..train import folder
 from ..train.config import MAY_GROW, TrainConfig, saved_config
 from ..train.errors import TrainError, reason
 from ..train.json_files import dumps
@@ -41,16 +42,31 @@ class Job:
         """Whether the run is there and complete.
 
         Raises:
-            TrainError: the folder holds a run of other settings, or a damaged one.
+            TrainError: the folder holds a run of other settings or data, one that was made longer, or a damaged one.
         """
         out = self.config.out
         if not (out / "config.json").exists():
             return False
-        self.config.check_resumes(saved_config(out, "rows"))
+        self._check_same(saved_config(out, "rows"))
         if not (out / "metrics.json").exists():
             return False
-        ran = read_metrics(out)["config"]
-        return all(ran[name] == getattr(self.config, name) for name in MAY_GROW)
+        metrics = read_metrics(out)
+        if missing := {"config", "environment", "data"} - metrics.keys():
+            raise TrainError(f"rows: {out / 'metrics.json'} is damaged: it lacks {', '.join(sorted(missing))}")
+        if metrics.get("extended"):
+            raise TrainError(f"rows: the run in {out} was made longer, so its schedule is not that of the table")
+        return True
+
+    def _check_same(self, saved: TrainConfig) -> None:
+        """What a row depends on; of its length and data, ``--resume`` takes others too."""
+        try:
+            self.config.check_resumes(saved)
+        except TrainError as error:
+            raise TrainError(str(error).removeprefix("--resume: ")) from error
+        for name in (*MAY_GROW, "data_note", *(["data_dir"] if self.config.dataset == "imagefolder" else [])):
+            was, now = getattr(saved, name), getattr(self.config, name)
+            if was != now and not (was and now and name == "data_dir" and was.resolve() == now.resolve()):
+                raise TrainError(f"{name} of the run in {self.config.out} is {was}, got {now}; give another folder")
 
 
 def run(jobs: Sequence[Job], isolate: bool) -> tuple[dict[Job, str], bool]:
@@ -61,7 +77,8 @@ def run(jobs: Sequence[Job], isolate: bool) -> tuple[dict[Job, str], bool]:
         isolate: each in a process of its own, so that one that is killed, or crashes, does not end the others.
 
     Returns:
-        job -> why it failed; and whether the user interrupted, which leaves the rest undone.
+        job -> why it failed; and whether the user interrupted, which leaves the rest undone.  What another process is
+        running is left to it.
     """
     failed: dict[Job, str] = {}
     for number, job in enumerate(jobs, start=1):
@@ -69,6 +86,9 @@ def run(jobs: Sequence[Job], isolate: bool) -> tuple[dict[Job, str], bool]:
         try:
             if job.is_done():
                 print(f"{head}: is there", flush=True)
+                continue
+            if folder.is_locked(job.config.out):
+                print(f"{head}: another process runs it", flush=True)
                 continue
             print(f"{head}: {job.config.out}", flush=True)
             why = (_in_child if isolate else _here)("train", job.config)

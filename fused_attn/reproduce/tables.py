@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ SCALES = ("full", "small", "smoke")
 FIGURES = ("bars", "lines", "curves", "panels", "scales")
 #: Numbers of a row in a table that are no measures: its place in a figure of lines.
 PLACES = ("x", "series")
+#: Arguments of a count.
+COUNTS = ("num_classes", "in_chans", "image_size")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Table:
     curves: tuple[str, ...] = ()
     x: str = ""
     counts: Mapping[str, int] | None = None
+    #: Names of rows that this scale does not have.
+    left_out: tuple[str, ...] = ()
     #: What differs from the paper at any scale, what the scale reduces, and what is to know of the paper's numbers.
     notes: tuple[str, ...] = field(default=())
 
@@ -94,6 +98,10 @@ class Tables:
             isinstance(self._data.get(key), dict) for key in ("papers", "groups", "tables")
         ):
             raise TrainError(f"tables: {path} must hold papers, groups and tables")
+        try:
+            _known("the file", self._data, {"papers", "groups", "tables", *SCALES})
+        except TrainError as error:
+            raise TrainError(f"tables: {path}: {reason(error)}") from error
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -105,15 +113,13 @@ class Tables:
         Raises:
             TrainError: there is no such table or scale, or the file is wrong in it.
         """
-        if id not in self.ids:
-            raise TrainError(f"table must be one of {', '.join(self.ids)}, got {id!r}")
-        if scale not in SCALES:
-            raise TrainError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+        _one_of("table", id, self.ids)
+        _one_of("scale", scale, SCALES)
         try:
             return self._table(id, scale)
         except TrainError as error:
             raise TrainError(f"tables: {self.path}, {id}: {reason(error)}") from error
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise TrainError(f"tables: {self.path}, {id}: {type(error).__name__}: {reason(error)}") from error
 
     def _table(self, id: str, scale: str) -> Table:
@@ -125,17 +131,28 @@ class Tables:
         _known("a group", group, {"differs", "settings", "rows", *SCALES})
         measures, curves = tuple(data["measures"]), tuple(data.get("curves", ()))
         for name in (*measures, *curves):
-            if name not in MEASURES:
-                raise TrainError(f"measures must be of {', '.join(MEASURES)}, got {name!r}")
+            _one_of("measures", name, MEASURES)
         figure = data.get("figure", "bars")
-        if figure not in FIGURES:
-            raise TrainError(f"figure must be one of {', '.join(FIGURES)}, got {figure!r}")
-        rows = []
+        _one_of("figure", figure, FIGURES)
+        _known("counts", data.get("counts") or {}, {*COUNTS})
+        self._check_scale(group, scale)
+        rows, left_out = [], []
         for name, numbers in data["rows"].items():
+            if not isinstance(name, str):
+                raise TrainError(
+                    f"the name of a row must be text, in quotes where YAML takes it for another; got {name!r}"
+                )
             row = group["rows"][name]
             _known(f"the row {name}", row, {"settings", "scales", *SCALES})
-            if scale not in row.get("scales", SCALES):
+            for each in (scales := row.get("scales", SCALES)):
+                _one_of(f"the scales of the row {name}", each, SCALES)
+            if scale not in scales:
+                left_out.append(name)
                 continue
+            if figure == "lines" and not numbers.keys() >= {*PLACES}:
+                raise TrainError(
+                    f"the row {name} of a figure of lines must have {' and '.join(PLACES)}, got {[*numbers]}"
+                )
             _known(f"the row {name} of a table", numbers, {*MEASURES, *PLACES})
             rows.append(
                 Row(
@@ -146,9 +163,13 @@ class Tables:
                     {key: value for key, value in numbers.items() if key in PLACES},
                 )
             )
-        if len({row.slug for row in rows}) < len(rows) or not rows:
-            raise TrainError(f"there must be rows with different names, got {[row.name for row in rows]}")
-        notes = (group.get("differs"), group.get(scale, {}).get("note"), data.get("note"))
+        if not rows or "" in (slugs := [row.slug for row in rows]) or len({*slugs}) < len(rows):
+            raise TrainError(
+                f"there must be rows, whose names differ in letters a to z or digits, got {[row.name for row in rows]}"
+            )
+        below = (self._data.get(scale, {}), group.get(scale, {}))
+        of_training = [] if data.get("counts") else [group.get("differs"), *(each.get("note") for each in below)]
+        notes = (*of_training, data.get("note"))
         return Table(
             id,
             data["title"],
@@ -160,19 +181,25 @@ class Tables:
             curves,
             data.get("x", ""),
             data.get("counts"),
+            tuple(left_out),
             tuple(note for note in notes if note),
         )
 
+    def _check_scale(self, group: Mapping[str, Any], scale: str) -> None:
+        """Refuse what would be without effect: unknown keys, and networks in the place of some that no row has."""
+        models = {self._settings(group, row, "")["model"] for row in group["rows"].values()}
+        for each in (self._data, group, *group["rows"].values()):
+            _known(f"the scale {scale}", each.get(scale, {}), {"settings", "models", "note"})
+            if each is not self._data:
+                _known(f"models of the scale {scale}", each.get(scale, {}).get("models", {}), models)
+
     def _settings(self, group: Mapping[str, Any], row: Mapping[str, Any], scale: str) -> dict[str, Any]:
         """Settings of a row, each layer over the one before it; ``model_options`` still a mapping."""
-        below = self._data.get(scale, {})
-        reduced = [below, group.get(scale, {}), row.get(scale, {})]
-        for each in reduced:
-            _known(f"the scale {scale}", each, {"settings", "models", "note"})
+        reduced = [each.get(scale, {}) for each in (self._data, group, row)]
         layers = [group.get("settings", {}), row.get("settings", {}), *(each.get("settings", {}) for each in reduced)]
         recipe = next((layer["recipe"] for layer in reversed(layers) if "recipe" in layer), None)
-        if recipe is not None and recipe not in RECIPES:
-            raise TrainError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+        if recipe is not None:
+            _one_of("recipe", recipe, RECIPES)
         of_recipe = dict(RECIPES[recipe][1]) if recipe is not None else {}
         options = dict(item.split("=", 1) for item in of_recipe.pop("model_options", ()))
         settings: dict[str, Any] = of_recipe
@@ -190,6 +217,11 @@ def _config(name: str, settings: Mapping[str, Any], out: Path) -> TrainConfig:
         return TrainConfig.from_json({**settings, "model_options": options, "out": out})
     except (TrainError, TypeError) as error:
         raise TrainError(f"the row {name}: {reason(error)}") from error
+
+
+def _one_of(what: str, value: Any, values: Collection[str]) -> None:
+    if value not in values:
+        raise TrainError(f"{what} must be one of {', '.join(values)}, got {value!r}")
 
 
 def _known(what: str, data: Mapping[str, Any], keys: set[str]) -> None:

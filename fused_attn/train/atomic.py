@@ -8,7 +8,7 @@ from pathlib import Path
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file, complete or not at all."""
-    temporary = path.with_name(f".{path.name}.writing")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")  # several processes may write it
     temporary.write_text(text)
     flush(temporary)
     os.replace(temporary, path)

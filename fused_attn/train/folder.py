@@ -68,3 +68,15 @@ def lock(out: Path) -> IO[str]:
         file.close()
         raise TrainError(f"out: another process is writing into {out} ({error})") from error
     return file
+
+
+def is_locked(out: Path) -> bool:
+    """Whether another process writes into a run's folder."""
+    if not (out / LOCK).exists():
+        return False
+    with open(out / LOCK, "r+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False

@@ -117,6 +117,10 @@ def test_a_row_that_fails_does_not_stop_the_others(mine, tmp_path, capsys):
     ]
     assert float(line["mean"]) == pytest.approx(50 * sum(accuracies))
     assert float(line["standard_deviation"]) == pytest.approx(100 * abs(accuracies[0] - accuracies[1]) / 2**0.5)
+    # The table of fewer seeds, or of one row, has all that are there.
+    table = (out / "table.csv").read_bytes()
+    assert reproduce(*arguments, "--only", "plain") == 0
+    assert (out / "table.csv").read_bytes() == table
     # What is there is not run again.
     before = {path: data for path, data in files(out).items() if "explodes" not in str(path)}
     capsys.readouterr()
@@ -124,7 +128,8 @@ def test_a_row_that_fails_does_not_stop_the_others(mine, tmp_path, capsys):
     assert capsys.readouterr().out.count(": is there") == 4
     after = files(out)
     changed = {path.name for path, data in before.items() if after[path] != data}
-    assert changed <= {"table.md", "figure.png"}  # the failed rows are not complete, and were not tried
+    # The failed rows are not complete, and were not tried.
+    assert changed <= {"table.md", "figure.png", "reproduce.json"}
     assert "explodes: not complete: seed 0, 1" in (out / "table.md").read_text()
 
 
@@ -139,7 +144,14 @@ def test_the_folder_of_another_table_and_rows_of_other_settings(mine, tmp_path, 
     # The rows may serve another table; but not those of another scale.
     assert reproduce("mine/all", "--out", tmp_path / "all", "--rows", out, *arguments) == 0
     assert "is there" in capsys.readouterr().out
+    # The run is that of the shorter scale, which the longer one does not go on with.
     full = ["--scale", "full", *arguments[2:]]
+    run = files(out / "plain")
+    assert reproduce("mine/two", "--out", tmp_path / "long", "--rows", out, *full) == 1
+    assert "epochs of the run in" in (tmp_path / "long" / "table.md").read_text()
+    assert files(out / "plain") == run
+    assert reproduce("mine/all", "--out", tmp_path / "all", *arguments) == 2
+    assert f"rows must be given as before, {out}" in capsys.readouterr().err
     changed = yaml.safe_load((tmp_path / "tables.yaml").read_text())
     changed["groups"]["mine"]["settings"]["lr"] = 0.05
     (tmp_path / "tables.yaml").write_text(yaml.safe_dump(changed))
@@ -160,6 +172,12 @@ def test_the_folder_of_another_table_and_rows_of_other_settings(mine, tmp_path, 
         (["sa/table1", "--scale", "smoke", "--out", "x", "--measure"], "measure: it is for the list; got True"),
         (["sa/table1", "--scale", "smoke", "--out", "x", "--data-dir", "d"], "data_dir: it is for images that must be"),
         (["mrla/counts", "--scale", "full", "--out", "x", "--seeds", "3"], "seeds: it is for a training; got 3"),
+        (["--scale", "smoke", "--out", "x"], "scale: it is for a table; got 'smoke'"),
+        (["--threads", "1"], "threads: it is for a table; got 1"),
+        (
+            ["mrla/resnet50", "--scale", "small", "--out", "x"],
+            "data_dir must be given: the folder of images of ResNet-50",
+        ),
     ],
 )
 def test_wrong_arguments(arguments, words, tmp_path, monkeypatch, capsys):
@@ -167,6 +185,51 @@ def test_wrong_arguments(arguments, words, tmp_path, monkeypatch, capsys):
     assert reproduce(*arguments) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_count_is_that_of_the_papers_networks_at_every_scale(tmp_path):
+    assert reproduce("mrla/counts", "--scale", "smoke", "--out", tmp_path) == 0
+    assert "| ResNet-50 | 25.557 | 4.089 |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_damaged_run_or_one_of_other_data_is_named_and_not_used(mine, tmp_path, capsys):
+    arguments = ["mine/two", "--scale", "small", "--out", tmp_path / "out", *mine, "--no-isolate"]
+    plain, attention = (tmp_path / "out" / row / "seed0" for row in ("plain", "attention"))
+    assert reproduce(*arguments, "--seeds", 2, "--data-note", "digits of a kind") == 0
+    good = (plain / "metrics.json").read_text()
+    # Numbers that were not finite.
+    metrics = json.loads(good)
+    (plain / "metrics.json").write_text(json.dumps(metrics | {"test_accuracy": None, "skipped_steps": 5}))
+    assert reproduce(*arguments, "--data-note", "digits of a kind") == 0
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| plain | 2 | nan ± nan |" in text
+    assert "plain, seed 0: 5 steps without effect left out" in text
+    # A run that was made longer, one that is damaged, and other data.
+    for changed, words in ((metrics | {"extended": [{"step": 1}]}, "was made longer"), ({}, "is damaged: it lacks")):
+        (plain / "metrics.json").write_text(json.dumps(changed))
+        assert reproduce(*arguments, "--only", "attention", "--data-note", "digits of a kind") == 0
+        text = (tmp_path / "out" / "table.md").read_text()
+        assert "plain, seed 0: is there, but not used: " in text
+        assert words in text
+    assert reproduce(*arguments, "--only", "plain", "--data-note", "digits of a kind") == 1
+    (plain / "metrics.json").write_text(good)
+    before = files(attention)
+    assert reproduce(*arguments, "--data-note", "other digits") == 1
+    assert "data_note of the run in" in capsys.readouterr().out
+    assert files(attention) == before
+
+
+def test_a_row_that_another_process_runs_is_left_to_it(mine, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "plain" / "seed0").mkdir(parents=True)
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", holder, str(out / "plain" / "seed0" / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert reproduce("mine/two", "--scale", "small", "--out", out, *mine, "--no-isolate", "--only", "plain") == 0
+        process.communicate(b"\n")
+    assert "plain, seed 0: another process runs it" in capsys.readouterr().out
+    assert "plain: not complete: seed 0" in (out / "table.md").read_text()
 
 
 def start(*arguments):

@@ -101,13 +101,17 @@ def test_settings_are_put_over_one_another(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"measures": ["accuracy"]}, "measures must be of"),
+        ({"measures": ["accuracy"]}, "measures must be one of"),
         ({"figure": "pie"}, "figure must be one of"),
         ({"rows": {"two": {}}}, "two"),
         ({"rows": {}}, "there must be rows"),
         ({"rows": {"one": {"f1": 3}}}, "got f1"),
         ({"colour": "red"}, "got colour"),
         ({"paper": "q"}, "q"),
+        ({"rows": {"one": {"test_accuracy": "about 12"}}}, "about 12"),
+        ({"rows": {"one": {}, False: {}}}, "the name of a row must be text"),
+        ({"counts": {"num_clases": 10}}, "got num_clases"),
+        ({"figure": "lines"}, "must have x and series"),
     ],
 )
 def test_a_wrong_table_is_named(tmp_path, change, words):
@@ -115,6 +119,25 @@ def test_a_wrong_table_is_named(tmp_path, change, words):
         read(tmp_path, small(**change)).table("p/t", "full")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: data["groups"]["p"]["rows"]["one"].update(scales=["samll"]), "the scales of the row one must be"),
+        (lambda data: data.update(smalll={}), "got smalll"),
+        (lambda data: data["groups"]["p"].update(full={"models": {"wrn_1O_1": "wrn_16_1"}}), "got wrn_1O_1"),
+        (lambda data: data["groups"]["p"]["rows"].update({"注意": data["groups"]["p"]["rows"].pop("one")}), "letters"),
+    ],
+    ids=["scale of a row", "scale of the file", "model", "name of a row"],
+)
+def test_what_would_be_without_effect_is_refused(tmp_path, change, words):
+    data = small()
+    change(data)
+    data["tables"]["p/t"]["rows"] = {name: {} for name in data["groups"]["p"]["rows"]}
+    with pytest.raises(TrainError, match=r"tables\.yaml.*: ") as caught:
+        read(tmp_path, data).table("p/t", "full")
+    assert words in str(caught.value)
 
 
 def test_a_wrong_setting_is_named(tmp_path):
