@@ -42,7 +42,7 @@ def keep(out: Path, rows: Path, results: Path = RESULTS) -> Path:
             to = folder / run.parent.name / run.name
             to.mkdir(parents=True)
             for file in RUN:
-                (to / file).write_text(_without_places((run / file).read_text(), rows, run))
+                (to / file).write_text(_without_places((run / file).read_text(), run))
             if (cost := run.parent / "cost.json").exists():
                 shutil.copy(cost, to.parent / cost.name)
     page = results / f"{name}.md"
@@ -54,10 +54,11 @@ def keep(out: Path, rows: Path, results: Path = RESULTS) -> Path:
     return page
 
 
-def _without_places(text: str, rows: Path, run: Path) -> str:
-    """The text without where the data and the runs are on this machine."""
-    data = json.loads((run / "config.json").read_text())["data_dir"]
-    for place, name in ((data and str(Path(data).parent), "<data>"), (str(rows), "runs")):
+def _without_places(text: str, run: Path) -> str:
+    """The text without where the data and the runs were on this machine."""
+    config = json.loads((run / "config.json").read_text())
+    data = config["data_dir"] and str(Path(config["data_dir"]).parent)
+    for place, name in ((data, "<data>"), (str(Path(config["out"]).parents[1]), "runs")):
         text = text.replace(place, name) if place else text
     return text
 

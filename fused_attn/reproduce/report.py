@@ -239,6 +239,8 @@ def _bars(table: Table, results: Sequence[Results], path: Path) -> None:
                 ends.append(paper)
         if ends and min(ends) > 0 and max(ends) > 20 * min(ends):
             axes.set_xscale("log")
+        else:
+            axes.locator_params(axis="x", nbins=4)
         axes.set_yticks(range(len(results)), [each.row.name for each in results], fontsize=8)
         axes.set_xlabel(MEASURES[name].heading, fontsize=8)
         axes.grid(alpha=0.3)
