@@ -1,7 +1,7 @@
 // Scratch memory of a kernel, freed at the end of a range of tasks.  See simd.h.
 
-// A block of each thread that small scratch is taken from.  The allocator would give every one of a short call's back to
-// the system, or merge it with its neighbours: that takes longer than the call.
+// A block of each thread that small scratch is taken from.  The allocator would give every one of a short call's back
+// to the system, or merge it with its neighbours: that takes longer than the call.
 struct Arena {
   static constexpr int64_t kBytes = int64_t{1} << 20, kLine = 64;
   char* block = nullptr;
