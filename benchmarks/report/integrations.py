@@ -25,6 +25,9 @@ from torch import nn
 
 # Runs from a clone without installation too.
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import host_times
 
 from fused_attn import integrations
 from fused_attn.integrations.convert import HOSTS, OPS
@@ -137,7 +140,7 @@ def markdown(result: dict[str, Any] | None = None) -> str:
 
 
 def timings() -> str:
-    """What ``fused-attn convert --out benchmarks/results/convert`` measured, a model to a row."""
+    """What ``host_times.py`` measured, a model to a row; ``*``: what ``convert`` leaves alone on the CPU by default."""
     lines = ["| model | replaced | outputs, gradients | forward, ms | forward + backward, ms | peak memory, MiB |"]
     lines.append("| --- | --- | --- | ---: | ---: | ---: |")
     places = set()
@@ -147,8 +150,9 @@ def timings() -> str:
         places.add(f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}, {where['date']}")
         ops = Counter(each["op"] for each in found["candidates"] if each["outcome"] == "replaced")
         name = " ".join([f"`{found['model']}`", *found["options"]])
-        name += ", " + "x".join(map(str, (found["images"][0], *found["images"][2:])))
-        cells = [name, ", ".join(f"{count} `{op}`" for op, count in ops.items())]
+        name += ", " + "x".join(map(str, (*found["images"][:-3], *found["images"][-2:])))
+        star = "" if host_times.by_default(found) else "*"
+        cells = [name, ", ".join(f"{count} `{op}`{star}" for op, count in ops.items())]
         cells.append(", ".join(f"{found['difference'][what]:.0e}" for what in ("outputs", "gradients")))
         for part in ("forward", "forward + backward"):
             before, after = (found["seconds"][when][part] for when in ("before", "after"))
@@ -156,6 +160,10 @@ def timings() -> str:
         before, after = (found["peak_bytes"][when]["forward + backward"] / 2**20 for when in ("before", "after"))
         cells.append(f"{before:,.0f} → {after:,.0f}")
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "\\* `convert` leaves these alone on the CPU by default."]
+    if untimed := host_times.untimed():
+        names = ", ".join(f"`{path.partition(':')[2]}`" for path in untimed)
+        lines += ["", f"Not timed: {names}."]
     return "\n".join([*lines, "", f"{'; '.join(sorted(places))}.", ""])
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,13 +38,14 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Put fused ops into a model of timm or transformers, and compare it with itself.
+    """Put fused ops into a model of timm, transformers or another host, and compare it with itself.
 
     Which layers are replaced, outputs and gradients on random input, time and memory.  All weights are
     random: those of a fresh model hide what stands behind layers that start at zero."""
 
     model: str
-    """timm:NAME, as timm.create_model takes it, or transformers:CLASS, a configuration such as SamVisionConfig."""
+    """timm:NAME, as timm.create_model takes it; transformers:CLASS, a configuration such as SamVisionConfig;
+    kornia:LoFTR; or bottleneck_transformer_pytorch:BottleStack."""
     options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
     """Arguments of the model or the configuration, e.g. num_hidden_layers=2."""
     ops: tuple[str, ...] = ()
@@ -94,10 +96,17 @@ class Subject:
     def __init__(self, config: ConvertConfig) -> None:
         self.ops = config.ops or None
         torch.manual_seed(0)
-        self.model, shape = _built(config)
+        built = _built(config)
+        self.model = built.model
         _randomise(self.model)
         self.model.eval().to(config.device)
-        self.images = torch.randn(config.batch_size, *shape, device=config.device)
+        self.images = torch.randn(config.batch_size, *built.shape, device=config.device)
+        self.arguments = built.arguments(self.images)
+        try:
+            _calibrate(self.model, self.arguments)
+        except Exception as error:
+            shape = tuple(self.images.shape)
+            raise BenchError(f"model {config.model} does not take images {shape} ({error})") from error
 
     def switch(self, form: str) -> integrations.Report | None:
         if form == "after":
@@ -107,15 +116,16 @@ class Subject:
 
     def forward(self) -> list[Tensor]:
         with torch.no_grad():
-            return [*_tensors(self.model(self.images))]
+            return [*_tensors(self.model(*self.arguments))]
 
     def forward_backward(self) -> list[Tensor]:
         self.model.eval()  # LeViT drops what it keeps between calls
         self.model.zero_grad()
-        outputs = [*_tensors(self.model(self.images))]
+        outputs = [*_tensors(self.model(*self.arguments))]
         generator = torch.Generator(self.images.device).manual_seed(0)
-        grads = [torch.randn(out.shape, generator=generator, device=out.device, dtype=out.dtype) for out in outputs]
-        torch.autograd.backward(outputs, grads)
+        ends = [out for out in outputs if out.requires_grad]  # positions of matches have no gradient
+        grads = [torch.randn(out.shape, generator=generator, device=out.device, dtype=out.dtype) for out in ends]
+        torch.autograd.backward(ends, grads)
         return [out.detach() for out in outputs]
 
     def results(self) -> dict[str, list[Tensor]]:
@@ -126,33 +136,115 @@ class Subject:
         }
 
 
-def _built(config: ConvertConfig) -> tuple[nn.Module, tuple[int, int, int]]:
-    """The model, and the shape of an image."""
+# --- hosts ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A model, the shape of one image, or of a pair of images, and what a batch of them is as its arguments."""
+
+    model: nn.Module
+    shape: tuple[int, ...]
+    arguments: Callable[[Tensor], tuple[Any, ...]] = lambda images: (images,)
+
+
+def _built(config: ConvertConfig) -> _Built:
     package, colon, name = config.model.partition(":")
-    if package not in ("timm", "transformers") or not colon or not name:
-        raise BenchError(f"model must be timm:NAME or transformers:CLASS, got {config.model!r}")
+    if package not in _HOSTS or not colon or not name:
+        known = "timm:NAME, transformers:CLASS, kornia:LoFTR or bottleneck_transformer_pytorch:BottleStack"
+        raise BenchError(f"model must be {known}, got {config.model!r}")
+    module, build = _HOSTS[package]
     try:
-        host = importlib.import_module(package)
+        host = importlib.import_module(module)
     except Exception as error:  # a torchvision for another torch raises RuntimeError
+        distribution = package.replace("_", "-")
         text = f"model {config.model} needs {package}, which cannot be imported ({type(error).__name__}: {error})"
-        raise BenchError(f"{text}: pip install {package}") from error
-    options = config.parsed_options()
+        raise BenchError(f"{text}: pip install {distribution}") from error
     try:
-        if package == "timm":
-            model = host.create_model(name, **options)
-            channels, *size = model.pretrained_cfg["input_size"]
-            size = options.get("img_size", size)
-        else:
-            settings = getattr(host, name)(**options)
-            model = host.AutoModel.from_config(settings)
-            channels, size = getattr(settings, "num_channels", 3), getattr(settings, "image_size", None)
+        built = build(host, name, config.parsed_options())
     except Exception as error:
         raise BenchError(f"model {config.model} cannot be built ({type(error).__name__}: {error})") from error
     if config.image_size is not None:
-        size = config.image_size
-    elif size is None:
+        return replace(built, shape=(*built.shape[:-2], config.image_size, config.image_size))
+    if not all(built.shape):
         raise BenchError(f"image_size must be given for model {config.model}, whose configuration has none")
-    return model, (channels, *_pair(size))
+    return built
+
+
+def _of_timm(host: Any, name: str, options: dict[str, Any]) -> _Built:
+    model = host.create_model(name, **options)
+    channels, *size = model.pretrained_cfg["input_size"]
+    return _Built(model, (channels, *_pair(options.get("img_size", size))))
+
+
+def _of_transformers(host: Any, name: str, options: dict[str, Any]) -> _Built:
+    settings = getattr(host, name)(**options)
+    model = _model_of(host, settings)
+    channels, height, width = getattr(settings, "num_channels", 3), *_pair(getattr(settings, "image_size", None) or 0)
+    if type(settings) in host.AutoModelForKeypointMatching._model_mapping:
+        return _Built(model, (2, channels, height, width))
+    if hasattr(settings, "num_mel_bins"):  # spectrograms, which ClapAudioModel folds to a square
+        bins = settings.num_mel_bins
+        return _Built(model, (1, settings.spec_size**2 // bins, bins))
+    required = [each for each in inspect.signature(model.forward).parameters.values() if each.default is each.empty]
+    prompts = [each for each in required[1:] if each.kind == each.POSITIONAL_OR_KEYWORD]
+    if prompts:  # SegGPT's, an image and its mask; it puts two images, one below the other, into one
+        height //= 2
+    return _Built(
+        model, (channels, height, width), lambda images: (images, *(torch.randn_like(images) for _ in prompts))
+    )
+
+
+def _model_of(host: Any, settings: Any) -> nn.Module:
+    """The model of a configuration: that of an automatic class, or else the first of its file that takes images."""
+    for auto in (host.AutoModelForKeypointMatching, host.AutoModel, host.AutoBackbone):
+        if type(settings) in auto._model_mapping:
+            return auto.from_config(settings)
+    file = importlib.import_module(type(settings).__module__.replace(".configuration_", ".modeling_"))
+    for kind in vars(file).values():
+        if isinstance(kind, type) and getattr(kind, "config_class", None) is type(settings):
+            first = [*inspect.signature(kind.forward).parameters][1]
+            if first in ("pixel_values", "input_features"):
+                return kind(settings)
+    raise TypeError(f"no model of {type(settings).__name__} takes images")
+
+
+class _Matching(nn.Module):
+    """LoFTR with what it is trained by: its matches have no gradient, but the confidences that they are taken from."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        model.coarse_matching.thr = 0.0  # type: ignore[union-attr, assignment]  # which no random weights would reach
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        def keep(module: nn.Module, arguments: tuple[Any, ...], result: None) -> None:
+            confidence.append(arguments[2]["conf_matrix"])
+
+        confidence: list[Tensor] = []
+        handle = self.model.coarse_matching.register_forward_hook(keep)  # type: ignore[union-attr, operator]
+        try:
+            matches = self.model({"image0": images[:, 0], "image1": images[:, 1]})
+        finally:
+            handle.remove()
+        return {**matches, "conf_matrix": confidence[0]}
+
+
+def _of_kornia(host: Any, name: str, options: dict[str, Any]) -> _Built:
+    return _Built(_Matching(getattr(host, name)(pretrained=None, **options)), (2, 1, 320, 320))
+
+
+def _of_lucidrains(host: Any, name: str, options: dict[str, Any]) -> _Built:
+    return _Built(getattr(host, name)(**options), (options["dim"], *_pair(options["fmap_size"])))
+
+
+#: package -> the module that has the names of its models, and what builds one of them
+_HOSTS: dict[str, tuple[str, Callable[[Any, str, dict[str, Any]], _Built]]] = {
+    "timm": ("timm", _of_timm),
+    "transformers": ("transformers", _of_transformers),
+    "kornia": ("kornia.feature", _of_kornia),
+    "bottleneck_transformer_pytorch": ("bottleneck_transformer_pytorch", _of_lucidrains),
+}
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -169,6 +261,23 @@ def _randomise(model: nn.Module) -> None:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def _calibrate(model: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """Variances of batch norm that are those of the images, one for a layer: with the 1 that they start at, maps grow
+    from layer to layer until every gate of squeeze-excite is 0 or 1."""
+
+    def take(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        module.running_var.fill_(inputs[0].square().mean())  # type: ignore[operator, union-attr]
+
+    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+    handles = [each.register_forward_pre_hook(take) for each in norms if each.track_running_stats]
+    try:
+        with torch.no_grad():
+            model(*arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -205,11 +314,7 @@ def run(config: ConvertConfig) -> int:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     subject = Subject(config)
-    try:
-        expected = subject.results()
-    except Exception as error:
-        shape = tuple(subject.images.shape)
-        raise BenchError(f"model {config.model} does not take images {shape} ({error})") from error
+    expected = subject.results()
     report = subject.switch("after")
     print(report)
     result: dict[str, Any] = {"model": config.model, "options": list(config.options), "ops": list(config.ops)}

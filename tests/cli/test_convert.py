@@ -58,10 +58,75 @@ def test_difference_sees_every_tensor():
     assert convert_model.difference([tensors[0], -small[1]], small) == pytest.approx(6e-6 / 6e-3)
 
 
+def converted(*arguments):
+    """A model and what it computes, before and after."""
+    subject = convert_model.Subject(convert_model.ConvertConfig(*arguments))
+    expected = subject.results()
+    report = subject.switch("after")
+    assert report.replaced == len(report) > 0
+    found = subject.results()
+    return subject, {name: convert_model.difference(found[name], expected[name]) for name in expected}
+
+
+def options(**values):
+    return tuple(f"{name}={value!r}" for name, value in values.items())
+
+
+def test_prompts(transformers):
+    """SegGPT takes two images and a mask, of which two lie one below the other."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": [64, 32]}
+    sizes |= {"patch_size": 8, "mlp_dim": 16, "merge_index": 0, "intermediate_hidden_state_indices": [0, 1]}
+    subject, differences = converted("transformers:SegGptConfig", options(**sizes, decoder_hidden_size=8))
+    assert [tuple(each.shape) for each in subject.arguments] == 3 * [(1, 3, 32, 32)]
+    assert all(0 < value < 1e-5 for value in differences.values())
+
+
+def test_pairs_of_images(transformers):
+    """Matches have no gradient; where their scores are 0 throughout, nothing would be compared."""
+    sizes = {"stage_num_blocks": [1, 1, 1, 1], "out_features": [8, 8, 16, 32], "hidden_size": 32}
+    sizes |= {"num_attention_layers": 1, "fine_matching_slice_dim": 4, "coarse_matching_threshold": 0.0}
+    sizes["coarse_matching_border_removal"] = 0
+    subject, differences = converted("transformers:EfficientLoFTRConfig", options(**sizes), (), 64)
+    assert subject.images.shape == (1, 2, 3, 64, 64)
+    assert all(0 < value < 1e-4 for value in differences.values())
+
+
+def test_spectrograms(transformers):
+    """Of a model that no automatic class builds."""
+    sizes = {"patch_embeds_hidden_size": 12, "depths": [1, 1], "num_attention_heads": [3, 6], "spec_size": 64}
+    sizes |= {"num_mel_bins": 16, "hidden_size": 24, "window_size": 4}
+    subject, differences = converted("transformers:ClapAudioConfig", options(**sizes))
+    assert subject.images.shape == (1, 1, 256, 16)
+    assert all(0 < value < 1e-4 for value in differences.values())
+
+
+def test_gates_are_not_all_closed(transformers):
+    """Statistics of batch norm fit the images, or every gate of a hard sigmoid would be 0 or 1."""
+    subject, differences = converted("transformers:PPLCNetV3Config", options(scale=0.25), ("squeeze_excite",), 64)
+    assert all(0 < value < 1e-3 for value in differences.values())
+    assert 0.1 < subject.forward()[0].std() < 100
+
+
+def test_kornia():
+    """LoFTR, whose matches have no gradient: with the confidences that it is trained by."""
+    pytest.importorskip("kornia.feature.loftr", exc_type=ImportError)
+    subject, differences = converted("kornia:LoFTR", (), (), 32)
+    assert all(0 < value < 1e-3 for value in differences.values())
+    assert not subject.model.model.coarse_matching._forward_hooks
+
+
+def test_lucidrains(host_packages):
+    pytest.importorskip("bottleneck_transformer_pytorch")
+    sizes = {"dim": 16, "fmap_size": 8, "dim_out": 32, "heads": 2, "dim_head": 8, "rel_pos_emb": True}
+    subject, differences = converted("bottleneck_transformer_pytorch:BottleStack", options(**sizes))
+    assert subject.images.shape == (1, 16, 8, 8)
+    assert all(0 < value < 1e-5 for value in differences.values())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "botnet26t_256"], "model must be timm:NAME or transformers:CLASS, got 'botnet26t_256'"),
+        (["--model", "botnet26t_256"], "model must be timm:NAME, transformers:CLASS, kornia:"),
         (["--model", "transformers:NoConfig"], "model transformers:NoConfig cannot be built (AttributeError: "),
         (["--model", "transformers:RegNetConfig"], "image_size must be given for model transformers:RegNetConfig"),
         (["--model", "transformers:SamVisionConfig", "--options", "x"], "options must be KEY=VALUE, got 'x'"),
