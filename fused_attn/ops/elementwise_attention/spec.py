@@ -195,6 +195,16 @@ def padded(inputs: dict[str, Any]) -> None:
     inputs["row_mask"], inputs["col_mask"] = (mask.to(inputs["x"].device) for mask in (row, col))
 
 
+def like_loftr(inputs: dict[str, Any]) -> None:
+    """LoFTR: products of features over their number, and images of 4:3 that were padded to squares, so that a quarter
+    of the rows and of the columns is not there."""
+    inputs["x"] *= 0.1
+    batch, _, height, width = inputs["x"].shape
+    for name, length in (("row_mask", height), ("col_mask", width)):
+        mask = torch.arange(length, device=inputs["x"].device) < 3 * length // 4
+        inputs[name] = mask.expand(batch, length)
+
+
 def _all_masked(inputs: dict[str, Any]) -> None:
     """Of one image every column, of the other the first rows."""
     padded(inputs)
@@ -289,9 +299,16 @@ def _fuzz(choices: tuple[Any, ...], modes: tuple[Mapping[str, Any], ...], draw: 
 
 
 def _shape(
-    name: str, batch: int, channels: int, grid: tuple[int, int], heads: int | None, attention=False, **options: Any
+    name: str,
+    batch: int,
+    channels: int,
+    grid: tuple[int, int],
+    heads: int | None,
+    attention: bool = False,
+    edit: Callable[[dict[str, Any]], None] | None = None,
+    **options: Any,
 ) -> Shape:
-    settings = {"batch": batch, "channels": channels, "grid": grid, "heads": heads, "options": options}
+    settings = {"batch": batch, "channels": channels, "grid": grid, "heads": heads, "edit": edit, "options": options}
     plane = grid[0] * grid[1]
     x, weights = batch * channels * plane, 2 * (heads or 0) * channels * plane
     planes = batch * (heads or 1) * channels
@@ -312,6 +329,7 @@ def _shape(
 
 SOFTMAX_SHAPES = (
     _shape("4,800x4,800", 1, 1, (4800, 4800), None),
+    _shape("4,800x4,800, masks, temperature 0.1", 1, 1, (4800, 4800), None, edit=like_loftr, temperature=0.1),
     _shape("2,000x2,000", 1, 1, (2000, 2000), None),
     _shape("2,048x2,048, log", 1, 1, (2048, 2048), None, log=True),
     _shape("B 512, 16 heads, 28x28", 512, 1, (28, 28), 16),

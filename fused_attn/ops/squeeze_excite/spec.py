@@ -112,6 +112,7 @@ SMALL: dict[str, Any] = {"size": (2, 6, 3, 4), "hidden": 3}
 _BLOCK: dict[str, Any] = {"residual": True, "relu": True}
 _EFFICIENTNET: dict[str, Any] = {"hidden_activation": "silu", "convolutions": True}
 _HARD: dict[str, Any] = {"hidden_activation": "hardswish", "gate": "hardsigmoid", "convolutions": True}
+_MOBILENET: dict[str, Any] = {"gate": "hardsigmoid", "convolutions": True}
 #: Effective SE, as in timm's VoVNets.
 _EFFECTIVE: dict[str, Any] = {"one_layer": True, "gate": "hardsigmoid", "convolutions": True}
 
@@ -301,7 +302,7 @@ def _shape(
 
 
 #: ResNet-50's four stages on 224x224 images, then the case of the paper: stage 3 of SE-R-ResNet-50 on CIFAR-100.  The
-#: gate alone: a block of EfficientNet-B0, a stage of VoVNet-39 with Effective SE.
+#: gate alone: blocks of EfficientNet-B0, MobileNetV3-Large and FBNetV3-B, a stage of VoVNet-39 with Effective SE.
 _STAGES = ((32, 256, 56, 32), (64, 512, 28, 64), (128, 512, 14, 64), (128, 1024, 14, 128), (128, 2048, 7, 256))
 SHAPES = (
     *(
@@ -318,6 +319,8 @@ SHAPES = (
         )
         for layout, suffix in ((_contiguous, ""), (_channels_last, ", channels_last"))
     ),
+    _shape(64, 672, 14, 14, 168, style=_MOBILENET, name="14x14, B 64, C 672, ReLU and hard sigmoid"),
+    _shape(64, 360, 14, 14, 32, style=_HARD, name="14x14, B 64, C 360, hard-swish and hard sigmoid"),
 )
 GPU_SHAPES = tuple(
     _shape(B, C, n, n, hidden, layout=layout, name=f"{n}x{n}, B {B}, C {C}, GPU{suffix}")
