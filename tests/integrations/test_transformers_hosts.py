@@ -4,8 +4,8 @@ import importlib
 
 import pytest
 import torch
-from equality import randomise
-from host_checks import OPS, check, check_registered
+from equality import assert_same, outputs_and_gradients, randomise, with_parameters
+from host_checks import OPS, VANISHING, check, check_registered
 
 from fused_attn import integrations
 from fused_attn.integrations.transformers_hosts import HOSTS
@@ -280,6 +280,47 @@ def test_lightglue(transformers, masked):
     expected = layer(x, mask)
     integrations.convert(layer)
     torch.testing.assert_close(layer(x, mask), expected, rtol=1e-5, atol=1e-5)
+
+
+# --- compiled ---------------------------------------------------------------------------------------------------------
+
+
+def compiled_layers(transformers, sam_config):
+    """Name -> a layer of every way of calling an op, and its arguments."""
+    windows, maps = torch.randn(4, 16, 12), torch.randn(2, 16, 5, 4)
+    mask = torch.zeros(2, 16, 16)
+    mask[:, 8:, :8] = mask[:, :8, 8:] = -100.0
+    seggpt = transformers.SegGptConfig(hidden_size=32, num_attention_heads=4, image_size=(64, 32), patch_size=8)
+    lightglue = transformers.LightGlueConfig(descriptor_dim=16)
+    found = {
+        "sam.modeling_sam:SamVisionSdpaAttention": ((sam_config, 0), torch.randn(2, 8, 8, 32)),
+        "seggpt.modeling_seggpt:SegGptAttention": ((seggpt,), torch.randn(2, 8, 4, 32)),
+        "regnet.modeling_regnet:RegNetSELayer": ((16, 3), maps),
+        "pp_lcnet_v4.modeling_pp_lcnet_v4:PPLCNetV4SqueezeExcitationModule": ((16,), maps),
+        "lightglue.modeling_lightglue:LightGlueMatchAssignmentLayer": ((lightglue,), torch.randn(4, 9, 16), None),
+    }
+    for name in ("donut.modeling_donut_swin:DonutSwinSelfAttention", "swinv2.modeling_swinv2:Swinv2SelfAttention"):
+        config = getattr(transformers, name.split(":")[1].removesuffix("SelfAttention") + "Config")()
+        found[name] = ((config, 12, 3, 4 if "Donut" in name else (4, 4)), windows, mask)
+    return found
+
+
+def test_compiled(transformers, sam_config):
+    """As one graph: outputs and all gradients."""
+    for path, (settings, x, *more) in compiled_layers(transformers, sam_config).items():
+        layer = randomise(class_of(f"transformers.models.{path}")(*settings)).eval()
+        tensors = with_parameters(layer, x=x.requires_grad_())
+
+        def run(layer=layer, x=x, more=more):
+            out = layer(x, *more)
+            return (out[0] if isinstance(out, tuple) else out).clamp(min=-50)
+
+        for name in [name for name in tensors if name.endswith(VANISHING)]:
+            tensors[name].requires_grad_(False)
+        expected = outputs_and_gradients(run, tensors)
+        assert integrations.convert(layer, OPS).replaced == 1, path
+        layer.compile(backend="aot_eager", fullgraph=True)
+        assert_same(outputs_and_gradients(run, tensors), expected)
 
 
 def test_registered_classes_are_there(transformers):
