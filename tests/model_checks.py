@@ -58,6 +58,11 @@ def count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def normed(bn, x):
+    """What batch normalisation gives in evaluation."""
+    return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+
+
 def randomise_norms(model):
     """Give BN and LayerNorm weights, biases and statistics at which no term of the network vanishes."""
     for module in model.modules():
@@ -68,6 +73,22 @@ def randomise_norms(model):
             torch.nn.init.normal_(module.running_mean, std=0.2)
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
     return model
+
+
+def maps_and_outputs(model, backbone, parts, images, unused):
+    """The maps of ``backbone`` with the weights of ``model``, each beside the output of one of the model's ``parts``.
+
+    The names of what a backbone does not take begin with one of ``unused``.
+    """
+    report = backbone.load_state_dict(model.state_dict(), strict=False)
+    assert report.missing_keys == []
+    assert all(key.startswith(unused) for key in report.unexpected_keys)
+    outputs = []
+    for part in parts:
+        part.register_forward_hook(lambda part, args, out: outputs.append(out))
+    with torch.no_grad():
+        model(images)
+        return list(zip(backbone(images), outputs, strict=True))
 
 
 def check_trains(model, images, labels, without_gradient=()):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from model_checks import check_trains, count, on_meta, randomise_norms
+from model_checks import check_trains, count, normed, on_meta, randomise_norms
 
 from fused_attn import create_model
 
@@ -40,13 +40,10 @@ def test_blocks_compute_what_the_paper_draws():
     torch.manual_seed(0)
     model = randomise_norms(create_model("resnet20")).eval()
 
-    def norm(bn, x):
-        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias)
-
     x = torch.randn(2, 16, 7, 6)
     for block, stride in ((model.stages[0][1], 1), (model.stages[1][0], 2)):
-        inner = norm(block.bn1, F.conv2d(x, block.conv1.weight, stride=stride, padding=1)).relu()
-        expected = norm(block.bn2, F.conv2d(inner, block.conv2.weight, padding=1))
+        inner = normed(block.bn1, F.conv2d(x, block.conv1.weight, stride=stride, padding=1)).relu()
+        expected = normed(block.bn2, F.conv2d(inner, block.conv2.weight, padding=1))
         expected[:, :16] += x[:, :, ::stride, ::stride]  # the rest of a widened shortcut is zero
         torch.testing.assert_close(block(x.clone()), expected.relu())
 

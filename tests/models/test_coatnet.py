@@ -3,7 +3,7 @@
 import pytest
 import torch
 from equality import randomise
-from model_checks import COATNET, check_trains, count, on_meta
+from model_checks import COATNET, check_trains, count, maps_and_outputs, on_meta
 
 from fused_attn import create_model
 from fused_attn.modules import WindowAttention2d
@@ -49,17 +49,9 @@ def test_maps_are_the_classifiers_own():
     torch.manual_seed(0)
     model = randomise(create_model("coatnet_0_rw", image_size=32, **COATNET)).eval()
     backbone = create_model("coatnet_0_rw", image_size=32, features_only=True, out_indices=(0, 3), **COATNET).eval()
-    report = backbone.load_state_dict(model.state_dict(), strict=False)
-    assert report.missing_keys == []
-    assert all(key.startswith(("norm.", "head.", "stages.3.")) for key in report.unexpected_keys)
-    outputs = []
-    for part in (model.stem, model.stages[2]):
-        part.register_forward_hook(lambda part, args, out: outputs.append(out))
-    x = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        model(x)
-        for found, expected in zip(backbone(x), outputs, strict=True):
-            torch.testing.assert_close(found, expected)
+    parts, unused = (model.stem, model.stages[2]), ("norm.", "head.", "stages.3.")
+    for found, expected in maps_and_outputs(model, backbone, parts, torch.randn(2, 3, 32, 32), unused):
+        torch.testing.assert_close(found, expected)
 
 
 def test_trains():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from model_checks import check_trains, count, on_meta, randomise_norms
+from model_checks import check_trains, count, maps_and_outputs, on_meta, randomise_norms
 
 from fused_attn import create_model
 
@@ -127,18 +127,11 @@ def test_maps_of_the_backbone_are_those_of_its_blocks():
     model = create_model("mrla_base_deit_tiny", **options).eval()
     backbone = create_model("mrla_base_deit_tiny", features_only=True, out_indices=(0, 3), **options).eval()
     assert len(backbone.blocks) == 4
-    report = backbone.load_state_dict(model.state_dict(), strict=False)
-    assert report.missing_keys == []
-    tokens = []
-    for block in model.blocks:
-        block.register_forward_hook(lambda block, args, out: tokens.append(out))
-    images = torch.randn(2, 3, 16, 24)
-    with torch.no_grad():
-        model(images)
-        maps = backbone(images)
+    blocks, unused = (model.blocks[0], model.blocks[3]), ("blocks.4.", "norm.", "head.")
+    pairs = maps_and_outputs(model, backbone, blocks, torch.randn(2, 3, 16, 24), unused)
     assert (backbone.feature_info.channels(), backbone.feature_info.reduction()) == ([32, 32], [4, 4])
-    for feature, after in zip(maps, (tokens[0], tokens[3]), strict=True):
-        torch.testing.assert_close(feature, after[:, 1:].mT.reshape(2, 32, 4, 6))
+    for feature, tokens in pairs:
+        torch.testing.assert_close(feature, tokens[:, 1:].mT.reshape(2, 32, 4, 6))
     assert on_meta("deit_tiny", features_only=True).out_indices == (3, 7, 11)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_checks import COATNET, SWIN, on_meta, randomise_norms
+from model_checks import COATNET, SWIN, maps_and_outputs, on_meta, randomise_norms
 
 from fused_attn import create_model
 from fused_attn.models.cifar_resnet import SAResNet
@@ -54,19 +54,9 @@ def test_maps_are_the_classifiers_own(name):
     model = randomise_norms(create_model(name)).eval()
     indices = (0, 2) if name == "resnet20" else (1, 3)
     backbone = create_model(name, features_only=True, out_indices=indices).eval()
-    report = backbone.load_state_dict(model.state_dict(), strict=False)
-    assert report.missing_keys == []
-    assert all(key.startswith(("fc.", "stages.3.")) for key in report.unexpected_keys)
-    outputs = []
-    for stage in model.stages:
-        stage.register_forward_hook(lambda stage, args, out: outputs.append(out))
-    x = torch.randn(1, 3, 32, 40)
-    with torch.no_grad():
-        model(x)
-        maps = backbone(x)
-    stages = (0, 2)
-    for feature, stage in zip(maps, stages, strict=True):
-        torch.testing.assert_close(feature, outputs[stage])
+    stages = (model.stages[0], model.stages[2])
+    for found, expected in maps_and_outputs(model, backbone, stages, torch.randn(1, 3, 32, 40), ("fc.", "stages.3.")):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("name", "options"), MODELS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from model_checks import on_meta
+from model_checks import count, on_meta
 from torch import nn
 
 from fused_attn import create_model, list_models
@@ -13,10 +13,6 @@ from fused_attn.models.se_resnet import SEBlock
 #: depth -> SE-ResNet, SE-R-ResNet at 100 classes and reduction 8; table 1 of the paper gives them in millions
 COUNTS = {34: (21_655_420, 26_144_836), 50: (28_778_692, 33_530_764), 101: (52_272_964, 57_242_636)}
 PUBLISHED = {34: (21.655, 26.145), 50: (28.779, 33.531), 101: (52.273, 57.243)}
-
-
-def count(model):
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def blocks(model):
