@@ -7,6 +7,7 @@ import math
 from torch import Tensor, nn
 
 from ..modules import ElementwiseAttentionBlock
+from ..ops._floor import checks
 from .coverage import grid
 from .model import Model
 from .registry import register_model
@@ -70,9 +71,7 @@ class AttentionWise(_PapersStart):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        for name, number in (("heads", heads), ("layers", layers)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+        checks.positive(heads=heads, layers=layers)
         for name, deviation in (("std", std), ("attention_std", attention_std)):
             if not 0.0 <= deviation < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {deviation}")

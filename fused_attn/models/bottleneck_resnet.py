@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import LayerCache, MRLABase, MRLALight
+from ..ops._floor import checks
 from .drop_path import DropPath
 from .features import choose_levels
-from .model import Model
+from .model import ResidualModel, conv3x3
 from .registry import register_model
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 EXPANSION = 4
 conv1x1 = partial(nn.Conv2d, kernel_size=1, bias=False)
-conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 
 
 class Bottleneck(nn.Module):
@@ -121,7 +121,7 @@ def make_stem(kind: str, in_chans: int) -> tuple[nn.Module, int, nn.Module]:
     raise ValueError(f"stem must be one of 'imagenet', 'deep', 'cifar', got {kind!r}")
 
 
-class BottleneckResNet(Model):
+class BottleneckResNet(ResidualModel):
     """ResNet of bottleneck blocks, optionally with multi-head recurrent layer attention after every block.
 
     Args:
@@ -167,10 +167,8 @@ class BottleneckResNet(Model):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        if depth not in BLOCKS:
-            raise ValueError(f"depth must be one of {', '.join(map(str, BLOCKS))}, got {depth}")
-        if layer_attention not in KINDS:
-            raise ValueError(f"layer_attention must be one of {', '.join(map(repr, KINDS))}, got {layer_attention!r}")
+        checks.one_of("depth", depth, BLOCKS)
+        checks.one_of("layer_attention", layer_attention, KINDS)
         block_type, stage_type, default_dim = KINDS[layer_attention]
         if layer_attention is not None:
             dim_per_head = default_dim if dim_per_head is None else dim_per_head
@@ -202,10 +200,9 @@ class BottleneckResNet(Model):
         self.initialise()
 
     def initialise(self) -> None:
+        super().initialise()
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif self.zero_init and isinstance(module, Bottleneck):
+            if self.zero_init and isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import LayerAttention
+from ..ops._floor import checks
 from .features import choose_levels
-from .model import Model
+from .model import ResidualModel, conv3x3
 from .registry import register_model
 
 CHANNELS = (16, 32, 64)
 LAYERS = ("blocks", "convolutions")
-conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 
 
 class CifarBlock(nn.Module):
@@ -58,7 +57,7 @@ class LayersStage(nn.Sequential):
         return x, *layers  # no list in it, which backward hooks do not look into
 
 
-class CifarResNet(Model):
+class CifarResNet(ResidualModel):
     """ResNet of 6n + 2 layers for small images: three stages of n blocks with 16, 32 and 64 channels.
 
     Args:
@@ -105,11 +104,6 @@ class CifarResNet(Model):
             self.stages.append(self.stage_type(*blocks))
         self.fc = None if features_only else nn.Linear(channels, num_classes)
         self.initialise()
-
-    def initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         maps, x = [], F.relu(self.bn(self.stem(x)))
@@ -158,8 +152,7 @@ class SAResNet(CifarResNet):
         super().__init__(
             depth, num_classes=num_classes, in_chans=in_chans, features_only=features_only, out_indices=out_indices
         )
-        if layers not in LAYERS:
-            raise ValueError(f"layers must be one of {', '.join(map(repr, LAYERS))}, got {layers!r}")
+        checks.one_of("layers", layers, LAYERS)
         self.every_convolution = layers == "convolutions"
         per_stage = (depth - 2) // 6 * (2 if self.every_convolution else 1)
         channels = [channels for channels in CHANNELS for _ in range(per_stage)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..ops._floor import checks
+
 BLOCKS = ("all", "first", "last")
 
 
@@ -23,8 +25,7 @@ class AttentionCoverage:
         self.stages = tuple(stages)
         if not all(stage in range(1, num_stages + 1) for stage in self.stages):
             raise ValueError(f"attention_stages must be numbers from 1 to {num_stages}, got {self.stages}")
-        if blocks not in BLOCKS:
-            raise ValueError(f"attention_blocks must be one of {', '.join(map(repr, BLOCKS))}, got {blocks!r}")
+        checks.one_of("attention_blocks", blocks, BLOCKS)
         self.blocks = blocks
 
     def __call__(self, stage: int, block: int, num_blocks: int) -> bool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import LayerCache, MRLABase, MRLALight
+from ..ops._floor import checks
 from .coverage import grid
 from .drop_path import DropPath
 from .features import choose_levels
@@ -145,17 +146,11 @@ class DeiT(Model):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        for name, number in (("heads", heads), ("depth", depth), ("stage_depth", stage_depth)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+        checks.positive(heads=heads, depth=depth, stage_depth=stage_depth)
         if dim < 1 or dim % heads:
             raise ValueError(f"dim must be a positive multiple of heads={heads}, got {dim}")
-        if layer_attention not in KINDS:
-            raise ValueError(f"layer_attention must be one of {', '.join(map(repr, KINDS))}, got {layer_attention!r}")
-        if drop_path_schedule not in SCHEDULES:
-            raise ValueError(
-                f"drop_path_schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {drop_path_schedule!r}"
-            )
+        checks.one_of("layer_attention", layer_attention, KINDS)
+        checks.one_of("drop_path_schedule", drop_path_schedule, SCHEDULES)
         size = grid(image_size)
         if patch_size < 1 or size[0] % patch_size or size[1] % patch_size:
             raise ValueError(f"image_size must be a multiple of patch_size={patch_size}, got {image_size}")

@@ -1,8 +1,12 @@
-"""What all models share: their weights are drawn afresh in one call."""
+"""What models share: their weights are drawn afresh in one call."""
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import nn
+
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 
 
 class Model(nn.Module):
@@ -22,3 +26,12 @@ class Model(nn.Module):
 
     def initialise(self) -> None:
         """Draw the weights that do not start as their layer's own ``reset_parameters`` draws them."""
+
+
+class ResidualModel(Model):
+    """A model whose convolutions start at He's normal initialisation (fan-out)."""
+
+    def initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

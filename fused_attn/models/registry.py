@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops._floor import checks
 from ..ops._floor.dispatch import IMPLEMENTATIONS
 from .weights import load_weights
 
@@ -98,11 +99,8 @@ def create_model(
         close = difflib.get_close_matches(name, list_models(), n=4, cutoff=0.5)
         hint = f"did you mean {', '.join(close)}?" if close else "list_models() names them all"
         raise ValueError(f"name must be a registered model, got {name!r}: {hint}")
-    for argument, number in (("num_classes", num_classes), ("in_chans", in_chans)):
-        if number < 1:
-            raise ValueError(f"{argument} must be at least 1, got {number}")
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
+    checks.positive(num_classes=num_classes, in_chans=in_chans)
+    checks.one_of("impl", impl, IMPLEMENTATIONS)
 
     parameters = inspect.signature(family.build).parameters.values()
     accepted = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import AttentionAugmentedConv2d
+from ..ops._floor import checks
 from .coverage import AttentionCoverage, grid, strided
-from .model import Model
+from .model import ResidualModel, conv3x3
 from .registry import register_model
 
 MakeConv = Callable[..., nn.Module]
-conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 
 #: Stem -> kernel and stride of the first convolution, stride of the max-pooling (1: none).
 STEMS = {"imagenet": (7, 2, 2), "replication": (7, 1, 2), "cifar": (3, 1, 1)}
@@ -41,7 +41,7 @@ class BasicBlock(nn.Module):
         return F.relu(residual + (x if self.shortcut is None else self.shortcut(x)), inplace=True)
 
 
-class ResNet34(Model):
+class ResNet34(ResidualModel):
     """ResNet-34, optionally with attention-augmented convolutions.
 
     Args:
@@ -88,8 +88,7 @@ class ResNet34(Model):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        if stem not in STEMS:
-            raise ValueError(f"stem must be one of {', '.join(map(repr, STEMS))}, got {stem!r}")
+        checks.one_of("stem", stem, STEMS)
         attention_convs = tuple(attention_convs)
         if not all(conv in (1, 2) for conv in attention_convs):
             raise ValueError(f"attention_convs must be numbers from 1 to 2, got {attention_convs}")
@@ -125,11 +124,6 @@ class ResNet34(Model):
             self.stages.append(nn.Sequential(*blocks))
         self.fc = nn.Linear(channels, num_classes)
         self.initialise()
-
-    def initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(F.relu(self.bn(self.stem(x))))

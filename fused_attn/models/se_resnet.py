@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import SqueezeExcite, can_share_result, result_shares
+from ..ops._floor import checks
 from .model import Model
 from .registry import create_model, register_model
 
@@ -140,19 +141,13 @@ class SEResNet(Model):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        if depth not in DEPTHS:
-            raise ValueError(f"depth must be one of {', '.join(map(str, DEPTHS))}, got {depth}")
-        if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
+        checks.one_of("depth", depth, DEPTHS)
+        checks.positive(width=width)
         aux_stages = tuple(aux_stages)
         if sorted(set(aux_stages)) != sorted(aux_stages) or not set(aux_stages) <= {1, 2, 3}:
             raise ValueError(f"aux_stages must be different stages from 1 to 3, got {aux_stages}")
-        for name, value, known in (
-            ("result_reach", result_reach, REACHES),
-            ("result_form", result_form, RESULT_FORMS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+        checks.one_of("result_reach", result_reach, REACHES)
+        checks.one_of("result_form", result_form, RESULT_FORMS)
         if not 0.0 <= aux_dropout <= 1.0:
             raise ValueError(f"aux_dropout must be in [0, 1], got {aux_dropout}")
         if aux_model is not None and aux_stages:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import WindowAttention2d
+from ..ops._floor import checks
 from .drop_path import DropPath
 from .features import choose_levels
 from .model import Model
@@ -129,9 +130,7 @@ class Swin(Model):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        for name, number in (("dim", dim), ("window", window), ("patch_size", patch_size)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+        checks.positive(dim=dim, window=window, patch_size=patch_size)
         depths, heads = tuple(depths), tuple(heads)
         if not depths or min(depths) < 1:
             raise ValueError(f"depths must be positive numbers, at least one, got {depths}")

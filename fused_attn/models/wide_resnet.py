@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from ..modules import AttentionAugmentedConv2d
 from .coverage import AttentionCoverage, grid, strided
-from .model import Model
+from .model import ResidualModel, conv3x3
 from .registry import register_model
-
-conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 
 
 class WideBlock(nn.Module):
@@ -46,7 +44,7 @@ class WideBlock(nn.Module):
         return residual + (x if self.shortcut is None else self.shortcut(activated))
 
 
-class WideResNet(Model):
+class WideResNet(ResidualModel):
     """Wide ResNet, optionally with attention-augmented convolutions.
 
     Three stages of (depth - 4) / 6 blocks with 16, 32 and 64 times ``width`` channels, at full, half and quarter
@@ -133,9 +131,7 @@ class WideResNet(Model):
         self.initialise()
 
     def initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        super().initialise()
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:

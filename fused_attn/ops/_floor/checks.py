@@ -98,6 +98,27 @@ def tensors(**values: object) -> None:
         tensor(name, value)
 
 
+def one_of(name: str, value: object, choices: Collection[object]) -> None:
+    """Require one of several values, which the error text lists.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def positive(**numbers: int) -> None:
+    """Require numbers of at least 1, by name.
+
+    Raises:
+        ValueError: one is less.
+    """
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def same_dtype(tensors: Mapping[str, Tensor | Sequence[Tensor] | None], or_float32: Collection[str] = ()) -> None:
     """Require tensors of one dtype, on one device.
 

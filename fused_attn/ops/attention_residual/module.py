@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from .._floor import checks
 from .._floor.dispatch import IMPLEMENTATIONS
 from .api import attention_residual
 
@@ -40,10 +41,8 @@ class AttentionResidual(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1, got {dim}")
-        if impl not in IMPLEMENTATIONS:
-            raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
+        checks.positive(dim=dim)
+        checks.one_of("impl", impl, IMPLEMENTATIONS)
         self.eps, self.impl = eps, impl
         self.query = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
         self.norm_weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
@@ -84,8 +83,7 @@ class BlockSums:
     """
 
     def __init__(self, first: Tensor, size: int) -> None:
-        if size < 1:
-            raise ValueError(f"size must be at least 1, got {size}")
+        checks.positive(size=size)
         self.size = size
         self._sums, self._layers = [first], size
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._floor import checks
 from ..rel_attention_2d import op
 from .api import bias_attention_2d
 
@@ -35,8 +36,7 @@ class _TableAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if heads < 1:
-            raise ValueError(f"heads must be at least 1, got {heads}")
+        checks.positive(heads=heads)
         if dim < 1 or dim % heads:
             raise ValueError(f"dim must be a positive multiple of heads={heads}, got {dim}")
         size = _pair(window)

@@ -7,15 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._floor import checks
 from .._floor.plain import is_plain
 from . import op
 from .api import check_options, elementwise_attention, row_col_softmax
 
-
-def _check_impl(impl: str) -> None:
-    implementations = ("auto", *op.elementwise_attention.can_run)
-    if impl not in implementations:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")
+_IMPLEMENTATIONS = ("auto", *op.elementwise_attention.can_run)
 
 
 class ElementwiseAttention(nn.Module):
@@ -57,12 +54,10 @@ class ElementwiseAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("channels", channels), ("heads", heads)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        checks.positive(channels=channels, heads=heads)
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"size must be two positive numbers (H, W), got {size}")
-        _check_impl(impl)
+        checks.one_of("impl", impl, _IMPLEMENTATIONS)
         self.channels, self.size, self.heads = channels, tuple(size), heads
         self.std, self.impl = std, impl
         options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -183,7 +178,7 @@ class DualSoftmax(nn.Module):
 
     def __init__(self, temperature: float = 1.0, log: bool = False, *, impl: str = "auto") -> None:
         super().__init__()
-        _check_impl(impl)
+        checks.one_of("impl", impl, _IMPLEMENTATIONS)
         self.temperature, self.log, self.impl = check_options(temperature, log), log, impl
 
     def forward(self, similarity: Tensor, row_mask: Tensor | None = None, col_mask: Tensor | None = None) -> Tensor:

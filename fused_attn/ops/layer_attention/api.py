@@ -100,8 +100,7 @@ def check(
     _check_values(values)
     if bias is not None:
         checks.tensor("bias", bias)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    checks.one_of("activation", activation, ACTIVATIONS)
     if len(keys) != len(values):
         raise ValueError(f"keys must be as many as values, {len(values)}, got {len(keys)}")
     if query.dim() not in (2, 3):

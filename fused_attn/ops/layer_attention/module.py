@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._floor import checks
 from .._floor.dispatch import IMPLEMENTATIONS
 from .api import layer_attention
 from .cache import LayerCache
@@ -71,17 +72,16 @@ class LayerAttention(nn.Module):
         self.channels = tuple(channels)
         if not self.channels or min(self.channels) < 1:
             raise ValueError(f"channels must be at least one positive number, got {self.channels}")
-        if key_dim < 1:
-            raise ValueError(f"key_dim must be at least 1, got {key_dim}")
-        if values not in VALUES:
-            raise ValueError(f"values must be one of {', '.join(map(repr, VALUES))}, got {values!r}")
+        checks.positive(key_dim=key_dim)
+        checks.one_of("values", values, VALUES)
         width = self.channels[-1]
         if values == "pad" and max(self.channels) > width:
             raise ValueError(f"channels must not exceed those of the last layer with values='pad', got {self.channels}")
         self.key_grid = (key_grid, key_grid) if isinstance(key_grid, int) else (*key_grid,)
         if len(self.key_grid) != 2 or min(self.key_grid) < 1:
             raise ValueError(f"key_grid must be a positive number or two of them (h, w), got {key_grid}")
-        self.impl = _checked(impl)
+        checks.one_of("impl", impl, IMPLEMENTATIONS)
+        self.impl = impl
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         positions = self.key_grid[0] * self.key_grid[1]
         self.keys = nn.ModuleList(nn.Linear(width * positions, key_dim, **options) for _ in self.channels)
@@ -147,7 +147,8 @@ class _MRLA(nn.Module):
         if dim_per_head < 1 or channels < 1 or channels % dim_per_head:
             raise ValueError(f"channels must be a positive multiple of dim_per_head={dim_per_head}, got {channels}")
         self.channels, self.heads, self.scale = channels, channels // dim_per_head, dim_per_head**-0.5
-        self.impl = _checked(impl)
+        checks.one_of("impl", impl, IMPLEMENTATIONS)
+        self.impl = impl
         kernel = int((math.log2(channels) + 1) / 2)
         kernel += 1 - kernel % 2
         options: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
@@ -258,9 +259,3 @@ class MRLALight(_MRLA):
             value = F.gelu(value)
         gate = torch.sigmoid(self.scale * (query * key).sum(dim=-1))
         return gated_shortcut(gate, value, self.shortcut_weight, shortcut, impl=self.impl)
-
-
-def _checked(impl: str) -> str:
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
-    return impl

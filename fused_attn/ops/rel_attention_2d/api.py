@@ -185,8 +185,7 @@ def check_attention(
     dropout_p = checks.number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if index not in INDEX:
-        raise ValueError(f"index must be one of {', '.join(map(repr, INDEX))}, got {index!r}")
+    checks.one_of("index", index, INDEX)
     segments = _check_segments(query, key, query_segments, key_segments)
     _check_prefix(query, value, prefix_key, prefix_value)
     scale = d_k**-0.5 if scale is None else checks.number("scale", scale)

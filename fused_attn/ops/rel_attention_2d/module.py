@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._floor import checks
 from . import op
 from .api import rel_attention_2d
 
@@ -59,8 +60,7 @@ class RelPosAttention2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if heads < 1:
-            raise ValueError(f"heads must be at least 1, got {heads}")
+        checks.positive(heads=heads)
         for name, channels in (("key_channels", key_channels), ("value_channels", value_channels)):
             if channels < 1 or channels % heads:
                 raise ValueError(f"{name} must be a positive multiple of heads={heads}, got {channels}")
@@ -191,10 +191,7 @@ class AttentionAugmentedConv2d(nn.Module):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be a positive odd number, got {kernel_size}")
-        if stride < 1:
-            raise ValueError(f"stride must be at least 1, got {stride}")
-        if heads < 1:
-            raise ValueError(f"heads must be at least 1, got {heads}")
+        checks.positive(stride=stride, heads=heads)
         key_channels = heads * max(_depth(out_channels, key_ratio, heads), min_key_depth)
         value_channels = heads * _depth(out_channels, value_ratio, heads)
         if value_channels >= out_channels:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._floor import dispatch
+from .._floor import checks, dispatch
 from .._floor.layout import empty_contiguous, empty_like_heads
 from .._floor.operators import Operators, cpp, triton
 from . import reference
@@ -130,6 +130,4 @@ def check_options(dropout_p: float, impl: str) -> None:
     """What the modules of these operators check when they are made, before a call does."""
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    implementations = ("auto", *rel_attention_2d.can_run)
-    if impl not in implementations:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")
+    checks.one_of("impl", impl, ("auto", *rel_attention_2d.can_run))

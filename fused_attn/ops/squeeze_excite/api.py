@@ -108,8 +108,8 @@ def _check(
             f"fc1_weight must have n + C = {features} + {channels} columns for a result of n={features} features, "
             f"got {columns}"
         )
-    check_choice("hidden_activation", hidden_activation, HIDDEN_ACTIVATIONS)
-    check_choice("gate", gate, GATES)
+    checks.one_of("hidden_activation", hidden_activation, HIDDEN_ACTIVATIONS)
+    checks.one_of("gate", gate, GATES)
     if fc2_weight is None:
         _check_one_layer(channels, hidden, fc2_bias, hidden_activation)
     elif _check_weight("fc2_weight", fc2_weight, "C, hidden") != (channels, hidden):
@@ -124,16 +124,11 @@ def _check(
         _check_shape("result_share", result_share, "(B, hidden)", (batch, hidden))
     if residual is not None:
         _check_shape("residual", residual, "(B, C, H, W)", (batch, channels, height, width))
-    check_choice("activation", activation, ACTIVATIONS)
+    checks.one_of("activation", activation, ACTIVATIONS)
     relu = activation == "relu"
     return (
         x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual, relu, hidden_activation, gate
     )  # fmt: skip
-
-
-def check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _check_one_layer(channels: int, hidden: int, fc2_bias: Tensor | None, hidden_activation: str) -> None:

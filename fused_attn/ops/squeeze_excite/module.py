@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._floor import dispatch
+from .._floor import checks, dispatch
 from .._floor.plain import is_plain, why_not_plain
 from ..layer_attention import weighted_layer_sum
 from . import op, reference
-from .api import ACTIVATIONS, GATES, HIDDEN_ACTIVATIONS, check_choice, squeeze_excite
+from .api import ACTIVATIONS, GATES, HIDDEN_ACTIVATIONS, squeeze_excite
 
 
 class SqueezeExcite(nn.Module):
@@ -63,13 +63,11 @@ class SqueezeExcite(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("channels", channels), ("reduction", reduction)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        checks.positive(channels=channels, reduction=reduction)
         if layers not in (1, 2):
             raise ValueError(f"layers must be 1 or 2, got {layers!r}")
-        check_choice("hidden_activation", hidden_activation, HIDDEN_ACTIVATIONS)
-        check_choice("gate", gate, GATES)
+        checks.one_of("hidden_activation", hidden_activation, HIDDEN_ACTIVATIONS)
+        checks.one_of("gate", gate, GATES)
         if layers == 1:
             if hidden is not None:
                 raise ValueError(f"hidden must be None where layers=1: there is no hidden layer, got {hidden}")
@@ -81,13 +79,11 @@ class SqueezeExcite(nn.Module):
         elif hidden is None:
             if reduction > channels:
                 raise ValueError(f"reduction must leave a hidden channel of channels={channels}, got {reduction}")
-        elif hidden < 1:
-            raise ValueError(f"hidden must be at least 1, got {hidden}")
+        else:
+            checks.positive(hidden=hidden)
         if result_features < 0:
             raise ValueError(f"result_features must be at least 0, got {result_features}")
-        implementations = ("auto", *op.squeeze_excite.can_run)
-        if impl not in implementations:
-            raise ValueError(f"impl must be one of {', '.join(map(repr, implementations))}, got {impl!r}")
+        checks.one_of("impl", impl, ("auto", *op.squeeze_excite.can_run))
         self.channels, self.result_features = channels, result_features
         #: None where it says nothing: the hidden width was named, or there is one layer.
         self.reduction = reduction if layers == 2 and hidden is None else None
@@ -129,7 +125,7 @@ class SqueezeExcite(nn.Module):
                 gate=self.gate,
                 impl=self.impl,
             )
-        check_choice("activation", activation, ACTIVATIONS)
+        checks.one_of("activation", activation, ACTIVATIONS)
         if residual is not None and residual.shape != x.shape:
             expected = f"(B, C, H, W)={tuple(x.shape)}"
             raise ValueError(f"residual must have shape {expected}, got {tuple(residual.shape)}")
