@@ -76,6 +76,18 @@ class Peer:
     forward_only: tuple[str, ...] = ()
 
 
+def given(function: Callable[..., Tensor]) -> Callable[[Mapping[str, Any]], Callable[..., Tensor]]:
+    """``Peer.build`` of a function with nothing to be done once."""
+    return lambda inputs: function
+
+
+def compiled(
+    build: Callable[[Mapping[str, Any]], Callable[..., Tensor]],
+) -> Callable[[Mapping[str, Any]], Callable[..., Tensor]]:
+    """``Peer.build`` of another peer's function compiled, specialised to the shape: dynamic ones would handicap it."""
+    return lambda inputs: torch.compile(build(inputs), fullgraph=True, dynamic=False)
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """Everything the contract test and the benchmark runner need to know about one op."""

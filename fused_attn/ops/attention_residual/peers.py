@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from .._floor.declarations import Peer
+from .._floor.declarations import Peer, compiled, given
 
 
 def _stack(values, query, norm_weight=None, eps=1e-6):
@@ -39,19 +35,11 @@ def _loop(values, query, norm_weight=None, eps=1e-6):
     return out
 
 
-def _as_peer(function: Callable[..., Tensor], compiled: bool) -> Callable[[Mapping[str, Any]], Callable[..., Tensor]]:
-    def build(inputs: Mapping[str, Any]) -> Callable[..., Tensor]:
-        # Dynamic shapes would be a handicap: every shape is compiled by itself.
-        return torch.compile(function, dynamic=False) if compiled else function
-
-    return build
-
-
 PEERS = (
-    Peer("eager (stack)", _as_peer(_stack, False)),
-    Peer("torch.compile of eager", _as_peer(_stack, True)),
-    Peer("stack, products", _as_peer(_stack_products, False)),
-    Peer("torch.compile of stack, products", _as_peer(_stack_products, True)),
-    Peer("loop over values", _as_peer(_loop, False)),
-    Peer("torch.compile of the loop", _as_peer(_loop, True)),
+    Peer("eager (stack)", given(_stack)),
+    Peer("torch.compile of eager", compiled(given(_stack))),
+    Peer("stack, products", given(_stack_products)),
+    Peer("torch.compile of stack, products", compiled(given(_stack_products))),
+    Peer("loop over values", given(_loop)),
+    Peer("torch.compile of the loop", compiled(given(_loop))),
 )

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._floor.declarations import Peer
+from .._floor.declarations import Peer, compiled
 from ..rel_attention_2d.reference import relative_index, same_segment
 
 
@@ -97,15 +97,10 @@ def _flex(inputs: Mapping[str, Any]) -> Callable[..., Tensor]:
     return run
 
 
-def _compiled(build: Callable[[Mapping[str, Any]], Callable[..., Tensor]]):
-    """Specialised to the shape."""
-    return lambda inputs: torch.compile(build(inputs), fullgraph=True, dynamic=False)
-
-
 PEERS = (
     Peer("eager", _eager),
-    Peer("torch.compile of eager", _compiled(_eager)),
+    Peer("torch.compile of eager", compiled(_eager)),
     Peer("SDPA, dense bias", _sdpa_dense_bias),
-    Peer("SDPA, dense bias, compiled", _compiled(_sdpa_dense_bias)),
+    Peer("SDPA, dense bias, compiled", compiled(_sdpa_dense_bias)),
     Peer("FlexAttention, compiled", _flex, forward_only=("cpu",)),
 )

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._floor.declarations import Peer
+from .._floor.declarations import Peer, compiled
 
 
 def _softmax(inputs: Mapping[str, Any]) -> Callable[..., Tensor]:
@@ -47,10 +46,5 @@ def _attention(inputs: Mapping[str, Any]) -> Callable[..., Tensor]:
     return run
 
 
-def _compiled(build: Callable[[Mapping[str, Any]], Callable[..., Tensor]]):
-    """``torch.compile`` of another peer, specialised to the shape."""
-    return lambda inputs: torch.compile(build(inputs), fullgraph=True, dynamic=False)
-
-
-SOFTMAX_PEERS = (Peer("eager", _softmax), Peer("torch.compile of eager", _compiled(_softmax)))
-ATTENTION_PEERS = (Peer("eager", _attention), Peer("torch.compile of eager", _compiled(_attention)))
+SOFTMAX_PEERS = (Peer("eager", _softmax), Peer("torch.compile of eager", compiled(_softmax)))
+ATTENTION_PEERS = (Peer("eager", _attention), Peer("torch.compile of eager", compiled(_attention)))

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from .._floor.declarations import Peer
+from .._floor.declarations import Peer, compiled, given
 
 
 def _published(query, keys, values, scale=None, bias=None, activation="softmax"):
@@ -43,14 +39,6 @@ def _loop(query, keys, values, scale=None, bias=None, activation="softmax"):
     return out.reshape(batch, channels, *spatial)
 
 
-def _as_peer(function: Callable[..., Tensor], compiled: bool) -> Callable[[Mapping[str, Any]], Callable[..., Tensor]]:
-    def build(inputs: Mapping[str, Any]) -> Callable[..., Tensor]:
-        # Dynamic shapes would be a handicap: every shape is compiled by itself.
-        return torch.compile(function, dynamic=False) if compiled else function
-
-    return build
-
-
 def _sum_loop(weights, values):
     """The loop with given weights."""
     batch, channels, *spatial = values[0].shape
@@ -70,14 +58,14 @@ def _sum_einsum(weights, values):
 
 
 ATTENTION_PEERS = (
-    Peer("published (cat, einsum)", _as_peer(_published, False)),
-    Peer("torch.compile of published", _as_peer(_published, True)),
-    Peer("loop over layers", _as_peer(_loop, False)),
-    Peer("torch.compile of the loop", _as_peer(_loop, True)),
+    Peer("published (cat, einsum)", given(_published)),
+    Peer("torch.compile of published", compiled(given(_published))),
+    Peer("loop over layers", given(_loop)),
+    Peer("torch.compile of the loop", compiled(given(_loop))),
 )
 SUM_PEERS = (
-    Peer("stack, einsum", _as_peer(_sum_einsum, False)),
-    Peer("torch.compile of stack, einsum", _as_peer(_sum_einsum, True)),
-    Peer("loop over layers", _as_peer(_sum_loop, False)),
-    Peer("torch.compile of the loop", _as_peer(_sum_loop, True)),
+    Peer("stack, einsum", given(_sum_einsum)),
+    Peer("torch.compile of stack, einsum", compiled(given(_sum_einsum))),
+    Peer("loop over layers", given(_sum_loop)),
+    Peer("torch.compile of the loop", compiled(given(_sum_loop))),
 )

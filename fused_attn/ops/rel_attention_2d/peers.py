@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._floor.declarations import Peer
+from .._floor.declarations import Peer, compiled
 from .reference import relative_index
 
 #: Made from the inputs of a call: (query * scale, key, value, bias_h, bias_w) -> out.
@@ -141,17 +141,13 @@ def _peers(op: Callable[[Attention, Mapping[str, Any]], Callable[..., Tensor]]) 
     def plain(build: Attention):
         return partial(op, build)
 
-    def compiled(build: Attention):
-        """Specialised to the shape."""
-        return lambda inputs: torch.compile(op(build, inputs), fullgraph=True, dynamic=False)
-
     return (
         Peer("eager", plain(_eager)),
-        Peer("torch.compile of eager", compiled(_eager)),
+        Peer("torch.compile of eager", compiled(plain(_eager))),
         Peer("SDPA, dense bias", plain(_sdpa_dense_bias)),
         Peer("SDPA, concatenated features", plain(_sdpa_concatenated)),
         Peer("SDPA, concatenated, unpadded", plain(partial(_sdpa_concatenated, pad=False))),
-        Peer("SDPA, concatenated, compiled", compiled(_sdpa_concatenated)),
+        Peer("SDPA, concatenated, compiled", compiled(plain(_sdpa_concatenated))),
         Peer("FlexAttention, compiled", plain(_flex), forward_only=("cpu",)),
         Peer(
             "segment-anything-fast",

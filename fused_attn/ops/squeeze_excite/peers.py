@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._floor.declarations import Peer
+from .._floor.declarations import Peer, compiled
 from . import reference
 
 
@@ -71,14 +71,9 @@ def _convolution(inputs: Mapping[str, Any]) -> Callable[..., Tensor]:
     return run
 
 
-def _compiled(build: Callable[[Mapping[str, Any]], Callable[..., Tensor]]):
-    """``torch.compile`` of another peer, specialised to the shape."""
-    return lambda inputs: torch.compile(build(inputs), fullgraph=True, dynamic=False)
-
-
 PEERS = (
     Peer("eager, Linear", _linear),
     Peer("eager, 1x1 convolution", _convolution),
-    Peer("torch.compile, Linear", _compiled(_linear)),
-    Peer("torch.compile, 1x1 convolution", _compiled(_convolution)),
+    Peer("torch.compile, Linear", compiled(_linear)),
+    Peer("torch.compile, 1x1 convolution", compiled(_convolution)),
 )
