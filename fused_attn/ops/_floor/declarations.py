@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 import random
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,15 @@ class Sample:
         with torch.random.fork_rng(devices=[]):
             seed_generators(zlib.crc32(self.name.encode()) + draw)
             return self.make(dtype, torch.device(device))
+
+
+def drawn(make: Callable[..., dict[str, Any]], settings: Mapping[str, Any]) -> Sample:
+    """A sample of drawn settings.  Its name is their text, the same in every process, as it is the seed."""
+
+    def text(value: Any) -> Any:
+        return tuple(map(text, value)) if isinstance(value, tuple) else getattr(value, "__name__", value)
+
+    return Sample(str({key: text(value) for key, value in settings.items()}), partial(make, **settings))
 
 
 @dataclass(frozen=True)
@@ -160,6 +170,23 @@ class OpSpec:
         if missing:
             raise ValueError(f"{expected}; {', '.join(missing)} missing in {text!r}")
         return self.make_shape(**sizes)
+
+
+# --- layouts of a sample's tensors --------------------------------------------------------------------------------
+
+
+def contiguous(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(device, dtype)
+
+
+def spread(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Every second element of every axis."""
+    return contiguous([2 * size for size in shape], dtype, device)[tuple(slice(1, None, 2) for _ in shape)]
+
+
+def expanded(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One image expanded over the batch: stride 0."""
+    return contiguous((1, *shape[1:]), dtype, device).expand(shape)
 
 
 # --- calls ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._floor.declarations import OpSpec, Sample, Shape
+from .._floor.declarations import OpSpec, Sample, Shape, contiguous, drawn, expanded
 from . import op
 from .api import attention_residual
 from .peers import PEERS
@@ -18,31 +18,22 @@ from .peers import PEERS
 # --- layouts of a value (..., D) --------------------------------------------------------------------------------------
 
 
-def _contiguous(shape, dtype, device):
-    return torch.randn(shape, dtype=torch.float64).to(device, dtype)
-
-
 def _tokens_first(shape, dtype, device):
     """(T, B, D) in memory."""
-    return _contiguous((*shape[:-1][::-1], shape[-1]), dtype, device).permute(*range(len(shape) - 1)[::-1], -1)
+    return contiguous((*shape[:-1][::-1], shape[-1]), dtype, device).permute(*range(len(shape) - 1)[::-1], -1)
 
 
 def _padded_rows(shape, dtype, device):
     """Rows inside longer ones."""
-    return _contiguous((*shape[:-1], shape[-1] + 5), dtype, device)[..., 2:-3]
+    return contiguous((*shape[:-1], shape[-1] + 5), dtype, device)[..., 2:-3]
 
 
 def _strided_rows(shape, dtype, device):
     """Every second number of a row: copied."""
-    return _contiguous((*shape[:-1], 2 * shape[-1]), dtype, device)[..., 1::2]
+    return contiguous((*shape[:-1], 2 * shape[-1]), dtype, device)[..., 1::2]
 
 
-def _expanded(shape, dtype, device):
-    """One image for the whole batch: stride 0."""
-    return _contiguous((1, *shape[1:]), dtype, device).expand(shape)
-
-
-_LAYOUTS = (_contiguous, _tokens_first, _padded_rows, _strided_rows)
+_LAYOUTS = (contiguous, _tokens_first, _padded_rows, _strided_rows)
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
@@ -55,7 +46,7 @@ def make_inputs(
     values: int,
     shape: tuple[int, ...],
     norm_weight: bool = True,
-    layout: Callable[..., Tensor] = _contiguous,
+    layout: Callable[..., Tensor] = contiguous,
     layouts: tuple[Callable[..., Tensor], ...] | None = None,
     edit: Callable[[dict[str, Any]], None] | None = None,
     options: Mapping[str, Any] | None = None,
@@ -66,7 +57,7 @@ def make_inputs(
         "query": (torch.randn(shape[-1:], dtype=torch.float64) * shape[-1] ** -0.5).to(device, dtype),
     }
     if norm_weight:
-        inputs["norm_weight"] = _contiguous(shape[-1:], dtype, device)
+        inputs["norm_weight"] = contiguous(shape[-1:], dtype, device)
     if edit is not None:
         edit(inputs)
     return {**inputs, **(options or {})}
@@ -111,8 +102,8 @@ SAMPLES = tuple(
         "tokens first": {**SMALL, "layout": _tokens_first},
         "padded rows": {**SMALL, "layout": _padded_rows},
         "strided rows": {**SMALL, "layout": _strided_rows},
-        "expanded": {**SMALL, "layout": _expanded},
-        "mixed layouts": {**SMALL, "layouts": (_contiguous, _tokens_first, _strided_rows)},
+        "expanded": {**SMALL, "layout": expanded},
+        "mixed layouts": {**SMALL, "layouts": (contiguous, _tokens_first, _strided_rows)},
         "eps 1": {**SMALL, "options": {"eps": 1.0}},
         "large logits": {**SMALL, "edit": _large},
         "a value of zeros": {**SMALL, "edit": _zero_value},
@@ -133,9 +124,7 @@ def fuzz(draw: random.Random) -> Sample:
         "layouts": tuple(draw.choice(_LAYOUTS) for _ in range(values)),
         "options": {"eps": draw.choice((1e-6, 1e-3))},
     }
-    # The same text in every process, as the name of a sample is its seed.
-    name = str({**settings, "layouts": [each.__name__ for each in settings["layouts"]]})
-    return Sample(name, partial(make_inputs, **settings))
+    return drawn(make_inputs, settings)
 
 
 # --- benchmark shapes -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .._floor.declarations import OpSpec, Sample, Shape, convert
+from .._floor.declarations import OpSpec, Sample, Shape, convert, drawn
 from ..rel_attention_2d import op
 from ..rel_attention_2d.spec import (
     GEOMETRIES,
@@ -20,7 +20,6 @@ from ..rel_attention_2d.spec import (
     PREFIX_CASES,
     SEGMENT_CASES,
     SMALL,
-    describe,
     fuzz_extras,
     fuzz_geometry,
     geometry,
@@ -105,7 +104,7 @@ def fuzz(draw: random.Random) -> Sample:
         **fuzz_extras(draw),
         **fuzz_geometry(draw),
     }
-    return Sample(describe(settings), partial(make_inputs, **settings))
+    return drawn(make_inputs, settings)
 
 
 # --- benchmark shapes -------------------------------------------------------------------------------------------------

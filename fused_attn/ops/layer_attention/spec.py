@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._floor.declarations import OpSpec, Sample, Shape, convert
+from .._floor.declarations import OpSpec, Sample, Shape, contiguous, convert, drawn, expanded, spread
 from . import op
 from .api import layer_attention, weighted_layer_sum
 from .peers import ATTENTION_PEERS, SUM_PEERS
@@ -17,37 +17,24 @@ from .peers import ATTENTION_PEERS, SUM_PEERS
 # --- layouts of a value (B, C, *spatial) ------------------------------------------------------------------------------
 
 
-def _contiguous(shape, dtype, device):
-    return torch.randn(shape, dtype=torch.float64).to(device, dtype)
-
-
 def _channels_last(shape, dtype, device):
     batch, channels, *spatial = shape
-    return _contiguous((batch, *spatial, channels), dtype, device).movedim(-1, 1)
+    return contiguous((batch, *spatial, channels), dtype, device).movedim(-1, 1)
 
 
 def _part_of_batch(shape, dtype, device):
     """Every second image of a larger batch: dense images, not a dense batch."""
-    return _contiguous((2 * shape[0], *shape[1:]), dtype, device)[::2]
+    return contiguous((2 * shape[0], *shape[1:]), dtype, device)[::2]
 
 
-def _spread(shape, dtype, device):
-    """Every second element of every axis: neither memory order, so it is copied."""
-    return _contiguous([2 * size for size in shape], dtype, device)[tuple(slice(1, None, 2) for _ in shape)]
-
-
-def _expanded(shape, dtype, device):
-    """One image for the whole batch: stride 0."""
-    return _contiguous((1, *shape[1:]), dtype, device).expand(shape)
-
-
-_LAYOUTS = (_contiguous, _channels_last, _part_of_batch, _spread)
+#: The last is neither memory order, so it is copied.
+_LAYOUTS = (contiguous, _channels_last, _part_of_batch, spread)
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
 
 
-def _values(dtype, device, layers, batch, channels, spatial, layout=_contiguous, layouts=None):
+def _values(dtype, device, layers, batch, channels, spatial, layout=contiguous, layouts=None):
     layouts = layouts or (layout,) * layers
     return [each((batch, channels, *spatial), dtype, device) for each in layouts]
 
@@ -70,12 +57,12 @@ def make_attention_inputs(
 ) -> dict[str, Any]:
     """Arguments of ``layer_attention``; ``edit`` changes them afterwards."""
     inputs = {
-        "query": _contiguous((groups, depth) if learned else (batch, groups, depth), dtype, device),
-        "keys": [_contiguous((batch, groups, depth), dtype, device) for _ in range(layers)],
+        "query": contiguous((groups, depth) if learned else (batch, groups, depth), dtype, device),
+        "keys": [contiguous((batch, groups, depth), dtype, device) for _ in range(layers)],
         "values": _values(dtype, device, layers, batch, channels, spatial, **layouts),
     }
     if bias:
-        inputs["bias"] = _contiguous((layers, groups), dtype, device)
+        inputs["bias"] = contiguous((layers, groups), dtype, device)
     if edit is not None:
         edit(inputs)
     return {**inputs, **(options or {})}
@@ -95,7 +82,7 @@ def make_sum_inputs(
 ) -> dict[str, Any]:
     """Arguments of ``weighted_layer_sum``; ``depth`` is ignored."""
     return {
-        "weights": _contiguous((batch, groups, layers), dtype, device),
+        "weights": contiguous((batch, groups, layers), dtype, device),
         "values": _values(dtype, device, layers, batch, channels, spatial, **layouts),
     }
 
@@ -123,9 +110,9 @@ _GEOMETRIES: dict[str, dict[str, Any]] = {
     "channels_last, two parts of the image": {**SMALL, "channels": 64, "spatial": (19, 17), "layout": _channels_last},
     "channels_last tokens": {**SMALL, "channels": 12, "spatial": (17,), "layout": _channels_last},
     "part of a batch": {**SMALL, "layout": _part_of_batch},
-    "spread": {**SMALL, "layout": _spread},
-    "expanded": {**SMALL, "layout": _expanded},
-    "mixed layouts": {**SMALL, "layouts": (_channels_last, _contiguous, _spread)},
+    "spread": {**SMALL, "layout": spread},
+    "expanded": {**SMALL, "layout": expanded},
+    "mixed layouts": {**SMALL, "layouts": (_channels_last, contiguous, spread)},
     "no images": {**SMALL, "batch": 0},
     "no positions": {**SMALL, "spatial": (0, 3)},
     "no channels": {**SMALL, "channels": 0},
@@ -194,12 +181,6 @@ def _fuzz_geometry(draw: random.Random) -> dict[str, Any]:
     }
 
 
-def _describe(settings: Mapping[str, Any]) -> str:
-    """The same text in every process, as the name of a sample is its seed."""
-    names = [each.__name__ for each in settings["layouts"]]
-    return str({**settings, "layouts": names})
-
-
 def fuzz_attention(draw: random.Random) -> Sample:
     settings = {
         **_fuzz_geometry(draw),
@@ -207,19 +188,18 @@ def fuzz_attention(draw: random.Random) -> Sample:
         "bias": draw.random() < 0.3,
         "options": {"activation": draw.choice(("softmax", "sigmoid")), "scale": draw.choice((None, 0.5))},
     }
-    return Sample(_describe(settings), partial(make_attention_inputs, **settings))
+    return drawn(make_attention_inputs, settings)
 
 
 def fuzz_sum(draw: random.Random) -> Sample:
-    settings = _fuzz_geometry(draw)
-    return Sample(_describe(settings), partial(make_sum_inputs, **settings))
+    return drawn(make_sum_inputs, _fuzz_geometry(draw))
 
 
 # --- benchmark shapes -------------------------------------------------------------------------------------------------
 
 
 def _shape(
-    L: int, B: int, C: int, H: int, W: int, G: int, *, make=make_attention_inputs, layout=_contiguous, name: str = ""
+    L: int, B: int, C: int, H: int, W: int, G: int, *, make=make_attention_inputs, layout=contiguous, name: str = ""
 ) -> Shape:
     """A case by its sizes; the depth of a head is its number of channels, as in MRLA."""
     values = B * C * H * W

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._floor.declarations import OpSpec, Sample, Shape
+from .._floor.declarations import OpSpec, Sample, Shape, contiguous, drawn, expanded, spread
 from . import op
 from .api import decomposed_bias_attention, rel_attention_2d
 from .peers import BIAS_PEERS, REL_PEERS
@@ -20,48 +20,34 @@ Grid = tuple[int, int]
 # --- layouts: a logical (B, heads, H, W, d) tensor in some memory order ---------------------------------------------
 
 
-def _contiguous(shape, dtype, device):
-    return torch.randn(shape, dtype=torch.float64).to(device, dtype)
-
-
 def _channels_last(shape, dtype, device):
     """As the heads of a channels_last convolution lie: (B, H, W, heads, d) in memory."""
     batch, heads, height, width, depth = shape
-    return _contiguous((batch, height, width, heads, depth), dtype, device).permute(0, 3, 1, 2, 4)
+    return contiguous((batch, height, width, heads, depth), dtype, device).permute(0, 3, 1, 2, 4)
 
 
 def _channels_first(shape, dtype, device):
     """As the heads of a contiguous convolution lie: (B, heads, d, H, W) in memory."""
     batch, heads, height, width, depth = shape
-    return _contiguous((batch, heads, depth, height, width), dtype, device).permute(0, 1, 3, 4, 2)
+    return contiguous((batch, heads, depth, height, width), dtype, device).permute(0, 1, 3, 4, 2)
 
 
 def _heads_first(shape, dtype, device):
     batch, heads, height, width, depth = shape
-    return _contiguous((heads, batch, height, width, depth), dtype, device).transpose(0, 1)
-
-
-def _spread(shape, dtype, device):
-    """Every second element of every axis."""
-    return _contiguous([2 * size for size in shape], dtype, device)[tuple(slice(1, None, 2) for _ in shape)]
-
-
-def _one_batch(shape, dtype, device):
-    """One image expanded over the batch: stride 0."""
-    return _contiguous((1, *shape[1:]), dtype, device).expand(shape)
+    return contiguous((heads, batch, height, width, depth), dtype, device).transpose(0, 1)
 
 
 def _inside(shape, dtype, device):
     """A slice of a larger convolution output, as split() gives it: queries, keys and values side by side."""
     batch, heads, height, width, depth = shape
-    whole = _contiguous((batch, 3 * heads * depth, height, width), dtype, device)
+    whole = contiguous((batch, 3 * heads * depth, height, width), dtype, device)
     return whole[:, heads * depth : 2 * heads * depth].unflatten(1, (heads, depth)).permute(0, 1, 3, 4, 2)
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
 
 
-def make_attention(dtype, device, *, batch, heads, query_grid, key_grid, d_k, d_v, layout=_contiguous, key_layout=None):
+def make_attention(dtype, device, *, batch, heads, query_grid, key_grid, d_k, d_v, layout=contiguous, key_layout=None):
     key_layout = key_layout or layout
     return {
         "query": layout((batch, heads, *query_grid, d_k), dtype, device),
@@ -99,7 +85,7 @@ def make_prefix(count: int, inputs: Mapping[str, Any]) -> dict[str, Any]:
     key, value = inputs["key"], inputs["value"]
 
     def prefix(like, depth):
-        return _contiguous((*like.shape[:2], 2 * count, depth), like.dtype, like.device)[:, :, count:]
+        return contiguous((*like.shape[:2], 2 * count, depth), like.dtype, like.device)[:, :, count:]
 
     return {"prefix_key": prefix(key, key.shape[4]), "prefix_value": prefix(value, value.shape[4])}
 
@@ -198,10 +184,10 @@ GEOMETRIES = {
     "channels_last": geometry((6, 8), d_v=4, batch=2, layout=_channels_last),
     "channels first": geometry((6, 8), d_v=4, batch=2, layout=_channels_first),
     "heads first": geometry((6, 8), d_v=4, batch=2, layout=_heads_first),
-    "spread": geometry((3, 5), d_k=4, layout=_spread),
+    "spread": geometry((3, 5), d_k=4, layout=spread),
     "slice of qkv": geometry((4, 5), d_k=4, d_v=4, batch=2, layout=_inside),
     "mixed layouts": geometry((4, 5), d_k=4, batch=2, layout=_channels_first, key_layout=_channels_last),
-    "expanded keys": geometry((4, 5), d_k=4, batch=3, key_layout=_one_batch),
+    "expanded keys": geometry((4, 5), d_k=4, batch=3, key_layout=expanded),
     "no value depth": geometry((3, 4), d_k=4, d_v=0),
     "no heads": geometry((3, 4), d_k=4, heads=0),
     "no images": geometry((3, 4), d_k=4, batch=0),
@@ -220,8 +206,8 @@ MANY_GEOMETRIES = {
     "many pairs, deep": geometry((7, 7), d_k=32, d_v=64, batch=11, heads=6),
     "many pairs, channels_last": {**MANY, "layout": _channels_last},
     "many pairs, channels first": {**MANY, "layout": _channels_first},
-    "many pairs, spread": {**MANY, "layout": _spread},
-    "many pairs, expanded keys": {**MANY, "layout": _inside, "key_layout": _one_batch},
+    "many pairs, spread": {**MANY, "layout": spread},
+    "many pairs, expanded keys": {**MANY, "layout": _inside, "key_layout": expanded},
 }
 #: Further settings of samples of them.
 MANY_SETTINGS = {
@@ -420,7 +406,7 @@ BIAS_SAMPLES = (
 def fuzz_geometry(draw: random.Random) -> dict[str, Any]:
     query_grid = (draw.randint(1, 12), draw.randint(1, 36))
     key_grid = query_grid if draw.random() < 0.5 else (draw.randint(1, 12), draw.randint(1, 36))
-    layouts = (_contiguous, _channels_last, _channels_first, _heads_first, _spread)
+    layouts = (contiguous, _channels_last, _channels_first, _heads_first, spread)
     return geometry(
         query_grid,
         key_grid,
@@ -437,11 +423,6 @@ def fuzz_extras(draw: random.Random) -> dict[str, Any]:
     return {"segments": draw.choice(("", "", "halves", "padded")), "prefix": draw.choice((0, 0, 1, 3, 20))}
 
 
-def describe(settings: Mapping[str, Any]) -> str:
-    """The same text in every process, as the name of a sample is its seed."""
-    return str({key: getattr(value, "__name__", value) for key, value in settings.items()})
-
-
 def fuzz_rel(draw: random.Random) -> Sample:
     settings = {
         "terms": draw.choice(("hw", "hw", "h", "w", "")),
@@ -454,7 +435,7 @@ def fuzz_rel(draw: random.Random) -> Sample:
         **fuzz_extras(draw),
         **fuzz_geometry(draw),
     }
-    return Sample(describe(settings), partial(make_rel_inputs, **settings))
+    return drawn(make_rel_inputs, settings)
 
 
 def fuzz_bias(draw: random.Random) -> Sample:
@@ -464,7 +445,7 @@ def fuzz_bias(draw: random.Random) -> Sample:
         **fuzz_extras(draw),
         **fuzz_geometry(draw),
     }
-    return Sample(describe(settings), partial(make_bias_inputs, **settings))
+    return drawn(make_bias_inputs, settings)
 
 
 # --- benchmark shapes -------------------------------------------------------------------------------------------------
