@@ -3,6 +3,7 @@
 As a script, the server of ``two_processes``.
 """
 
+import hashlib
 import json
 import math
 import multiprocessing
@@ -58,6 +59,14 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def rewritten(path, state):
+    """Replace the state of a checkpoint, with right checksums of all that is in it."""
+    torch.save(state, path / "state.pt")
+    files = [file for file in path.iterdir() if file.name != "checksums.json"]
+    sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    (path / "checksums.json").write_text(json.dumps(sums))
+
+
 def assert_same_weights(one, other):
     assert one.keys() == other.keys()
     for name, tensor in one.items():
@@ -74,6 +83,14 @@ def assert_same_results(folder, other):
 # --- runs that end early --------------------------------------------------------------------------------------------
 
 
+def stopped(config, where, name, replacement, error, match=None):
+    """Train with a function replaced that ends the run with an error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, name, replacement)
+        with pytest.raises(error, match=match):
+            train(config)
+
+
 def killed(config, done):
     """Train until ``done`` steps are done."""
     original = loop.Run._step
@@ -83,10 +100,7 @@ def killed(config, done):
             raise MemoryError
         original(run, parts)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Run, "_step", step)
-        with pytest.raises(MemoryError):
-            train(config)
+    stopped(config, loop.Run, "_step", step, MemoryError)
 
 
 def poison(monkeypatch, *steps, value=math.nan, gradient=False, where=lambda run: True):

@@ -13,6 +13,7 @@ import commands
 import pytest
 import torch
 import yaml
+from runs import contents
 
 from fused_attn import cli
 from fused_attn.reproduce.tables import Tables
@@ -89,10 +90,6 @@ def mine(tmp_path):
     return ["--tables", path, "--threads", 1]
 
 
-def files(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_a_row_that_fails_does_not_stop_the_others(mine, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["mine/all", "--scale", "small", "--out", out, *mine, "--no-isolate"]
@@ -122,11 +119,11 @@ def test_a_row_that_fails_does_not_stop_the_others(mine, tmp_path, capsys):
     assert reproduce(*arguments, "--only", "plain") == 0
     assert (out / "table.csv").read_bytes() == table
     # What is there is not run again.
-    before = {path: data for path, data in files(out).items() if "explodes" not in str(path)}
+    before = {path: data for path, data in contents(out).items() if "explodes" not in str(path)}
     capsys.readouterr()
     assert reproduce(*arguments, "--seeds", 2, "--only", "plain", "attention") == 0
     assert capsys.readouterr().out.count(": is there") == 4
-    after = files(out)
+    after = contents(out)
     changed = {path.name for path, data in before.items() if after[path] != data}
     # The failed rows are not complete, and were not tried.
     assert changed <= {"table.md", "figure.png", "reproduce.json"}
@@ -137,19 +134,19 @@ def test_the_folder_of_another_table_and_rows_of_other_settings(mine, tmp_path, 
     out = tmp_path / "out"
     arguments = ["--scale", "small", *mine, "--no-isolate", "--only", "plain"]
     assert reproduce("mine/two", "--out", out, *arguments) == 0
-    before = files(out)
+    before = contents(out)
     assert reproduce("mine/all", "--out", out, *arguments) == 2
     assert f"{out} holds mine/two at the scale small" in capsys.readouterr().err
-    assert files(out) == before
+    assert contents(out) == before
     # The rows may serve another table; but not those of another scale.
     assert reproduce("mine/all", "--out", tmp_path / "all", "--rows", out, *arguments) == 0
     assert "is there" in capsys.readouterr().out
     # The run is that of the shorter scale, which the longer one does not go on with.
     full = ["--scale", "full", *arguments[2:]]
-    run = files(out / "plain")
+    run = contents(out / "plain")
     assert reproduce("mine/two", "--out", tmp_path / "long", "--rows", out, *full) == 1
     assert "epochs of the run in" in (tmp_path / "long" / "table.md").read_text()
-    assert files(out / "plain") == run
+    assert contents(out / "plain") == run
     assert reproduce("mine/all", "--out", tmp_path / "all", *arguments) == 2
     assert f"rows must be given as before, {out}" in capsys.readouterr().err
     changed = yaml.safe_load((tmp_path / "tables.yaml").read_text())
@@ -213,10 +210,10 @@ def test_a_damaged_run_or_one_of_other_data_is_named_and_not_used(mine, tmp_path
         assert words in text
     assert reproduce(*arguments, "--only", "plain", "--data-note", "digits of a kind") == 1
     (plain / "metrics.json").write_text(good)
-    before = files(attention)
+    before = contents(attention)
     assert reproduce(*arguments, "--data-note", "other digits") == 1
     assert "data_note of the run in" in capsys.readouterr().out
-    assert files(attention) == before
+    assert contents(attention) == before
 
 
 def test_a_row_that_another_process_runs_is_left_to_it(mine, tmp_path, capsys):

@@ -8,6 +8,11 @@ import runs
 from commands import environment
 
 
+@pytest.fixture(autouse=True)
+def _own_cache_of_data_sets(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
 @pytest.fixture(scope="session")
 def small():
     return runs.small

@@ -1,6 +1,5 @@
 """Folders of runs that someone edited, copied or damaged: each is one line that names the file, never a traceback."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -172,14 +171,7 @@ def rewritten(folder, weights=None, **changes):
     state.update({name: value for name, value in changes.items() if value is not ...})
     for name in [name for name, value in changes.items() if value is ...]:
         del state[name]
-    torch.save(state, path / "state.pt")
-    sums = {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in path.iterdir()
-        if file.name != "checksums.json"
-    }
-    (path / "checksums.json").write_text(json.dumps(sums))
-    return path
+    runs.rewritten(path, state)
 
 
 def test_a_checkpoint_of_another_model(copy, resumed):
@@ -231,10 +223,7 @@ def test_an_average_that_is_missing(copy, resumed):
 
 def test_a_state_that_is_no_dict(copy, resumed):
     path = checkpoint.find(copy / "checkpoints")[-1]
-    torch.save([1], path / "state.pt")
-    sums = json.loads((path / "checksums.json").read_text())
-    sums["state.pt"] = hashlib.sha256((path / "state.pt").read_bytes()).hexdigest()
-    (path / "checksums.json").write_text(json.dumps(sums))
+    runs.rewritten(path, [1])
     assert re.search("step-00000002 cannot be read .*must hold a dict, got list", resumed())
 
 

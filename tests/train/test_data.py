@@ -10,11 +10,6 @@ from fused_attn.train import TrainError, data
 CLASSES = [str(number) for number in range(10)]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def write(path, images, labels, features=None):
     features = features or datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,11 +13,6 @@ from fused_attn.train import TrainError, data
 from fused_attn.train.decode import plain
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def numbers(*shape, high=256, dtype=np.uint8, seed=0):
     return np.random.default_rng(seed).integers(0, high, shape, dtype=dtype)
 

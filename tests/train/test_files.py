@@ -12,11 +12,6 @@ from fused_attn.train import TrainConfig, TrainError, augment, data, train
 from fused_attn.train.files import ImageFiles, load_ahead
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def pixels(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 

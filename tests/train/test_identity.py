@@ -1,12 +1,11 @@
 """A run goes on with the data that it began with."""
 
 import dataclasses
-import hashlib
-import json
 
 import pytest
 import torch
 from PIL import Image
+from runs import contents, rewritten
 
 from fused_attn.train import TrainConfig, TrainError, checkpoint, data, identity, train
 
@@ -52,11 +51,11 @@ def move(path, target):
 def test_a_folder_that_changed(folder, tmp_path, given, change, message):
     out = tmp_path / "run"
     run(folder, out, **given)
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    before = contents(out)
     change(folder)
     with pytest.raises(TrainError, match=f"^--resume: .*{message}.*; go on with the same data, or start a new run$"):
         run(folder, out, **given, max_steps=5, resume=True)
-    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert before == contents(out)
 
 
 def test_the_same_data_elsewhere(folder, tmp_path):
@@ -71,10 +70,7 @@ def test_a_checkpoint_without_the_record_is_resumed(folder, tmp_path):
     path = checkpoint.find(out / "checkpoints")[-1]
     state = torch.load(path / "state.pt", weights_only=True)
     del state["data"]
-    torch.save(state, path / "state.pt")
-    sums = json.loads((path / "checksums.json").read_text())
-    sums["state.pt"] = hashlib.sha256((path / "state.pt").read_bytes()).hexdigest()
-    (path / "checksums.json").write_text(json.dumps(sums))
+    rewritten(path, state)
     add(folder / "train/cat/9.png")
     assert run(folder, out, max_steps=5, resume=True)["steps"] == 5
 

@@ -4,7 +4,6 @@ import os
 import random
 from pathlib import Path
 
-import datasets
 import pytest
 from PIL import Image
 
@@ -16,11 +15,6 @@ NAMES = "train_station test testing train val validation valid a[1] b*c what? m√
 CLASSES = [*NAMES.split(), "two words", " leading", "new\nline"]
 HIDDEN = (".DS_Store.png", "._0.jpg", ".ipynb_checkpoints/0-checkpoint.jpg", ".cache/train/0.png")
 NO_IMAGES = ("metadata.csv", "metadata.jsonl", "notes.txt", "Thumbs.db", "moving.gif", "x.jpg.part")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 class Tree:

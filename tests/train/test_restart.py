@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from runs import assert_same_results, assert_same_weights, contents, events, killed
+from runs import assert_same_results, assert_same_weights, contents, events, killed, stopped
 from safetensors.torch import load_file
 
 from fused_attn.train import TrainError, checkpoint, loop, train
@@ -25,7 +25,7 @@ def whole(tmp_path_factory, small):
 
 
 @pytest.mark.parametrize("epoch", [1, 3])
-def test_an_evaluation_that_fails_costs_no_step(small, tmp_path, monkeypatch, whole, epoch):
+def test_an_evaluation_that_fails_costs_no_step(small, tmp_path, whole, epoch):
     """As an image that cannot be read makes it fail; the resumed run evaluates, and its log is whole."""
     original = loop.Run.evaluate
 
@@ -34,20 +34,15 @@ def test_an_evaluation_that_fails_costs_no_step(small, tmp_path, monkeypatch, wh
             raise TrainError("the image x.jpg could not be read")
         return original(run, images, split)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "evaluate", evaluate)
-        with pytest.raises(TrainError, match="could not be read"):
-            train(small(tmp_path / "run", **SETTINGS))
+    failing = loop.Run, "evaluate", evaluate, TrainError, "could not be read"
+    stopped(small(tmp_path / "run", **SETTINGS), *failing)
     assert steps_saved(tmp_path / "run")[-1] == 4 * epoch
-    with monkeypatch.context() as patch:  # and fails again
-        patch.setattr(loop.Run, "evaluate", evaluate)
-        with pytest.raises(TrainError, match="could not be read"):
-            train(small(tmp_path / "run", **SETTINGS, resume=True))
+    stopped(small(tmp_path / "run", **SETTINGS, resume=True), *failing)
     train(small(tmp_path / "run", **SETTINGS, resume=True))
     assert_same_results(tmp_path / "run", whole)
 
 
-def test_killed_between_the_line_in_the_log_and_the_next_step(small, tmp_path, monkeypatch, whole):
+def test_killed_between_the_line_in_the_log_and_the_next_step(small, tmp_path, whole):
     original = loop.RunLog.summarise
 
     def summarise(log):
@@ -55,15 +50,12 @@ def test_killed_between_the_line_in_the_log_and_the_next_step(small, tmp_path, m
         if len(log.events("epoch")) == 2:
             raise MemoryError
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.RunLog, "summarise", summarise)
-        with pytest.raises(MemoryError):
-            train(small(tmp_path / "run", **SETTINGS))
+    stopped(small(tmp_path / "run", **SETTINGS), loop.RunLog, "summarise", summarise, MemoryError)
     train(small(tmp_path / "run", **SETTINGS, resume=True))
     assert_same_results(tmp_path / "run", whole)  # one line for each epoch
 
 
-def test_a_training_image_that_cannot_be_read_costs_no_step(small, tmp_path, monkeypatch, whole):
+def test_a_training_image_that_cannot_be_read_costs_no_step(small, tmp_path, whole):
     original, seen = loop.data.in_memory, []
 
     def in_memory(parts):
@@ -73,10 +65,7 @@ def test_a_training_image_that_cannot_be_read_costs_no_step(small, tmp_path, mon
             raise TrainError("the image x.jpg could not be read")
         return original(parts)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.data, "in_memory", in_memory)
-        with pytest.raises(TrainError, match="could not be read"):
-            train(small(tmp_path / "run", **SETTINGS))
+    stopped(small(tmp_path / "run", **SETTINGS), loop.data, "in_memory", in_memory, TrainError, "could not be read")
     assert steps_saved(tmp_path / "run")[-1] == 5
     train(small(tmp_path / "run", **SETTINGS, resume=True))
     assert_same_results(tmp_path / "run", whole)
@@ -152,17 +141,15 @@ def test_the_cosine_of_an_extended_run_is_that_of_the_new_length(small, tmp_path
     assert json.loads((tmp_path / "run/metrics.json").read_text())["steps"] == 16
 
 
-def test_killed_at_the_new_end_before_the_metrics(small, tmp_path, monkeypatch):
+def test_killed_at_the_new_end_before_the_metrics(small, tmp_path):
     """metrics.json is that of the shorter run: the longer one is not complete yet."""
     settings = {**SETTINGS, "schedule": "constant"}
     train(small(tmp_path / "run", **{**settings, "epochs": 2}))
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_finish", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            train(small(tmp_path / "run", **settings, resume=True))
-    assert train(small(tmp_path / "run", **settings, resume=True))["steps"] == 12
+    longer = small(tmp_path / "run", **settings, resume=True)
+    stopped(longer, loop.Run, "_finish", lambda *args: 1 / 0, ZeroDivisionError)
+    assert train(longer)["steps"] == 12
     with pytest.raises(TrainError, match="is complete at step 12"):
-        train(small(tmp_path / "run", **settings, resume=True))
+        train(longer)
 
 
 @pytest.mark.parametrize(
@@ -183,13 +170,10 @@ def test_a_run_does_not_get_shorter(small, whole, changes, message):
     assert contents(whole) == before
 
 
-def test_a_run_without_a_limit_gets_one(small, tmp_path, monkeypatch, capsys):
+def test_a_run_without_a_limit_gets_one(small, tmp_path, capsys):
     """Beyond the steps done; up to there it is the run without, and it can be taken away again."""
     train(small(tmp_path / "whole", **SETTINGS))
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "evaluate", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            train(small(tmp_path / "run", **SETTINGS))
+    stopped(small(tmp_path / "run", **SETTINGS), loop.Run, "evaluate", lambda *args: 1 / 0, ZeroDivisionError)
     metrics = train(small(tmp_path / "run", **SETTINGS, resume=True, max_steps=6))
     assert metrics["steps"] == 6
     assert "max_steps None -> 6" in capsys.readouterr().out
@@ -210,7 +194,7 @@ def test_settings_that_an_older_config_does_not_know_have_their_defaults(small, 
         train(small(run, **SETTINGS, resume=True, label_smoothing=0.1))
 
 
-def test_an_evaluation_without_training_statistics_is_null(small, tmp_path, monkeypatch):
+def test_an_evaluation_without_training_statistics_is_null(small, tmp_path):
     """The checkpoint of an older version had none; a line that was removed from its log is written again."""
     run = loop.Run(small(tmp_path / "run", **SETTINGS))
     run.bar = loop.tqdm(disable=True)

@@ -20,6 +20,7 @@ from runs import (
     events,
     killed,
     linear,
+    stopped,
     two_processes,
 )
 from safetensors.torch import load_file
@@ -158,18 +159,22 @@ def test_validation_images_are_not_trained_on_and_the_test_set_is_read_at_the_en
     assert {"train_accuracy", "validation_accuracy", "test_accuracy"} <= metrics.keys()
 
 
-def test_run_learns_and_its_metrics_are_those_of_its_weights(small, tmp_path):
-    config = small(tmp_path / "run", train_images=None, epochs=5, model="aa_wrn_10_1", lr=0.05, crop_padding=0)
-    metrics = train(config)
-    assert metrics["test_accuracy"] > 0.9
+def check_metrics_are_those_of_its_weights(config, metrics):
     digits = data.load("digits", image_size=8)
     _, normalize = augment.build(config, digits)
-    model = create_model("aa_wrn_10_1", in_chans=1, image_size=8)
-    model.load_state_dict(load_file(tmp_path / "run/model.safetensors"))
+    model = create_model(config.model, in_chans=1, image_size=8)
+    model.load_state_dict(load_file(config.out / "model.safetensors"))
     with torch.no_grad():
         logits = model.eval()(normalize(digits.test.images.float() / 255.0))
     assert metrics["test_loss"] == pytest.approx(F.cross_entropy(logits, digits.test.labels).item(), rel=1e-4)
     assert metrics["test_accuracy"] == pytest.approx((logits.argmax(1) == digits.test.labels).double().mean().item())
+
+
+def test_run_learns_and_its_metrics_are_those_of_its_weights(small, tmp_path):
+    config = small(tmp_path / "run", train_images=None, epochs=5, model="aa_wrn_10_1", lr=0.05, crop_padding=0)
+    metrics = train(config)
+    assert metrics["test_accuracy"] > 0.9
+    check_metrics_are_those_of_its_weights(config, metrics)
     assert json.loads((tmp_path / "run/metrics.json").read_text()) == json.loads(json.dumps(metrics))
     assert metrics["environment"]["torch"] == torch.__version__
     assert metrics["config"]["lr"] == 0.05
@@ -260,7 +265,7 @@ def test_stopped_from_outside_and_resumed_is_bitwise_the_same_run(small, command
     assert_same_run(folder, uninterrupted)
 
 
-def test_sigterm_saves_at_once(small, tmp_path, uninterrupted, monkeypatch):
+def test_sigterm_saves_at_once(small, tmp_path, uninterrupted):
     folder = tmp_path / "run"
     original = loop.RunLog.write
 
@@ -270,17 +275,14 @@ def test_sigterm_saves_at_once(small, tmp_path, uninterrupted, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.RunLog, "write", write)
-        with pytest.raises(KeyboardInterrupt):
-            train(small(folder, **RANDOM))
+    stopped(small(folder, **RANDOM), loop.RunLog, "write", write, KeyboardInterrupt)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert [path.name for path in checkpoint.find(folder / "checkpoints")] == ["step-00000005", "step-00000007"]
     train(small(folder, **RANDOM, resume=True))
     assert_same_run(folder, uninterrupted)
 
 
-def test_two_optimizers_step_at_their_own_rates_and_resume_bitwise(small, tmp_path, monkeypatch):
+def test_two_optimizers_step_at_their_own_rates_and_resume_bitwise(small, tmp_path):
     """The appendix of the element-wise attention paper; momentum and Adam's moments are in the checkpoint."""
     settings = {
         "model": "attention_wise_a",
@@ -304,10 +306,7 @@ def test_two_optimizers_step_at_their_own_rates_and_resume_bitwise(small, tmp_pa
         original(run, parts)
         rates.append([optimizer.param_groups[0]["lr"] for optimizer in run.optimizers.values()])
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_step", step)
-        with pytest.raises(MemoryError):
-            train(small(tmp_path / "parts", **settings))
+    stopped(small(tmp_path / "parts", **settings), loop.Run, "_step", step, MemoryError)
     schedule = [learning_rate(small(tmp_path, **settings), number, 8) for number in range(5)]
     assert rates == [[rate, pytest.approx(100 * rate)] for rate in schedule]
     train(small(tmp_path / "parts", **settings, resume=True))
@@ -377,7 +376,7 @@ def test_resume_after_the_damaged_checkpoint_is_removed_as_advised(small, tmp_pa
     assert_same_run(folder, uninterrupted)
 
 
-def test_full_disk_stops_the_run_and_it_can_be_resumed(small, tmp_path, uninterrupted, monkeypatch):
+def test_full_disk_stops_the_run_and_it_can_be_resumed(small, tmp_path, uninterrupted):
     folder = tmp_path / "run"
     original = checkpoint.save_file
 
@@ -386,10 +385,8 @@ def test_full_disk_stops_the_run_and_it_can_be_resumed(small, tmp_path, uninterr
             raise OSError(28, "No space left on device")
         original(tensors, path)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", save_file)
-        with pytest.raises(TrainError, match=r"step-00000015 could not be written .*No space left.*step-00000010"):
-            train(small(folder, **RANDOM))
+    match = r"step-00000015 could not be written .*No space left.*step-00000010"
+    stopped(small(folder, **RANDOM), checkpoint, "save_file", save_file, TrainError, match)
     train(small(folder, **RANDOM, resume=True))
     assert_same_run(folder, uninterrupted)
 
@@ -442,16 +439,9 @@ def test_a_folder_another_process_writes_into_is_refused(small, tmp_path):
     train(small(out, max_steps=2))
 
 
-def test_killed_after_the_last_checkpoint_and_before_the_metrics(small, tmp_path, monkeypatch):
+def test_killed_after_the_last_checkpoint_and_before_the_metrics(small, tmp_path):
     whole = train(small(tmp_path / "whole"))
-
-    def killed(*args):
-        raise MemoryError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_finish", killed)
-        with pytest.raises(MemoryError):
-            train(small(tmp_path / "run"))
+    stopped(small(tmp_path / "run"), loop.Run, "_finish", lambda *args: 1 / 0, ZeroDivisionError)
     metrics = train(small(tmp_path / "run", resume=True))
     for name in COMPARED:
         assert metrics[name] == whole[name], name
@@ -528,10 +518,4 @@ def test_torchrun_of_the_command_line(small, command, tmp_path):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["processes"] == 2
     # Each process has its own batch statistics; the metrics must be those of the weights that are kept.
-    digits = data.load("digits", image_size=8)
-    _, normalize = augment.build(config, digits)
-    model = create_model("wrn_10_1", in_chans=1, image_size=8)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    with torch.no_grad():
-        logits = model.eval()(normalize(digits.test.images.float() / 255.0))
-    assert metrics["test_loss"] == pytest.approx(F.cross_entropy(logits, digits.test.labels).item(), rel=1e-4)
+    check_metrics_are_those_of_its_weights(config, metrics)

@@ -15,11 +15,6 @@ from fused_attn.train.files import FilePaths, ImageFiles, Split
 from fused_attn.train.loop import Run
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Two classes of squares of 16 pixels, each of a colour of its own: eight to train on, three to test."""
