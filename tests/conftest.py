@@ -1,4 +1,4 @@
-"""One thread per test unless it asks for more, the contract's checks importable, a fixed shape fuzz, time limits."""
+"""One thread and one seed per test unless it asks for others, importable checks, a fixed shape fuzz, time limits."""
 
 import gc
 import os
@@ -70,9 +70,18 @@ def one_line(capsys):
     return run
 
 
+@pytest.fixture
+def unwritten_memory_is_nan():
+    from fused_attn.testing.checks import nan_in_unwritten_memory
+
+    with nan_in_unwritten_memory():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _settings_stay_here():
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     yield
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(False)

@@ -31,7 +31,6 @@ NAMES = [
 
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_panels_are_steps_of_the_network(batch_norm):
-    torch.manual_seed(0)
     model = create_model("attention_wise", in_chans=2, heads=3, image_size=(5, 6), batch_norm=batch_norm).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)

@@ -15,7 +15,6 @@ from fused_attn.cli.draw_scales import deviations
 
 @pytest.mark.parametrize("name", ["se_resnet34", "se_r_resnet34"])
 def test_deviations_are_those_of_the_gates(name):
-    torch.manual_seed(0)
     model, images = create_model(name, num_classes=5, width=8).eval(), torch.randn(35, 3, 8, 8)
     found = deviations(model, images)
     assert len(found) == 16

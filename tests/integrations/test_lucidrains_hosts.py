@@ -16,11 +16,6 @@ def package(host_packages):
     return pytest.importorskip("bottleneck_transformer_pytorch")
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
 def test_stack(package):
     """Two blocks on maps of two sizes."""
     stack = randomise(package.BottleStack(**SIZES, rel_pos_emb=True))

@@ -12,11 +12,6 @@ from fused_attn import integrations
 from fused_attn.integrations.timm_hosts import HOSTS
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("fused", [False, True])
 def test_samvit(timm, fused):
     """A whole network with windows, and another image size, which resizes the tables."""

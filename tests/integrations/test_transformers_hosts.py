@@ -11,11 +11,6 @@ from fused_attn import integrations
 from fused_attn.integrations.transformers_hosts import HOSTS
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
 def class_of(path):
     module, name = path.split(":")
     return getattr(importlib.import_module(module), name)

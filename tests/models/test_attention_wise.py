@@ -73,7 +73,6 @@ def layer(block, x):
 
 @pytest.mark.parametrize(("name", "channels"), [("attention_wise_a", 2), ("attention_wise_h", 1)])
 def test_logits_are_those_of_the_papers_equations(name, channels):
-    torch.manual_seed(0)
     model = randomise_norms(create_model(name, in_chans=channels, image_size=(5, 6), impl="reference")).double().eval()
     for module in model.modules():
         if isinstance(module, ElementwiseAttentionBlock):
@@ -93,7 +92,6 @@ def test_logits_are_those_of_the_papers_equations(name, channels):
 
 
 def test_a_layer_without_skip_and_other_starts():
-    torch.manual_seed(0)
     model = create_model(
         "attention_wise_b", in_chans=1, skip=False, std=1.0, attention_std=0.5, impl="reference"
     ).eval()
@@ -109,7 +107,6 @@ def test_a_layer_without_skip_and_other_starts():
 
 
 def test_control_halves_the_maps_twice():
-    torch.manual_seed(0)
     model = create_model("vgg_control", in_chans=1).eval()
     shapes = []
     for module in model.features:
@@ -122,7 +119,6 @@ def test_control_halves_the_maps_twice():
 
 @pytest.mark.parametrize("name", ["attention_wise_c", "vgg_control"])
 def test_weights_start_at_a_deviation_of_002_and_biases_at_0(name):
-    torch.manual_seed(0)
     model = create_model(name, **FASHION)
     for parameter_name, parameter in model.named_parameters():
         if ".norm." in parameter_name:
@@ -136,7 +132,6 @@ def test_weights_start_at_a_deviation_of_002_and_biases_at_0(name):
 
 @pytest.mark.parametrize("name", ["attention_wise", "attention_wise_a", "vgg_control"])
 def test_training(name):
-    torch.manual_seed(0)
     model = create_model(name, num_classes=3, in_chans=2, image_size=8, impl="reference")
     for parameter in model.parameters():  # the paper's start has gradients of 1e-9
         nn.init.normal_(parameter, mean=0.02, std=0.2)

@@ -27,7 +27,6 @@ def test_published_parameter_counts(name, options, parameters):
 
 
 def test_initialisation_is_the_authors():
-    torch.manual_seed(0)
     model = create_model("mrla_light_resnet50")
     blocks = [module for module in model.modules() if isinstance(module, MRLALightBottleneck)]
     assert len(blocks) == 16
@@ -101,7 +100,6 @@ def published_light_stage(stage, x):
 @pytest.mark.parametrize("kind", ["plain", "base", "light"])
 def test_stages_compute_what_was_published(kind):
     """Three blocks, the first of which changes the shape: the output and the gradient of everything."""
-    torch.manual_seed(0)
     options = {"dim_per_head": 8, "drop_path": 0.0, "impl": "reference"}
     block_type, stage_type, published = {
         "plain": (Bottleneck, nn.Sequential, lambda stage, x: [x := bottleneck(block, x)[0] for block in stage][-1]),
@@ -128,7 +126,6 @@ def test_stages_compute_what_was_published(kind):
 
 def test_attention_does_not_reach_into_another_stage():
     """A stage run twice gives the same: nothing of the first run is left in its cache."""
-    torch.manual_seed(0)
     model = create_model("mrla_base_resnet50", stem="cifar", zero_init=False).eval()
     x = torch.randn(1, 64, 4, 4)
     with torch.no_grad():
@@ -145,14 +142,12 @@ def test_attention_does_not_reach_into_another_stage():
     ],
 )
 def test_training(name, options, without_gradient):
-    torch.manual_seed(0)
     model = create_model(name, num_classes=3, in_chans=2, stem="cifar", zero_init=False, impl="reference", **options)
     check_trains(model, torch.randn(4, 2, 8, 8), torch.tensor([0, 1, 2, 1]), without_gradient)
 
 
 def test_stems():
     """Strides 2 and 4 before the first stage, with 7x7 or with three 3x3 convolutions; none for small images."""
-    torch.manual_seed(0)
     x = torch.randn(1, 3, 33, 20)
     for stem, grids in {
         "imagenet": [(17, 10), (9, 5)],
@@ -172,7 +167,6 @@ def test_stems():
 
 @pytest.mark.parametrize("name", ["mrla_base_resnet50", "mrla_light_resnet50"])
 def test_drop_path_acts_in_training_only_and_only_on_the_attention(name):
-    torch.manual_seed(0)
     model = create_model(name, stem="cifar", drop_path=0.5, impl="reference")
     x = torch.randn(8, 3, 8, 8)
     with torch.no_grad():

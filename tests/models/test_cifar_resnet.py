@@ -37,7 +37,6 @@ def test_options_change_the_count_by_their_own_parameters(options, added):
 
 
 def test_blocks_compute_what_the_paper_draws():
-    torch.manual_seed(0)
     model = randomise_norms(create_model("resnet20")).eval()
 
     x = torch.randn(2, 16, 7, 6)
@@ -73,7 +72,6 @@ def aggregate(model, layers):
 )
 def test_logits_are_those_of_the_papers_equations(options):
     """The network sums pooled vectors; the equations here sum maps, and pool the sum."""
-    torch.manual_seed(0)
     model = randomise_norms(create_model("sa_resnet20", impl="reference", **options)).double()
     activations = []
     for module in model.modules():
@@ -95,7 +93,6 @@ def test_logits_are_those_of_the_papers_equations(options):
 @pytest.mark.parametrize("options", [{}, {"values": "project"}, {"layers": "convolutions"}])
 def test_pooled_form_equals_map_form(options):
     """The classifier's vectors are the global average of the backbone's last map, in values and in gradients."""
-    torch.manual_seed(0)
     options = {"impl": "reference", **options}
     model = randomise_norms(create_model("sa_resnet20", **options)).double()
     backbone = create_model("sa_resnet20", features_only=True, **options).double()
@@ -121,13 +118,11 @@ def test_pooled_form_equals_map_form(options):
     ],
 )
 def test_training(name, options):
-    torch.manual_seed(0)
     model = create_model(name, num_classes=3, in_chans=2, impl="reference", **options)
     check_trains(model, torch.randn(4, 2, 16, 16), torch.tensor([0, 1, 2, 1]))
 
 
 def test_images_of_any_size():
-    torch.manual_seed(0)
     for name in ("resnet20", "sa_resnet20"):
         model = create_model(name, image_size=99).eval()  # of no influence
         with torch.no_grad():

@@ -24,7 +24,6 @@ def test_attention_covers_the_whole_map(size, windows):
 
 def test_smaller_images_take_the_middle_of_the_tables():
     """As a network that was built for them, with those parts of the tables."""
-    torch.manual_seed(0)
     model = randomise(create_model("coatnet_0_rw", image_size=64, **COATNET)).eval()
     small = create_model("coatnet_0_rw", image_size=(48, 64), **COATNET).eval()
     state = model.state_dict()
@@ -46,7 +45,6 @@ def test_larger_images_are_refused():
 
 
 def test_maps_are_the_classifiers_own():
-    torch.manual_seed(0)
     model = randomise(create_model("coatnet_0_rw", image_size=32, **COATNET)).eval()
     backbone = create_model("coatnet_0_rw", image_size=32, features_only=True, out_indices=(0, 3), **COATNET).eval()
     parts, unused = (model.stem, model.stages[2]), ("norm.", "head.", "stages.3.")
@@ -55,6 +53,5 @@ def test_maps_are_the_classifiers_own():
 
 
 def test_trains():
-    torch.manual_seed(0)
     model = create_model("coatnet_0_rw", num_classes=5, image_size=64, **COATNET)
     check_trains(model, torch.randn(4, 3, 64, 64), torch.arange(4))

@@ -81,7 +81,6 @@ def published(model, images):
 
 @pytest.mark.parametrize("name", ["deit_tiny", "mrla_base_deit_tiny", "mrla_light_deit_tiny"])
 def test_logits_and_gradients_are_the_published_ones(name):
-    torch.manual_seed(0)
     options = {} if name == "deit_tiny" else {"dim_per_head": 8, "stage_depth": 2}
     model = randomise_norms(create_model(name, **SMALL, **options)).double()
     for parameter in model.parameters():
@@ -100,7 +99,6 @@ def test_logits_and_gradients_are_the_published_ones(name):
 
 @pytest.mark.parametrize("name", ["deit_tiny", "mrla_base_deit_tiny", "mrla_light_deit_tiny"])
 def test_training(name):
-    torch.manual_seed(0)
     model = create_model(name, num_classes=3, in_chans=2, **SMALL)
     # The attention of the last block is for the patch tokens, and the classifier reads the class token; likewise the
     # query of the first layer of a stage chooses among one layer.
@@ -122,7 +120,6 @@ def test_drop_path_schedules():
 
 
 def test_maps_of_the_backbone_are_those_of_its_blocks():
-    torch.manual_seed(0)
     options = {**SMALL, "depth": 5}
     model = create_model("mrla_base_deit_tiny", **options).eval()
     backbone = create_model("mrla_base_deit_tiny", features_only=True, out_indices=(0, 3), **options).eval()

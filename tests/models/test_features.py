@@ -50,7 +50,6 @@ def test_maps_have_the_announced_channels_and_strides(name, options, channels, s
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet50", "mrla_base_resnet50", "mrla_light_resnet50"])
 def test_maps_are_the_classifiers_own(name):
-    torch.manual_seed(0)
     model = randomise_norms(create_model(name)).eval()
     indices = (0, 2) if name == "resnet20" else (1, 3)
     backbone = create_model(name, features_only=True, out_indices=indices).eval()
@@ -62,7 +61,6 @@ def test_maps_are_the_classifiers_own(name):
 @pytest.mark.parametrize(("name", "options"), MODELS)
 def test_backbone_has_no_unused_parameters(name, options):
     """As data-parallel training wants it: each gets a gradient, at least a zero one."""
-    torch.manual_seed(0)
     model = create_model(name, features_only=True, impl="reference", **options)
     sum(feature.sum() for feature in model(torch.randn(2, 3, 32, 32))).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
@@ -85,7 +83,6 @@ def test_bad_indices(name, options, match):
 
 @pytest.mark.parametrize(("name", "options"), MODELS)
 def test_weights_load_across_implementations_and_memory_formats(name, options):
-    torch.manual_seed(0)
     source = randomise_norms(create_model(name, impl="reference", **options)).eval()
     target = create_model(name, impl="auto", **options).eval()
     target.load_state_dict(source.state_dict())
@@ -111,7 +108,6 @@ def test_weights_load_across_implementations_and_memory_formats(name, options):
 )
 def test_models_compile_to_one_graph(make):
     """Forward and backward, in training."""
-    torch.manual_seed(0)
     model = make()
     x = torch.randn(2, 3, 32, 32)
 
@@ -130,7 +126,6 @@ def test_models_compile_to_one_graph(make):
 
 @pytest.mark.parametrize("name", ["sa_resnet20", "mrla_base_resnet50", "mrla_light_resnet50", "swin_cifar"])
 def test_autocast(name):
-    torch.manual_seed(0)
     model = create_model(name)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(torch.randn(2, 3, 32, 32))
@@ -140,7 +135,6 @@ def test_autocast(name):
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    torch.manual_seed(0)
     x = torch.rand(4000, 2, 3) + 1
     dropped = DropPath(0.25)(x)
     kept = dropped[:, 0, 0] != 0

@@ -61,7 +61,6 @@ def test_every_public_module_is_here():
 @pytest.mark.parametrize("name", PUBLIC)
 @pytest.mark.parametrize("order", [list, lambda parts: reversed(list(parts))], ids=["parents first", "children first"])
 def test_modules(name, order):
-    torch.manual_seed(0)
     module = empty(PUBLIC[name])
     for part in order(module.modules()):
         if hasattr(part, "reset_parameters"):

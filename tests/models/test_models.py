@@ -133,14 +133,12 @@ def test_the_replications_resnet_ends_in_2x2_maps():
 
 @pytest.mark.parametrize("name", [*list_models("*wrn_*"), "resnet34", "aa_resnet34"])
 def test_every_model_trains(name):
-    torch.manual_seed(0)
     size = 32 if "resnet" in name else 8
     model = create_model(name, num_classes=3, in_chans=2, image_size=size, impl="reference")
     check_trains(model, torch.randn(4, 2, size, size), torch.tensor([0, 1, 2, 1]))
 
 
 def test_blocks_compute_what_the_papers_draw():
-    torch.manual_seed(0)
     x = torch.randn(2, 16, 6, 6)
     wide = create_model("wrn_10_1").eval()
 
@@ -167,7 +165,6 @@ def test_blocks_compute_what_the_papers_draw():
 
 @pytest.mark.parametrize("name", ["aa_wrn_10_2", "aa_resnet34"])
 def test_weights_load_across_implementations(name):
-    torch.manual_seed(0)
     source = create_model(name, impl="reference").eval()
     target = create_model(name, impl="auto").eval()
     target.load_state_dict(source.state_dict())
@@ -190,7 +187,6 @@ def test_plain_weights_start_an_augmented_model_where_it_has_no_attention():
 
 
 def test_initialisation_is_hes():
-    torch.manual_seed(0)
     model = create_model("aa_wrn_10_2")
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and module.weight.numel() > 2000:
@@ -202,7 +198,6 @@ def test_initialisation_is_hes():
 
 @pytest.mark.parametrize("option", ["dropout", "attention_dropout"])
 def test_dropout_options_act_in_training_only(option):
-    torch.manual_seed(0)
     model = create_model("aa_wrn_10_1", image_size=8, **{option: 0.5})
     x = torch.randn(4, 3, 8, 8)
     with torch.no_grad():
@@ -212,7 +207,6 @@ def test_dropout_options_act_in_training_only(option):
 
 
 def test_a_whole_model_compiles_to_one_graph():
-    torch.manual_seed(0)
     model = create_model("aa_wrn_10_1", image_size=8).eval()
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))

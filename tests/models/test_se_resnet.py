@@ -75,7 +75,6 @@ def test_which_stages_are_fed(options, stages):
 
 @pytest.mark.parametrize(("name", "auxiliary"), [("se_resnet34", 0), ("se_a_resnet34", 2), ("se_r_resnet34", 2)])
 def test_training_returns_auxiliary_logits_and_evaluation_does_not(name, auxiliary):
-    torch.manual_seed(0)
     model, x = create_model(name, num_classes=5, aux_dropout=0.0), torch.randn(2, 3, 16, 16)
     out = model.train()(x)
     assert isinstance(out, torch.Tensor) if auxiliary == 0 else len(out[1]) == auxiliary
@@ -93,7 +92,6 @@ def share(block, result):
 
 
 def test_stages_see_the_newest_result():
-    torch.manual_seed(0)
     model = create_model("se_r_resnet34", num_classes=5).eval()
     results, seen = {}, {}
     for stage, head in model.auxiliary.items():
@@ -123,7 +121,6 @@ def test_the_result_joins_a_stage_in_one_product():
 
 
 def test_form_and_detachment_of_the_result():
-    torch.manual_seed(0)
     x = torch.randn(2, 3, 16, 16)
     for form in ("logits", "probabilities"):
         for detach in (False, True):
@@ -141,7 +138,6 @@ def test_form_and_detachment_of_the_result():
 
 def test_block_is_the_papers():
     """ReLU(SE(branch) + shortcut), the branch ending in a ReLU, against the layers written out."""
-    torch.manual_seed(0)
     block = SEBlock(16, 8, 2, 4, reduction=8, result_features=3, impl="auto").eval()
     x, result = torch.randn(2, 16, 6, 6), torch.randn(2, 3)
     branch = block.residual(x)
@@ -154,7 +150,6 @@ def test_block_is_the_papers():
 
 
 def test_implementations_agree():
-    torch.manual_seed(0)
     options = {"num_classes": 5, "aux_dropout": 0.0}
     model = create_model("se_r_resnet34", impl="auto", **options)
     other = create_model("se_r_resnet34", impl="reference", **options)
@@ -208,7 +203,6 @@ def test_googlenet_is_the_published_one():
 
 
 def test_auxiliary_model_feeds_every_stage():
-    torch.manual_seed(0)
     model, x = create_model("se_m_resnet34", num_classes=5), torch.randn(2, 3, 16, 16)
     assert fed(model) == [1, 2, 3, 4]
     seen, results = [], []

@@ -33,7 +33,6 @@ def test_drop_path_grows_from_the_first_block_to_the_last():
 
 def test_merging_takes_four_neighbours_column_by_column():
     """The order of the published weights: (0, 0), (1, 0), (0, 1), (1, 1)."""
-    torch.manual_seed(0)
     merge = randomise(create_model("swin_tiny", **SWIN)).layers[1].downsample
     x = torch.randn(2, 4, 6, 16)
     four = torch.cat((x[:, ::2, ::2], x[:, 1::2, ::2], x[:, ::2, 1::2], x[:, 1::2, 1::2]), -1)
@@ -54,7 +53,6 @@ def test_images_of_any_size(size):
 
 def test_zeros_beyond_the_image_change_nothing_but_through_their_padding():
     """Padding an image with whole patches of zeros by hand is what the network does with what is missing of a patch."""
-    torch.manual_seed(0)
     model = randomise(create_model("swin_tiny", **SWIN)).eval()
     x = torch.randn(1, 3, 15, 16)
     with torch.no_grad():
@@ -62,7 +60,6 @@ def test_zeros_beyond_the_image_change_nothing_but_through_their_padding():
 
 
 def test_maps_are_the_classifiers_own():
-    torch.manual_seed(0)
     model = randomise(create_model("swin_tiny", **SWIN)).eval()
     backbone = create_model("swin_tiny", features_only=True, out_indices=(0,), **SWIN).eval()
     unused = ("norm.", "head.", "layers.1.")
@@ -72,7 +69,6 @@ def test_maps_are_the_classifiers_own():
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_trains(channels_last):
-    torch.manual_seed(0)
     model = create_model("swin_tiny", num_classes=5, **SWIN)
     x = torch.randn(4, 3, 16, 16)
     if channels_last:

@@ -18,7 +18,6 @@ def expected(values, query, weight, eps):
 
 
 def test_module_computes_the_equation():
-    torch.manual_seed(0)
     module = AttentionResidual(6, eps=1e-3, dtype=torch.float64)
     values = [torch.randn(5, 6, dtype=torch.float64) for _ in range(4)]
     torch.testing.assert_close(module(values), sum(values) / 4)  # the query starts at zero
@@ -29,7 +28,6 @@ def test_module_computes_the_equation():
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_block_form(size):
-    torch.manual_seed(0)
     dim, count = 8, 7
     layers = [torch.nn.Linear(dim, dim) for _ in range(count)]
     residuals = [AttentionResidual(dim) for _ in range(count)]
@@ -51,7 +49,6 @@ def test_block_form(size):
 
 
 def test_every_layer_learns():
-    torch.manual_seed(0)
     layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(4))
     residuals = torch.nn.ModuleList(AttentionResidual(8) for _ in layers)
     values = BlockSums(torch.randn(2, 3, 8), size=2)
@@ -76,7 +73,6 @@ def test_bad_settings():
 @pytest.mark.parametrize("depth", [1024, 1000, 1017])
 def test_gradients_too_large_for_the_caches(depth):
     """They are streamed where rows are aligned: all, every second, few."""
-    torch.manual_seed(0)
     values = [torch.randn(300, depth, requires_grad=True) for _ in range(9)]
     query, weight = (torch.randn(depth, requires_grad=True) for _ in range(2))
     assert 9 * values[0].numel() * 4 >= 8 << 20

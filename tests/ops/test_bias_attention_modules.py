@@ -88,7 +88,6 @@ def plain_windows(module, x):
 )
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_windows_as_published(impl, grid, window, shift, channels_last):
-    torch.manual_seed(0)
     module = randomise(WindowAttention2d(12, 3, window, shift, impl=impl))
     x = torch.randn(2, 12, *grid)
     if channels_last:
@@ -107,7 +106,6 @@ def test_windows_as_published(impl, grid, window, shift, channels_last):
 @pytest.mark.parametrize("grid", [(6, 8), (3, 2), (9, 2)])
 def test_grids_as_published(impl, grid):
     """MaxViT: position (y, x) of the window of cell (i, j) is position (i, j) of cell (y, x)."""
-    torch.manual_seed(0)
     module = randomise(GridAttention2d(12, 3, (3, 2), out_dim=8, impl=impl))
     x = torch.randn(2, 12, *grid, requires_grad=True)
 
@@ -128,7 +126,6 @@ def test_grids_as_published(impl, grid):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_levit_as_published(impl):
     """A bias for the absolute differences: (heads, H, W), mirrored into a table."""
-    torch.manual_seed(0)
     height, width, heads, d_k, d_v = 4, 5, 3, 4, 8
     query, key = torch.randn(2, 2, heads, height, width, d_k, requires_grad=True).unbind()
     value = torch.randn(2, heads, height, width, d_v, requires_grad=True)
@@ -153,7 +150,6 @@ def test_levit_as_published(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shifted", [False, True])
 def test_swin_v2_as_published(impl, shifted):
-    torch.manual_seed(0)
     heads, h, w = 2, 4, 3
     module = SwinV2Attention(8, heads, (h, w), impl)
     x = torch.randn(6, h, w, 8, requires_grad=True)
@@ -187,7 +183,6 @@ def test_one_window_in_channels_last_memory_is_not_copied():
 
 
 def test_dropout_acts_in_training_only():
-    torch.manual_seed(0)
     module = WindowAttention2d(8, 2, 4, 2, dropout_p=0.5)
     x = torch.randn(1, 8, 8, 8)
     assert not torch.equal(module(x), module(x))

@@ -293,7 +293,6 @@ def test_cpu_offload(name):
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_called_form_of_squeeze_excite_is_its_fused_form(impl, residual, activation, dtype):
-    torch.manual_seed(0)
     module = SqueezeExcite(8, 2, result_features=3, impl=impl, dtype=dtype)
     x, result = (tensor.to(dtype) for tensor in (draw(2, 8, 5, 3), draw(2, 3)))
     options = {"result": result, "residual": x.flip(0) if residual else None, "activation": activation}
@@ -314,7 +313,6 @@ def test_the_called_form_of_squeeze_excite_is_its_fused_form(impl, residual, act
 @pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("residual", [False, True])
 def test_autocast_leaves_the_maps_of_the_called_form_in_their_dtype(dtype, of_x, residual):
-    torch.manual_seed(0)
     module = SqueezeExcite(8, 2)
     x = (1e5 * draw(2, 8, 5, 3)).to(of_x)  # more than float16 has
     x = x - x.mean((2, 3), keepdim=True)
@@ -383,7 +381,6 @@ def test_plain_layers_keep_the_fused_operator(name, layer, operator, called):
 
 
 def test_shares_of_a_result_need_plain_layers():
-    torch.manual_seed(0)
     modules, result = [SqueezeExcite(8, 2, result_features=3) for _ in range(2)], draw(2, 3)
     shares = result_shares(modules, result)
     modules[1].fc1.register_forward_hook(lambda m, args, out: None)

@@ -44,7 +44,6 @@ def sam_axis_logits(query_row, table, queries, keys):
     ],
 )
 def test_sam_logits_follow_the_definition(query_size, key_size, lengths):
-    torch.manual_seed(0)
     query = torch.randn(2, 2, *query_size, 4, dtype=torch.float64)
     rel_h, rel_w = (torch.randn(length, 4, dtype=torch.float64) for length in lengths)
     bias_h, bias_w = sam_relative_logits(query, rel_h, rel_w, key_size)
@@ -75,7 +74,6 @@ def test_stretched_coordinates_stay_inside_the_table(queries):
 
 
 def test_sam_equals_rel_attention_2d_where_grids_agree():
-    torch.manual_seed(0)
     query, key = (torch.randn(2, 2, 4, 3, 5, dtype=torch.float64) for _ in range(2))
     value = torch.randn(2, 2, 4, 3, 6, dtype=torch.float64)
     rel_h, rel_w = torch.randn(7, 5, dtype=torch.float64), torch.randn(5, 5, dtype=torch.float64)
@@ -87,7 +85,6 @@ def test_sam_equals_rel_attention_2d_where_grids_agree():
 
 
 def test_per_head_tables_are_one_table_per_head():
-    torch.manual_seed(0)
     query = torch.randn(1, 3, 4, 3, 5, dtype=torch.float64)
     rel_h, rel_w = torch.randn(3, 9, 5, dtype=torch.float64), torch.randn(3, 5, 5, dtype=torch.float64)
     logits = sam_relative_logits(query, rel_h, rel_w, (2, 3))
@@ -98,7 +95,6 @@ def test_per_head_tables_are_one_table_per_head():
 
 
 def test_sam_logits_have_exact_gradients():
-    torch.manual_seed(0)
     query = torch.randn(1, 1, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     rel_h = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
     rel_w = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
@@ -108,7 +104,6 @@ def test_sam_logits_have_exact_gradients():
 @pytest.mark.parametrize("scale_pos_embed", [True, False])
 def test_bello_and_timm_arguments(scale_pos_embed):
     """AA-Conv and BoTNet: row k - q + L - 1; timm leaves the relative term unscaled unless told otherwise."""
-    torch.manual_seed(0)
     height, width, depth = 3, 4, 5
     query, key, value = (torch.randn(1, 1, height, width, depth, dtype=torch.float64) for _ in range(3))
     rel_h = torch.randn(2 * height - 1, depth, dtype=torch.float64)

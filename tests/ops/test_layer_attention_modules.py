@@ -30,7 +30,6 @@ def published_mrla_base(module, x, previous_keys, previous_values):
 @pytest.mark.parametrize(("channels", "dim_per_head"), [(32, 16), (24, 8), (6, 1)])
 def test_mrla_base_is_the_published_formulation(channels, dim_per_head):
     """Outputs of a stage of four layers, each fed by the one before, and the gradients of everything."""
-    torch.manual_seed(0)
     modules = nn.ModuleList(MRLABase(channels, dim_per_head=dim_per_head, impl="reference") for _ in range(4)).double()
     for module in modules:
         module.query.weight.data *= 5  # weights far from uniform
@@ -93,7 +92,6 @@ def test_a_stage_saves_memory_linear_in_its_layers(layers):
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize(("channels", "dim_per_head"), [(64, 32), (24, 8), (5, 1)])
 def test_mrla_light_is_the_published_formulation(channels, dim_per_head, gelu):
-    torch.manual_seed(0)
     module = MRLALight(channels, dim_per_head=dim_per_head, gelu=gelu).double()
     x, shortcut = (torch.randn(2, channels, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
@@ -126,7 +124,6 @@ def test_kernel_size_of_query_and_key(channels, kernel):
 
 @pytest.mark.parametrize("values", ["pad", "project"])
 def test_layer_attention_on_maps_is_the_papers_equation(values):
-    torch.manual_seed(0)
     module = LayerAttention([2, 4, 4], key_dim=3, values=values, impl="reference").double()
     shapes = [(2, 8, 8), (4, 4, 4), (4, 4, 4)]
     layers = [torch.randn(2, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes]

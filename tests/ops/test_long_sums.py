@@ -34,7 +34,6 @@ def capability(request):
 @pytest.mark.parametrize("size", [4, 7, 12, 20])
 def test_equal_weights(size):
     """Equal terms round alike at every addition."""
-    torch.manual_seed(0)
     grid = (8, 16, size, size, 8)
     query, key, value = torch.randn(8, 16, 2, 2, 8), torch.zeros(grid), torch.randn(grid)
     table = torch.zeros(16, size + 1, size + 1)
@@ -45,7 +44,6 @@ def test_equal_weights(size):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_tables_of_many_images(shared):
-    torch.manual_seed(0)
     grids = dict(zip(("query", "key", "value"), torch.randn(3, 1024, 6, 3, 3, 4).unbind(), strict=True))
     biases = relative_errors(bias_attention_2d, {**grids, "bias_table": torch.randn(6, 5, 5)})
     tables = torch.randn(2, 5, 4) if shared else torch.randn(2, 6, 5, 4)

@@ -87,7 +87,6 @@ def test_position_matters_only_through_the_tables():
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("relative", [True, False])
 def test_augmented_convolution_is_convolution_and_attention_side_by_side(stride, relative):
-    torch.manual_seed(0)
     module = AttentionAugmentedConv2d(
         5,
         24,
@@ -180,7 +179,6 @@ def test_no_copies_between_the_convolutions_and_the_op(memory_format, monkeypatc
 
 @pytest.mark.parametrize("impl", ["reference", "auto"])
 def test_channels_last_gives_the_same_values_and_gradients(impl):
-    torch.manual_seed(0)
     module = AttentionAugmentedConv2d(4, 24, 3, 2, (4, 3), heads=2, impl=impl)
     results = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
@@ -196,7 +194,6 @@ def test_channels_last_gives_the_same_values_and_gradients(impl):
 
 @pytest.mark.parametrize("impl", ["reference", "auto"])
 def test_gradients_reach_everything(impl):
-    torch.manual_seed(0)
     module = AttentionAugmentedConv2d(4, 24, 3, 2, (4, 3), heads=2, bias=True, impl=impl)
     x = torch.randn(2, 4, 8, 6, requires_grad=True)
     module(x).square().sum().backward()
@@ -226,7 +223,6 @@ def test_dropout_acts_in_training_only():
 
 
 def test_state_dict_loads_across_implementations():
-    torch.manual_seed(0)
     source = AttentionAugmentedConv2d(4, 24, 3, 1, (4, 3), heads=2, impl="reference")
     target = AttentionAugmentedConv2d(4, 24, 3, 1, (4, 3), heads=2, impl="auto")
     target.load_state_dict(source.state_dict())
@@ -252,7 +248,6 @@ def test_state_dict_loads_with_and_without_tables():
     [("auto", "inductor", [8]), ("auto", "aot_eager", [8, 6]), ("reference", "aot_eager", [8, 6])],
 )
 def test_compiles_to_one_graph(impl, backend, heights):
-    torch.manual_seed(0)
     module = AttentionAugmentedConv2d(4, 24, 3, 2, (4, 4), heads=2, impl=impl)
     compiled = torch.compile(module, fullgraph=True, backend=backend)
     for height in heights:

@@ -170,7 +170,6 @@ class ConvolutionForm(nn.Module):
 
 
 def test_state_dict_of_the_convolution_form_loads():
-    torch.manual_seed(0)
     theirs, ours = ConvolutionForm(16, 4), SqueezeExcite(16, 4)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 16, 5, 6)
@@ -182,7 +181,6 @@ def test_state_dict_of_the_convolution_form_loads():
 
 @pytest.mark.parametrize("layers", [2, 1])
 def test_module_is_the_op_of_its_options(layers):
-    torch.manual_seed(0)
     options = {"hidden_activation": "gelu" if layers == 2 else "relu", "gate": "hardsigmoid"}
     module = SqueezeExcite(8, result_features=3, layers=layers, hidden=5 if layers == 2 else None, **options)
     sizes = {"fc1": (5, 11), "fc2": (8, 5)} if layers == 2 else {"fc1": (8, 11)}
@@ -208,7 +206,6 @@ def test_larger_kernels_do_not_load():
 
 
 def test_shares_of_a_stage_in_one_product():
-    torch.manual_seed(0)
     modules = [SqueezeExcite(channels, 4, result_features=10) for channels in (16, 16, 32)]
     result = torch.randn(3, 10, requires_grad=True)
     shares = result_shares(modules, result)
@@ -228,7 +225,6 @@ def test_shares_of_a_stage_in_one_product():
 
 
 def test_scales_are_those_of_the_op():
-    torch.manual_seed(0)
     module, x, result = SqueezeExcite(8, 2, result_features=3), torch.randn(2, 8, 4, 4), torch.randn(2, 3)
     expected = module(x, result)
     torch.testing.assert_close(module.scales(x, result)[:, :, None, None] * x, expected)
@@ -276,7 +272,6 @@ def test_bad_results():
 @pytest.mark.parametrize("size", [(2, 64, 128, 130), (84, 128, 14, 14), (43, 1025, 7, 7)], ids=str)
 def test_maps_too_large_for_the_caches(size, memory_format):
     """They are streamed: whole rows where they are aligned, else all but their ends; rows of 49 values not at all."""
-    torch.manual_seed(0)
     channels = size[1]
     x, residual, grad_out = (torch.randn(size).to(memory_format=memory_format) for _ in range(3))
     assert x.numel() * 4 >= 8 << 20

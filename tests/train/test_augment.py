@@ -45,7 +45,6 @@ def test_evaluation_only_normalizes(digits, images):
 
 
 def test_flip_mirrors_some_images_and_not_others(digits, images):
-    torch.manual_seed(0)
     train, _ = transforms(digits, flip=True)
     candidates = torch.stack([normalized(images, digits), normalized(images.flip(3), digits)], dim=1)
     chosen = matching(train(images), candidates)
@@ -53,7 +52,6 @@ def test_flip_mirrors_some_images_and_not_others(digits, images):
 
 
 def test_crop_is_a_window_of_the_padded_image_drawn_per_image(digits, images):
-    torch.manual_seed(0)
     train, _ = transforms(digits, crop_padding=2)
     padded = F.pad(images, (2, 2, 2, 2))
     windows = [padded[:, :, y : y + 8, x : x + 8] for y in range(5) for x in range(5)]
@@ -65,7 +63,6 @@ def test_crop_is_a_window_of_the_padded_image_drawn_per_image(digits, images):
 
 
 def test_rotation_differs_per_image(digits):
-    torch.manual_seed(0)
     train, _ = transforms(digits, rotate=30.0)
     same = (digits.train.images[:1].float() / 255.0).expand(BATCH, -1, -1, -1)
     rotated = train(same)

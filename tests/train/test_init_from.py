@@ -64,7 +64,6 @@ def test_a_run_that_has_not_ended_gives_the_average_of_its_last_checkpoint(small
 
 
 def test_a_classifier_of_other_classes_is_freshly_drawn(small, tmp_path, source, at_start, capsys):
-    torch.manual_seed(0)
     weights = create_model("wrn_10_1", num_classes=7, in_chans=1, image_size=8).state_dict()
     save_file(weights, tmp_path / "seven.safetensors")
     train(small(tmp_path / "fresh", **SETTINGS, seed=5))
@@ -77,7 +76,6 @@ def test_a_classifier_of_other_classes_is_freshly_drawn(small, tmp_path, source,
 
 
 def test_a_result_fed_back_is_of_its_classes_too(small, tmp_path, at_start):
-    torch.manual_seed(0)
     weights = create_model("se_r_resnet34", num_classes=7, in_chans=1, image_size=8, width=8).state_dict()
     save_file(weights, tmp_path / "seven.safetensors")
     settings = {**SETTINGS, "model": "se_r_resnet34", "model_options": ("width=8",), "aux_weights": (0.4, 0.4)}

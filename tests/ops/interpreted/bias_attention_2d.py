@@ -6,6 +6,7 @@ import torch
 from fused_attn.ops import SPECS
 from fused_attn.testing import checks
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 BY_NAME = {spec.name: {sample.name: sample for sample in spec.samples} for spec in SPECS}
 SPEC = {spec.name: spec for spec in SPECS}
 NAMES = (
@@ -22,14 +23,6 @@ NAMES = (
     "no queries",
     "segments, prefix, dropout",
 )
-
-
-@pytest.fixture(autouse=True)
-def _unwritten_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

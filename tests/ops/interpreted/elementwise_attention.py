@@ -12,16 +12,9 @@ from fused_attn.ops.elementwise_attention.spec import SPECS, make_inputs, padded
 from fused_attn.testing import checks
 from fused_attn.testing.numerics import mismatches
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SPEC_OF = {spec.name: spec for spec in SPECS}
-
-
-@pytest.fixture(autouse=True)
-def _unwritten_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 #: Samples of the specs, and smaller ones of what is slow there: several tiles to a plane, several groups of images.

@@ -9,16 +9,9 @@ import torch
 from fused_attn.ops.rel_attention_2d import op, reference, triton_launch
 from fused_attn.testing.numerics import mismatches
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 NAMES = ("out", "query", "key", "value", "row", "col")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def _unwritten_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def draw(*shape, dtype=F32):
