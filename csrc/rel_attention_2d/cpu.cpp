@@ -9,6 +9,7 @@
 #include "common/cpu_op.h"
 #include "rel_attention_2d/kernels.h"
 #include "rel_attention_2d/small_grids/kernels.h"
+#include "rel_attention_2d/whole_pairs/kernels.h"
 
 namespace fused_attn::rel_attention_2d {
 namespace {
@@ -56,6 +57,19 @@ int64_t small_grid_group(const Problem& p) {
   return fits && p.batch * p.heads >= kLeastGroups * group ? group : 0;
 }
 
+// Whether the kernels of whole pairs take the problem: where little of a vector of keys or of a depth would be padding.
+// Against those of small grids, which pad nothing, it takes long vectors and much to do for a pair; the others they
+// beat as long as the logits of a pair stay in the second-level cache.  By the shape alone, likewise.
+bool takes_whole_pairs(const Problem& p) {
+  constexpr int64_t kMostKeys = 784, kLeastPairs = 16;
+  const auto& kernels = whole_pairs::best_kernels();
+  const int64_t keys = p.hk * p.wk + p.prefix, lanes = kernels.lanes;
+  auto fills = [&](int64_t count) { return count > 0 && (count + lanes - 1) / lanes * lanes * 10 <= 11 * count; };
+  if (kernels.forward == nullptr || !fills(keys) || !fills(p.dk) || !fills(p.dv) || p.queries() == 0) return false;
+  if (small_grid_group(p) > 0) return lanes >= 16 && (keys >= 192 || (keys >= 64 && p.dk + p.dv >= 96));
+  return keys <= kMostKeys && p.batch * p.heads >= kLeastPairs;
+}
+
 void rel_attention_2d_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> row_term,
                               std::optional<Tensor> col_term, std::optional<Tensor> bias_table,
                               std::optional<Tensor> query_segments, std::optional<Tensor> key_segments,
@@ -68,6 +82,10 @@ void rel_attention_2d_forward(Tensor query, Tensor key, Tensor value, std::optio
   p.out = view_of(out);
   p.statistics = floats_of(statistics);
   if (p.queries() == 0) return;
+  if (takes_whole_pairs(p)) {
+    p.query_splits = 1;
+    return parallel(p.tasks(), whole_pairs::best_kernels().forward, p);
+  }
   if (const int64_t group = small_grid_group(p))
     return parallel((p.batch * p.heads + group - 1) / group, small_grids::best_kernels().forward, p);
   // Splitting the queries does not change a result, so it may follow the number of threads; each part packs the
@@ -98,7 +116,8 @@ void rel_attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor
   p.grad_bias_table = view_of(grad_bias_table);
   p.grad_prefix_key = view_of(grad_prefix_key), p.grad_prefix_value = view_of(grad_prefix_value);
 
-  p.group = small_grid_group(p);
+  const bool whole = takes_whole_pairs(p);
+  p.group = whole ? 0 : small_grid_group(p);
   // The split of the keys changes the order of summation, so it follows the shape alone: enough tasks for many threads
   // where the image is large, at the cost of one float32 copy of grad_query for every further part.
   const int64_t pairs = p.batch * p.heads;
@@ -107,10 +126,10 @@ void rel_attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor
   p.key_splits = std::clamp<int64_t>(std::min(wanted, p.hk * p.wk / kKeysToAPart), 1,
                                      std::max<int64_t>(p.hk / kKeyRowsToAPart, 1));
   // Gradients of given logits are as large as those: no further copy of them, hence no split.
-  if (p.group > 0 || (!p.tables && (p.row_term || p.col_term))) p.key_splits = 1;
+  if (p.group > 0 || whole || (!p.tables && (p.row_term || p.col_term))) p.key_splits = 1;
 
   // Likewise the runs of images whose gradients of a bias table a task adds up.
-  constexpr int64_t kTableTasks = 256;
+  const int64_t kTableTasks = whole ? 64 : 256;
   p.image_runs = p.batch;
   if (p.bias_table && p.key_splits == 1 && p.heads > 0)
     p.image_runs = std::min(p.batch, (kTableTasks + p.heads - 1) / p.heads);
@@ -126,7 +145,11 @@ void rel_attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor
   p.bias_partials = bias_partials.data();
 
   const Kernels& use = best_kernels();
-  parallel(p.tasks(), p.group > 0 ? small_grids::best_kernels().backward : use.backward, p);
+  parallel(p.tasks(),
+           whole         ? whole_pairs::best_kernels().backward
+           : p.group > 0 ? small_grids::best_kernels().backward
+                         : use.backward,
+           p);
   if (p.key_splits > 1) parallel(pairs, use.sum_query_partials, p);
   parallel(table_rows, use.sum_table_partials, p);
   parallel(p.heads * p.bias_rows(), use.sum_bias_partials, p);

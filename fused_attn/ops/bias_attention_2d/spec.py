@@ -14,12 +14,12 @@ from .._floor.declarations import OpSpec, Sample, Shape, convert, drawn
 from ..rel_attention_2d import op
 from ..rel_attention_2d.spec import (
     GEOMETRIES,
-    MANY,
     MANY_GEOMETRIES,
     MANY_SETTINGS,
     PREFIX_CASES,
     SEGMENT_CASES,
     SMALL,
+    SMALL_GRIDS,
     fuzz_extras,
     fuzz_geometry,
     geometry,
@@ -73,8 +73,14 @@ def _sample(name: str, small: bool = False, **settings: Any) -> Sample:
 SAMPLES = (
     *(_sample(name, small=name == "small", **geometry) for name, geometry in GEOMETRIES.items()),
     *(_sample(name, **settings) for name, settings in (MANY_GEOMETRIES | MANY_SETTINGS).items()),
-    _sample("many pairs, key_minus_query", **MANY, options={"index": "key_minus_query"}),
-    _sample("many pairs, table of masks", **MANY, table="masks"),
+    *(
+        sample
+        for name, many in SMALL_GRIDS.items()
+        for sample in (
+            _sample(f"{name}, key_minus_query", **many, options={"index": "key_minus_query"}),
+            _sample(f"{name}, table of masks", **many, table="masks"),
+        )
+    ),
     _sample("many pairs, shifted windows", **geometry((7, 7), d_k=32, d_v=32, batch=24, heads=3), windows=2),
     _sample("key_minus_query", small=True, **SMALL, options={"index": "key_minus_query"}),
     _sample("key_minus_query, unequal grids", **geometry((6, 5), (4, 9), d_v=4), options={"index": "key_minus_query"}),

@@ -196,28 +196,42 @@ GEOMETRIES = {
 }
 
 
+QUERY_MINUS_KEY = {"index": "query_minus_key"}
+
 #: Pairs of a head and an image for several whole vectors of them, and a part of one: on the CPU, small grids of as many
 #: pairs have kernels of their own.
 MANY = geometry((3, 4), (4, 3), d_k=5, d_v=3, batch=23, heads=3)
+#: Keys and depths that all but fill vectors, of fewer pairs: so have these.
+FULL = geometry((4, 3), (3, 5), d_k=15, d_v=16, batch=6, heads=3)
+SMALL_GRIDS = {"many pairs": MANY, "full vectors": FULL}
 MANY_GEOMETRIES = {
     "many pairs": MANY,
     "many pairs, one key": geometry((2, 3), (1, 1), d_k=4, batch=70, heads=1),
     "many pairs, several blocks": geometry((17, 12), (11, 9), d_k=20, d_v=17, batch=3, heads=23),
     "many pairs, deep": geometry((7, 7), d_k=32, d_v=64, batch=11, heads=6),
-    "many pairs, channels_last": {**MANY, "layout": _channels_last},
-    "many pairs, channels first": {**MANY, "layout": _channels_first},
-    "many pairs, spread": {**MANY, "layout": spread},
-    "many pairs, expanded keys": {**MANY, "layout": _inside, "key_layout": expanded},
+    "full vectors": FULL,
+    "full vectors, several blocks": geometry((16, 13), (10, 16), d_k=48, d_v=64, batch=4, heads=4),
+    "full vectors, wide": geometry((2, 5), (2, 39), d_k=16, d_v=31, batch=2, heads=9),
+    "full vectors, many pairs": geometry((8, 8), d_k=48, d_v=64, batch=16, heads=4),
 }
+for _name, _geometry in SMALL_GRIDS.items():
+    MANY_GEOMETRIES |= {
+        f"{_name}, channels_last": {**_geometry, "layout": _channels_last},
+        f"{_name}, channels first": {**_geometry, "layout": _channels_first},
+        f"{_name}, spread": {**_geometry, "layout": spread},
+        f"{_name}, expanded keys": {**_geometry, "layout": _inside, "key_layout": expanded},
+    }
 #: Further settings of samples of them.
 MANY_SETTINGS = {
-    "many pairs, prefix 2": {**MANY, "prefix": 2},
-    "many pairs, halves": {**MANY, "segments": "halves"},
-    "many pairs, empty": {**MANY, "segments": "empty"},
-    "many pairs, padded, prefix 1, dropout": {
-        **MANY, "segments": "padded", "prefix": 1, "options": {"dropout_p": 0.3},
-    },
-}  # fmt: skip
+    f"{name}, {what}": {**geometry, **settings}
+    for name, geometry in SMALL_GRIDS.items()
+    for what, settings in (
+        ("prefix 1", {"prefix": 1}),
+        ("halves", {"segments": "halves"}),
+        ("empty", {"segments": "empty"}),
+        ("padded, prefix 1, dropout", {"segments": "padded", "prefix": 1, "options": {"dropout_p": 0.3}}),
+    )
+}
 
 #: (segments, geometry) and (number of prefix keys, geometry) of samples.  The kernels of all functions are one: the
 #: first few are samples of each, all are those of ``bias_attention_2d``.
@@ -256,20 +270,26 @@ def _bias_sample(name: str, small: bool = False, **settings: Any) -> Sample:
 REL_SAMPLES = (
     *(_rel_sample(name, small=name == "small", **geometry) for name, geometry in GEOMETRIES.items()),
     *(_rel_sample(name, **settings) for name, settings in (MANY_GEOMETRIES | MANY_SETTINGS).items()),
-    _rel_sample("many pairs, rows only, per-head tables", **MANY, terms="h", tables="per head"),
-    _rel_sample("many pairs, columns only, query_minus_key", **MANY, terms="w", options={"index": "query_minus_key"}),
+    *(
+        sample
+        for name, many in SMALL_GRIDS.items()
+        for sample in (
+            _rel_sample(f"{name}, rows only, per-head tables", **many, terms="h", tables="per head"),
+            _rel_sample(f"{name}, columns only, query_minus_key", **many, terms="w", options=QUERY_MINUS_KEY),
+        )
+    ),
     _rel_sample("no tables", small=True, **SMALL, terms=""),
     _rel_sample("rows only", small=True, **SMALL, terms="h"),
     _rel_sample("columns only", **SMALL, terms="w"),
     _rel_sample("per-head tables", small=True, **SMALL, tables="per head"),
     _rel_sample("expanded tables", **SMALL, tables="expanded"),
     _rel_sample("transposed tables", **SMALL, tables="transposed"),
-    _rel_sample("query_minus_key", small=True, **SMALL, options={"index": "query_minus_key"}),
+    _rel_sample("query_minus_key", small=True, **SMALL, options=QUERY_MINUS_KEY),
     _rel_sample(
         "query_minus_key, unequal grids",
         **geometry((6, 5), (4, 9), d_v=4),
         tables="per head",
-        options={"index": "query_minus_key"},
+        options=QUERY_MINUS_KEY,
     ),
     _rel_sample("rel_scale 1", **SMALL, options={"rel_scale": 1.0}),
     _rel_sample("scale 0.1, rel_scale 0.7", small=True, **SMALL, options={"scale": 0.1, "rel_scale": 0.7}),
@@ -355,13 +375,19 @@ def _plant(name: str, value: float, position: int = 0) -> Callable[[dict[str, An
 BIAS_SAMPLES = (
     *(_bias_sample(name, small=name == "small", **geometry) for name, geometry in GEOMETRIES.items()),
     *(_bias_sample(name, **settings) for name, settings in (MANY_GEOMETRIES | MANY_SETTINGS).items()),
-    _bias_sample("many pairs, no bias", **MANY, terms=""),
-    _bias_sample("many pairs, rows only", **MANY, terms="h"),
-    _bias_sample("many pairs, strided bias", **MANY, edit=_spread_bias),
-    _bias_sample("many pairs, masked by both terms", **MANY, edit=_mask_crossed),
-    _bias_sample("many pairs, masked by several numbers", **MANY, edit=_mask_mixed),
-    _bias_sample("many pairs, nan in query", **MANY, edit=_plant("query", float("nan"))),
-    _bias_sample("many pairs, inf in the last value", **MANY, edit=_plant("value", float("inf"), -1)),
+    *(
+        _bias_sample(f"{name}, {what}", **many, **settings)
+        for name, many in SMALL_GRIDS.items()
+        for what, settings in (
+            ("no bias", {"terms": ""}),
+            ("rows only", {"terms": "h"}),
+            ("strided bias", {"edit": _spread_bias}),
+            ("masked by both terms", {"edit": _mask_crossed}),
+            ("masked by several numbers", {"edit": _mask_mixed}),
+            ("nan in query", {"edit": _plant("query", float("nan"))}),
+            ("inf in the last value", {"edit": _plant("value", float("inf"), -1)}),
+        )
+    ),
     _bias_sample("no bias", **SMALL, terms=""),
     _bias_sample("rows only", small=True, **SMALL, terms="h"),
     _bias_sample("columns only", **SMALL, terms="w"),
