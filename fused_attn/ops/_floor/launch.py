@@ -33,6 +33,14 @@ class Launch(NamedTuple):
 
 
 @functools.cache
+def triton_before(major: int, minor: int) -> bool:
+    """Whether the installed Triton is older: where versions compile a kernel differently, launches ask."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) < (major, minor)
+
+
+@functools.cache
 def compiler_options(warps: int, stages: int) -> dict[str, Any]:
     """Compiler options; shared, not to be changed."""
     # FMA contraction is the default up to Triton 3.9 and no longer after it.

@@ -1,4 +1,4 @@
-"""Launches of the Triton kernels: tile shapes per architecture, arguments, and the two entry points of op.py.
+"""Launches of the Triton kernels: arguments, and the two entry points of op.py.  Tiles: triton_tile_table.py.
 
 A launch is planned as data (:class:`Launch`) from shapes, strides and the architecture alone.  ``forward`` and
 ``backward`` run the plans; ``triton_compile_cases.py`` gives the same plans over meta tensors to the compile report.
@@ -6,26 +6,16 @@ A launch is planned as data (:class:`Launch`) from shapes, strides and the archi
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .._floor.dropout import threshold
 from .._floor.launch import Launch, alignment, architecture, bucket_size, checked, compiler_options, strides
 from . import triton_backward_kernels, triton_kernels
 from .relative_logits import relative_logits, relative_logits_backward
-
-
-class Tile(NamedTuple):
-    """Launch parameters of one kernel: queries per tile, keys per tile (aimed at), warps, pipeline stages."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
+from .triton_tile_table import Tile, blocks, key_tile
 
 
 class AttentionLaunch(Launch):
@@ -111,117 +101,10 @@ class Gradients(NamedTuple):
     prefix_value: Tensor | None = None
 
 
-# Kernel -> depth bucket -> tile; the bucket is the larger padded depth of key and value.  Chosen by
-# the compile report: first no spills, then few instructions per score, then several independent thread
-# blocks per multiprocessor, so that one block's exponentials cover another's products.
-_TILES_NVIDIA = {
-    "forward": {32: Tile(128, 128, 8, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 1)},
-    "backward_dq": {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 8, 1)},
-    "backward_dkv": {32: Tile(64, 64, 4, 2), 64: Tile(32, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 8, 1)},
-    "backward_table": {
-        32: Tile(64, 64, 8, 1),
-        64: Tile(64, 64, 8, 1),
-        128: Tile(32, 32, 4, 1),
-        256: Tile(32, 32, 8, 1),
-    },
-}
-# Where a family's registers do not hold the tile above.  sm_80 stands for every part with warp-level matrix products.
-_TILES_BY_FAMILY = {
-    ("sm_80", "forward", 128): Tile(64, 32, 8, 2),
-    ("sm_80", "forward", 256): Tile(64, 32, 8, 1),
-    ("sm_80", "backward_dq", 64): Tile(64, 32, 4, 2),
-    ("sm_80", "backward_dq", 128): Tile(32, 32, 8, 1),
-    ("sm_80", "backward_dkv", 32): Tile(64, 64, 8, 1),
-    ("sm_80", "backward_dkv", 64): Tile(32, 64, 8, 1),
-    ("sm_80", "backward_dkv", 128): Tile(32, 64, 8, 1),
-    ("sm_90", "forward", 128): Tile(64, 64, 8, 2),
-    ("sm_90", "backward_dq", 128): Tile(128, 32, 8, 1),
-    ("sm_90", "backward_dkv", 128): Tile(16, 128, 8, 1),
-    ("sm_100", "forward", 128): Tile(128, 64, 8, 2),
-    ("sm_100", "forward", 256): Tile(64, 32, 8, 1),
-    ("sm_100", "backward_dkv", 32): Tile(64, 64, 4, 1),
-}
-_TILES_AMD = {
-    "forward": {32: Tile(128, 64, 4, 1), 64: Tile(128, 64, 4, 1), 128: Tile(64, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
-    "backward_dq": {32: Tile(128, 64, 4, 1), 64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
-    "backward_dkv": {32: Tile(64, 64, 4, 1), 64: Tile(32, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
-    "backward_table": {
-        32: Tile(64, 64, 8, 1),
-        64: Tile(64, 64, 8, 1),
-        128: Tile(32, 32, 4, 1),
-        256: Tile(32, 32, 8, 1),
-    },
-}
-# IEEE float32 products run on the vector units and keep whole rows of operands in registers: none holds a depth of 256.
-_TILES_FLOAT32 = {
-    "forward": {32: Tile(32, 64, 4, 1), 64: Tile(64, 32, 8, 1), 128: Tile(16, 16, 8, 1)},
-    "backward_dq": {32: Tile(64, 32, 4, 1), 64: Tile(16, 32, 8, 1), 128: Tile(16, 16, 8, 1)},
-    "backward_dkv": {32: Tile(32, 32, 4, 1), 64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 4, 1)},
-    "backward_table": {32: Tile(32, 32, 4, 1), 64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 4, 1)},
-}
-# Where a family's compiler makes the tile above spill.
-_TILES_FLOAT32_BY_FAMILY = {
-    ("sm_80", "backward_dkv", 128): Tile(16, 32, 8, 1),
-    ("sm_100", "backward_dkv", 128): Tile(16, 32, 8, 1),
-}
-# With biases that are read for every score: of a precision, or of the 16-bit types in a family.
-_TILES_WITH_TABLE = {
-    ("16 bits", "forward", 32): Tile(128, 32, 4, 2),
-    ("float32", "forward", 32): Tile(32, 32, 4, 1),
-    ("sm_100", "forward", 128): Tile(64, 64, 8, 2),
-    ("sm_80", "backward_dq", 128): Tile(64, 32, 8, 1),  # as many keys as without a table: ``strips`` counts on it
-}
-# With prefix keys, in 16-bit types.
-_TILES_WITH_PREFIX = {("sm_80", "forward", 64): Tile(64, 32, 8, 2)}
-
-
-def choose_tile(
-    kernel: str, arch: str, dtype: torch.dtype, block_dk: int, block_dv: int, table: bool, prefix: bool
-) -> Tile:
-    """Tile of ``kernel`` ("forward", "backward_dq", "backward_dkv" or "backward_table") on ``arch``."""
-    bucket = max(32, block_dk, block_dv)
-    amd = arch.startswith("gfx")
-    family = "gfx" if amd else {"sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}.get(arch, "sm_80")
-    precision = "float32" if dtype == torch.float32 else "16 bits"
-    if table and (precision, kernel, bucket) in _TILES_WITH_TABLE:
-        return _TILES_WITH_TABLE[precision, kernel, bucket]
-    if dtype == torch.float32:
-        return _TILES_FLOAT32_BY_FAMILY.get((family, kernel, bucket), _TILES_FLOAT32[kernel][bucket])
-    if amd:
-        return _TILES_AMD[kernel][bucket]
-    if table and (family, kernel, bucket) in _TILES_WITH_TABLE:
-        return _TILES_WITH_TABLE[family, kernel, bucket]
-    if prefix and (family, kernel, bucket) in _TILES_WITH_PREFIX:
-        return _TILES_WITH_PREFIX[family, kernel, bucket]
-    return _TILES_BY_FAMILY.get((family, kernel, bucket), _TILES_NVIDIA[kernel][bucket])
-
-
-@functools.cache
-def key_tile(block_n: int, height: int, width: int) -> tuple[int, int]:
-    """(rows, columns) of a key tile of at most ``block_n`` keys: powers of two, at least 16 keys together.
-
-    Whole image rows unless narrower strips pad so much less that they pay for their row logits (one per row and strip).
-    """
-
-    def shape(columns: int) -> tuple[int, int]:
-        return max(min(block_n // columns, triton.next_power_of_2(height)), -(-16 // columns)), columns
-
-    def cost(columns: int) -> tuple[float, int]:
-        rows, _ = shape(columns)
-        padded = -(-height // rows) * rows * -(-width // columns) * columns
-        return padded * (1.0 + 2.0 / columns), -columns
-
-    widest = min(triton.next_power_of_2(width), block_n)
-    return shape(min((2**i for i in range(widest.bit_length())), key=cost))
-
-
-@functools.cache
-def _blocks(
-    kernel: str, arch: str, dtype: torch.dtype, d_k: int, d_v: int, table: bool = False, prefix: bool = False
-) -> tuple[Tile, int, int]:
-    """Tile of a kernel and the padded depths of key and value."""
-    block_dk, block_dv = (max(16, triton.next_power_of_2(depth)) for depth in (d_k, d_v))
-    return choose_tile(kernel, arch, dtype, block_dk, block_dv, table, prefix), block_dk, block_dv
+def _traits(common: dict[str, Any], prefix: bool = False) -> tuple[str, ...]:
+    """What :func:`choose_tile` may ask of a call, "strips" aside."""
+    present = {"table": common["table_ptr"] is not None, "prefix": prefix, "dropout": common["seed_ptr"] is not None}
+    return tuple(trait for trait, there in present.items() if there)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -289,10 +172,13 @@ def _launch_over_queries(
     query, key, value = common["query_ptr"], common["key_ptr"], common["value_ptr"]
     batch, heads, height, width, d_k = query.shape
     key_height, key_width = key.shape[2:4]
-    table, prefix = terms.bias_table, terms.prefix_key
-    depths = d_k, value.shape[4]
-    tile, block_dk, block_dv = _blocks(name, arch, query.dtype, *depths, table is not None, prefix is not None)
+    prefix = terms.prefix_key
+    traits = _traits(common, prefix is not None)
+    tile, block_dk, block_dv = blocks(name, arch, query.dtype, d_k, value.shape[4], traits)
     rows, columns = key_tile(tile.block_n, key_height, key_width)
+    if key_width > columns:
+        tile, _, _ = blocks(name, arch, query.dtype, d_k, value.shape[4], ("strips", *traits))
+        rows, columns = key_tile(tile.block_n, key_height, key_width)
     queries = height * width
     block_m = max(16, min(tile.block_m, bucket_size(queries)))
     prefixes = None if prefix is None else prefix.shape[3]
@@ -369,10 +255,13 @@ def plan_backward(
         launches += _plan_table(common | over_keys, terms, factors, grads.bias_table, arch)
     if grad_out.dtype != torch.float32:
         return launches
-    return [dq._replace(arguments={**dq.arguments, "DELTA_ONLY": True}), *launches]
+    delta = _plan_dq(common | over_keys, out, statistics, grads, terms, factors, arch, delta_only=True)
+    return [delta, *launches]
 
 
-def _plan_dq(common: dict[str, Any], out, statistics, grads: Gradients, terms: Terms, factors, arch: str) -> Launch:
+def _plan_dq(
+    common: dict[str, Any], out, statistics, grads: Gradients, terms: Terms, factors, arch: str, delta_only=False
+) -> Launch:
     d_row = grads.row_logits
     arguments = {
         "out_ptr": out,
@@ -386,19 +275,24 @@ def _plan_dq(common: dict[str, Any], out, statistics, grads: Gradients, terms: T
         "grad_col_logits_strides": strides(grads.col_logits),
         "grad_row_scale": factors.row_scale,
         "grad_col_scale": factors.col_scale,
-        "DELTA_ONLY": False,
+        "DELTA_ONLY": delta_only,
     }
     kernel = triton_backward_kernels.rel_attention_bwd_dq_kernel
-    return _launch_over_queries("backward_dq", kernel, common, arguments, terms, arch)
+    name = "backward_delta" if delta_only else "backward_dq"
+    return _launch_over_queries(name, kernel, common, arguments, terms, arch)
 
 
 def _plan_dkv(common: dict[str, Any], grad_key: Tensor, grad_value: Tensor, arch: str) -> Launch:
     batch, heads, height, width, d_k = common["query_ptr"].shape
     key_height, key_width = common["key_height"], common["key_width"]
     grad_out = common["grad_out_ptr"]
-    tile, block_dk, block_dv = _blocks("backward_dkv", arch, grad_out.dtype, d_k, common["D_V"])
-    rows, columns = key_tile(tile.block_n, key_height, key_width)
+    traits = _traits(common)
+    tile, block_dk, block_dv = blocks("backward_dkv", arch, grad_out.dtype, d_k, common["D_V"], traits)
     query_rows, query_columns = key_tile(tile.block_m, height, width)
+    if width > query_columns:
+        tile, _, _ = blocks("backward_dkv", arch, grad_out.dtype, d_k, common["D_V"], ("strips", *traits))
+        query_rows, query_columns = key_tile(tile.block_m, height, width)
+    rows, columns = key_tile(tile.block_n, key_height, key_width)
     arguments = {
         "first_key": None,
         **common,
@@ -436,7 +330,7 @@ def _plan_table(common: dict[str, Any], terms: Terms, factors: Factors, grad_tab
     query, key = terms.query, terms.key
     batch, heads, height, width, d_k = query.shape
     key_height, key_width = key.shape[2:4]
-    tile, block_dk, block_dv = _blocks("backward_table", arch, query.dtype, d_k, common["D_V"])
+    tile, block_dk, block_dv = blocks("backward_table", arch, query.dtype, d_k, common["D_V"])
     rows, columns = key_tile(tile.block_n, max(height, key_height), max(width, key_width))
     apart = (-(-height // rows) + -(-key_height // rows) - 1, -(-width // columns) + -(-key_width // columns) - 1)
     tiles = heads * apart[0] * apart[1]
@@ -474,7 +368,7 @@ def _plan_table(common: dict[str, Any], terms: Terms, factors: Factors, grad_tab
 
 def strips(query: Tensor, key: Tensor, value: Tensor, arch: str) -> int:
     """Column strips that the dQ pass walks: the leading dimension of its ``grad_row_logits``."""
-    tile, _, _ = _blocks("backward_dq", arch, query.dtype, query.shape[4], value.shape[4])
+    tile, _, _ = blocks("backward_dq", arch, query.dtype, query.shape[4], value.shape[4])
     return -(-key.shape[3] // key_tile(tile.block_n, *key.shape[2:4])[1])
 
 

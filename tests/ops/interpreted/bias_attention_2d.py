@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fused_attn.ops import SPECS
+from fused_attn.ops.rel_attention_2d import triton_launch, triton_tile_table
 from fused_attn.testing import checks
 
 pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
@@ -32,6 +33,16 @@ def test_bias_attention_2d(name, dtype):
     checks.check_numerics(
         SPEC["bias_attention_2d"], "triton", *(sample.inputs(dtype, "cpu", draw) for draw in range(3))
     )
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
+def test_tiles_of_other_parts_before_triton_3_7(monkeypatch, arch):
+    monkeypatch.setattr(triton_launch, "architecture", lambda tensor: arch)
+    monkeypatch.setattr(triton_tile_table, "triton_before", lambda *version: True)
+    triton_tile_table.blocks.cache_clear()
+    inputs = BY_NAME["bias_attention_2d"]["shifted windows 7x7"].inputs(torch.bfloat16)
+    checks.check_numerics(SPEC["bias_attention_2d"], "triton", inputs)
+    triton_tile_table.blocks.cache_clear()
 
 
 @pytest.mark.parametrize("op", ["rel_attention_2d", "decomposed_bias_attention"])

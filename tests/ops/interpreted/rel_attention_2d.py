@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fused_attn.ops.rel_attention_2d import op, reference, triton_launch
+from fused_attn.ops.rel_attention_2d import op, reference, triton_launch, triton_tile_table
 from fused_attn.testing.numerics import mismatches
 
 pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
@@ -109,6 +109,24 @@ def test_geometry(query_grid, key_grid, d_k, d_v):
 @pytest.mark.parametrize(("dtype", "d_k", "d_v"), [(F32, 128, 100), (F16, 160, 256)])
 def test_deepest_tiles(dtype, d_k, d_v):
     check(inputs(dtype, 1, (2, 3), (2, 3), d_k, d_v, "logits"))
+
+
+@pytest.mark.parametrize(
+    ("arch", "old_triton", "dtype", "grid", "depth", "dropout_p"),
+    [
+        ("sm_80", False, BF16, (3, 14), 96, 0.1),
+        ("sm_80", True, BF16, (3, 47), 20, 0.0),
+        ("sm_90", True, BF16, (2, 56), 96, 0.1),
+        ("sm_100", True, BF16, (2, 56), 96, 0.0),
+        ("sm_100", True, F32, (3, 14), 64, 0.0),
+    ],
+)
+def test_tiles_of_other_parts_and_versions(monkeypatch, arch, old_triton, dtype, grid, depth, dropout_p):
+    monkeypatch.setattr(triton_launch, "architecture", lambda tensor: arch)
+    monkeypatch.setattr(triton_tile_table, "triton_before", lambda *version: old_triton)
+    triton_tile_table.blocks.cache_clear()
+    check(inputs(dtype, 1, grid, grid, depth, depth, "logits"), dropout_p=dropout_p)
+    triton_tile_table.blocks.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
