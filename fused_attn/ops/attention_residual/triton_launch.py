@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._floor.launch import Launch, bucket, bucket_size, checked, compiler_options, strides
+from .._floor.launch import Launch, bucket, bucket_size, checked, compiler_options, strides, triton_before
 from .._floor.layout import rows
 from . import triton_kernels
 
@@ -76,8 +76,9 @@ def _common(values: Sequence[Tensor], query: Tensor, norm_weight: Tensor | None,
     }
 
 
-def _launch(kernel, programs: int, arguments: dict[str, Any], tile) -> Launch:
-    return TokenLaunch(kernel, checked(programs, "values make"), arguments, compiler_options(tile[2], 1))
+def _launch(kernel, programs: int, arguments: dict[str, Any], tile, **options: int) -> Launch:
+    options = compiler_options(tile[2], 1) | options
+    return TokenLaunch(kernel, checked(programs, "values make"), arguments, options)
 
 
 def plan_forward(values, query, norm_weight, eps, out, statistics) -> Launch:
@@ -92,6 +93,12 @@ def plan_forward(values, query, norm_weight, eps, out, statistics) -> Launch:
 def plan_backward(grad_out, values, query, norm_weight, statistics, grad_values, partials) -> Launch:
     """The backward launch; writes ``grad_values`` (contiguous) and ``partials``, a row per program."""
     tile = _tile(values[0].shape[-1], 16)
+    options = {}
+    if triton_before(3, 7):
+        if tile[2] == 16:  # 128 registers, which spill
+            tile = _tile(values[0].shape[-1], 32)
+        elif tile[2] == 1 and torch.version.hip is None:
+            options["maxnreg"] = 168  # or two of them are spilled for the sake of 128
     arguments = _common(values, query, norm_weight, tile)
     arguments |= {
         "grad_out_ptr": grad_out,
@@ -100,7 +107,7 @@ def plan_backward(grad_out, values, query, norm_weight, statistics, grad_values,
         "grad_value_ptrs": bucket(grad_values),
         "partials_ptr": partials,
     }
-    return _launch(triton_kernels.attention_residual_bwd_kernel, partials.shape[0], arguments, tile)
+    return _launch(triton_kernels.attention_residual_bwd_kernel, partials.shape[0], arguments, tile, **options)
 
 
 def _backward_programs(values: Sequence[Tensor]) -> int:

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._floor.launch import Launch, checked, compiler_options, strides
+from .._floor.launch import Launch, checked, compiler_options, strides, triton_before
 from . import triton_kernels as kernels
 
 #: Elements of the largest plane that one program holds, and of a tile of a larger one.
@@ -85,7 +85,10 @@ def tiling(height: int, width: int) -> Tiling:
 def _launch(kernel, programs: int, tile: Tiling, arguments: dict[str, Any]) -> Launch:
     arguments = {name: arguments[name] for name in kernel.arg_names}
     once = tile.whole and "images" not in arguments and kernel is not kernels.row_col_bwd_x_kernel
-    options = compiler_options(tile.warps, 1 if once else 2)
+    warps = tile.warps
+    if kernel is kernels.row_col_bwd_weight_kernel and not tile.whole and triton_before(3, 7):
+        warps = min(warps, 4)  # 8 spill for two blocks of 128 registers to a multiprocessor; 4 run in three
+    options = compiler_options(warps, 1 if once else 2)
     return PlaneLaunch(kernel, checked(programs, "x makes"), arguments, options)
 
 
