@@ -58,15 +58,15 @@ int64_t small_grid_group(const Problem& p) {
 }
 
 // Whether the kernels of whole pairs take the problem: where little of a vector of keys or of a depth would be padding.
-// Against those of small grids, which pad nothing, it takes long vectors and much to do for a pair; the others they
-// beat as long as the logits of a pair stay in the second-level cache.  By the shape alone, likewise.
+// Those of small grids, which pad nothing, are faster with shorter vectors and for less to do in a pair; the others
+// only where the logits of a pair leave the second-level cache.  By the shape alone, likewise.
 bool takes_whole_pairs(const Problem& p) {
   constexpr int64_t kMostKeys = 784, kLeastPairs = 16;
   const auto& kernels = whole_pairs::best_kernels();
   const int64_t keys = p.hk * p.wk + p.prefix, lanes = kernels.lanes;
   auto fills = [&](int64_t count) { return count > 0 && (count + lanes - 1) / lanes * lanes * 10 <= 11 * count; };
   if (kernels.forward == nullptr || !fills(keys) || !fills(p.dk) || !fills(p.dv) || p.queries() == 0) return false;
-  if (small_grid_group(p) > 0) return lanes >= 16 && (keys >= 192 || (keys >= 64 && p.dk + p.dv >= 96));
+  if (small_grid_group(p) > 0) return lanes >= 16 && keys >= 64 && p.dk + p.dv >= 64;
   return keys <= kMostKeys && p.batch * p.heads >= kLeastPairs;
 }
 

@@ -120,10 +120,12 @@ struct Pair {
     return view.stride[4] != 1 && view.stride[3] == 1 && view.stride[2] == width;
   }
 
+  // The image or head that comes next: where the heads of a position lie side by side, no hardware follows.
+  int64_t to_next(const TensorView& view) const { return p.bias_table ? view.stride[0] : view.stride[1]; }
+
   void read(const TensorView& view, int64_t width, int64_t first, int64_t count, float factor, const Rows& to,
             int64_t to_row = 0) const {
-    // The image or head that comes next: where the heads of a position lie side by side, no hardware follows.
-    const int64_t ahead = p.bias_table ? view.stride[0] : view.stride[1], step = view.stride[4];
+    const int64_t ahead = to_next(view), step = view.stride[4];
     with_element(view.dtype, [&](auto element) {
       using T = decltype(element);
       if (channels_first(view, width))
@@ -157,7 +159,7 @@ struct Pair {
   // factors: one for each row; without them, 1.
   void write(const TensorView& view, int64_t width, int64_t first, int64_t count, const Rows& from,
              int64_t from_row = 0, const float* factors = nullptr) const {
-    const int64_t step = view.stride[4];
+    const int64_t ahead = to_next(view), step = view.stride[4];
     auto factor = [&](int64_t i) FA_INLINE_CALL { return factors != nullptr ? factors[i] : 1.0f; };
     with_element(view.dtype, [&](auto element) {
       using T = decltype(element);
@@ -180,8 +182,10 @@ struct Pair {
         const float* numbers = from.at(from_row + i);
         const float by = factor(i);
         if (step == 1)
-          return each(from.depth,
-                      [&](auto lanes) FA_INLINE_CALL { lanes.store(to, load(numbers + lanes.begin) * by); });
+          return each(from.depth, [&](auto lanes) FA_INLINE_CALL {
+            __builtin_prefetch(to + ahead + lanes.begin, 1);
+            lanes.store(to, load(numbers + lanes.begin) * by);
+          });
         for (int64_t d = 0; d < from.depth; ++d) to[d * step] = static_cast<T>(numbers[d] * by);
       });
     });
