@@ -111,9 +111,9 @@ def replacements(folder: Path = RESULTS) -> str:
     """
     lines = []
     there = [each for each in REPLACEMENTS if (folder / f"{each[2]}.json").exists()]
-    days = report.dates(json.loads((folder / f"{op}.json").read_text()) for _, _, op, _ in there)
-    for old, new, op, page in there:
-        result = json.loads((folder / f"{op}.json").read_text())
+    results = [json.loads((folder / f"{op}.json").read_text()) for _, _, op, _ in there]
+    days = report.dates(results)
+    for (old, new, _, page), result in zip(there, results, strict=True):
         steps = [row for row in result["rows"] if (row["kind"], row["pass"], row["status"]) == ("shape", "both", "ok")]
         speed, memory = [], []
         for mine in (row for row in steps if row["fused"]):
@@ -123,7 +123,7 @@ def replacements(folder: Path = RESULTS) -> str:
         if not lines:
             environment = result["environment"]
             lines = [
-                f"{environment['threads']} cores of {environment['cpu']}, torch {environment['torch']}, {days}, "
+                f"{environment['threads']} cores of {report.processors(results)}, torch {environment['torch']}, {days}, "
                 "float32, forward + backward: time and peak extra memory of the fastest of eager PyTorch, "
                 "`torch.compile` and SDPA, over the fused op's; least and most of the benchmark's shapes. With an "
                 "allocator that keeps freed memory: "

@@ -182,6 +182,7 @@ def summary(reports: Iterable[Report]) -> str:
             peer = next(row for row in same if row["provider"] == mine["best_peer"])
             if not lines:
                 where = machine(report).replace(report["environment"]["date"], days)
+                where = where.replace(_processor(report), processors(reports))
                 lines = [
                     f"{where}, {report['dtype']}, forward + backward, medians, the ratio that of rounds; the "
                     "share is that of the copy bandwidth which this machine reaches at most; memory: held at the peak "
@@ -196,6 +197,19 @@ def summary(reports: Iterable[Report]) -> str:
                 f"| {_mebibytes(mine['extra_bytes'])} | {_mebibytes(peer['extra_bytes'])} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def _processor(report: Report) -> str:
+    return report["environment"]["gpu"] if report["device"] == "cuda" else report["environment"]["cpu"]
+
+
+def processors(reports: Iterable[Report]) -> str:
+    """The processor of the measurements; where there are several, that of most ops, then those of the others."""
+    ops: dict[str, list[str]] = {}
+    for report in reports:
+        ops.setdefault(_processor(report), []).append(f"`{report['op']}`")
+    most, *others = sorted(ops, key=lambda name: -len(ops[name])) or [""]
+    return most + "".join(f" ({', '.join(ops[name])}: {name})" for name in others)
 
 
 def dates(reports: Iterable[Report]) -> str:

@@ -456,3 +456,12 @@ def test_no_garbage_is_collected_in_a_timed_call():
     with pytest.raises(KeyboardInterrupt):
         measure.interleave({"a": interrupted}, seconds=0, least=9, turn_seconds=0, warmup=0)
     assert gc.isenabled()
+
+
+def test_tables_of_several_machines_name_each():
+    def measured(op, cpu):
+        return {"op": op, "device": "cpu", "environment": {"cpu": cpu, "gpu": None}}
+
+    one = [measured("a", "X"), measured("b", "X")]
+    assert report.processors(one) == "X"
+    assert report.processors([measured("c", "Y"), *one, measured("d", "Y"), measured("e", "X")]) == "X (`c`, `d`: Y)"
