@@ -123,8 +123,8 @@ def replacements(folder: Path = RESULTS) -> str:
         if not lines:
             environment = result["environment"]
             lines = [
-                f"{environment['threads']} cores of {report.processors(results)}, torch {environment['torch']}, {days}, "
-                "float32, forward + backward: time and peak extra memory of the fastest of eager PyTorch, "
+                f"{environment['threads']} cores of {report.processors(results)}, torch {environment['torch']}, "
+                f"{days}, float32, forward + backward: time and peak extra memory of the fastest of eager PyTorch, "
                 "`torch.compile` and SDPA, over the fused op's; least and most of the benchmark's shapes. With an "
                 "allocator that keeps freed memory: "
                 "[with the default one](../../docs/results/default_allocator.md) the ratios are others.",
