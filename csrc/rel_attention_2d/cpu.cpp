@@ -129,10 +129,10 @@ void rel_attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor
   if (p.group > 0 || whole || (!p.tables && (p.row_term || p.col_term))) p.key_splits = 1;
 
   // Likewise the runs of images whose gradients of a bias table a task adds up.
-  const int64_t kTableTasks = whole ? 64 : 256;
+  const int64_t table_tasks = whole ? 64 : 256;  // few images to a task would not pay for its matrices of biases
   p.image_runs = p.batch;
   if (p.bias_table && p.key_splits == 1 && p.heads > 0)
-    p.image_runs = std::min(p.batch, (kTableTasks + p.heads - 1) / p.heads);
+    p.image_runs = std::min(p.batch, (table_tasks + p.heads - 1) / p.heads);
   if (p.group > 0) p.image_runs = p.heads <= p.group ? p.tasks() : p.batch;
 
   std::vector<float> query_partials, table_partials, bias_partials;

@@ -8,10 +8,11 @@ namespace fused_attn::rel_attention_2d::small_grids::FUSED_ATTN_ISA {
 namespace {
 
 #include "common/simd.h"
+// clang-format off: the order counts
 #include "rel_attention_2d/shared_impl.h"
+#include "rel_attention_2d/unsplit_impl.h"
 #include "rel_attention_2d/small_grids/matrices_impl.h"
-
-enum class Bias { none, axes, table };
+// clang-format on
 
 // A group of pairs, and a block of whole rows of its queries: what both passes hold.
 struct Group {
@@ -196,22 +197,6 @@ struct Kept {
   }
 };
 
-// choose<B, Dropout, Masks>() for a problem and the segments of a group.
-template <class Choose>
-FA_INLINE void with_options(const Group& group, const Choose& choose) {
-  const Problem& p = group.p;
-  auto with_masks = [&]<Bias B, bool Dropout>() {
-    return group.masks ? choose.template operator()<B, Dropout, true>()
-                       : choose.template operator()<B, Dropout, false>();
-  };
-  auto with_dropout = [&]<Bias B>() {
-    return p.drop_below > 0 ? with_masks.template operator()<B, true>() : with_masks.template operator()<B, false>();
-  };
-  if (p.bias_table) return with_dropout.template operator()<Bias::table>();
-  if (p.row_term || p.col_term) return with_dropout.template operator()<Bias::axes>();
-  with_dropout.template operator()<Bias::none>();
-}
-
 // --- forward -------------------------------------------------------------------------------------------------------
 
 struct GroupForward : Group {
@@ -251,7 +236,7 @@ struct GroupForward : Group {
     start(next);
     each_block([&] {
       Scratch<float> factor(queries * L);
-      with_options(*this, [&]<Bias B, bool Dropout, bool Masks>() {
+      with_options(p, masks, [&]<Bias B, bool Dropout, bool Masks>() {
         for (int64_t q = 0; q < queries; ++q) store(factor + q * L, softmax<B, Dropout, Masks>(q));
       });
       product(queries, p.dv, keys, over_depth(score), over_positions(value), to_positions(out));
@@ -364,7 +349,7 @@ struct GroupBackward : Group {
   void run_block() {
     pack(query_lines(p.grad_out, p.dv), pairs, p.keep_scale, grad_out);
     product(keys, queries, p.dv, over_depth(value), over_depth(grad_out), to_depth(grad_score));
-    with_options(*this, [&]<Bias B, bool Dropout, bool Masks>() {
+    with_options(p, masks, [&]<Bias B, bool Dropout, bool Masks>() {
       for (int64_t q = 0; q < queries; ++q) softmax<B, Dropout, Masks>(q);
     });
     const bool add = y0 > 0;  // to what the blocks before contributed

@@ -137,13 +137,6 @@ struct Lines {
   int64_t step_in(const Matrix& x) const { return channels ? x.stride : L; }
 };
 
-// A (batch, heads, positions, depth) tensor as one of rows of one position.
-FA_INLINE TensorView as_grid(const TensorView& prefix) {
-  TensorView view = prefix;
-  view.stride[4] = prefix.stride[3], view.stride[3] = 0;
-  return view;
-}
-
 constexpr int64_t kAhead = 2;  // lines: those of many pairs are too many streams for the hardware to follow
 
 // body(offset in the pairs' heads, elements, offset of what comes later, place in the matrix) for L numbers of a line

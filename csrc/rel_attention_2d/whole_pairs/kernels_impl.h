@@ -8,8 +8,9 @@ namespace fused_attn::rel_attention_2d::whole_pairs::FUSED_ATTN_ISA {
 namespace {
 
 #include "common/simd.h"
-#include "rel_attention_2d/shared_impl.h"
 // clang-format off: the order counts
+#include "rel_attention_2d/shared_impl.h"
+#include "rel_attention_2d/unsplit_impl.h"
 #include "rel_attention_2d/whole_pairs/product_impl.h"
 #include "rel_attention_2d/whole_pairs/pair_impl.h"
 // clang-format on
@@ -70,7 +71,7 @@ struct PairForward : Pair {
   void run(int64_t next_image, int64_t next_head) {
     start(next_image, next_head);
     each_block([&] {
-      with_options(*this, [&]<Bias B, bool Dropout, bool Masks>() {
+      with_options(p, masks, [&]<Bias B, bool Dropout, bool Masks>() {
         for (int64_t i = 0; i < queries; i += L) softmax<B, Dropout, Masks>(i, smaller(L, queries - i));
       });
       product(queries, out.vectors, keys, {score.data, stride, 1}, value.data.data, value.stride, out.data.data,
@@ -223,7 +224,7 @@ struct PairBackward : Pair {
   void run_block() {
     read_queries(p.grad_out, p.keep_scale, grad_out);
     product(queries, vectors, p.dv, grad_out.over_depth(), turned_value.data, stride, grad_score.data, stride);
-    with_options(*this, [&]<Bias B, bool Dropout, bool Masks>() {
+    with_options(p, masks, [&]<Bias B, bool Dropout, bool Masks>() {
       for (int64_t i = 0; i < queries; i += L) softmax<B, Dropout, Masks>(i, smaller(L, queries - i));
     });
     auto to_keys = [&](const Scratch<float>& weights, const Rows& from, const Rows& to) {

@@ -29,8 +29,6 @@ void turn(const Rows& from, int64_t count, int64_t stride, float* to) {
     }
 }
 
-enum class Bias { none, axes, table };
-
 // Tables of the rows or the columns: those of a head, key positions counting up, and the logits of a block of queries.
 struct Axis {
   int64_t length = 0, turned_stride = 0;  // of the table; of a window past its end there is room for a vector
@@ -190,11 +188,6 @@ struct Pair {
       });
     });
   }
-  static TensorView as_grid(const TensorView& prefix) {  // of one column
-    TensorView view = prefix;
-    view.stride[4] = prefix.stride[3], view.stride[3] = 0;
-    return view;
-  }
   void read_keys(const TensorView& view, const TensorView& prefix, const Rows& to) const {
     read(view, p.wk, 0, grid, 1.0f, to);
     if (p.prefix > 0) read(as_grid(prefix), 1, 0, p.prefix, 1.0f, to, grid);
@@ -311,6 +304,9 @@ struct Pair {
     pack_segments();
     read_keys(p.key, p.prefix_key, key);
     read_keys(p.value, p.prefix_value, value);
+    // Past the keys the last one again: its products are as finite as a key's, and the bias there hides them.
+    for (int64_t k = keys; k < vectors * L; ++k)
+      for (int64_t d = 0; d < key.stride; d += L) store(key.at(k) + d, load(key.at(keys - 1) + d));
     turn(key, vectors * L, stride, turned_key.data);
   }
 
@@ -362,19 +358,3 @@ struct Kept {
     return select(keys.keep(lane + static_cast<uint32_t>(v * L) * 0x9E3779B1u, drop_below), x, vf{});
   }
 };
-
-// choose<B, Dropout, Masks>() for a pair.
-template <class Choose>
-FA_INLINE void with_options(const Pair& pair, const Choose& choose) {
-  const Problem& p = pair.p;
-  auto with_masks = [&]<Bias B, bool Dropout>() {
-    return pair.masks ? choose.template operator()<B, Dropout, true>()
-                      : choose.template operator()<B, Dropout, false>();
-  };
-  auto with_dropout = [&]<Bias B>() {
-    return p.drop_below > 0 ? with_masks.template operator()<B, true>() : with_masks.template operator()<B, false>();
-  };
-  if (p.bias_table) return with_dropout.template operator()<Bias::table>();
-  if (p.row_term || p.col_term) return with_dropout.template operator()<Bias::axes>();
-  with_dropout.template operator()<Bias::none>();
-}

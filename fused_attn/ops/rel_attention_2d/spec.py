@@ -372,6 +372,12 @@ def _plant(name: str, value: float, position: int = 0) -> Callable[[dict[str, An
     return edit
 
 
+def _disagree(inputs: dict[str, Any]) -> None:
+    """Every logit of one query is -inf: it has no key, padding of vectors included."""
+    inputs["key"].abs_().neg_()
+    inputs["query"][0, 0, 0, 0] = float("inf")
+
+
 BIAS_SAMPLES = (
     *(_bias_sample(name, small=name == "small", **geometry) for name, geometry in GEOMETRIES.items()),
     *(_bias_sample(name, **settings) for name, settings in (MANY_GEOMETRIES | MANY_SETTINGS).items()),
@@ -386,6 +392,7 @@ BIAS_SAMPLES = (
             ("masked by several numbers", {"edit": _mask_mixed}),
             ("nan in query", {"edit": _plant("query", float("nan"))}),
             ("inf in the last value", {"edit": _plant("value", float("inf"), -1)}),
+            ("inf in a query that no key agrees with", {"edit": _disagree}),
         )
     ),
     _bias_sample("no bias", **SMALL, terms=""),

@@ -54,12 +54,7 @@ _TILES_AMD = {
     "forward": {32: Tile(128, 64, 4, 1), 64: Tile(128, 64, 4, 1), 128: Tile(64, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
     "backward_dq": {32: Tile(128, 64, 4, 1), 64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
     "backward_dkv": {32: Tile(64, 64, 4, 1), 64: Tile(32, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
-    "backward_table": {
-        32: Tile(64, 64, 8, 1),
-        64: Tile(64, 64, 8, 1),
-        128: Tile(32, 32, 4, 1),
-        256: Tile(32, 32, 8, 1),
-    },
+    "backward_table": _TILES_NVIDIA["backward_table"],
 }
 # IEEE float32 products run on the vector units and keep whole rows of operands in registers: none holds a depth of 256.
 _TILES_FLOAT32 = {
