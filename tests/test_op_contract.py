@@ -16,6 +16,7 @@ import torch
 from bad_inputs import BAD_INPUTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attn import _extension
 from fused_attn.ops import SPECS
@@ -275,6 +276,14 @@ def test_autocast(spec, impl, dtype):
 def test_checkpoint(spec, impl):
     for sample in filter(is_small, spec.samples):
         checks.check_checkpoint(spec, impl, sample.inputs(FAST, device_of(impl)))
+
+
+@implementations()
+def test_checkpoint_of_a_plain_call_that_is_repeated_within_a_mode(spec, impl):
+    """What the two keep has one shape, dtype and device.  On a GPU, backward is in a thread of its own without a mode."""
+    for sample in filter(is_small, spec.samples):
+        inputs = sample.inputs(torch.bfloat16, device_of(impl))
+        checks.check_checkpoint(spec, impl, inputs, lambda: FlopCounterMode(display=False))
 
 
 # --- PyTorch's machinery ----------------------------------------------------------------------------------------

@@ -300,8 +300,16 @@ def check_autocast(spec: OpSpec, impl: str, inputs: Mapping[str, Any], dtype: to
         assert same, f"{name} differs from the call on cast inputs"
 
 
-def check_checkpoint(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
-    """``torch.utils.checkpoint`` around the op, in both of its forms, gives the bits of the call without it."""
+def check_checkpoint(
+    spec: OpSpec,
+    impl: str,
+    inputs: Mapping[str, Any],
+    again: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> None:
+    """``torch.utils.checkpoint`` around the op, in both of its forms, gives the bits of the call without it.
+
+    The call is repeated, and differentiated, within ``again()``.
+    """
     grad_out = draw_grad_out(spec, inputs)
     expected = evaluate(bound(spec, impl), inputs, grad_out)
     for reentrant in (False, True):
@@ -312,7 +320,8 @@ def check_checkpoint(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None
 
         torch.manual_seed(0)
         out = torch.utils.checkpoint.checkpoint(function, *variables.values(), use_reentrant=reentrant)
-        out.backward(grad_out)
+        with again():
+            out.backward(grad_out)
         assert torch.equal(_bits(out.detach()), _bits(expected["out"])), f"out differs, use_reentrant={reentrant}"
         for name, leaf in variables.items():
             grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad

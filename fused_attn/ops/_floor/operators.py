@@ -21,7 +21,7 @@ from ... import _extension
 from . import autograd, checks, dispatch
 from .declarations import OpSpec
 from .layout import empty_contiguous
-from .plain_calls import EMPTY, Guard, any_autocast, getter, signature
+from .plain_calls import Guard, any_autocast, getter, signature
 
 #: Fills outputs that it is given, behind the arguments of the operator.
 Kernel = Callable[..., None]
@@ -358,23 +358,26 @@ def _complete(allocate: Callable[..., tuple]) -> Callable[..., tuple]:
 class _Again:
     """``allocate`` for calls of one :func:`signature`: it is asked twice; ``empty_like`` takes half the time.
 
-    Outputs that are None become one empty tensor, which nobody sees but the kernel, and that does not write it.
+    Outputs that are None become one empty tensor, which no kernel writes.  Autograd keeps it, so it is the one that an
+    operator would give: where one call is plain and its repetition is not, a checkpoint compares them.
     """
 
     def __init__(self, allocate: Callable[..., tuple]) -> None:
-        self._allocate, self._layouts = allocate, None
+        self._allocate, self._layouts, self._nothing = allocate, None, None
 
     def __call__(self, *args) -> tuple:
         if not self._layouts:
-            outputs = [EMPTY if output is None else output for output in self._allocate(*args)]
+            if self._nothing is None:
+                self._nothing = _first(args).new_empty(0)
+            outputs = [self._nothing if output is None else output for output in self._allocate(*args)]
             if self._layouts is None:  # of a call that may be the only one
                 self._layouts = []
                 return tuple(outputs)
-            self._layouts = autograd.map_tensors(_without_memory, outputs)
+            self._layouts = autograd.map_tensors(self._without_memory, outputs)
         return tuple(
             [
                 layout
-                if layout is EMPTY
+                if layout is self._nothing
                 else torch.empty_like(layout)
                 if isinstance(layout, Tensor)
                 else [*map(torch.empty_like, layout)]
@@ -382,12 +385,11 @@ class _Again:
             ]
         )
 
-
-def _without_memory(output: Tensor) -> Tensor:
-    """The same tensor, which is dense, as nothing but a model for ``empty_like``."""
-    if output is not EMPTY:
-        output.untyped_storage().resize_(0)
-    return output
+    def _without_memory(self, output: Tensor) -> Tensor:
+        """The same tensor, which is dense, as nothing but a model for ``empty_like``."""
+        if output is not self._nothing:
+            output.untyped_storage().resize_(0)
+        return output
 
 
 def _filled(allocate: Callable[..., tuple], kernel: Kernel) -> Callable[..., tuple]:

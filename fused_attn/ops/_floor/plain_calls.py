@@ -49,17 +49,16 @@ def _has_guards(tensor: Tensor) -> bool:
         return False
 
 
-def _plain() -> tuple[set[tuple[int, int]], set[int], Tensor, bool]:
+def _plain() -> tuple[set[tuple[int, int]], set[int], bool]:
     states = {_state()}
     with torch.inference_mode():
         states.add(_state())
-    empty = torch.empty(0, device="cpu")
-    return states, _keys("cpu"), empty, _has_guards(empty)
+    return states, _keys("cpu"), _has_guards(torch.empty(0, device="cpu"))
 
 
 # In a thread of its own, which has no modes: the package may be imported within some.
 with ThreadPoolExecutor(1) as _thread:
-    _PLAIN_STATES, _PLAIN_KEYS, EMPTY, _HAS_GUARDS = _thread.submit(_plain).result()
+    _PLAIN_STATES, _PLAIN_KEYS, _HAS_GUARDS = _thread.submit(_plain).result()
 _PLAIN_DEVICES = {"cpu"}
 _PLAIN_KINDS = frozenset({type(None), float, bool, int, str})
 _metadata = operator.attrgetter("shape", "dtype", "device", "requires_grad")

@@ -165,8 +165,10 @@ def attention_residual_bwd_kernel(
 ):
     """Owns the tokens of tiles program, program + programs, ..., in that order.
 
-    The sum over the values of weight * (grad_out . value), here delta, would be grad_out . out without a read of the
-    values; but ``out`` is rounded, and where one weight is near 1 what remains of (grad_out . value) - delta is that.
+    The mean over the values of grad_out . value would be grad_out . out without a read of the values; but ``out`` is
+    rounded, and where one weight is near 1 what remains of (grad_out . value) - mean is that.  For the same reason the
+    mean is that of differences: it is ``origin``, the product of the largest weight's value, and ``delta``; so it does
+    not matter that the weights' sum is 1 but for rounding.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     columns = _lanes(BLOCK_T, BLOCK_D)
@@ -190,7 +192,9 @@ def attention_residual_bwd_kernel(
         weights = exp_nonpositive(logits - shift)
         inverse_total = reciprocal(tl.where(live, _sum(weights), 1.0))
         weights *= inverse_total
+        origin = tl.zeros(token.shape, tl.float32)
         delta = tl.zeros(token.shape, tl.float32)
+        total = tl.zeros(token.shape, tl.float32)
         for layer in tl.static_range(COUNT):
             value = following.to(tl.float32)
             if layer + 1 < COUNT:  # noqa: SIM102 - decided when compiled
@@ -198,7 +202,12 @@ def attention_residual_bwd_kernel(
                     following = _load_rows(value_ptrs[layer + 1], value_strides[layer + 1], outer, inner, columns, mask)
             if layer < count:
                 logit = tl.load(statistics + 2 * layer, mask=live, other=0.0)
-                delta += exp_nonpositive(logit - shift) * inverse_total * _sum(grad * value)
+                weight = exp_nonpositive(logit - shift) * inverse_total
+                grad_weight = _sum(grad * value)
+                nearer = tl.where(logit == shift, grad_weight, origin)
+                delta += (origin - nearer) * total + weight * (grad_weight - nearer)
+                origin = nearer
+                total += weight
 
         for layer in tl.static_range(COUNT):
             if layer < count:
@@ -207,7 +216,7 @@ def attention_residual_bwd_kernel(
                 inverse_rms = tl.load(statistics + 2 * layer + 1, mask=live, other=0.0)
                 # Picked, not computed again: that spilled on sm_100.  Picked in the loop above as well, others spill.
                 weight = _sum(tl.where(layers == layer, weights, 0.0))
-                scaled = weight * (_sum(grad * value) - delta) * inverse_rms
+                scaled = weight * ((_sum(grad * value) - origin) - delta) * inverse_rms
                 grad_value = weight * grad + scaled * score
                 grad_value -= (scaled * logit * inverse_rms * (1.0 / D)) * value
                 grad_score += scaled * value

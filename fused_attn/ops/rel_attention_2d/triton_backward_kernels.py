@@ -83,7 +83,8 @@ def rel_attention_bwd_dq_kernel(
     Grid and ownership as in the forward kernel.
 
     delta, the mean over keys of the gradient of the weights, is rowsum(grad_out * out).  The rounding of ``out`` in it
-    is amplified where the weights' gradients cancel; float32 sums it from the weights, in a DELTA_ONLY launch before.
+    is amplified where the weights' gradients cancel; float32 sums it from the weights, in a DELTA_ONLY launch before, and
+    divides by the sum of those same weights: ``inverse_sum`` is that of a sum which was rounded otherwise.
     """
     BLOCK_N: tl.constexpr = ROWS * BLOCK_W
     EXACT: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
@@ -102,7 +103,7 @@ def rel_attention_bwd_dq_kernel(
     maximum, inverse_sum = tiles.load_statistics(statistics_ptr, index, live_m)
     total = tiles.int64(queries) * planes
     if DELTA_ONLY:
-        delta = tl.zeros((BLOCK_M,), tl.float32)
+        delta, weight_sum = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     elif EXACT:
         delta = tl.load(per_query_ptr + total + index, mask=live_m, other=0.0)
     else:
@@ -111,6 +112,9 @@ def rel_attention_bwd_dq_kernel(
         tl.store(per_query_ptr + total + index, delta, mask=live_m)
     tl.store(per_query_ptr + index, maximum, mask=live_m)
     tl.store(per_query_ptr + 2 * total + index, inverse_sum, mask=live_m)
+    if key_segments_ptr is not None:
+        # Where it is NaN, delta is too; but the gradients of keys that are hidden from the query are 0, and stay so.
+        inverse_sum = tl.where(inverse_sum == inverse_sum, inverse_sum, 1.0)
     if seed_ptr is not None:
         key0, key1 = tiles.row_keys(seed_ptr, index)
         tl.store(per_query_ptr + 3 * total + index, key0.to(tl.float32, bitcast=True), mask=live_m)
@@ -158,6 +162,7 @@ def rel_attention_bwd_dq_kernel(
                 dp = tiles.dropped(dp, tiles.keep(key0[:, None], key1[:, None], column, threshold), keep_scale)
             if DELTA_ONLY:
                 delta += tl.sum(p * dp, 1)
+                weight_sum += tl.sum(p, 1)
             else:
                 ds = (p * (dp - delta[:, None])).to(k_block.dtype)
                 if EXACT:
@@ -181,7 +186,10 @@ def rel_attention_bwd_dq_kernel(
         for y0 in range(0, key_height, ROWS):
             y, x = y0 + y_n, x0 + x_n
             live_n = tiles.inside(y, x, key_height, key_width, EVEN_H and EVEN_W)[:, None]
-            k_block = tiles.load_tile(key_ptr, k_offsets, y0, x0, live_n, live_k, key_strides, KEY_ALIGN)
+            k_block = tiles.load_operand(
+                key_ptr, k_offsets, y0, x0, y, x, key_height, key_width, d_k, live_k, key_strides, KEY_ALIGN,
+                EVEN_H and EVEN_W,
+            )  # fmt: skip
             v_block = tiles.load_tile(value_ptr, v_offsets, y0, x0, live_n, live_v, value_strides, VALUE_ALIGN)
 
             if table_ptr is not None:
@@ -211,7 +219,9 @@ def rel_attention_bwd_dq_kernel(
                 keep = tiles.keep(key0[:, None], key1[:, None], (y * key_width + x)[None, :], threshold)
                 dp = tiles.dropped(dp, keep, keep_scale)
             if DELTA_ONLY:
-                delta += tl.sum(tiles.seen(tl.reshape(p, (BLOCK_M, BLOCK_N)) * dp, same, 0.0), 1)
+                p = tl.reshape(p, (BLOCK_M, BLOCK_N))
+                delta += tl.sum(tiles.seen(p * dp, same, 0.0), 1)
+                weight_sum += tl.sum(tiles.seen(p, same, 0.0), 1)
             else:
                 if table_ptr is not None:
                     ds = p * (dp - delta[:, None])
@@ -242,7 +252,8 @@ def rel_attention_bwd_dq_kernel(
             tl.store(grad_col_ptrs + shift, d_col_logits.to(grad_col_ptrs.dtype.element_ty), mask=col_mask)
 
     if DELTA_ONLY:
-        tl.store(per_query_ptr + total + index, delta * inverse_sum, mask=live_m)
+        delta = tl.div_rn(delta, tl.where(weight_sum == 0.0, 1.0, weight_sum))
+        tl.store(per_query_ptr + total + index, delta, mask=live_m)
     else:
         dq *= grad_scale if EXACT else (inverse_sum * grad_scale)[:, None]
         tiles.store(grad_query_ptr, batch, head, y_m, x_m, d_k, grad_query_strides, dq, live_m[:, None] & live_k)
@@ -361,7 +372,10 @@ def rel_attention_bwd_dkv_kernel(
     for x0 in range(0, QUERY_W if ONE_STRIP else query_width, QUERY_W):
         for y0 in range(0, query_height, QUERY_ROWS):
             live_m = tiles.inside(y0 + y_m, x0 + x_m, query_height, query_width, EVEN_M)
-            q_block = tiles.load_tile(query_ptr, q_offsets, y0, x0, live_m[:, None], live_k, query_strides, QUERY_ALIGN)
+            q_block = tiles.load_operand(
+                query_ptr, q_offsets, y0, x0, y0 + y_m, x0 + x_m, query_height, query_width, d_k, live_k, query_strides,
+                QUERY_ALIGN, EVEN_M,
+            )  # fmt: skip
             do_block = tiles.load_tile(
                 grad_out_ptr, do_offsets, y0, x0, live_m[:, None], live_v, grad_out_strides, GRAD_OUT_ALIGN
             )

@@ -182,7 +182,10 @@ def rel_attention_fwd_kernel(
         for y0 in range(0, key_height, ROWS):
             y, x = y0 + y_n, x0 + x_n
             live_n = tiles.inside(y, x, key_height, key_width, EVEN_H and EVEN_W)[:, None]
-            k_block = tiles.load_tile(key_ptr, k_offsets, y0, x0, live_n, live_k, key_strides, KEY_ALIGN)
+            k_block = tiles.load_operand(
+                key_ptr, k_offsets, y0, x0, y, x, key_height, key_width, d_k, live_k, key_strides, KEY_ALIGN,
+                EVEN_H and EVEN_W,
+            )  # fmt: skip
             v_block = tiles.load_tile(value_ptr, v_offsets, y0, x0, live_n, live_v, value_strides, VALUE_ALIGN)
             if ONES_COLUMN:
                 v_block = tl.where((d_v == D_V)[None, :], one, v_block)

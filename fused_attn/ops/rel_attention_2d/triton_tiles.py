@@ -91,6 +91,22 @@ def load_tile(plane_ptr, offsets, y, x, live, live_depth, strides, ALIGN: tl.con
 
 
 @triton.jit
+def load_operand(
+    plane_ptr, offsets_of_tile, y0, x0, y, x, height, width, depth, live_depth, strides, ALIGN: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """As ``load_tile``, of a factor of the scores; where tiles do not divide the grid (not EVEN), positions past it
+    repeat its edge.  A vector of zeros there would make NaN of an infinity, and no -inf that is added makes a logit of
+    that again; what an element of the grid makes of it, the grid has itself.
+    """
+    if EVEN:
+        return tl.load(tile(plane_ptr, offsets_of_tile, y0, x0, strides, ALIGN), mask=live_depth, other=0.0)
+    else:
+        edge = offsets(tl.minimum(y, height - 1), tl.minimum(x, width - 1), depth, strides, ALIGN)
+        return tl.load(plane_ptr + edge, mask=live_depth, other=0.0)
+
+
+@triton.jit
 def load_prefix(
     key_ptr, value_ptr, batch, head, j, d_k, d_v, live, live_k, live_v, key_strides, value_strides
 ):  # fmt: skip

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from fused_attn.ops._floor.declarations import convert
 from fused_attn.ops.attention_residual import op, spec, triton_launch
 from fused_attn.testing import checks
+from fused_attn.testing.numerics import evaluate
 
 (SPEC,) = spec.SPECS
 SAMPLES = {sample.name: sample for sample in SPEC.samples}
@@ -76,3 +78,21 @@ def test_what_the_kernels_do_not_take_is_refused():
         checks.check_refuses(SPEC, "triton", {"values": values, "query": values[0][0]})
     for values in (values_of(32, (2, 4)), values_of(1, (2, 8192))):
         assert op.can_run_triton(values, values[0][0]) is None
+
+
+def test_gradients_of_the_weights_cancel_as_exactly_as_in_the_reference():
+    """Where every grad_out . value is a hundred times as large as their differences."""
+    errors = {"reference": 0.0, "triton": 0.0}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        call = {"values": [torch.randn(64, 8) + 10.0 for _ in range(3)], "query": torch.randn(8)}
+        grad_out = 10.0 + torch.randn(64, 8)
+
+        def grad_query(impl, dtype, call=call, grad_out=grad_out):
+            function = checks.bound(SPEC, impl)
+            return evaluate(function, convert(call, dtype), grad_out.to(dtype))["grad_query"].double()
+
+        exact = grad_query("reference", torch.float64)
+        for impl in errors:
+            errors[impl] += float((grad_query(impl, F32) - exact).square().sum())
+    assert errors["triton"] < errors["reference"], errors

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from fused_attn.ops.rel_attention_2d import op, reference, triton_launch, triton_tile_table
+from fused_attn.ops.rel_attention_2d.spec import SPECS
+from fused_attn.testing import checks
 from fused_attn.testing.numerics import mismatches
 
 pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
@@ -248,3 +250,19 @@ def test_deeper_than_the_tile_table_is_refused(dtype, depth):
     query = torch.zeros(1, 1, 1, 1, depth, dtype=dtype)
     assert f"got {depth} in {dtype}" in op.can_run_triton(query, query, query)
     assert op.can_run_triton(query[..., 1:], query[..., 1:], query[..., 1:]) is None
+
+
+def sample(spec, name):
+    (found,) = (sample for sample in spec.samples if sample.name == name)
+    return found.inputs(F32, "cpu")
+
+
+@pytest.mark.parametrize("name", ["many pairs", "full vectors"])
+def test_padding_makes_no_nan_of_an_infinity(name):
+    decomposed = next(spec for spec in SPECS if spec.name == "decomposed_bias_attention")
+    checks.check_numerics(decomposed, "triton", sample(decomposed, f"{name}, inf in a query that no key agrees with"))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_nan_does_not_reach_the_gradients_of_hidden_keys(spec):
+    checks.check_non_finite(spec, "triton", sample(spec, "segments, prefix, dropout"))
