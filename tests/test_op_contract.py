@@ -280,7 +280,7 @@ def test_checkpoint(spec, impl):
 
 @implementations()
 def test_checkpoint_of_a_plain_call_that_is_repeated_within_a_mode(spec, impl):
-    """What the two keep has one shape, dtype and device.  On a GPU, backward is in a thread of its own without a mode."""
+    """What the two keep has one shape, dtype and device."""
     for sample in filter(is_small, spec.samples):
         inputs = sample.inputs(torch.bfloat16, device_of(impl))
         checks.check_checkpoint(spec, impl, inputs, lambda: FlopCounterMode(display=False))

@@ -111,19 +111,3 @@ def test_bound_is_the_slowest_unit(report):
     clocks = bounds("sm_90", "byte", {"fp32": 0.5}, 0.0, 0.0, 0.0, 0.0, {})
     assert clocks["global"] == max(clocks.values())
     assert clocks["global"] == pytest.approx(1024 / (4.8e12 / 132 / 1.98e9))
-
-
-@pytest.mark.parametrize("old", [False, True])
-def test_what_a_call_has_beside_its_tensors_does_not_change_the_number_of_strips(monkeypatch, old):
-    import torch
-
-    from fused_attn.ops.rel_attention_2d import triton_tile_table as table
-
-    monkeypatch.setattr(table, "triton_before", lambda *version: old)
-    for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942"):
-        for dtype, deepest in ((torch.float32, 128), (torch.bfloat16, 256)):
-            for depth in (depth for depth in (16, 64, 128, 256) if depth <= deepest):
-                usual = table.choose_tile("backward_dq", arch, dtype, depth, 16)
-                for trait in ("table", "prefix", "dropout", "strips"):
-                    tile = table.choose_tile("backward_dq", arch, dtype, depth, 16, (trait,))
-                    assert tile.block_n == usual.block_n, (arch, dtype, depth, trait)

@@ -83,8 +83,8 @@ def rel_attention_bwd_dq_kernel(
     Grid and ownership as in the forward kernel.
 
     delta, the mean over keys of the gradient of the weights, is rowsum(grad_out * out).  The rounding of ``out`` in it
-    is amplified where the weights' gradients cancel; float32 sums it from the weights, in a DELTA_ONLY launch before, and
-    divides by the sum of those same weights: ``inverse_sum`` is that of a sum which was rounded otherwise.
+    is amplified where the weights' gradients cancel; float32 sums it from the weights, in a DELTA_ONLY launch before,
+    and divides by the sum of those same weights: ``inverse_sum`` is that of a sum which was rounded otherwise.
     """
     BLOCK_N: tl.constexpr = ROWS * BLOCK_W
     EXACT: tl.constexpr = query_ptr.dtype.element_ty == tl.float32

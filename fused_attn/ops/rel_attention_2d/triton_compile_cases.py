@@ -97,7 +97,7 @@ def _plan_all(
     factors = Factors(d_k**-0.5, 1.0, 1.0, dropout_p, seed, True)
     d_row = None
     if logits:
-        count = strips(query, key, value, arch)
+        count = strips(terms, factors, arch)
         d_row = row_logits[None] if count == 1 else empty(count, *row_logits.shape, dtype=torch.float32)
     grads = Gradients(query, key, value, d_row, col_logits, bias_table, *prefix)
     return [

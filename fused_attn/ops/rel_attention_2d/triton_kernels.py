@@ -7,7 +7,7 @@ score, but make infinities, and NaN, of terms near the largest finite number, as
 A key tile is ROWS rows by BLOCK_W columns of the key grid.  While the loop walks down the rows of one column strip, the
 column logits of the query tile stay in registers and a row logit is one number per (query, row).  Padding of the key
 grid costs no instruction per score beyond those: a padded column has a column logit of -inf, a padded row a row logit
-of -inf.
+of -inf; its keys are those of the edge again, as an infinity times zeros is NaN.
 
 No atomics: the dQ pass owns query rows, the dK/dV pass owns key tiles, every element is written once.
 """

@@ -101,14 +101,38 @@ class Gradients(NamedTuple):
     prefix_value: Tensor | None = None
 
 
-def _traits(common: dict[str, Any], prefix: bool = False) -> tuple[str, ...]:
-    """What :func:`choose_tile` may ask of a call, "strips" aside."""
-    present = {"table": common["table_ptr"] is not None, "prefix": prefix, "dropout": common["seed_ptr"] is not None}
+def _traits(**tensors: Tensor | None) -> tuple[str, ...]:
+    """What :func:`choose_tile` may ask of a call, but for :func:`_traits_of_tile`: those that it has of "table",
+    "prefix" and "dropout", in this order."""
+    return tuple(trait for trait, tensor in tensors.items() if tensor is not None)
+
+
+def _traits_of_tile(height: int, width: int, rows: int, columns: int) -> tuple[str, ...]:
+    """What :func:`choose_tile` may ask of the grid that a kernel's loop walks, in the tiles of other calls."""
+    present = {"strips": width > columns, "padded": height % rows > 0 or width % columns > 0}
     return tuple(trait for trait, there in present.items() if there)
+
+
+def _tile_over_keys(kernel: str, terms: Terms, seed: Tensor | None, arch: str) -> tuple[Tile, int, int, int, int]:
+    """Of a kernel that owns queries and loops over keys: its tile, the padded depths of key and value, and the rows and
+    columns of a tile of keys."""
+    query, key, value = terms[:3]
+    traits = _traits(table=terms.bias_table, prefix=terms.prefix_key, dropout=seed)
+    height, width = key.shape[2:4]
+    tile, block_dk, block_dv = blocks(kernel, arch, query.dtype, query.shape[4], value.shape[4], traits)
+    rows, columns = key_tile(tile.block_n, height, width)
+    if more := _traits_of_tile(height, width, rows, columns):
+        tile, _, _ = blocks(kernel, arch, query.dtype, query.shape[4], value.shape[4], (*more, *traits))
+        rows, columns = key_tile(tile.block_n, height, width)
+    return tile, block_dk, block_dv, rows, columns
 
 
 def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _seed(factors: Factors) -> Tensor | None:
+    return factors.seed if factors.dropout_p > 0.0 else None
 
 
 def _common(terms: Terms, factors: Factors) -> dict[str, Any]:
@@ -126,7 +150,7 @@ def _common(terms: Terms, factors: Factors) -> dict[str, Any]:
         "table_ptr": terms.bias_table,
         "query_segments_ptr": segments,
         "key_segments_ptr": terms.key_segments,
-        "seed_ptr": factors.seed if factors.dropout_p > 0.0 else None,
+        "seed_ptr": _seed(factors),
         "query_strides": query_strides,
         "key_strides": strides(key),
         "value_strides": strides(value),
@@ -170,15 +194,12 @@ def _launch_over_queries(
 ) -> Launch:
     """A launch of a kernel that owns queries and loops over keys."""
     query, key, value = common["query_ptr"], common["key_ptr"], common["value_ptr"]
-    batch, heads, height, width, d_k = query.shape
+    batch, heads, height, width = query.shape[:4]
     key_height, key_width = key.shape[2:4]
     prefix = terms.prefix_key
-    traits = _traits(common, prefix is not None)
-    tile, block_dk, block_dv = blocks(name, arch, query.dtype, d_k, value.shape[4], traits)
-    rows, columns = key_tile(tile.block_n, key_height, key_width)
-    if key_width > columns:
-        tile, _, _ = blocks(name, arch, query.dtype, d_k, value.shape[4], ("strips", *traits))
-        rows, columns = key_tile(tile.block_n, key_height, key_width)
+    tile, block_dk, block_dv, rows, columns = _tile_over_keys(name, terms, common["seed_ptr"], arch)
+    # A pipeline longer than the loop only costs what fills it.
+    tile = tile._replace(stages=min(tile.stages, max(2, -(-key_height // rows) * -(-key_width // columns))))
     queries = height * width
     block_m = max(16, min(tile.block_m, bucket_size(queries)))
     prefixes = None if prefix is None else prefix.shape[3]
@@ -286,11 +307,11 @@ def _plan_dkv(common: dict[str, Any], grad_key: Tensor, grad_value: Tensor, arch
     batch, heads, height, width, d_k = common["query_ptr"].shape
     key_height, key_width = common["key_height"], common["key_width"]
     grad_out = common["grad_out_ptr"]
-    traits = _traits(common)
+    traits = _traits(table=common["table_ptr"], dropout=common["seed_ptr"])
     tile, block_dk, block_dv = blocks("backward_dkv", arch, grad_out.dtype, d_k, common["D_V"], traits)
     query_rows, query_columns = key_tile(tile.block_m, height, width)
-    if width > query_columns:
-        tile, _, _ = blocks("backward_dkv", arch, grad_out.dtype, d_k, common["D_V"], ("strips", *traits))
+    if more := _traits_of_tile(height, width, query_rows, query_columns):
+        tile, _, _ = blocks("backward_dkv", arch, grad_out.dtype, d_k, common["D_V"], (*more, *traits))
         query_rows, query_columns = key_tile(tile.block_m, height, width)
     rows, columns = key_tile(tile.block_n, key_height, key_width)
     arguments = {
@@ -366,10 +387,10 @@ def _plan_table(common: dict[str, Any], terms: Terms, factors: Factors, grad_tab
     ]
 
 
-def strips(query: Tensor, key: Tensor, value: Tensor, arch: str) -> int:
+def strips(terms: Terms, factors: Factors, arch: str) -> int:
     """Column strips that the dQ pass walks: the leading dimension of its ``grad_row_logits``."""
-    tile, _, _ = blocks("backward_dq", arch, query.dtype, query.shape[4], value.shape[4])
-    return -(-key.shape[3] // key_tile(tile.block_n, *key.shape[2:4])[1])
+    *_, columns = _tile_over_keys("backward_dq", terms, _seed(factors), arch)
+    return -(-terms.key.shape[3] // columns)
 
 
 def _logits(query, term, key_length, axis, rel_scale, key_minus_query):
@@ -438,7 +459,7 @@ def backward(grad_out, query, key, value, row_term, col_term, *arguments) -> Non
         d_col = _grad_of_logits(terms.col_logits, col_term, d_col_term)
         d_row_strips = d_row
         if d_row is not None:
-            count = strips(query, key, value, arch)
+            count = strips(terms, factors, arch)
             d_row_strips = d_row[None] if count == 1 else d_row.new_empty((count, *d_row.shape), dtype=torch.float32)
         per_query = statistics.new_empty((5, *query.shape[:4]))
         written = Gradients(grad_query, grad_key, grad_value, d_row_strips, d_col, d_table, *d_prefix)

@@ -20,9 +20,10 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Kernel -> depth bucket -> tile; the bucket is the larger padded depth of key and value.  Chosen by
-# the compile report: first no spills, then few instructions per score, then several independent thread
-# blocks per multiprocessor, so that one block's exponentials cover another's products.
+# Kernel -> depth bucket -> tile; the bucket is the larger padded depth of key and value.  For sm_90 in 16 bits, up to a
+# depth of 64, the fastest of those timed on a GPU (benchmarks/results/tile_times.json).  The others were chosen by the
+# compile report: first no spills, then few instructions per score, then several independent thread blocks per
+# multiprocessor, so that one block's exponentials cover another's products.
 _TILES_NVIDIA = {
     "forward": {32: Tile(128, 128, 8, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 1)},
     "backward_dq": {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 8, 1)},
@@ -43,9 +44,15 @@ _TILES_BY_FAMILY = {
     ("sm_80", "backward_dkv", 32): Tile(64, 64, 8, 1),
     ("sm_80", "backward_dkv", 64): Tile(32, 64, 8, 1),
     ("sm_80", "backward_dkv", 128): Tile(32, 64, 8, 1),
+    ("sm_90", "forward", 32): Tile(128, 64, 4, 3),
+    ("sm_90", "forward", 64): Tile(64, 64, 4, 3),
     ("sm_90", "forward", 128): Tile(64, 64, 8, 2),
+    ("sm_90", "backward_dq", 32): Tile(64, 64, 4, 3),
     ("sm_90", "backward_dq", 128): Tile(128, 32, 8, 1),
+    ("sm_90", "backward_dkv", 32): Tile(32, 128, 4, 2),
+    ("sm_90", "backward_dkv", 64): Tile(32, 64, 4, 2),
     ("sm_90", "backward_dkv", 128): Tile(16, 128, 8, 1),
+    ("sm_90", "backward_table", 32): Tile(64, 64, 4, 2),
     ("sm_100", "forward", 128): Tile(128, 64, 8, 2),
     ("sm_100", "forward", 256): Tile(64, 32, 8, 1),
     ("sm_100", "backward_dkv", 32): Tile(64, 64, 4, 1),
@@ -66,15 +73,32 @@ _TILES_FLOAT32 = {
 # Where a family's compiler makes the tile above spill.
 _TILES_FLOAT32_BY_FAMILY = {
     ("sm_80", "backward_dkv", 128): Tile(16, 32, 8, 1),
+    ("sm_80", "backward_delta", 32): Tile(32, 32, 4, 1),
+    ("sm_80", "backward_dq", 32): Tile(32, 32, 4, 1),
+    ("sm_80", "backward_dq", 128): Tile(16, 16, 8, 2),
+    ("sm_100", "backward_delta", 32): Tile(64, 32, 4, 2),
     ("sm_100", "backward_dkv", 128): Tile(16, 32, 8, 1),
 }
 # Where a call has a trait: trait, precision or family of the 16-bit types, kernel, bucket.  "table": biases that are
-# read for every score; "prefix": prefix keys; "dropout"; "strips": the grid that the loop walks is wider than a tile.
+# read for every score; "prefix": prefix keys; "dropout"; "strips": the grid that the loop walks is wider than a tile;
+# "padded": tiles do not divide it.
 _TILES_WITH = {
     ("table", "16 bits", "forward", 32): Tile(128, 32, 4, 2),
     ("table", "float32", "forward", 32): Tile(32, 32, 4, 1),
+    ("table", "sm_90", "forward", 32): Tile(64, 32, 4, 3),
+    ("table", "sm_90", "backward_dq", 32): Tile(64, 32, 4, 3),
+    ("table", "sm_90", "backward_dkv", 32): Tile(32, 64, 4, 1),
+    ("table", "sm_100", "forward", 32): Tile(64, 32, 4, 2),
+    ("dropout", "sm_80", "forward", 128): Tile(64, 32, 8, 1),
+    ("strips", "sm_80", "forward", 32): Tile(128, 64, 8, 2),
+    ("strips", "sm_80", "backward_dq", 32): Tile(64, 32, 4, 2),
+    ("strips", "sm_90", "forward", 32): Tile(128, 128, 8, 2),
+    ("dropout", "sm_90", "backward_dkv", 32): Tile(64, 64, 4, 2),
+    ("padded", "sm_90", "forward", 64): Tile(64, 32, 4, 3),
+    ("padded", "sm_90", "backward_dq", 64): Tile(64, 32, 4, 3),
+    ("padded", "sm_90", "backward_dkv", 64): Tile(32, 64, 4, 1),
     ("table", "sm_100", "forward", 128): Tile(64, 64, 8, 2),
-    ("table", "sm_80", "backward_dq", 128): Tile(64, 32, 8, 1),  # as many keys as without: ``strips`` counts on it
+    ("table", "sm_80", "backward_dq", 128): Tile(64, 32, 8, 1),
     ("prefix", "sm_80", "forward", 64): Tile(64, 32, 8, 2),
     ("dropout", "sm_80", "backward_dkv", 128): Tile(32, 32, 8, 1),
 }
@@ -86,13 +110,18 @@ _TILES_TRITON_3_6 = {
     ("dropout", "16 bits", "sm_80", "forward", 128): Tile(64, 32, 8, 1),
     ("", "16 bits", "sm_80", "forward", 256): Tile(64, 32, 8, 2),
     ("", "16 bits", "sm_90", "forward", 256): Tile(64, 32, 8, 2),
+    ("padded", "16 bits", "sm_90", "backward_dq", 64): Tile(64, 32, 4, 3),
+    ("", "16 bits", "sm_90", "backward_dq", 64): Tile(64, 64, 4, 3),
+    ("padded", "16 bits", "sm_90", "backward_dkv", 64): Tile(32, 64, 4, 1),
+    ("", "16 bits", "sm_90", "backward_dkv", 64): Tile(64, 128, 8, 2),
     ("strips", "16 bits", "sm_90", "backward_dq", 128): Tile(64, 32, 8, 2),
+    ("padded", "16 bits", "sm_90", "backward_dkv", 128): Tile(16, 64, 8, 1),
     ("dropout", "16 bits", "sm_90", "backward_dkv", 128): Tile(16, 64, 8, 1),
     ("", "16 bits", "sm_100", "backward_dq", 32): Tile(64, 64, 4, 1),
     ("table", "16 bits", "sm_100", "backward_dkv", 32): Tile(32, 32, 4, 1),
     ("strips", "16 bits", "sm_100", "backward_dkv", 128): Tile(64, 64, 8, 1),
+    ("", "float32", "sm_80", "backward_dq", 128): Tile(16, 16, 8, 1),
     ("", "float32", "sm_90", "backward_delta", 32): Tile(64, 32, 4, 2),
-    ("", "float32", "sm_100", "backward_delta", 32): Tile(64, 32, 4, 2),
     ("", "float32", "sm_100", "forward", 64): Tile(32, 32, 8, 1),
     ("", "float32", "sm_100", "backward_dkv", 32): Tile(32, 32, 4, 2),
 }
@@ -112,12 +141,15 @@ def choose_tile(
         for trait in (*traits, ""):
             if (trait, precision, family, kernel, bucket) in _TILES_TRITON_3_6:
                 return _TILES_TRITON_3_6[trait, precision, family, kernel, bucket]
-    kernel = "backward_dq" if kernel == "backward_delta" else kernel
+    if kernel == "backward_delta":
+        if precision == "float32" and (family, kernel, bucket) in _TILES_FLOAT32_BY_FAMILY:
+            return _TILES_FLOAT32_BY_FAMILY[family, kernel, bucket]
+        kernel = "backward_dq"
     for trait in traits:
-        if (trait, precision, kernel, bucket) in _TILES_WITH:
-            return _TILES_WITH[trait, precision, kernel, bucket]
         if precision == "16 bits" and (trait, family, kernel, bucket) in _TILES_WITH:
             return _TILES_WITH[trait, family, kernel, bucket]
+        if (trait, precision, kernel, bucket) in _TILES_WITH:
+            return _TILES_WITH[trait, precision, kernel, bucket]
     if dtype == torch.float32:
         return _TILES_FLOAT32_BY_FAMILY.get((family, kernel, bucket), _TILES_FLOAT32[kernel][bucket])
     if amd:

@@ -119,6 +119,7 @@ def test_deepest_tiles(dtype, d_k, d_v):
         ("sm_80", False, BF16, (3, 14), 96, 0.1),
         ("sm_80", True, BF16, (3, 47), 20, 0.0),
         ("sm_90", True, BF16, (2, 56), 96, 0.1),
+        ("sm_90", False, BF16, (3, 47), 64, 0.0),
         ("sm_100", True, BF16, (2, 56), 96, 0.0),
         ("sm_100", True, F32, (3, 14), 64, 0.0),
     ],
@@ -134,7 +135,8 @@ def test_tiles_of_other_parts_and_versions(monkeypatch, arch, old_triton, dtype,
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_wide_image_is_walked_in_several_strips(dtype):
     tensors = inputs(dtype, 1, (2, 2), (3, 161), 4, 4, "logits")
-    assert triton_launch.strips(*tensors[:3], "sm_90") > 1
+    factors = triton_launch.Factors(1.0, 1.0, 1.0, 0.0, None, True)
+    assert triton_launch.strips(triton_launch.Terms(*tensors), factors, "sm_90") > 1
     check(tensors)
 
 
