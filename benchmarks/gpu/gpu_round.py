@@ -205,7 +205,17 @@ def _train(plan: Round) -> Iterator[Step]:
     yield Step("train", "train", command, LONGEST, needs, reason=reason)
 
 
+def _tile_times(plan: Round) -> Iterator[Step]:
+    script, parts = Path(__file__).with_name("tile_times.py"), 0 if plan.dry else 8
+    for part in range(parts):
+        command = _python(script, "--compile", f"{part}/{parts}")
+        yield Step(f"tile-times-compile-{part}", "thorough", command, 240, ("triton",), beside=True)
+    command = _python(script, "--device", plan.device, "--out", plan.out / "tile_times.json")
+    yield Step("tile-times", "thorough", command, 120, ("triton",))
+
+
 def _thorough(plan: Round) -> Iterator[Step]:
+    yield from _tile_times(plan)
     for op in plan.ops:
         only = ("--kernel-name", f"regex:^({'|'.join(kernels())})$")
         metrics = ("--section", "SpeedOfLight", "--clock-control", "none", "--launch-count", "40", "--page", "details")
