@@ -97,8 +97,8 @@ def plan_backward(grad_out, values, query, norm_weight, statistics, grad_values,
     if triton_before(3, 7):
         if tile[2] == 16:  # 128 registers, which spill
             tile = _tile(values[0].shape[-1], 32)
-        elif tile[2] == 1 and torch.version.hip is None:
-            options["maxnreg"] = 168  # or two of them are spilled for the sake of 128
+        elif tile[2] <= 2 and torch.version.hip is None:
+            options["maxnreg"] = 184  # or a few of them are spilled for the sake of 128
     arguments = _common(values, query, norm_weight, tile)
     arguments |= {
         "grad_out_ptr": grad_out,
