@@ -10,7 +10,7 @@ from pathlib import Path
 from ..train.atomic import write_text
 from ..train.json_files import dumps
 from . import plots
-from .rows import MIB, PASS_TITLES, Report, Row, machine, pages_come_anew, unique
+from .rows import MIB, PASS_TITLES, Report, Row, machine, pages_come_anew, processor, unique
 
 COLUMNS = (
     "op", "shape", "kind", "provider", "pass", "status", "reason", "repetitions", "p20_ms", "p50_ms", "p80_ms",
@@ -182,7 +182,7 @@ def summary(reports: Iterable[Report]) -> str:
             peer = next(row for row in same if row["provider"] == mine["best_peer"])
             if not lines:
                 where = machine(report).replace(report["environment"]["date"], days)
-                where = where.replace(_processor(report), processors(reports))
+                where = where.replace(processor(report), processors(reports))
                 lines = [
                     f"{where}, {report['dtype']}, forward + backward, medians, the ratio that of rounds; the "
                     "share is that of the copy bandwidth which this machine reaches at most; memory: held at the peak "
@@ -199,15 +199,11 @@ def summary(reports: Iterable[Report]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _processor(report: Report) -> str:
-    return report["environment"]["gpu"] if report["device"] == "cuda" else report["environment"]["cpu"]
-
-
 def processors(reports: Iterable[Report]) -> str:
     """The processor of the measurements; where there are several, that of most ops, then those of the others."""
     ops: dict[str, list[str]] = {}
     for report in reports:
-        ops.setdefault(_processor(report), []).append(f"`{report['op']}`")
+        ops.setdefault(processor(report), []).append(f"`{report['op']}`")
     most, *others = sorted(ops, key=lambda name: -len(ops[name])) or [""]
     return most + "".join(f" ({', '.join(ops[name])}: {name})" for name in others)
 

@@ -22,9 +22,12 @@ def pages_come_anew(report: Report) -> bool:
     return report["device"] == "cpu" and report.get("allocator") == "default"
 
 
+def processor(report: Report) -> str:
+    return report["environment"]["gpu" if report["device"] == "cuda" else "cpu"]
+
+
 def machine(report: Report) -> str:
-    environment = report["environment"]
-    where = environment["gpu"] if report["device"] == "cuda" else environment["cpu"]
+    environment, where = report["environment"], processor(report)
     if report["device"] == "cpu":
         where += f", {environment['threads']} of {environment['cores']} cores, {environment['cpu_capability']}"
     where += f", torch {environment['torch']}, {environment['date']}"

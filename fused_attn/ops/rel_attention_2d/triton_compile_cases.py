@@ -55,8 +55,8 @@ beside them):
   about 2.
 - dropout adds the hash, about 11 integer instructions.
 
-Not a case above: the dQ pass of a 56x56 grid at depth 96 with prefix keys on sm_90.  Triton 3.9 spills there, 48 loads
-and stores, none in the innermost loop (18.7 instructions per score); tiles without spills take 26.4 and more.
+Not a case above: the dQ pass of a 56x56 grid at depth 96 with prefix keys on sm_90.  Triton 3.9 spills there: 51 loads
+and stores (18.5 instructions per score).
 """
 
 

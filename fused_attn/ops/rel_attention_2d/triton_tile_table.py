@@ -21,9 +21,10 @@ class Tile(NamedTuple):
 
 
 # Kernel -> depth bucket -> tile; the bucket is the larger padded depth of key and value.  For sm_90 in 16 bits, up to a
-# depth of 64, the fastest of those timed on a GPU (benchmarks/results/tile_times.json).  The others were chosen by the
-# compile report: first no spills, then few instructions per score, then several independent thread blocks per
-# multiprocessor, so that one block's exponentials cover another's products.
+# depth of 64, chosen by their times on a GPU with Triton 3.6 (benchmarks/results/tile_times.json): the fastest over the
+# shapes of a bucket, without spills.  The others were chosen by the compile report: first no spills, then few
+# instructions per score, then several independent thread blocks per multiprocessor, so that one block's exponentials
+# cover another's products.
 _TILES_NVIDIA = {
     "forward": {32: Tile(128, 128, 8, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 1)},
     "backward_dq": {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 8, 1)},
