@@ -5,6 +5,7 @@ import torch
 
 from fused_attn import decomposed_bias_attention
 from fused_attn.ops import SPECS
+from fused_attn.ops._floor import replay
 from fused_attn.testing.numerics import draw_grad_out, evaluate, mismatches, numeric_mismatches
 
 pytestmark = [
@@ -59,6 +60,35 @@ def test_five_runs_give_the_same_bits_at_benchmark_shapes(spec, shape, dtype):
     for run in range(4):
         for name, tensor in evaluate(bound(spec), inputs, grad_out).items():
             assert torch.equal(bits(tensor), bits(expected[name])), f"{name} of run {run + 2}"
+
+
+samples = pytest.mark.parametrize(
+    ("spec", "sample"),
+    [
+        pytest.param(spec, sample, id=f"{spec.name}-{sample.name}")
+        for spec in SPECS
+        if "triton" in spec.implementations
+        for sample in spec.samples
+    ],
+)
+
+
+@dtypes
+@samples
+def test_launches_made_again_are_those_that_are_planned(spec, sample, dtype, monkeypatch):
+    draws = []
+    for draw in range(4):
+        inputs = sample.inputs(dtype, "cuda", draw)
+        if spec.reason("triton", inputs) is not None:
+            pytest.skip(spec.reason("triton", inputs))
+        draws.append((inputs, draw_grad_out(spec, inputs)))
+    monkeypatch.setattr(replay, "_seen", {})
+    again = [evaluate(bound(spec), *arguments) for arguments in draws]
+    monkeypatch.setattr(replay, "_seen", {})
+    monkeypatch.setattr(replay, "HAS_GUARDS", False)
+    for got, arguments in zip(again, draws, strict=True):
+        for name, tensor in evaluate(bound(spec), *arguments).items():
+            assert torch.equal(bits(tensor), bits(got[name])), name
 
 
 def test_tensors_of_more_than_two_to_the_31_elements():

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fused_attn import _extension, decomposed_bias_attention, rel_attention_2d
 from fused_attn.ops._floor.dropout import keep_mask
-from fused_attn.ops.rel_attention_2d import reference, relative_logits
+from fused_attn.ops.rel_attention_2d import reference
 
 IMPLEMENTATIONS = [
     "reference",
@@ -265,30 +265,3 @@ def test_offsets_past_two_to_the_31(impl):
         results.append([out, *torch.autograd.grad(out.float().square().sum(), tensors)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0.0, atol=0.0)
-
-
-# --- table products of the Triton implementation -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("key_minus_query", [True, False])
-@pytest.mark.parametrize("per_head", [True, False])
-@pytest.mark.parametrize("axis", [2, 3])
-def test_table_products_and_their_gradients(axis, per_head, key_minus_query):
-    query = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
-    keys = 7
-    table = torch.randn(*((3,) if per_head else ()), query.shape[axis] + keys - 1, 6, dtype=torch.float64)
-    leaves = query.clone().requires_grad_(), table.clone().requires_grad_()
-    index = "key_minus_query" if key_minus_query else "query_minus_key"
-    tables = (leaves[1], None) if axis == 2 else (None, leaves[1])
-    expected = reference.relative_logits(leaves[0], *tables, (keys, keys), 1.0, index)[axis - 2]
-    actual = relative_logits.relative_logits(query, table, keys, axis, key_minus_query)
-    torch.testing.assert_close(actual, expected)
-
-    grad = torch.randn_like(expected)
-    for got, want in zip(
-        relative_logits.relative_logits_backward(grad, query, table, axis, key_minus_query),
-        torch.autograd.grad(expected, leaves, grad),
-        strict=True,
-    ):
-        # Window sums are taken in float32.
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

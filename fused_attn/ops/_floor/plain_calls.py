@@ -32,7 +32,7 @@ def _keys(device: str) -> set[int]:
         return {_dispatch_keys(tensor).raw_repr() for tensor in (usual, torch.empty(0, device=device))}
 
 
-def _guard_on(*tensors: Tensor) -> Callable[..., bool]:
+def guard_on(*tensors: Tensor) -> Callable[..., bool]:
     """Whether tensors have the type, dispatch keys, dtype, device, sizes, strides and requires_grad of these.
 
     The dispatch keys are those within modes and transforms, though not within all of them.
@@ -44,7 +44,7 @@ def _guard_on(*tensors: Tensor) -> Callable[..., bool]:
 
 def _has_guards(tensor: Tensor) -> bool:
     try:
-        return _guard_on(tensor)(tensor)
+        return guard_on(tensor)(tensor)
     except Exception:  # they are not public: where they are others, calls are told apart in Python
         return False
 
@@ -58,7 +58,7 @@ def _plain() -> tuple[set[tuple[int, int]], set[int], bool]:
 
 # In a thread of its own, which has no modes: the package may be imported within some.
 with ThreadPoolExecutor(1) as _thread:
-    _PLAIN_STATES, _PLAIN_KEYS, _HAS_GUARDS = _thread.submit(_plain).result()
+    _PLAIN_STATES, _PLAIN_KEYS, HAS_GUARDS = _thread.submit(_plain).result()
 _PLAIN_DEVICES = {"cpu"}
 _PLAIN_KINDS = frozenset({type(None), float, bool, int, str})
 _metadata = operator.attrgetter("shape", "dtype", "device", "requires_grad")
@@ -118,14 +118,14 @@ class Guard:
     def __init__(self, args: Sequence) -> None:
         tensors = [place for place, arg in enumerate(args) if isinstance(arg, Tensor)]
         self._tensors, self._others = getter(tensors), getter([i for i in range(len(args)) if i not in tensors])
-        self._check, self._same = _guard_on(*self._tensors(args)), self._others(args)
+        self._check, self._same = guard_on(*self._tensors(args)), self._others(args)
         self._mode = torch.is_grad_enabled(), _extension.available()
 
     @staticmethod
     def serves(args: Sequence) -> bool:
         """Whether there can be one for a plain call with these arguments."""
         kinds = {*map(type, args)}
-        return _HAS_GUARDS and not kinds & {list, tuple} and bool(kinds & {Tensor, Parameter})
+        return HAS_GUARDS and not kinds & {list, tuple} and bool(kinds & {Tensor, Parameter})
 
     def __call__(self, args: Sequence) -> bool:
         return (

@@ -225,3 +225,39 @@ def attention_residual_bwd_kernel(
     if BLOCK_T > 1:
         grad_score = tl.sum(grad_score, 0, keep_dims=True)
     tl.store(partials_ptr + program.to(tl.int64) * D + columns, grad_score, mask=columns < D)
+
+
+@triton.jit
+def attention_residual_fold_kernel(
+    partials_ptr,
+    query_ptr,
+    norm_weight_ptr,
+    grad_query_ptr,
+    grad_norm_weight_ptr,
+    query_stride,
+    norm_weight_stride,
+    count,
+    D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The gradients of query and norm_weight, contiguous, of the ``count`` partial sums of the kernel above.
+
+    Grid: ceil(D / BLOCK_D) programs.
+    """
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = columns < D
+    acc = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    for first in range(0, count, BLOCK_P):
+        part = first + tl.arange(0, BLOCK_P)
+        mask = (part < count)[:, None] & inside[None, :]
+        acc += tl.load(partials_ptr + part[:, None] * D + columns[None, :], mask=mask, other=0.0)
+    grad_score = tl.sum(acc, 0)
+    grad_query = grad_score
+    if norm_weight_ptr is not None:
+        query = tl.load(query_ptr + columns * query_stride, mask=inside, other=0.0).to(tl.float32)
+        grad_norm_weight = (grad_score * query).to(grad_norm_weight_ptr.dtype.element_ty)
+        tl.store(grad_norm_weight_ptr + columns, grad_norm_weight, mask=inside)
+        norm_weight = tl.load(norm_weight_ptr + columns * norm_weight_stride, mask=inside, other=0.0)
+        grad_query = grad_score * norm_weight.to(tl.float32)
+    tl.store(grad_query_ptr + columns, grad_query.to(grad_query_ptr.dtype.element_ty), mask=inside)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._floor.launch import Launch, bucket, bucket_size, checked, compiler_options, strides, triton_before
 from .._floor.layout import rows
+from .._floor.replay import run
 from . import triton_kernels
 
 #: Programs of the backward pass, and so partial sums of the score vector's gradient.  A fixed number: results do not
@@ -40,6 +41,20 @@ class TokenLaunch(Launch):
         a = self.arguments
         tensors = (2 if "grad_out_ptr" in a else 1) * a["COUNT"] + 1
         return a["BLOCK_T"] * a["D"] * a["query_ptr"].element_size() * tensors
+
+
+class FoldLaunch(Launch):
+    """The launch that sums partial gradients."""
+
+    __slots__ = ()
+
+    @property
+    def tile(self) -> str:
+        return f"{self.arguments['BLOCK_P']} sums x {self.arguments['BLOCK_D']}"
+
+    @property
+    def bytes_per_tile(self) -> int:
+        return 4 * self.arguments["BLOCK_P"] * self.arguments["BLOCK_D"]
 
 
 @functools.cache
@@ -116,11 +131,41 @@ def _backward_programs(values: Sequence[Tensor]) -> int:
     return min(programs, -(-outer * inner // _tile(depth, 16)[0]))
 
 
+def plan_fold(partials, query, norm_weight, grad_query, grad_norm_weight) -> Launch:
+    """The launch that makes the gradients of query and norm_weight of the backward launch's ``partials``."""
+    depth = query.shape[0]
+    arguments = {
+        "partials_ptr": partials,
+        "query_ptr": query,
+        "norm_weight_ptr": norm_weight,
+        "grad_query_ptr": grad_query,
+        "grad_norm_weight_ptr": None if norm_weight is None else grad_norm_weight,
+        "query_stride": query.stride(0),
+        "norm_weight_stride": 0 if norm_weight is None else norm_weight.stride(0),
+        "count": partials.shape[0],
+        "D": depth,
+        "BLOCK_P": 32,
+        "BLOCK_D": 32,
+    }
+    kernel = triton_kernels.attention_residual_fold_kernel
+    return FoldLaunch(kernel, -(-depth // 32), arguments, compiler_options(4, 1))
+
+
 def forward(values, query, norm_weight, eps, out, statistics) -> None:
     """Forward of the operators in op.py."""
     if out.numel():
         with torch.cuda.device_of(query):
-            plan_forward([rows(value) for value in values], query, norm_weight, eps, out, statistics).run()
+            run(plan_forward, [rows(value) for value in values], query, norm_weight, eps, out, statistics)
+
+
+def _plan_backward(
+    grad_out, values, query, norm_weight, statistics, grad_values, grad_query, grad_norm_weight
+) -> list[Launch]:
+    partials = statistics.new_empty((_backward_programs(values), query.shape[0]))
+    return [
+        plan_backward(grad_out, values, query, norm_weight, statistics, grad_values, partials),
+        plan_fold(partials, query, norm_weight, grad_query, grad_norm_weight),
+    ]
 
 
 def backward(grad_out, values, query, norm_weight, statistics, grad_values, grad_query, grad_norm_weight) -> None:
@@ -128,16 +173,9 @@ def backward(grad_out, values, query, norm_weight, statistics, grad_values, grad
     if grad_out.numel() == 0:
         grad_query.zero_(), grad_norm_weight.zero_()
         return
-    values = [rows(value) for value in values]
-    partials = statistics.new_empty((_backward_programs(values), query.shape[0]))
+    arguments = rows(grad_out), [rows(value) for value in values], query, norm_weight, statistics
     with torch.cuda.device_of(query):
-        plan_backward(rows(grad_out), values, query, norm_weight, statistics, grad_values, partials).run()
-    grad_score = partials.sum(0)
-    if norm_weight is None:
-        grad_query.copy_(grad_score)
-    else:
-        grad_query.copy_(grad_score * norm_weight)
-        grad_norm_weight.copy_(grad_score * query)
+        run(_plan_backward, *arguments, grad_values, grad_query, grad_norm_weight)
 
 
 #: Cases of the compile report: name -> (values, tokens, D, dtype).
@@ -170,3 +208,4 @@ def compile_cases(arch: str) -> Iterator[tuple[str, Launch]]:
         partials = empty(_backward_programs(values), depth, dtype=torch.float32)
         yield name, plan_forward(values, query, query, 1e-6, out, statistics)
         yield name, plan_backward(out, values, query, query, statistics, values, partials)
+        yield name, plan_fold(partials, query, query, query, query)

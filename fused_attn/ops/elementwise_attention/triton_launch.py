@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from .._floor.launch import Launch, checked, compiler_options, strides, triton_before
+from .._floor.replay import run
 from . import triton_kernels as kernels
 
 #: Elements of the largest plane that one program holds, and of a tile of a larger one.
@@ -111,7 +112,7 @@ def _common(
 # --- forward ----------------------------------------------------------------------------------------------------
 
 
-def plan_statistics(x, row, col, row_stats, col_partials, dual=PLAIN, *, out=None, moments=None) -> Launch:
+def plan_statistics(x, row, col, row_stats, col_partials, dual=PLAIN, out=None, moments=None) -> Launch:
     """Row statistics and those of the columns of each chunk, ``col_partials`` (chunks, ...); see the kernel."""
     common = _common(x, row, col, row_stats, col_partials, dual) | {"out_ptr": out, "moments_ptr": moments}
     tile = tiling(*x.shape[2:])
@@ -145,14 +146,14 @@ def _combine_columns(partials: Tensor, col_stats: Tensor, col_mask: Tensor | Non
 def _statistics(x, row, col, row_stats, col_stats, dual=PLAIN, out=None, moments=None) -> None:
     tile = tiling(*x.shape[2:])
     if tile.whole:
-        plan_statistics(x, row, col, row_stats, col_stats, dual, out=out, moments=moments).run()
+        run(plan_statistics, x, row, col, row_stats, col_stats, dual, out, moments)
         return
     planes = row_stats.shape[:3].numel()
     partials = x.new_empty((tile.chunks, planes, 2, x.shape[3]), dtype=torch.float32)
-    plan_statistics(x, row, col, row_stats, partials, dual).run()
+    run(plan_statistics, x, row, col, row_stats, partials, dual)
     _combine_columns(partials, col_stats, dual.col_mask)
     if moments is not None:
-        plan_moments(x, row, col, row_stats, col_stats, moments).run()
+        run(plan_moments, x, row, col, row_stats, col_stats, moments)
 
 
 def softmax_forward(x, row, col, row_mask, col_mask, temperature, log, out, row_stats, col_stats) -> None:
@@ -162,7 +163,7 @@ def softmax_forward(x, row, col, row_mask, col_mask, temperature, log, out, row_
     with torch.cuda.device_of(x):
         _statistics(x, row, col, row_stats, col_stats, dual, out=out)
         if not tiling(*x.shape[2:]).whole:
-            plan_output(x, row, col, out, row_stats, col_stats, dual=dual).run()
+            run(plan_output, x, row, col, out, row_stats, col_stats, None, None, dual)
 
 
 def _reduced(moments: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
@@ -190,7 +191,7 @@ def attention_forward(x, row, col, mean, var, eps, out, row_stats, col_stats, me
             mean_used.copy_(shift + first)
             var_used.copy_((second - first.square()).clamp_min(0.0))
         scale = (var_used.double() + eps).rsqrt().float()
-        plan_output(x, row, col, out, row_stats, col_stats, mean_used, scale).run()
+        run(plan_output, x, row, col, out, row_stats, col_stats, mean_used, scale)
 
 
 # --- backward ---------------------------------------------------------------------------------------------------
@@ -258,12 +259,12 @@ def _run_backward(grad_out, x, row, col, row_stats, col_stats, norm, grad_x, gra
     if not tile.whole:
         row_sums = x.new_empty((planes, height), dtype=torch.float32)
         partials = x.new_empty((tile.chunks, planes, width), dtype=torch.float32)
-        plan_sums(*terms, (row_sums, partials), dual).run()
+        run(plan_sums, *terms, (row_sums, partials), dual)
         sums = row_sums, partials.sum(0)
-    plan_grad_x(*terms, sums, grad_x, dual).run()
+    run(plan_grad_x, *terms, sums, grad_x, dual)
     if row is not None:
         partials = x.new_empty((-(-batch // IMAGES), 2, *row.shape), dtype=torch.float32)
-        plan_grad_weight(*terms, sums, partials).run()
+        run(plan_grad_weight, *terms, sums, partials)
         both = partials.sum(0)
         grad_row.copy_(both[0])
         grad_col.copy_(both[1])
@@ -290,7 +291,7 @@ def attention_backward(grad_out, x, row, col, row_stats, col_stats, mean, var, t
         norm = Normalisation(mean, deviation.float(), torch.zeros_like(mean), torch.zeros_like(mean))
         if training:
             moments = _moments(x, row.shape[0])
-            plan_grad_moments(grad_out, x, row, col, row_stats, col_stats, norm, moments).run()
+            run(plan_grad_moments, grad_out, x, row, col, row_stats, col_stats, norm, moments)
             first, second = _reduced(moments, x.shape)
             norm.grad_mean.copy_(first)
             norm.grad_var.copy_(second * deviation.square())

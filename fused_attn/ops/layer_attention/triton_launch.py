@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._floor.launch import Launch, bucket, bucket_size, checked, compiler_options
 from .._floor.layout import dense_order, in_order, is_channels_last
+from .._floor.replay import run
 from . import triton_kernels
 
 #: Most layers of one launch.  Pointers of 32 layers are 256 of the 4,096 bytes that a launch may have in arguments.
@@ -299,16 +300,14 @@ def sum_forward(weights: Tensor, values: Sequence[Tensor], out: Tensor) -> None:
     if out.numel():
         dense = [in_order(value, order) for value in values]
         with torch.cuda.device_of(out):
-            for launch in plan_sum_forward(weights.float().contiguous(), dense, out, is_channels_last(order)):
-                launch.run()
+            run(plan_sum_forward, weights.float().contiguous(), dense, out, is_channels_last(order))
 
 
 def attention_forward(query, keys, values, bias, scale, sigmoid, out, weights) -> None:
     """Forward of the attention's operators."""
     if weights.numel():
         with torch.cuda.device_of(query):
-            for launch in plan_weights(query, [key.contiguous() for key in keys], bias, scale, sigmoid, weights):
-                launch.run()
+            run(plan_weights, query, [key.contiguous() for key in keys], bias, scale, sigmoid, weights)
     sum_forward(weights, values, out)
 
 
@@ -320,10 +319,7 @@ def _sum_backward(grad_out, weights, values, grad_values, accumulate) -> tuple[T
         return weights.new_empty((grad_out.shape[0], 0, len(values), groups)), 1
     partials = weights.new_empty(partials_shape(grad_out.shape, groups, channels_last, len(values)))
     dense = [in_order(value, order) for value in values]
-    for launch in plan_sum_backward(
-        in_order(grad_out, order), weights, dense, grad_values, partials, channels_last, accumulate
-    ):
-        launch.run()
+    run(plan_sum_backward, in_order(grad_out, order), weights, dense, grad_values, partials, channels_last, accumulate)
     return partials, as_matrix(grad_out.shape, groups, channels_last).span
 
 
@@ -334,8 +330,7 @@ def sum_backward(grad_out, weights, values, grad_weights, grad_values) -> None:
         partials, span = _sum_backward(grad_out, weights, values, grad_values, False)
         gradient = torch.empty_like(weights)
         if weights.numel():
-            for launch in plan_heads_backward(partials, weights, gradient, span):
-                launch.run()
+            run(plan_heads_backward, partials, weights, gradient, span)
         grad_weights.copy_(gradient)
 
 
@@ -349,8 +344,7 @@ def attention_backward(
         partials, span = _sum_backward(grad_out, weights, values, grad_values, accumulate)
         if weights.numel():
             attention = (query, [key.contiguous() for key in keys], scale, sigmoid, grad_query, grad_keys)
-            for launch in plan_heads_backward(partials, weights, grad_scores, span, attention):
-                launch.run()
+            run(plan_heads_backward, partials, weights, grad_scores, span, attention)
         grad_bias.copy_(grad_scores.sum(0).t())
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._floor.launch import Launch
+from . import relative_logits
 from .triton_launch import Factors, Gradients, Terms, plan_backward, plan_forward, strips
 
 #: Cases of the compile report: name -> (query grid, d_k, d_v, dtype, options).
@@ -40,6 +41,18 @@ _COMPILE_SHAPES: dict[str, tuple] = {
     "free table 14x14, d 96": ((14, 14), 96, 96, torch.bfloat16, {"logits": False, "table": True, "segments": True}),
 }
 
+#: Tables and their logits: name -> (query grid, d_k, dtype, tables of each head, channels first).
+_TABLE_SHAPES = {
+    "tables 32x32, d 20": ((32, 32), 20, torch.bfloat16, False, False),
+    "tables 32x32, d 20, channels first": ((32, 32), 20, torch.bfloat16, False, True),
+    "tables 8x8, d 20, per head": ((8, 8), 20, torch.bfloat16, True, False),
+    "tables 64x64, d 64": ((64, 64), 64, torch.bfloat16, False, False),
+    "tables 14x14, d 256": ((14, 14), 256, torch.float16, False, False),
+    "tables 32x32, d 20, float32": ((32, 32), 20, torch.float32, False, False),
+    "tables 64x64, d 64, float32": ((64, 64), 64, torch.float32, False, False),
+    "tables 14x14, d 128, float32": ((14, 14), 128, torch.float32, True, False),
+}
+
 COMPILE_NOTES = """
 Instructions per score that no formulation of the loop avoids, for d_k=20, d_v=2 in bfloat16 (tensor products run
 beside them):
@@ -70,6 +83,22 @@ def compile_cases(arch: str) -> Iterator[tuple[str, Launch]]:
                 yield f"{name}, prefix keys", launch
             else:
                 yield name, launch
+    for name, case in _TABLE_SHAPES.items():
+        for launch in _plan_tables(*case):
+            yield name, launch
+
+
+def _plan_tables(grid, depth, dtype, per_head, channels_first) -> list[Launch]:
+    lead = (128, 8)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    query = empty(*lead, depth, *grid).permute(0, 1, 3, 4, 2) if channels_first else empty(*lead, *grid, depth)
+    tables = [empty(*((lead[1],) if per_head else ()), 2 * length - 1, depth) for length in grid]
+    arguments = grid, True, "ieee"
+    logits, launches = relative_logits.plan_logits(query, *tables, *arguments)
+    return [*launches, *relative_logits.plan_logits_backward(*logits, query, *tables, query, *tables, *arguments)]
 
 
 def _plan_all(
@@ -94,10 +123,10 @@ def _plan_all(
     segments_of = empty(4, *grid, dtype=torch.int32) if segments else None
     prefix = [empty(*lead, 1, prefixes, depth) if prefixes else None for depth in (d_k, d_v)]
     terms = Terms(query, key, value, row_logits, col_logits, bias_table, segments_of, segments_of, *prefix)
-    factors = Factors(d_k**-0.5, 1.0, 1.0, dropout_p, seed, True)
+    factors = Factors(d_k**-0.5, 1.0, 1.0, dropout_p, seed, True, "ieee")
     d_row = None
     if logits:
-        count = strips(terms, factors, arch)
+        count = strips(terms, seed if dropout_p > 0.0 else None, arch)
         d_row = row_logits[None] if count == 1 else empty(count, *row_logits.shape, dtype=torch.float32)
     grads = Gradients(query, key, value, d_row, col_logits, bias_table, *prefix)
     return [

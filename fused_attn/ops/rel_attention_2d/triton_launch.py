@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .._floor.dropout import threshold
 from .._floor.launch import Launch, alignment, architecture, bucket_size, checked, compiler_options, strides
+from .._floor.replay import run
 from . import triton_backward_kernels, triton_kernels
-from .relative_logits import relative_logits, relative_logits_backward
+from .relative_logits import plan_logits, plan_logits_backward
 from .triton_tile_table import Tile, blocks, key_tile
 
 
@@ -83,6 +84,7 @@ class Factors(NamedTuple):
     dropout_p: float
     seed: Tensor | None
     key_minus_query: bool
+    precision: str  # of products in float32, "ieee" or "tf32"
 
 
 class Gradients(NamedTuple):
@@ -172,7 +174,7 @@ def _common(terms: Terms, factors: Factors) -> dict[str, Any]:
         "QUERY_ALIGN": alignment(query, query_strides),
         "ROW_LOGITS_ALIGN": alignment(row_logits, row_logits_strides),
         "COL_LOGITS_ALIGN": alignment(col_logits, col_logits_strides),
-        "PRECISION": _precision(query.dtype),
+        "PRECISION": factors.precision,
     }
 
 
@@ -387,52 +389,75 @@ def _plan_table(common: dict[str, Any], terms: Terms, factors: Factors, grad_tab
     ]
 
 
-def strips(terms: Terms, factors: Factors, arch: str) -> int:
-    """Column strips that the dQ pass walks: the leading dimension of its ``grad_row_logits``."""
-    *_, columns = _tile_over_keys("backward_dq", terms, _seed(factors), arch)
+def strips(terms: Terms, seed: Tensor | None, arch: str) -> int:
+    """Column strips that the dQ pass walks: the leading dimension of its ``grad_row_logits``.  Of the terms, ``query``,
+    ``key``, ``value``, ``bias_table`` and ``prefix_key`` are looked at."""
+    *_, columns = _tile_over_keys("backward_dq", terms, seed, arch)
     return -(-terms.key.shape[3] // columns)
 
 
-def _logits(query, term, key_length, axis, rel_scale, key_minus_query):
-    """Finished logits of ``term`` and the factor the kernel applies to them; a table has 2 or 3 dimensions."""
-    if term is None or term.dim() == 5:
-        return term, 1.0
-    return relative_logits(query, term, key_length, axis, key_minus_query), rel_scale
+def _tables(row_term: Tensor | None, col_term: Tensor | None) -> list[Tensor | None]:
+    """Those of the terms that are tables, which have 2 or 3 dimensions; finished logits have 5."""
+    return [None if term is None or term.dim() == 5 else term for term in (row_term, col_term)]
 
 
 def _problem(
     query, key, value, row_term, col_term, bias_table, query_segments, key_segments, prefix_key, prefix_value, scale,
-    rel_scale, key_minus_query, dropout_p, seed,
-) -> tuple[Terms, Factors]:  # fmt: skip
-    """What the kernels get of the arguments of the operators."""
-    row_logits, row_scale = _logits(query, row_term, key.shape[2], 2, rel_scale, key_minus_query)
-    col_logits, col_scale = _logits(query, col_term, key.shape[3], 3, rel_scale, key_minus_query)
-    factors = Factors(scale, row_scale, col_scale, dropout_p, seed, key_minus_query)
+    rel_scale, key_minus_query, dropout_p, seed, precision,
+) -> tuple[Terms, Factors, list[Launch]]:  # fmt: skip
+    """What the kernels get of the arguments of the operators, and the launch that makes logits of tables, if any."""
     prefix = [
         None if tensor is None or 0 in tensor.shape[:3] else tensor[:, :, None] for tensor in (prefix_key, prefix_value)
     ]
-    if key.shape[2] * key.shape[3] == 0:  # prefix keys alone are a grid
-        return Terms(query, *prefix), factors
-    # The kernels' places in a head's table have 32 bits.
-    if (
-        bias_table is not None
-        and sum(n * abs(s) for n, s in zip(bias_table.shape[1:], bias_table.stride()[1:], strict=True)) >= 2**31
-    ):
-        bias_table = bias_table.contiguous()
-    return Terms(query, key, value, row_logits, col_logits, bias_table, query_segments, key_segments, *prefix), factors
+    common = dropout_p, seed, key_minus_query, precision
+    key_size = tuple(key.shape[2:4])
+    if 0 in key_size:  # prefix keys alone are a grid
+        return Terms(query, *prefix), Factors(scale, 1.0, 1.0, *common), []
+    tables = row_table, col_table = _tables(row_term, col_term)
+    row_logits, col_logits, launches = row_term, col_term, []
+    if row_table is not None or col_table is not None:
+        made, launches = plan_logits(query, *tables, key_size, key_minus_query, precision)
+        row_logits = row_term if row_table is None else made[0]
+        col_logits = col_term if col_table is None else made[1]
+    row_scale, col_scale = (1.0 if table is None else rel_scale for table in tables)
+    terms = Terms(query, key, value, row_logits, col_logits, bias_table, query_segments, key_segments, *prefix)
+    return terms, Factors(scale, row_scale, col_scale, *common), launches
 
 
-def forward(query, key, value, *arguments) -> None:
+def _plan_forward(*arguments) -> list[Launch]:
+    """All launches of :func:`forward`."""
+    *arguments, precision, out, statistics, arch = arguments
+    terms, factors, launches = _problem(*arguments, precision)
+    return [*launches, plan_forward(terms, factors, out, statistics, arch)]
+
+
+def _plan_backward(grad_out, inputs, numbers, precision, out, statistics, grads, arch) -> list[Launch]:
+    """All launches of :func:`backward`, but for those from logits to tables, of which ``grads`` has the logits'."""
+    terms, factors, launches = _problem(*inputs, *numbers, precision)
+    per_query = statistics.new_empty((5, *terms.query.shape[:4]))
+    return [*launches, *plan_backward(grad_out, terms, factors, out, statistics, per_query, grads, arch)]
+
+
+def _reachable(bias_table: Tensor | None) -> Tensor | None:
+    """``bias_table``, where the kernels' places in a head's table, which have 32 bits, reach all of it, or a copy."""
+    if bias_table is None:
+        return None
+    sizes = zip(bias_table.shape[1:], bias_table.stride()[1:], strict=True)
+    return bias_table if sum(n * abs(s) for n, s in sizes) < 2**31 else bias_table.contiguous()
+
+
+def forward(query, key, value, row_term, col_term, bias_table, *arguments) -> None:
     """Forward of the operators in op.py."""
     *arguments, out, statistics = arguments
     if statistics.numel() == 0:
         return
+    prefix_key = arguments[2]
+    if 0 in key.shape[2:4] and (prefix_key is None or 0 in prefix_key.shape[:3]):
+        out.zero_(), statistics.zero_()
+        return
     with torch.cuda.device_of(query):
-        terms, factors = _problem(query, key, value, *arguments)
-        if terms.key is None:
-            out.zero_(), statistics.zero_()
-            return
-        plan_forward(terms, factors, out, statistics, architecture(query)).run()
+        tensors = query, key, value, row_term, col_term, _reachable(bias_table)
+        run(_plan_forward, *tensors, *arguments, _precision(query.dtype), out, statistics, architecture(query))
 
 
 def backward(grad_out, query, key, value, row_term, col_term, *arguments) -> None:
@@ -441,8 +466,8 @@ def backward(grad_out, query, key, value, row_term, col_term, *arguments) -> Non
     grad_query, grad_key, grad_value, d_row_term, d_col_term, d_table, d_prefix_key, d_prefix_value = grads
     bias_table, query_segments, key_segments, prefix_key, prefix_value, out, statistics, *numbers = arguments
     key_minus_query = numbers[2]
-    inputs = bias_table, query_segments, key_segments, prefix_key, prefix_value
-    on_grid = key.shape[2] * key.shape[3] > 0
+    key_size = tuple(key.shape[2:4])
+    on_grid = 0 not in key_size
     has_keys = on_grid or (prefix_key is not None and prefix_key.shape[2] > 0)
     runs = statistics.numel() > 0 and has_keys and value.shape[4] > 0
     if not (runs and on_grid):
@@ -451,34 +476,48 @@ def backward(grad_out, query, key, value, row_term, col_term, *arguments) -> Non
                 grad.zero_()
     if not runs:
         return
+    inputs = query, key, value, row_term, col_term, _reachable(bias_table)
+    inputs += query_segments, key_segments, prefix_key, prefix_value
+    precision, arch = _precision(query.dtype), architecture(query)
     with torch.cuda.device_of(query):
-        terms, factors = _problem(query, key, value, row_term, col_term, *inputs, *numbers)
-        arch = architecture(query)
         d_prefix = (d_prefix_key[:, :, None], d_prefix_value[:, :, None]) if prefix_key is not None else (None, None)
-        d_row = _grad_of_logits(terms.row_logits, row_term, d_row_term)
-        d_col = _grad_of_logits(terms.col_logits, col_term, d_col_term)
-        d_row_strips = d_row
-        if d_row is not None:
-            count = strips(terms, factors, arch)
-            d_row_strips = d_row[None] if count == 1 else d_row.new_empty((count, *d_row.shape), dtype=torch.float32)
-        per_query = statistics.new_empty((5, *query.shape[:4]))
-        written = Gradients(grad_query, grad_key, grad_value, d_row_strips, d_col, d_table, *d_prefix)
         if not on_grid:
             written = Gradients(grad_query, *d_prefix)
-        for launch in plan_backward(grad_out, terms, factors, out, statistics, per_query, written, arch):
-            launch.run()
+            run(_plan_backward, grad_out, inputs, numbers, precision, out, statistics, written, arch)
+            return
+        tables = row_table, col_table = _tables(row_term, col_term)
+        d_row = d_row_strips = _grad_of_logits(query, row_term, row_table, d_row_term, key_size[0])
+        d_col = _grad_of_logits(query, col_term, col_table, d_col_term, key_size[1])
+        if d_row is not None:
+            terms = Terms(*inputs[:3], bias_table=bias_table, prefix_key=prefix_key)
+            dropout_p, seed = numbers[3:]
+            count = strips(terms, seed if dropout_p > 0.0 else None, arch)
+            d_row_strips = d_row[None] if count == 1 else d_row.new_empty((count, *d_row.shape), dtype=torch.float32)
+        written = Gradients(
+            grad_query,
+            grad_key,
+            grad_value,
+            d_row_strips,
+            d_col,
+            d_table if bias_table is not None else None,
+            *d_prefix,
+        )
+        run(_plan_backward, grad_out, inputs, numbers, precision, out, statistics, written, arch)
         if d_row is not None and len(d_row_strips) > 1:
             d_row.copy_(d_row_strips.sum(0))
+        if row_table is not None or col_table is not None:
+            d_logits, d_tables = (
+                [None if table is None else grad for table, grad in zip(tables, grads, strict=True)]
+                for grads in ((d_row, d_col), (d_row_term, d_col_term))
+            )
+            run(
+                plan_logits_backward, *d_logits, query, *tables, grad_query, *d_tables, key_size, key_minus_query,
+                precision,
+            )  # fmt: skip
 
-        for axis, d_logits, table, grad_table in ((2, d_row, row_term, d_row_term), (3, d_col, col_term, d_col_term)):
-            if d_logits is not None and table.dim() != 5:
-                d_query, d_axis_table = relative_logits_backward(d_logits, query, table, axis, key_minus_query)
-                grad_query.add_(d_query)
-                grad_table.copy_(d_axis_table)
 
-
-def _grad_of_logits(logits: Tensor | None, term: Tensor | None, grad_term: Tensor) -> Tensor | None:
+def _grad_of_logits(query, term: Tensor | None, table: Tensor | None, grad_term: Tensor, length: int) -> Tensor | None:
     """What the kernel writes: the gradient of the term, or that of its logits where the term is a table."""
-    if logits is None or logits is term:
-        return None if logits is None else grad_term
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+    if term is None:
+        return None
+    return grad_term if table is None else query.new_empty((*query.shape[:4], length))

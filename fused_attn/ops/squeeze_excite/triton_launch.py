@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .._floor.launch import Launch, checked, compiler_options
 from .._floor.layout import in_format, memory_format
+from .._floor.replay import run
 from . import reference, triton_kernels
 
 #: Elements of a tile: 16 for each thread of 4 warps, two 16-byte loads of bfloat16.
@@ -154,7 +155,7 @@ def forward(
     features = 0 if result is None else result.shape[1]
     weight = _matrix(fc1_weight)
     with torch.cuda.device_of(x):
-        plan_squeeze(x, z).run()
+        run(plan_squeeze, x, z)
         first = F.linear(z, weight[:, features:], _float(fc1_bias))
         if result is not None:
             first.addmm_(result.float(), weight[:, :features].t())
@@ -165,7 +166,7 @@ def forward(
             hidden = reference.HIDDEN_ACTIVATIONS[hidden_activation](first)
             first = F.linear(hidden, _matrix(fc2_weight), _float(fc2_bias))
         scale.copy_(_scale_of(first, gate))
-        plan_scale(x, scale, residual, out, relu).run()
+        run(plan_scale, x, scale, residual, out, relu)
 
 
 def backward(
@@ -184,7 +185,7 @@ def backward(
     weight, grad_w1 = _matrix(fc1_weight), grad_w1.flatten(1)
     with torch.cuda.device_of(x):
         grad_first = torch.empty_like(scale)
-        plan_scale_backward(grad_out, active, x, grad_residual if residual_grad else None, grad_first).run()
+        run(plan_scale_backward, grad_out, active, x, grad_residual if residual_grad else None, grad_first)
         grad_first = _through_gate(grad_first, scale, gate)
         if fc2_weight is not None:
             hidden = reference.HIDDEN_ACTIVATIONS[hidden_activation](preactivation)
@@ -201,7 +202,7 @@ def backward(
             grad_share.copy_(grad_first)
         # The residual's gradient is that of the output where it was active: one map to read instead of two.
         source, signs = (grad_residual, None) if residual_grad else (grad_out, active)
-        plan_squeeze_backward(source, signs, scale, grad_first @ weight[:, features:], grad_x).run()
+        run(plan_squeeze_backward, source, signs, scale, grad_first @ weight[:, features:], grad_x)
 
 
 #: Cases of the compile report: name -> (map, dtype, channels_last).  C 240 is EfficientNet's: the gate alone.

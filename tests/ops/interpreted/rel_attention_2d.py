@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fused_attn.ops.rel_attention_2d import op, reference, triton_launch, triton_tile_table
+from fused_attn.ops.rel_attention_2d import op, reference, relative_logits, triton_launch, triton_tile_table
 from fused_attn.ops.rel_attention_2d.spec import SPECS
 from fused_attn.testing import checks
 from fused_attn.testing.numerics import mismatches
@@ -135,8 +135,7 @@ def test_tiles_of_other_parts_and_versions(monkeypatch, arch, old_triton, dtype,
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_wide_image_is_walked_in_several_strips(dtype):
     tensors = inputs(dtype, 1, (2, 2), (3, 161), 4, 4, "logits")
-    factors = triton_launch.Factors(1.0, 1.0, 1.0, 0.0, None, True)
-    assert triton_launch.strips(triton_launch.Terms(*tensors), factors, "sm_90") > 1
+    assert triton_launch.strips(triton_launch.Terms(*tensors), None, "sm_90") > 1
     check(tensors)
 
 
@@ -268,3 +267,49 @@ def test_padding_makes_no_nan_of_an_infinity(name):
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_nan_does_not_reach_the_gradients_of_hidden_keys(spec):
     checks.check_non_finite(spec, "triton", sample(spec, "segments, prefix, dropout"))
+
+
+# --- products with tables -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels_first", [False, True])
+@pytest.mark.parametrize("key_minus_query", [True, False])
+@pytest.mark.parametrize("tables", ["both", "rows", "columns", "per head", "per head, columns shared"])
+@pytest.mark.parametrize("grid", [(2, 3, (4, 5), (7, 6), 6), (1, 2, (3, 70), (66, 2), 70)])
+def test_table_products_and_their_gradients(grid, tables, key_minus_query, channels_first):
+    batch, heads, (height, width), key_size, depth = grid
+    torch.manual_seed(0)
+    query = draw(batch, heads, height, width, depth)
+    if channels_first:
+        query = query.permute(0, 1, 4, 2, 3).contiguous().permute(0, 1, 3, 4, 2)
+    rows, columns = (
+        draw(*((heads,) if "per head" in tables else ()), size + keys - 1, depth)
+        for size, keys in zip((height, width), key_size, strict=True)
+    )
+    rows, columns = None if tables == "columns" else rows, None if tables == "rows" else columns
+    if tables == "per head, columns shared":
+        columns = columns[0]
+    given = [tensor for tensor in (query, rows, columns) if tensor is not None]
+    leaves = [tensor.double().requires_grad_() for tensor in given]
+    of = [None if table is None else leaves[1 if table is rows else -1] for table in (rows, columns)]
+    index = "key_minus_query" if key_minus_query else "query_minus_key"
+    expected = reference.relative_logits(leaves[0], *of, key_size, 1.0, index)
+    arguments = key_size, key_minus_query, "ieee"
+    actual, launches = relative_logits.plan_logits(query, rows, columns, *arguments)
+    for launch in launches:
+        launch.run()
+    outputs = [(a, e) for a, e in zip(actual, expected, strict=True) if e is not None]
+    assert [logits is None for logits in actual] == [logits is None for logits in expected]
+    for a, e in outputs:
+        torch.testing.assert_close(a, e.float())
+
+    grads = [None if logits is None else draw(*logits.shape) for logits in actual]
+    before = draw(*query.shape)
+    d_query = before.clone(memory_format=torch.preserve_format)
+    d_tables = [None if table is None else torch.full_like(table, math.nan) for table in (rows, columns)]
+    for launch in relative_logits.plan_logits_backward(*grads, query, rows, columns, d_query, *d_tables, *arguments):
+        launch.run()
+    wanted = torch.autograd.grad([e for _, e in outputs], leaves, [grad.double() for grad in grads if grad is not None])
+    got = [d_query - before, *(grad for grad in d_tables if grad is not None)]
+    for a, e in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, e.float(), rtol=1e-5, atol=1e-4)
