@@ -74,7 +74,8 @@ def approximate(builder, seed):
     """Lets the interpreter's ``builder`` err in these as much as a GPU may, up or down: which, the bits of the result
     and ``seed`` decide, so that equal operands have equal results.  To stay: for a process of its own.
 
-    ``tl.exp`` and ``tl.log`` are of a product with log2(e) or log(2) that is rounded as well.
+    ``tl.exp`` and ``tl.log`` are of a product with log2(e) or log(2) that is rounded as well.  A product of matrices in
+    float32 is a chain of fused multiplications and additions, each of which rounds.
     """
 
     def rough(exact, largest):
@@ -94,6 +95,17 @@ def approximate(builder, seed):
         product = argument.data * argument.data.dtype.type(factor)
         return interpreter.TensorHandle(product, argument.dtype.scalar)
 
+    def dot(a, b, acc, precision, most_imprecise):
+        if a.data.dtype != np.float32 or acc.data.dtype != np.float32:
+            return exact_dot(a, b, acc, precision, most_imprecise)
+        total = acc.data
+        with np.errstate(all="ignore"):
+            for k in range(a.data.shape[-1]):
+                product = a.data[..., :, k, None].astype(np.float64) * b.data[..., None, k, :]
+                total = (total + product).astype(np.float32)
+        return interpreter.TensorHandle(total, acc.dtype.scalar)
+
+    exact_dot, builder.create_dot = builder.create_dot, dot
     for name, largest in APPROXIMATE.items():
         setattr(builder, name, rough(getattr(builder, name), largest))
     builder.create_exp = lambda argument: builder.create_exp2(with_factor(argument, 1.4426950408889634))

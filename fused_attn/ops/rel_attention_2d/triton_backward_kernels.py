@@ -79,7 +79,7 @@ def rel_attention_bwd_dq_kernel(
     per_query (5, B, heads, Hq, Wq), float32, is maximum and delta, inverse_sum, and the bits of both dropout keys if
     there is dropout.
 
-    grad_row_logits is (strips, B*heads, queries, Hk): one partial sum per column strip, float32 when there are several.
+    grad_row_logits is float32 where the keys are several column strips, which add to it one after another.
     Grid and ownership as in the forward kernel.
 
     delta, the mean over keys of the gradient of the weights, is rowsum(grad_out * out).  The rounding of ``out`` in it
@@ -178,6 +178,8 @@ def rel_attention_bwd_dq_kernel(
                 grad_out_ptr, batch, head, y_m, x_m, d_v, live_m[:, None], live_v, grad_out_strides, 1
             )
     for x0 in range(0, BLOCK_W if ONE_STRIP else key_width, BLOCK_W):
+        if (row_logits_ptr is not None) and (not ONE_STRIP):
+            tl.debug_barrier()  # what the strip before has written is read
         col_tile = tiles.along(col_ptrs, x0, col_logits_strides)
         live_w = (x0 + w < key_width)[None, :]
         col_logits = tiles.axis_logits(col_tile, col_scale, live_m[:, None], live_w, not EVEN_W)
@@ -232,16 +234,13 @@ def rel_attention_bwd_dq_kernel(
                     d_col_logits += tl.sum(ds, 1)
                 if row_logits_ptr is not None:
                     d_row_logits = tl.sum(ds, 2) * (inverse_sum * grad_row_scale)[:, None]
-                    shift = (
-                        tiles.int64(y0) * grad_row_logits_strides[4]
-                        + tiles.int64(x0 // BLOCK_W) * grad_row_logits_strides[5]
-                    )
+                    row_tile = grad_row_ptrs + tiles.int64(y0) * grad_row_logits_strides[4]
                     row_mask = live_m[:, None] & live_r
-                    tl.store(grad_row_ptrs + shift, d_row_logits.to(grad_row_ptrs.dtype.element_ty), mask=row_mask)
+                    if not ONE_STRIP:
+                        d_row_logits += tl.load(row_tile, mask=row_mask & (x0 > 0), other=0.0)
+                    tl.store(row_tile, d_row_logits.to(grad_row_ptrs.dtype.element_ty), mask=row_mask)
                 ds = tl.reshape(ds, (BLOCK_M, BLOCK_N)).to(k_block.dtype)
-                if EXACT:
-                    # A sum of its own for every tile, as one chain of additions over all tiles rounds more than
-                    # float32 results may; the factor keeps the compiler from making one of them.
+                if EXACT:  # rounds less than one factor for all of the sum
                     dq += tiles.dot(ds, k_block, None, PRECISION) * inverse_sum[:, None]
                 else:
                     dq = tiles.dot(ds, k_block, dq, PRECISION)

@@ -126,8 +126,8 @@ def _plan_all(
     factors = Factors(d_k**-0.5, 1.0, 1.0, dropout_p, seed, True, "ieee")
     d_row = None
     if logits:
-        count = strips(terms, seed if dropout_p > 0.0 else None, arch)
-        d_row = row_logits[None] if count == 1 else empty(count, *row_logits.shape, dtype=torch.float32)
+        several = strips(terms, seed if dropout_p > 0.0 else None, arch) > 1
+        d_row = empty(*row_logits.shape, dtype=torch.float32) if several else row_logits
     grads = Gradients(query, key, value, d_row, col_logits, bias_table, *prefix)
     return [
         plan_forward(terms, factors, out, statistics, arch),

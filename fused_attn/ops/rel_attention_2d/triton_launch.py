@@ -90,7 +90,7 @@ class Factors(NamedTuple):
 class Gradients(NamedTuple):
     """Gradients of :class:`Terms`, which the launches write.
 
-    ``row_logits`` has one entry per column strip (:func:`strips`) in front; ``bias_table`` is contiguous.
+    ``row_logits`` is float32 where there are several column strips (:func:`strips`); ``bias_table`` is contiguous.
     """
 
     query: Tensor
@@ -293,7 +293,7 @@ def _plan_dq(
         "grad_query_ptr": grads.query,
         "grad_query_strides": strides(grads.query),
         "grad_row_logits_ptr": d_row,
-        "grad_row_logits_strides": None if d_row is None else (*strides(d_row[0]), d_row.stride(0)),
+        "grad_row_logits_strides": strides(d_row),
         "grad_col_logits_ptr": grads.col_logits,
         "grad_col_logits_strides": strides(grads.col_logits),
         "grad_row_scale": factors.row_scale,
@@ -390,8 +390,8 @@ def _plan_table(common: dict[str, Any], terms: Terms, factors: Factors, grad_tab
 
 
 def strips(terms: Terms, seed: Tensor | None, arch: str) -> int:
-    """Column strips that the dQ pass walks: the leading dimension of its ``grad_row_logits``.  Of the terms, ``query``,
-    ``key``, ``value``, ``bias_table`` and ``prefix_key`` are looked at."""
+    """Column strips of keys that the dQ pass walks.  Of the terms, ``query``, ``key``, ``value``, ``bias_table`` and
+    ``prefix_key`` are looked at."""
     *_, columns = _tile_over_keys("backward_dq", terms, seed, arch)
     return -(-terms.key.shape[3] // columns)
 
@@ -486,25 +486,17 @@ def backward(grad_out, query, key, value, row_term, col_term, *arguments) -> Non
             run(_plan_backward, grad_out, inputs, numbers, precision, out, statistics, written, arch)
             return
         tables = row_table, col_table = _tables(row_term, col_term)
-        d_row = d_row_strips = _grad_of_logits(query, row_term, row_table, d_row_term, key_size[0])
+        d_row = d_row_sums = _grad_of_logits(query, row_term, row_table, d_row_term, key_size[0])
         d_col = _grad_of_logits(query, col_term, col_table, d_col_term, key_size[1])
-        if d_row is not None:
+        if d_row is not None and d_row.dtype != torch.float32:
             terms = Terms(*inputs[:3], bias_table=bias_table, prefix_key=prefix_key)
             dropout_p, seed = numbers[3:]
-            count = strips(terms, seed if dropout_p > 0.0 else None, arch)
-            d_row_strips = d_row[None] if count == 1 else d_row.new_empty((count, *d_row.shape), dtype=torch.float32)
-        written = Gradients(
-            grad_query,
-            grad_key,
-            grad_value,
-            d_row_strips,
-            d_col,
-            d_table if bias_table is not None else None,
-            *d_prefix,
-        )
+            if strips(terms, seed if dropout_p > 0.0 else None, arch) > 1:
+                d_row_sums = torch.empty_like(d_row, dtype=torch.float32)
+        written = Gradients(grad_query, grad_key, grad_value, d_row_sums, d_col, d_table, *d_prefix)
         run(_plan_backward, grad_out, inputs, numbers, precision, out, statistics, written, arch)
-        if d_row is not None and len(d_row_strips) > 1:
-            d_row.copy_(d_row_strips.sum(0))
+        if d_row_sums is not d_row:
+            d_row.copy_(d_row_sums)
         if row_table is not None or col_table is not None:
             d_logits, d_tables = (
                 [None if table is None else grad for table, grad in zip(tables, grads, strict=True)]
