@@ -17,6 +17,8 @@ import triton.language as tl
 
 from .._floor.triton_math import exp_nonpositive, reciprocal
 
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def _load_rows(ptr, strides, outer, inner, columns, mask):
@@ -50,6 +52,22 @@ def _inside(token, tokens, lanes, size, BLOCK_T: tl.constexpr):
 def _sum(x):
     """Sum of each token's row."""
     return tl.sum(x, 0) if len(x.shape) == 1 else tl.sum(x, 1, keep_dims=True)
+
+
+@triton.jit
+def _add(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _sums(x, y):
+    """:func:`_sum` of both in one walk through shared memory."""
+    if _INTERPRETED:  # it calls _add for every element
+        return _sum(x), _sum(y)
+    elif len(x.shape) == 1:
+        return tl.reduce((x, y), 0, _add)
+    else:
+        return tl.reduce((x, y), 1, _add, keep_dims=True)
 
 
 @triton.jit
@@ -127,8 +145,9 @@ def attention_residual_fwd_kernel(
             there = _inside(token, tl.where(layer + 1 < count, tokens, 0), columns, D, BLOCK_T)
             following = _load_rows(value_ptrs[layer + 1], value_strides[layer + 1], outer, inner, columns, there)
         if layer < count:
-            inverse_rms = reciprocal(tl.sqrt_rn(_sum(value * value) * (1.0 / D) + eps))
-            logit = _sum(value * score) * inverse_rms * unit
+            squares, products = _sums(value * value, value * score)
+            inverse_rms = reciprocal(tl.sqrt_rn(squares * (1.0 / D) + eps))
+            logit = products * inverse_rms * unit
             tl.store(statistics_ptr + 2 * layer, logit, mask=live)
             tl.store(statistics_ptr + 2 * layer + 1, inverse_rms, mask=live)
 

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._floor.launch import Launch, bucket, bucket_size, checked, compiler_options, strides, triton_before
+from .._floor.launch import Launch, architecture, bucket, bucket_size, checked, compiler_options, strides, triton_before
 from .._floor.layout import rows
 from .._floor.replay import run
 from . import triton_kernels
@@ -96,9 +96,13 @@ def _launch(kernel, programs: int, arguments: dict[str, Any], tile, **options: i
     return TokenLaunch(kernel, checked(programs, "values make"), arguments, options)
 
 
-def plan_forward(values, query, norm_weight, eps, out, statistics) -> Launch:
+def plan_forward(values, query, norm_weight, eps, out, statistics, arch: str) -> Launch:
     """The forward launch; ``values`` are (outer, inner, D); writes ``out`` and ``statistics``, both contiguous."""
-    tile = _tile(values[0].shape[-1], 32)
+    # Of rows this long, tiles of eight warps and 145 registers leave room for one on a multiprocessor: too few bytes on
+    # their way.  Where there are registers for it, two of four warps.
+    long = values[0].shape[-1] > 4096 and query.element_size() == 2
+    spills = triton_before(3, 7) and arch == "sm_100"
+    tile = _tile(values[0].shape[-1], 64 if long and not spills else 32)
     arguments = _common(values, query, norm_weight, tile)
     arguments |= {"out_ptr": out, "statistics_ptr": statistics, "eps": eps}
     programs = -(-arguments["tokens"] // tile[0])
@@ -154,8 +158,9 @@ def plan_fold(partials, query, norm_weight, grad_query, grad_norm_weight) -> Lau
 def forward(values, query, norm_weight, eps, out, statistics) -> None:
     """Forward of the operators in op.py."""
     if out.numel():
+        arch = architecture(query)
         with torch.cuda.device_of(query):
-            run(plan_forward, [rows(value) for value in values], query, norm_weight, eps, out, statistics)
+            run(plan_forward, [rows(value) for value in values], query, norm_weight, eps, out, statistics, arch)
 
 
 def _plan_backward(
@@ -206,6 +211,6 @@ def compile_cases(arch: str) -> Iterator[tuple[str, Launch]]:
         query, out = empty(depth), values[0]
         statistics = empty(tokens, count, 2, dtype=torch.float32)
         partials = empty(_backward_programs(values), depth, dtype=torch.float32)
-        yield name, plan_forward(values, query, query, 1e-6, out, statistics)
+        yield name, plan_forward(values, query, query, 1e-6, out, statistics, arch)
         yield name, plan_backward(out, values, query, query, statistics, values, partials)
         yield name, plan_fold(partials, query, query, query, query)
