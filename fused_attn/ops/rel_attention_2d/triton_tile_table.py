@@ -73,12 +73,11 @@ _TILES_FLOAT32 = {
 }
 # Where a family's compiler makes the tile above spill.
 _TILES_FLOAT32_BY_FAMILY = {
-    ("sm_80", "backward_dkv", 128): Tile(16, 32, 8, 1),
+    ("sm_80", "backward_dkv", 128): Tile(32, 16, 8, 1),
     ("sm_80", "backward_delta", 32): Tile(32, 32, 4, 1),
     ("sm_80", "backward_dq", 32): Tile(32, 32, 4, 1),
     ("sm_80", "backward_dq", 128): Tile(16, 16, 8, 2),
     ("sm_100", "backward_delta", 32): Tile(64, 32, 4, 2),
-    ("sm_100", "backward_dkv", 128): Tile(16, 32, 8, 1),
 }
 # Where a call has a trait: trait, precision or family of the 16-bit types, kernel, bucket.  "table": biases that are
 # read for every score; "prefix": prefix keys; "dropout"; "strips": the grid that the loop walks is wider than a tile;
@@ -123,8 +122,9 @@ _TILES_TRITON_3_6 = {
     ("strips", "16 bits", "sm_100", "backward_dkv", 128): Tile(64, 64, 8, 1),
     ("", "float32", "sm_80", "backward_dq", 128): Tile(16, 16, 8, 1),
     ("", "float32", "sm_90", "backward_delta", 32): Tile(64, 32, 4, 2),
-    ("", "float32", "sm_100", "forward", 64): Tile(32, 32, 8, 1),
+    ("", "float32", "sm_100", "forward", 64): Tile(32, 32, 8, 2),
     ("", "float32", "sm_100", "backward_dkv", 32): Tile(32, 32, 4, 2),
+    ("", "float32", "sm_100", "backward_dkv", 128): Tile(16, 32, 8, 1),
 }
 
 
