@@ -1,12 +1,16 @@
 // Matrices of a group of pairs, their products, and their way from and to tensors; part of kernels_impl.h.
 
-// Consecutive (image, head) pairs, one to a lane; lanes past the last repeat it.
+// (image, head) pairs, one to a lane; lanes past the last repeat it.  They follow one another in an order that has the
+// images of a set of segments side by side: few groups then have lanes with something to mask.
 struct Pairs {
-  int64_t heads, first, count;
+  int64_t heads, images, sets;  // images of each set
+  int64_t first, count;
 
-  int64_t of(int64_t lane) const { return first + smaller(lane, count - 1); }
-  int64_t image(int64_t lane) const { return of(lane) / heads; }
-  int64_t head(int64_t lane) const { return of(lane) % heads; }
+  int64_t place(int64_t lane) const { return first + smaller(lane, count - 1); }
+  int64_t set(int64_t lane) const { return place(lane) / heads / images; }
+  int64_t image(int64_t lane) const { return place(lane) / heads % images * sets + set(lane); }
+  int64_t head(int64_t lane) const { return place(lane) % heads; }
+  int64_t of(int64_t lane) const { return image(lane) * heads + head(lane); }
 };
 
 // A (positions, depth) matrix of each pair.
