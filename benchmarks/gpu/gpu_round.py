@@ -10,7 +10,8 @@ every time: the machine may be another.  ``--budget`` ends after so many seconds
 again by the next call.  ``--dry-run`` goes through the round where there is no GPU: Triton's interpreter, few and tiny
 cases.
 
-Writes summary.json, summary.md, machine.json, and NAME.log and NAME.json of every step.  Exit status: 0, 1 when a
+Writes summary.json, summary.md, machine.json, and NAME.log and NAME.json of every step, and all of it as results.tar.gz,
+for a machine that gives few files back.  Exit status: 0, 1 when a
 step failed, 3 when steps are left for the next call.
 """
 
@@ -27,6 +28,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -345,6 +347,17 @@ def summarise(plan: Round, every: list[Step]) -> dict[str, object]:
     return summary
 
 
+def pack(plan: Round) -> None:
+    """Write what the round has written so far to results.tar.gz, without what was installed."""
+    path = plan.out / "results.tar.gz"
+    temporary = path.with_suffix(".tmp")
+    with tarfile.open(temporary, "w:gz") as archive:
+        for found in sorted(plan.out.iterdir()):
+            if found.name != "site" and found not in (path, temporary):
+                archive.add(found, found.name)
+    temporary.replace(path)
+
+
 def go(plan: Round, every: list[Step], chosen: list[Step], budget: float, retry: bool) -> int:
     """Run what has no result yet; the exit status."""
     start = time.monotonic()
@@ -375,7 +388,9 @@ def go(plan: Round, every: list[Step], chosen: list[Step], budget: float, retry:
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2) if beside else 1) as pool:
             for _ in pool.map(attempt, group):
                 summarise(plan, every)
+        pack(plan)
     summary = summarise(plan, every)
+    pack(plan)
     print((plan.out / "summary.md").read_text())
     of_budget = f" of {budget:.0f}" if budget < float("inf") else ""
     print(f"spent {time.monotonic() - start:.0f} s{of_budget}")

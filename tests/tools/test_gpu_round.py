@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -43,6 +44,9 @@ def test_failing_step_stops_no_other_and_every_outcome_is_told(tmp_path):
         "bad": "failed", "slow": "timed out", "module": "not run", "tool": "not run", "good": "passed",
     }  # fmt: skip
     assert (tmp_path / "good.log").read_text() == "1 x\n"
+    with tarfile.open(tmp_path / "results.tar.gz") as archive:
+        packed = {name for name in archive.getnames() if "/" not in name}
+    assert packed == {path.name for path in tmp_path.iterdir()} - {"results.tar.gz", "site"}
     summary = (tmp_path / "summary.md").read_text()
     assert "reason it failed" in summary
     assert "| module | tests | not run |  | missing: no_such_module |" in summary

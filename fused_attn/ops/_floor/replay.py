@@ -1,8 +1,8 @@
 """Launches made again without planning them: on small maps, planning takes longer than the kernels.
 
 A planner makes launches of the geometry of tensors and of other arguments alone.  The second call with the same ones
-plans once more over meta tensors, which tells what is made of what; from the third on, the compiled kernels get the
-addresses of the call's tensors, and of scratch memory for tensors that the planner makes.
+plans once more over meta tensors, which tells what is made of what; from then on the compiled kernels get the addresses
+of the call's tensors, and of scratch memory for tensors that the planner makes.
 """
 
 from __future__ import annotations
