@@ -10,9 +10,9 @@ every time: the machine may be another.  ``--budget`` ends after so many seconds
 again by the next call.  ``--dry-run`` goes through the round where there is no GPU: Triton's interpreter, few and tiny
 cases.
 
-Writes summary.json, summary.md, machine.json, and NAME.log and NAME.json of every step, and all of it as results.tar.gz,
-for a machine that gives few files back.  Exit status: 0, 1 when a
-step failed, 3 when steps are left for the next call.
+Writes summary.json, summary.md, machine.json, and NAME.log and NAME.json of every step, and all of it as
+results.tar.gz, for a machine that gives few files back.  Exit status: 0, 1 when a step failed, 3 when steps are left
+for the next call.
 """
 
 from __future__ import annotations
