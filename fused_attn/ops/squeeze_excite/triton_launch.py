@@ -1,7 +1,7 @@
 """Launches of the Triton kernels: tiles, arguments and the entry points of op.py.
 
-A launch is planned as data (:class:`Launch`) from shapes, strides and the memory format alone.  ``forward`` and ``backward`` run
-the plans; ``compile_cases`` gives the same plans over meta tensors to the compile report.
+A launch is planned as data (:class:`Launch`) from shapes, strides and the memory format alone.  ``forward`` and
+``backward`` run the plans; ``compile_cases`` gives the same plans over meta tensors to the compile report.
 """
 
 from __future__ import annotations
@@ -136,15 +136,25 @@ _BLOCKS = {"BLOCK_B": "samples", "BLOCK_O": "outputs", "BLOCK_I": "inputs", "BLO
 
 
 @functools.cache
-def _layer_blocks(batch: int, outputs: int, terms: int) -> tuple[int, int, int]:
-    """Samples, outputs and terms of a tile of a layer's outputs, which are sums of so many terms.
+def _layer_blocks(batch: int, outputs: int, terms: int) -> dict[str, int]:
+    """The tile of a layer's outputs, or inputs in backward, which are sums of so many terms.
 
-    Of few outputs a tile is small, so that there are as many programs as can be, and the threads share the terms.  Of
-    many, threads also share the outputs: sums over threads cost more than their products.
+    Of few outputs a tile is small, so that there are as many programs as can be, the threads share the terms, and the
+    loop over them reads ahead.  Of many, threads also share the outputs: sums over threads cost more than products.
     """
-    terms = triton.next_power_of_2(terms)
-    block_b, block_o, block_k = (4, 8, 128) if batch * outputs <= _FEW_OUTPUTS else (8, 32, 32)
-    return min(triton.next_power_of_2(batch), block_b), block_o, min(terms, block_k)
+    block_b, block_o, block_k, stages = (4, 8, 128, 3) if batch * outputs <= _FEW_OUTPUTS else (8, 32, 32, 1)
+    return {
+        "BLOCK_B": min(triton.next_power_of_2(batch), block_b),
+        "BLOCK_O": block_o,
+        "BLOCK_K": min(triton.next_power_of_2(terms), block_k),
+        "STAGES": stages,
+    }
+
+
+def _launch_layer(kernel: Any, batch: int, outputs: int, terms: int, arguments: dict[str, Any]) -> Launch:
+    blocks = _layer_blocks(batch, outputs, terms)
+    programs = -(-batch // blocks["BLOCK_B"]) * -(-outputs // blocks["BLOCK_O"])
+    return LayerLaunch(kernel, checked(programs, "x makes"), arguments | blocks, compiler_options(4, 2))
 
 
 def _layer(
@@ -153,7 +163,6 @@ def _layer(
 ) -> Launch:  # fmt: skip
     """``gate([result, activation(inputs)] @ weight.T + bias + share)`` into ``out``."""
     (batch, outputs), columns = out.shape, weight.shape[1]
-    block_b, block_o, block_k = _layer_blocks(batch, outputs, columns)
     arguments = {
         "result_ptr": result,
         "inputs_ptr": inputs,
@@ -171,23 +180,19 @@ def _layer(
         "share_strides": strides(share),
         "ACTIVATION": activation,
         "GATE": gate,
-        "BLOCK_B": block_b,
-        "BLOCK_O": block_o,
-        "BLOCK_K": block_k,
     }
-    programs = -(-batch // block_b) * -(-outputs // block_o)
-    return LayerLaunch(
-        triton_layer_kernels.layer_fwd_kernel, checked(programs, "x makes"), arguments, compiler_options(4, 2)
-    )
+    return _launch_layer(triton_layer_kernels.layer_fwd_kernel, batch, outputs, columns, arguments)
 
 
 def _layer_backward(
     grad: Tensor, weight: Tensor, activation: str | None, preactivation: Tensor | None, grad_result: Tensor | None,
     grad_inputs: Tensor, grad_share: Tensor | None,
 ) -> Launch:  # fmt: skip
-    """The gradients of what a layer multiplies by its weight from that of its outputs; of its second layer, ..."""
+    """The gradients of a layer's inputs from that of its outputs, with ``preactivation`` of what it activates first.
+
+    ``grad_inputs`` holds those behind ``grad_result``, ``grad_share`` those of all, in its own dtype.
+    """
     (batch, outputs), columns = grad.shape, weight.shape[1]
-    block_b, block_o, block_k = _layer_blocks(batch, columns, outputs)
     arguments = {
         "grad_ptr": grad,
         "weight_ptr": weight,
@@ -201,14 +206,8 @@ def _layer_backward(
         "features": columns - grad_inputs.shape[1],
         "weight_strides": strides(weight)[:2],
         "ACTIVATION": activation,
-        "BLOCK_B": block_b,
-        "BLOCK_O": block_o,
-        "BLOCK_K": block_k,
     }
-    programs = -(-batch // block_b) * -(-columns // block_o)
-    return LayerLaunch(
-        triton_layer_kernels.layer_bwd_kernel, checked(programs, "x makes"), arguments, compiler_options(4, 2)
-    )
+    return _launch_layer(triton_layer_kernels.layer_bwd_kernel, batch, columns, outputs, arguments)
 
 
 def _parameters_backward(
@@ -271,9 +270,7 @@ def plan_backward(
     if fc2_weight is not None:
         grad_first = preactivation.new_empty(preactivation.shape)
         layers = [
-            _layer_backward(
-                grad_logits, fc2_weight, hidden_activation, preactivation, None, grad_first, grad_share
-            ),
+            _layer_backward(grad_logits, fc2_weight, hidden_activation, preactivation, None, grad_first, grad_share),
             _parameters_backward(grad_logits, None, preactivation, hidden_activation, grad_w2, grad_b2),
         ]
     layers += [
@@ -290,9 +287,7 @@ def plan_backward(
     ]
 
 
-def forward(
-    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual, *arguments
-) -> None:  # fmt: skip
+def forward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual, *arguments) -> None:
     """Forward of the operators in op.py."""
     if x.shape[0] == 0:
         return
@@ -325,36 +320,53 @@ def backward(
         )  # fmt: skip
 
 
-#: Cases of the compile report: name -> (map, dtype, channels_last).  C 240 is EfficientNet's: the gate alone.
+#: Cases of the compile report: name -> (map, dtype, channels_last, other settings).
 _COMPILE_SHAPES: dict[str, tuple] = {
-    "14x14, C 512": ((512, 14, 14), torch.bfloat16, False),
-    "14x14, C 512, channels_last": ((512, 14, 14), torch.bfloat16, True),
-    "56x56, C 256": ((256, 56, 56), torch.bfloat16, False),
-    "56x56, C 256, channels_last": ((256, 56, 56), torch.bfloat16, True),
-    "7x7, C 2048": ((2048, 7, 7), torch.bfloat16, False),
-    "7x7, C 2048, channels_last": ((2048, 7, 7), torch.bfloat16, True),
-    "14x14, C 512, float32": ((512, 14, 14), torch.float32, False),
-    "14x14, C 512, channels_last, float32": ((512, 14, 14), torch.float32, True),
-    "28x28, C 240": ((240, 28, 28), torch.bfloat16, False),
-    "28x28, C 240, channels_last": ((240, 28, 28), torch.bfloat16, True),
-}
+    "14x14, C 512": ((512, 14, 14), torch.bfloat16, False, {}),
+    "14x14, C 512, channels_last": ((512, 14, 14), torch.bfloat16, True, {}),
+    "56x56, C 256": ((256, 56, 56), torch.bfloat16, False, {}),
+    "56x56, C 256, channels_last": ((256, 56, 56), torch.bfloat16, True, {}),
+    "7x7, C 2048": ((2048, 7, 7), torch.bfloat16, False, {}),
+    "7x7, C 2048, channels_last": ((2048, 7, 7), torch.bfloat16, True, {}),
+    "14x14, C 512, float32": ((512, 14, 14), torch.float32, False, {}),
+    "14x14, C 512, channels_last, float32": ((512, 14, 14), torch.float32, True, {}),
+    "8x8, C 1024, result of 100": ((1024, 8, 8), torch.bfloat16, False, {"features": 100}),
+    "28x28, C 240": ((240, 28, 28), torch.bfloat16, False, {"block": False, "hidden_activation": "silu"}),
+    "28x28, C 240, channels_last": ((240, 28, 28), torch.bfloat16, True, {"block": False, "hidden_activation": "silu"}),
+    "14x14, C 360": (
+        (360, 14, 14), torch.bfloat16, False,
+        {"block": False, "hidden_activation": "hardswish", "gate": "hardsigmoid"},
+    ),
+    "14x14, C 384, GELU": ((384, 14, 14), torch.bfloat16, False, {"hidden_activation": "gelu"}),
+    "28x28, C 512, one layer": (
+        (512, 28, 28), torch.bfloat16, False, {"block": False, "layers": 1, "gate": "hardsigmoid"},
+    ),
+}  # fmt: skip
+
+
+def _compile_case(
+    size, dtype, channels_last, *, features=0, block=True, hidden_activation="relu", gate="sigmoid", layers=2
+) -> list[Launch]:
+    """Both passes; ``block``: with residual and ReLU."""
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.empty((128, *size), dtype=dtype, device="meta").contiguous(memory_format=form)
+    batch, channels = x.shape[:2]
+    hidden = channels // 16 if layers == 2 else channels
+    first = x.new_empty(hidden, features + channels), x.new_empty(hidden)
+    second = (x.new_empty(channels, hidden), x.new_empty(channels)) if layers == 2 else (None, None)
+    z, preactivation, scale = (x.new_empty(batch, n, dtype=torch.float32) for n in (channels, hidden, channels))
+    result, residual = x.new_empty(batch, features) if features else None, x if block else None
+    functions, saved = (hidden_activation, gate), (z, preactivation, scale)
+    return [
+        *plan_forward(x, *first, *second, result, None, residual, block, *functions, x, *saved),
+        *plan_backward(
+            x, x, first[0], second[0], result, residual, *saved, *functions, x, *first, *second, result, None, residual
+        ),
+    ]
 
 
 def compile_cases(arch: str) -> Iterator[tuple[str, Launch]]:
-    """(case, launch) of every kernel, most with residual and ReLU, over meta tensors: see compile_report.py."""
-    for name, (size, dtype, channels_last) in _COMPILE_SHAPES.items():
-        form = torch.channels_last if channels_last else torch.contiguous_format
-        x = torch.empty((128, *size), dtype=dtype, device="meta").contiguous(memory_format=form)
-        weight = x.new_empty(size[0] // 16, size[0])
-        z, scale = (x.new_empty((128, size[0]), dtype=torch.float32) for _ in range(2))
-        preactivation = x.new_empty((128, len(weight)), dtype=torch.float32)
-        bias, second, bias2 = x.new_empty(len(weight)), x.new_empty(size[0], len(weight)), x.new_empty(size[0])
-        alone = size[0] == 240
-        block, form = (None, ("silu", "sigmoid")) if alone else (x, ("relu", "sigmoid"))
-        saved = z, preactivation, scale
-        parameters = weight, bias, second, bias2
-        for launch in plan_forward(x, *parameters, None, None, block, not alone, *form, x, *saved):
-            yield name, launch
-        grads = x, *parameters, None, None, block
-        for launch in plan_backward(x, x, weight, second, None, block, *saved, *form, *grads):
+    """(case, launch) of every kernel over meta tensors, most with residual and ReLU: see compile_report.py."""
+    for name, (*case, settings) in _COMPILE_SHAPES.items():
+        for launch in _compile_case(*case, **settings):
             yield name, launch

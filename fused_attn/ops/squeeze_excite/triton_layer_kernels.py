@@ -53,8 +53,8 @@ def _through_activation(grad, x, ACTIVATION: tl.constexpr):
         density = 0.3989422804014327 * exp_nonpositive(-0.5 * x * x)
         grad = grad * (below + x * density)
     elif ACTIVATION == "hardswish":
-        slope = tl.where(x >= 3.0, 1.0, tl.div_rn(x, 3.0) + 0.5)
-        grad = tl.where(x <= -3.0, 0.0, grad * slope)
+        inside = tl.where(x < 3.0, grad * (tl.div_rn(x, 3.0) + 0.5), grad)  # NaN lets it pass, as in PyTorch
+        grad = tl.where(x <= -3.0, 0.0, inside)
     return grad
 
 
@@ -126,11 +126,12 @@ def layer_fwd_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """A thread has products of few columns, of every image and output of the tile: what it reads, nobody else does."""
     image, output = _tile(outputs, BLOCK_B, BLOCK_O)
     total = tl.zeros((BLOCK_B, BLOCK_O, BLOCK_K), tl.float32)
-    for start in range(0, inputs, BLOCK_K):
+    for start in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_K)
         inside = (column < inputs)[None, :]
         live = (image < batch)[:, None] & inside
@@ -163,11 +164,12 @@ def layer_bwd_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """As the layer itself; it sums over the outputs."""
     image, column = _tile(inputs, BLOCK_B, BLOCK_O)
     total = tl.zeros((BLOCK_B, BLOCK_O, BLOCK_K), tl.float32)
-    for start in range(0, outputs, BLOCK_K):
+    for start in tl.range(0, outputs, BLOCK_K, num_stages=STAGES):
         output = start + tl.arange(0, BLOCK_K)
         inside = (output < outputs)[None, :]
         left = _load(grad_ptr, image, output, (outputs, 1), (image < batch)[:, None] & inside)
@@ -204,6 +206,7 @@ def parameters_bwd_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """Sums over the samples."""
     output, column = _tile(inputs, BLOCK_O, BLOCK_I)
     total, total_bias = tl.zeros((BLOCK_O, BLOCK_I), tl.float32), tl.zeros((BLOCK_O,), tl.float32)
     for start in range(0, batch, BLOCK_K):

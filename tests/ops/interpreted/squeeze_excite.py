@@ -1,5 +1,6 @@
 """Numerics of the Triton kernels in Triton's interpreter, run by tests/ops/test_interpreted.py."""
 
+import functools
 import random
 
 import pytest
@@ -35,6 +36,44 @@ def test_maps_of_several_tiles(layout):
 
     sample = Sample(f"several tiles, {layout.__name__}", make)
     checks.check_numerics(SPEC, "triton", *(sample.inputs(torch.float32, draw=draw) for draw in range(2)))
+
+
+def _strided(inputs):
+    """Every second element of every axis of the parameters."""
+    for name, value in inputs.items():
+        if name.startswith("fc"):
+            for dim in range(min(value.dim(), 2)):
+                value = value.repeat_interleave(2, dim)
+            inputs[name] = value[::2, ::2] if value.dim() > 1 else value[::2]
+
+
+def _expanded(inputs):
+    """One number for all biases, and weights of convolutions that are channels_last."""
+    for name, value in inputs.items():
+        if name.endswith("bias"):
+            inputs[name] = value[:1].expand(value.shape)
+        elif name.startswith("fc"):
+            inputs[name] = value.contiguous(memory_format=torch.channels_last)
+
+
+LAYERS = {
+    "one sample, one hidden unit": {"size": (1, 17, 2, 2), "hidden": 1, "features": 1},
+    "one sample, one channel": {"size": (1, 1, 2, 2), "hidden": 1, "share": True, "hidden_activation": "gelu"},
+    "long sums": {"size": (5, 300, 1, 1), "hidden": 9, "features": 29, "hidden_activation": "silu"},
+    "long sums, one layer": {"size": (2, 300, 1, 1), "one_layer": True, "share": True, "gate": "hardsigmoid"},
+    "large tiles": {"size": (129, 257, 1, 1), "hidden": 513, "features": 3, "hidden_activation": "hardswish"},
+    "strided parameters": {"size": (3, 37, 2, 1), "hidden": 5, "features": 4, "edit": _strided},
+    "strided convolutions": {"size": (3, 37, 2, 1), "hidden": 5, "convolutions": True, "edit": _strided},
+    "expanded biases": {"size": (3, 37, 2, 1), "hidden": 5, "convolutions": True, "edit": _expanded},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name, dtype):
+    """Sizes on both sides of a tile's, of one and of several tiles, and strides of the parameters."""
+    sample = Sample(name, functools.partial(spec.make_inputs, **LAYERS[name]))
+    checks.check_numerics(SPEC, "triton", *(sample.inputs(dtype, draw=draw) for draw in range(2)))
 
 
 @pytest.mark.parametrize(
