@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fused_attn.ops._floor.declarations import Sample
-from fused_attn.ops.squeeze_excite import spec
+from fused_attn.ops.squeeze_excite import spec, triton_launch
 from fused_attn.testing import checks
 
 (SPEC,) = spec.SPECS
@@ -61,7 +61,6 @@ LAYERS = {
     "one sample, one channel": {"size": (1, 1, 2, 2), "hidden": 1, "share": True, "hidden_activation": "gelu"},
     "long sums": {"size": (5, 300, 1, 1), "hidden": 9, "features": 29, "hidden_activation": "silu"},
     "long sums, one layer": {"size": (2, 300, 1, 1), "one_layer": True, "share": True, "gate": "hardsigmoid"},
-    "large tiles": {"size": (129, 257, 1, 1), "hidden": 513, "features": 3, "hidden_activation": "hardswish"},
     "strided parameters": {"size": (3, 37, 2, 1), "hidden": 5, "features": 4, "edit": _strided},
     "strided convolutions": {"size": (3, 37, 2, 1), "hidden": 5, "convolutions": True, "edit": _strided},
     "expanded biases": {"size": (3, 37, 2, 1), "hidden": 5, "convolutions": True, "edit": _expanded},
@@ -74,6 +73,21 @@ def test_layers(name, dtype):
     """Sizes on both sides of a tile's, of one and of several tiles, and strides of the parameters."""
     sample = Sample(name, functools.partial(spec.make_inputs, **LAYERS[name]))
     checks.check_numerics(SPEC, "triton", *(sample.inputs(dtype, draw=draw) for draw in range(2)))
+
+
+@pytest.mark.parametrize("hidden_activation", spec.reference.HIDDEN_ACTIVATIONS)
+def test_large_tiles_of_layers(hidden_activation, monkeypatch):
+    """Those of many outputs and of large weights, which would take minutes here."""
+    monkeypatch.setattr(triton_launch, "_FEW_OUTPUTS", 0)
+    monkeypatch.setattr(triton_launch, "_FEW_WEIGHTS", 0)
+    monkeypatch.setattr(triton_launch, "_layer_blocks", triton_launch._layer_blocks.__wrapped__)
+
+    def make(dtype, device):
+        settings = {"hidden": 40, "features": 9, "hidden_activation": hidden_activation}
+        return spec.make_inputs(dtype, device, size=(35, 70, 1, 2), **settings)
+
+    sample = Sample(f"large tiles, {hidden_activation}", make)
+    checks.check_numerics(SPEC, "triton", *(sample.inputs(torch.float32, draw=draw) for draw in range(2)))
 
 
 @pytest.mark.parametrize(
