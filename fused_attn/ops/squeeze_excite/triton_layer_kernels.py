@@ -12,6 +12,7 @@ import triton.language as tl
 from .._floor.triton_math import exp_nonpositive
 
 _BELOW_ONE = tl.constexpr(1.0 - 2.0**-24)
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -34,6 +35,9 @@ def _activated(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "silu":
         x = x * _sigmoid(x)
     elif ACTIVATION == "gelu":
+        if _INTERPRETED:
+            # PyTorch's GELU of infinity is infinity on a GPU, but NaN on the CPU, where the interpreter runs.
+            x = tl.where(x == float("inf"), float("nan"), x)
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "hardswish":
         x = tl.div_rn(x * _clipped(x + 3.0), 6.0)
