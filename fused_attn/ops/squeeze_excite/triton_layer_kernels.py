@@ -136,7 +136,7 @@ def layer_fwd_kernel(
     image, output = _tile(outputs, BLOCK_B, BLOCK_O)
     total = tl.zeros((BLOCK_B, BLOCK_O, BLOCK_K), tl.float32)
     for start in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
-        column = start + tl.arange(0, BLOCK_K)
+        column = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
         inside = (column < inputs)[None, :]
         live = (image < batch)[:, None] & inside
         left = _inputs(result_ptr, inputs_ptr, image, column, live, inputs, features, result_strides, ACTIVATION)
@@ -174,7 +174,7 @@ def layer_bwd_kernel(
     image, column = _tile(inputs, BLOCK_B, BLOCK_O)
     total = tl.zeros((BLOCK_B, BLOCK_O, BLOCK_K), tl.float32)
     for start in tl.range(0, outputs, BLOCK_K, num_stages=STAGES):
-        output = start + tl.arange(0, BLOCK_K)
+        output = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
         inside = (output < outputs)[None, :]
         left = _load(grad_ptr, image, output, (outputs, 1), (image < batch)[:, None] & inside)
         transposed = (weight_strides[1], weight_strides[0])
