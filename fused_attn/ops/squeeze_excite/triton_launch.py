@@ -215,7 +215,8 @@ def _parameters_backward(
 ) -> Launch:
     """The gradients of a layer's weight and bias from that of its outputs."""
     (batch, outputs), columns = grad.shape, grad_weight.shape[1]
-    block = 16 if outputs * columns <= _FEW_WEIGHTS else 32
+    # More stages of the larger tile, or more samples at a time, spill registers.
+    block, stages = (16, 3) if outputs * columns <= _FEW_WEIGHTS else (32, 2)
     arguments = {
         "grad_ptr": grad,
         "result_ptr": result,
@@ -230,11 +231,11 @@ def _parameters_backward(
         "ACTIVATION": activation,
         "BLOCK_O": block,
         "BLOCK_I": block,
-        "BLOCK_K": 32,
+        "BLOCK_K": 16,
     }
     programs = -(-outputs // block) * -(-columns // block)
     return LayerLaunch(
-        triton_layer_kernels.parameters_bwd_kernel, checked(programs, "x makes"), arguments, compiler_options(4, 2)
+        triton_layer_kernels.parameters_bwd_kernel, checked(programs, "x makes"), arguments, compiler_options(4, stages)
     )
 
 
