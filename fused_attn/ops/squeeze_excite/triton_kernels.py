@@ -1,4 +1,4 @@
-"""Triton kernels of squeeze-excite: the squeeze, the scaling, and the two passes of backward.
+"""Triton kernels of squeeze-excite's maps: the squeeze, the scaling, and the two passes of backward.
 
 A map is (CHANNELS, POSITIONS) per sample, or (POSITIONS, CHANNELS) channels last; a tile is BLOCK_C channels by BLOCK_P
 positions of one sample.  The sizes are compile-time constants, so that the alignment of every row is known.  All sums
@@ -7,6 +7,8 @@ are over the tiles of one program: no atomics, the same bits at every run.
 
 import triton
 import triton.language as tl
+
+from .triton_layer_kernels import through_gate
 
 
 @triton.jit
@@ -90,8 +92,11 @@ def scale_bwd_kernel(
     grad_out_ptr,
     out_ptr,  # None without an activation
     x_ptr,
+    scale_ptr,  # (B, CHANNELS) float32
     grad_residual_ptr,  # or None
-    grad_scale_ptr,  # (B, CHANNELS) float32: sum of gradient times x
+    grad_logits_ptr,  # (B, CHANNELS) float32: of the gate's argument
+    grad_share_ptr,  # (B, CHANNELS), the same where the result's share is a part of that argument; or None
+    GATE: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -109,7 +114,11 @@ def scale_bwd_kernel(
         if grad_residual_ptr is not None:
             tl.store(grad_residual_ptr + base + offsets, grad, mask)
         total += grad * tl.load(x_ptr + base + offsets, mask, 0.0).to(tl.float32)
-    tl.store(grad_scale_ptr + sample * CHANNELS + channel, tl.sum(total, 1), channel < CHANNELS)
+    scale = tl.load(scale_ptr + sample * CHANNELS + channel, channel < CHANNELS, 0.0)
+    grad_logits = through_gate(tl.sum(total, 1), scale, GATE)
+    tl.store(grad_logits_ptr + sample * CHANNELS + channel, grad_logits, channel < CHANNELS)
+    if grad_share_ptr is not None:
+        tl.store(grad_share_ptr + sample * CHANNELS + channel, grad_logits, channel < CHANNELS)
 
 
 @triton.jit
