@@ -58,14 +58,20 @@ def row_col_batch_kernel(
 def row_col_grad_batch_kernel(
     moments_ptr, var_ptr, scale_ptr, grad_mean_ptr, grad_var_ptr, images, chunks, count, eps, MOMENTS: tl.constexpr
 ):
-    """1 / sqrt(variance + eps), and of the gradient's moments, if there are any, what the batch statistics pass on."""
+    """1 / sqrt(variance + eps), and what the batch statistics pass on, of the gradient's moments; 0 without moments.
+
+    Zeros rather than None, for which the kernels that take them would be compiled once more, one of them to spill.
+    """
     channel = tl.program_id(0)
     deviation = _deviation(tl.load(var_ptr + channel), eps)
+    if moments_ptr is None:
+        grad_mean, grad_var = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
+    else:
+        grad_mean, second = _means(moments_ptr, images, chunks, count, MOMENTS)
+        grad_var = second * (deviation * deviation)
     tl.store(scale_ptr + channel, deviation.to(tl.float32))
-    if moments_ptr is not None:
-        first, second = _means(moments_ptr, images, chunks, count, MOMENTS)
-        tl.store(grad_mean_ptr + channel, first.to(tl.float32))
-        tl.store(grad_var_ptr + channel, (second * (deviation * deviation)).to(tl.float32))
+    tl.store(grad_mean_ptr + channel, grad_mean.to(tl.float32))
+    tl.store(grad_var_ptr + channel, grad_var.to(tl.float32))
 
 
 @triton.jit

@@ -275,12 +275,10 @@ def row_col_grad_moments_kernel(
 
 @triton.jit
 def _grad_product(grad, value, product, mean_ptr, scale_ptr, grad_mean_ptr, grad_var_ptr, at):
-    """Gradient of the product of the softmaxes; without ``grad_mean`` and ``grad_var`` these are 0, in evaluation."""
+    """Gradient of the product of the softmaxes."""
     if mean_ptr is not None:
-        towards = grad * value
-        if grad_mean_ptr is not None:
-            centred = product - tl.load(mean_ptr + at)
-            towards = towards - tl.load(grad_mean_ptr + at) - centred * tl.load(grad_var_ptr + at)
+        centred = product - tl.load(mean_ptr + at)
+        towards = grad * value - tl.load(grad_mean_ptr + at) - centred * tl.load(grad_var_ptr + at)
         return tl.load(scale_ptr + at) * towards
     else:
         return grad

@@ -60,7 +60,7 @@ class FoldLaunch(Launch):
         """Bytes of partial results read in one iteration; without any, those that a program reads and writes."""
         a = self.arguments
         if "MOMENTS" in a:
-            return 8 * a["MOMENTS"] if a["moments_ptr"] is not None else 20 if "mean_ptr" in a else 8
+            return 8 * a["MOMENTS"] if a["moments_ptr"] is not None else 20 if "mean_ptr" in a else 16
         return 4 * a["PARTS"] * a["COLUMNS"]
 
 
@@ -263,10 +263,7 @@ def attention_forward(x, row, col, mean, var, eps, out, row_stats, col_stats, me
 
 
 class Normalisation(NamedTuple):
-    """What backward through the batch normalisation needs, per (head, channel); all None without one.
-
-    Gradients of mean and variance are None in evaluation too.
-    """
+    """What backward through the batch normalisation needs, per (head, channel); all None without one."""
 
     mean: Tensor | None = None
     scale: Tensor | None = None
@@ -377,7 +374,7 @@ def softmax_backward(grad_out, x, row, col, row_mask, col_mask, row_stats, col_s
 
 
 def plan_grad_batch(x, moments, var, eps, norm) -> Launch:
-    """The scale of ``norm`` and, of ``moments`` where there are any, its gradients of mean and variance."""
+    """The scale of ``norm`` and its gradients of mean and variance, those of ``moments``; 0 without, in evaluation."""
     arguments = _over_batch(x, moments, eps) | {
         "var_ptr": var, "scale_ptr": norm.scale, "grad_mean_ptr": norm.grad_mean, "grad_var_ptr": norm.grad_var,
     }  # fmt: skip
@@ -388,11 +385,11 @@ def plan_attention_backward(
     grad_out, x, row, col, row_stats, col_stats, mean, var, training, eps, *grads
 ) -> list[Launch]:
     terms = (_by_head(grad_out, x.shape[1]), x, row, col, row_stats, col_stats)
+    norm = Normalisation(mean, *(mean.new_empty(mean.shape) for _ in range(3)))
+    moments, launches = None, []
     if training:
-        moments, norm = _moments(x, row.shape[0]), Normalisation(mean, *(mean.new_empty(mean.shape) for _ in range(3)))
-        launches = [plan_grad_moments(*terms, norm, moments)]
-    else:
-        moments, norm, launches = None, Normalisation(mean, mean.new_empty(mean.shape)), []
+        moments = _moments(x, row.shape[0])
+        launches.append(plan_grad_moments(*terms, norm, moments))
     return [*launches, plan_grad_batch(x, moments, var, eps, norm), *_plan_gradients(*terms, norm, *grads)]
 
 
@@ -427,7 +424,7 @@ def compile_cases(arch: str) -> Iterator[tuple[str, Launch]]:
             moments = launch.kernel is kernels.row_col_stats_kernel and launch.arguments["moments_ptr"] is not None
             yield f"{name}, moments" if moments else name, launch
         for launch in _plan_attention(*shape, training=False) if shape[3] else ():
-            if {"mean_used_ptr", "grad_mean_ptr"} & launch.arguments.keys():  # that differ from those in training
+            if "eps" in launch.arguments:  # the others are as in training
                 yield f"{name}, evaluation", launch
 
 
