@@ -369,6 +369,8 @@ def plan_softmax_backward(grad_out, x, row, col, dual, row_stats, col_stats, *gr
 
 def softmax_backward(grad_out, x, row, col, row_mask, col_mask, row_stats, col_stats, temperature, log, *grads) -> None:
     dual = _dual(row_mask, col_mask, temperature, log)
+    if row is None:
+        grads = grads[0], None, None  # not one empty tensor twice, which no guard accepts
     with torch.cuda.device_of(x):
         run(plan_softmax_backward, grad_out, x, row, col, dual, row_stats, col_stats, *grads)
 

@@ -100,10 +100,16 @@ def test_given_statistics_are_used_as_they_are(dtype):
     assert torch.equal(var, given[1].float())
 
 
-@pytest.mark.parametrize(("images", "chunks"), [(1, 1), (3, 1), (triton_launch.MOMENTS + 1, 1), (300, 3)])
-def test_moments_are_added_up_in_float64(images, chunks):
-    x, heads = torch.empty(images, 2, 66 if chunks > 1 else 4, 65 if chunks > 1 else 4), 3
-    moments = triton_launch._moments(x, heads)
+SMALL = (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("images", "grid"),
+    [(1, SMALL), (3, SMALL), (triton_launch.MOMENTS + 1, SMALL), (1, TILES["grid"]), (130, TILES["grid"])],
+)
+def test_moments_are_added_up_in_float64(images, grid):
+    x = torch.empty(images, 2, *grid)
+    moments = triton_launch._moments(x, 3)
     moments[..., 0], moments[..., 1] = torch.randn(moments.shape[:-1]), 1e3
     moments[:, 1, 1, :, 0] = 1e6  # a variance below 0
     moments[0, 2, 0, 0, 1] = float("nan")
