@@ -205,7 +205,7 @@ def like_loftr(inputs: dict[str, Any]) -> None:
         inputs[name] = mask.expand(batch, length)
 
 
-def _all_masked(inputs: dict[str, Any]) -> None:
+def all_masked(inputs: dict[str, Any]) -> None:
     """Of one image every column, of the other the first rows."""
     padded(inputs)
     inputs["col_mask"][0] = False
@@ -252,8 +252,8 @@ SOFTMAX_SAMPLES = (
     _sample("dual, column mask", **_g((6, 7)), edit=partial(with_masks, rows=False), options={"temperature": 3}),
     _sample("dual, padded", **_g((300, 200)), edit=padded, options={"temperature": 2.0}),
     _sample("dual, log, padded", **_g((300, 200)), edit=padded, options={"log": True}),
-    _sample("dual, all masked", **_g((6, 7)), edit=_all_masked),
-    _sample("dual, log, all masked", **_g((130, 70)), edit=_all_masked, options={"log": True}),
+    _sample("dual, all masked", **_g((6, 7)), edit=all_masked),
+    _sample("dual, log, all masked", **_g((130, 70)), edit=all_masked, options={"log": True}),
     _sample("dual, log, masked", **_g((4, 5)), edit=_mask, options={"log": True}),
     _sample("dual, log, far below", **_g((300, 200), batch=1), edit=_far_below, options={"log": True}),
     _sample("dual, log, nan", **_g((4, 5)), edit=_plant("x", float("nan")), options={"log": True}),

@@ -8,7 +8,7 @@ Without weights, ``factor`` (None: 1) makes logits of x, ``row_mask`` (image, y)
 takes part, and LOG asks for the logarithm.
 
 No atomics: every element is written once.  Column statistics, sums and moments of a tile go to memory, and
-triton_launch.py adds them up in a fixed order.
+the kernels of triton_fold_kernels.py add them up in a fixed order.
 """
 
 import triton
@@ -393,12 +393,12 @@ def row_col_bwd_x_kernel(
 @triton.jit
 def row_col_bwd_weight_kernel(
     grad_out_ptr, x_ptr, row_ptr, col_ptr, row_stats_ptr, col_stats_ptr, mean_ptr, scale_ptr, grad_mean_ptr,
-    grad_var_ptr, row_sums_ptr, col_sums_ptr, grad_weight_ptr,
+    grad_var_ptr, row_sums_ptr, col_sums_ptr, grad_row_ptr, grad_col_ptr,
     grad_out_strides, x_strides, row_strides, col_strides, batch, images, heads, channels, height, width, chunks,
     column_tiles,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of both weights, (group, 2, head, channel, y, x): a program adds up ``images`` images for one tile."""
+    """Gradients of both weights, (group, head, channel, y, x): a program adds up ``images`` images for one tile."""
     pid = tl.program_id(0)
     tile, rest = pid % (chunks * column_tiles), pid // (chunks * column_tiles)
     y = tile % chunks * ROWS + tl.arange(0, ROWS)
@@ -419,8 +419,7 @@ def row_col_bwd_weight_kernel(
         )  # fmt: skip
         grad_row += d_row * value
         grad_col += d_col * value
-    size = _int64(height) * width
-    offsets = y.to(tl.int64)[:, None] * width + x[None, :]
-    to = grad_weight_ptr + ((_int64(group) * 2 * heads + head) * channels + channel) * size
-    tl.store(to + offsets, grad_row, mask=inside)
-    tl.store(to + _int64(heads) * channels * size + offsets, grad_col, mask=inside)
+    plane = (_int64(group) * heads + head) * channels + channel
+    offsets = plane * height * width + y.to(tl.int64)[:, None] * width + x[None, :]
+    tl.store(grad_row_ptr + offsets, grad_row.to(grad_row_ptr.dtype.element_ty), mask=inside)
+    tl.store(grad_col_ptr + offsets, grad_col.to(grad_col_ptr.dtype.element_ty), mask=inside)

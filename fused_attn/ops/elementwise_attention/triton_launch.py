@@ -14,8 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
-from .._floor.launch import Launch, checked, compiler_options, strides, triton_before
+from .._floor.launch import Launch, bucket_size, checked, compiler_options, strides, triton_before
 from .._floor.replay import run
+from . import triton_fold_kernels as folds
 from . import triton_kernels as kernels
 
 #: Elements of the largest plane that one program holds, and of a tile of a larger one.
@@ -23,6 +24,8 @@ WHOLE_PLANE = 4096
 TILE = 1024
 #: Images whose weight gradients one program adds up.
 IMAGES = 32
+#: Moments of one head and channel that one program adds up at a time, and the most chunks or groups.
+MOMENTS, PARTS = 512, 128
 
 
 class PlaneLaunch(Launch):
@@ -42,8 +45,27 @@ class PlaneLaunch(Launch):
         return a["ROWS"] * a["COLUMNS"] * sum(tensor.element_size() for tensor in moved if tensor is not None)
 
 
+class FoldLaunch(Launch):
+    """A launch that adds up partial results."""
+
+    __slots__ = ()
+
+    @property
+    def tile(self) -> str:
+        a = self.arguments
+        return f"{a['MOMENTS']} moments" if "MOMENTS" in a else f"{a['PARTS']}x{a['COLUMNS']}"
+
+    @property
+    def bytes_per_tile(self) -> int:
+        """Bytes of partial results read in one iteration; without any, those that a program reads and writes."""
+        a = self.arguments
+        if "MOMENTS" in a:
+            return 8 * a["MOMENTS"] if a["moments_ptr"] is not None else 20 if "mean_ptr" in a else 16
+        return 4 * a["PARTS"] * a["COLUMNS"]
+
+
 class Dual(NamedTuple):
-    """What the softmax without weights has beside its input."""
+    """What the softmax without weights has beside its input; masks are contiguous."""
 
     row_mask: Tensor | None = None
     col_mask: Tensor | None = None
@@ -52,8 +74,8 @@ class Dual(NamedTuple):
 
     def arguments(self) -> dict[str, Any]:
         masks = {"row_mask_ptr": self.row_mask, "col_mask_ptr": self.col_mask}
-        dense = {name: mask if mask is None else mask.contiguous().view(torch.uint8) for name, mask in masks.items()}
-        return dense | {"factor": None if self.temperature == 1.0 else 1.0 / self.temperature, "LOG": self.log}
+        numbers = {name: mask if mask is None else mask.view(torch.uint8) for name, mask in masks.items()}
+        return numbers | {"factor": None if self.temperature == 1.0 else 1.0 / self.temperature, "LOG": self.log}
 
 
 PLAIN = Dual()
@@ -131,67 +153,110 @@ def plan_output(x, row, col, out, row_stats, col_stats, mean=None, scale=None, d
     return _launch(kernels.row_col_output_kernel, common["planes"] * tile.chunks, tile, common)
 
 
-def _combine_columns(partials: Tensor, col_stats: Tensor, col_mask: Tensor | None) -> None:
-    """Column statistics of whole planes from those of their chunks, (chunks, planes, 2, width), in one fixed order."""
-    maximum, total = partials.unbind(2)
-    largest = maximum.amax(0)
-    shift = largest.masked_fill(largest == float("-inf"), 0.0)
-    total = (total * (maximum - shift).exp()).sum(0)
-    if col_mask is not None:  # as the kernels settle them
-        excluded = ~col_mask.repeat_interleave(len(total) // len(col_mask), 0)
-        largest, total = largest.masked_fill(excluded, 0.0), total.masked_fill(excluded, 1.0)
-    torch.stack((largest, total), 1, out=col_stats.view(-1, 2, col_stats.shape[-1]))
+@functools.cache
+def _fold_tile(count: int, size: int) -> tuple[int, int, int]:
+    """(partial results, columns, warps) of a tile of ``count`` partial results of ``size`` numbers."""
+    parts = min(bucket_size(count), PARTS)
+    columns = min(bucket_size(size), 128, 4096 // parts)
+    return parts, columns, max(parts * columns // 512, 1)
 
 
-def _statistics(x, row, col, row_stats, col_stats, dual=PLAIN, out=None, moments=None) -> None:
+def plan_combine(partials, col_mask, col_stats) -> Launch:
+    """Column statistics of whole planes from those of their chunks, ``partials`` (chunks, planes, 2, width)."""
+    count, planes, _, width = partials.shape
+    parts, columns, warps = _fold_tile(count, width)
+    blocks = -(-width // columns)
+    arguments = {
+        "partials_ptr": partials, "col_mask_ptr": None if col_mask is None else col_mask.view(torch.uint8),
+        "col_stats_ptr": col_stats, "planes": planes, "channels": col_stats.shape[2], "width": width, "count": count,
+        "blocks": blocks, "PARTS": parts, "COLUMNS": columns,
+    }  # fmt: skip
+    programs = checked(planes * blocks, "x makes")
+    return FoldLaunch(folds.row_col_combine_kernel, programs, arguments, compiler_options(warps, 1))
+
+
+def plan_statistics_of_planes(x, row, col, row_stats, col_stats, dual=PLAIN, out=None, moments=None) -> list[Launch]:
+    """Everything that ``out`` needs of planes of any size; ``out`` itself where one tile is the whole plane."""
     tile = tiling(*x.shape[2:])
     if tile.whole:
-        run(plan_statistics, x, row, col, row_stats, col_stats, dual, out, moments)
-        return
-    planes = row_stats.shape[:3].numel()
-    partials = x.new_empty((tile.chunks, planes, 2, x.shape[3]), dtype=torch.float32)
-    run(plan_statistics, x, row, col, row_stats, partials, dual)
-    _combine_columns(partials, col_stats, dual.col_mask)
+        return [plan_statistics(x, row, col, row_stats, col_stats, dual, out, moments)]
+    partials = x.new_empty((tile.chunks, row_stats.shape[:3].numel(), 2, x.shape[3]), dtype=torch.float32)
+    launches = [
+        plan_statistics(x, row, col, row_stats, partials, dual),
+        plan_combine(partials, dual.col_mask, col_stats),
+    ]
     if moments is not None:
-        run(plan_moments, x, row, col, row_stats, col_stats, moments)
+        launches.append(plan_moments(x, row, col, row_stats, col_stats, moments))
+    return launches
+
+
+def plan_softmax_forward(x, row, col, dual, out, row_stats, col_stats) -> list[Launch]:
+    launches = plan_statistics_of_planes(x, row, col, row_stats, col_stats, dual, out)
+    if not tiling(*x.shape[2:]).whole:
+        launches.append(plan_output(x, row, col, out, row_stats, col_stats, dual=dual))
+    return launches
 
 
 def softmax_forward(x, row, col, row_mask, col_mask, temperature, log, out, row_stats, col_stats) -> None:
-    dual = Dual(row_mask, col_mask, temperature, log)
     if out.numel() == 0:
         return
     with torch.cuda.device_of(x):
-        _statistics(x, row, col, row_stats, col_stats, dual, out=out)
-        if not tiling(*x.shape[2:]).whole:
-            run(plan_output, x, row, col, out, row_stats, col_stats, None, None, dual)
+        run(plan_softmax_forward, x, row, col, _dual(row_mask, col_mask, temperature, log), out, row_stats, col_stats)
 
 
-def _reduced(moments: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Means per (head, channel) in float64 of moments (B, heads, C, chunks, 2), over images and positions of x."""
-    count = shape[0] * shape[2] * shape[3]
-    return (moments.double().sum((0, 3)) / count).flatten(0, 1).unbind(1)
+def _dual(row_mask: Tensor | None, col_mask: Tensor | None, temperature: float, log: bool) -> Dual:
+    """With masks made contiguous, which a planner must not do."""
+    row_mask, col_mask = (mask if mask is None else mask.contiguous() for mask in (row_mask, col_mask))
+    return Dual(row_mask, col_mask, temperature, log)
 
 
 def _moments(x: Tensor, heads: int) -> Tensor:
     return x.new_empty((x.shape[0], heads, x.shape[1], tiling(*x.shape[2:]).chunks, 2), dtype=torch.float32)
 
 
+def _over_batch(x: Tensor, moments: Tensor | None, eps: float) -> dict[str, Any]:
+    """Arguments of both kernels that add up moments over images and positions of x."""
+    batch, _, height, width = x.shape
+    return {
+        "moments_ptr": moments, "images": batch, "chunks": tiling(height, width).chunks,
+        "count": batch * height * width, "eps": eps, "MOMENTS": MOMENTS,
+    }  # fmt: skip
+
+
+def _batch_launch(kernel, arguments: dict[str, Any]) -> Launch:
+    """A launch of one program for each head and channel."""
+    channels = arguments["scale_ptr"].shape[0]
+    return FoldLaunch(kernel, checked(channels, "x makes"), arguments, compiler_options(4, 1))
+
+
+def plan_batch(x, moments, mean, var, eps, mean_used, var_used, scale) -> Launch:
+    """Statistics to normalise with, and ``scale``: of ``moments``, or ``mean`` and ``var`` where these are given."""
+    arguments = _over_batch(x, moments, eps) | {
+        "mean_ptr": mean, "var_ptr": var, "mean_used_ptr": mean_used, "var_used_ptr": var_used, "scale_ptr": scale,
+        "mean_strides": strides(mean), "var_strides": strides(var), "shift": 1.0 / (x.shape[2] * x.shape[3]),
+    }  # fmt: skip
+    return _batch_launch(folds.row_col_batch_kernel, arguments)
+
+
+def plan_attention_forward(x, row, col, mean, var, eps, out, row_stats, col_stats, mean_used, var_used) -> list[Launch]:
+    moments = _moments(x, row.shape[0]) if mean is None else None
+    scale = mean_used.new_empty(mean_used.shape)
+    return [
+        *plan_statistics_of_planes(x, row, col, row_stats, col_stats, moments=moments),
+        plan_batch(x, moments, mean, var, eps, mean_used, var_used, scale),
+        plan_output(x, row, col, out, row_stats, col_stats, mean_used, scale),
+    ]
+
+
 def attention_forward(x, row, col, mean, var, eps, out, row_stats, col_stats, mean_used, var_used) -> None:
-    if mean is not None:
-        mean_used.copy_(mean)
-        var_used.copy_(var)
     if out.numel() == 0:
+        if mean is not None:
+            mean_used.copy_(mean)
+            var_used.copy_(var)
         return
+    stats = row_stats, col_stats, mean_used, var_used
     with torch.cuda.device_of(x):
-        moments = _moments(x, row.shape[0]) if mean is None else None
-        _statistics(x, row, col, row_stats, col_stats, moments=moments)
-        if mean is None:
-            first, second = _reduced(moments, x.shape)
-            shift = torch.tensor(1.0 / (x.shape[2] * x.shape[3]), dtype=torch.float32).item()
-            mean_used.copy_(shift + first)
-            var_used.copy_((second - first.square()).clamp_min(0.0))
-        scale = (var_used.double() + eps).rsqrt().float()
-        run(plan_output, x, row, col, out, row_stats, col_stats, mean_used, scale)
+        run(plan_attention_forward, x, row, col, mean, var, float(eps), out, *stats)
 
 
 # --- backward ---------------------------------------------------------------------------------------------------
@@ -238,36 +303,56 @@ def plan_grad_x(grad_out, x, row, col, row_stats, col_stats, norm, sums, grad_x,
     return _launch(kernels.row_col_bwd_x_kernel, programs, tile, arguments)
 
 
-def plan_grad_weight(grad_out, x, row, col, row_stats, col_stats, norm, sums, partials) -> Launch:
-    """``partials``: (groups, 2, heads, C, H, W), float32."""
+def plan_grad_weight(grad_out, x, row, col, row_stats, col_stats, norm, sums, grads) -> Launch:
+    """``grads``: those of row and of col, each (groups, heads, C, H, W)."""
     tile = tiling(*x.shape[2:])
-    column_tiles = -(-x.shape[3] // tile.columns)
+    column_tiles, groups = -(-x.shape[3] // tile.columns), -(-x.shape[0] // IMAGES)
     arguments = _backward(grad_out, x, row, col, row_stats, col_stats, norm, sums) | {
-        "grad_weight_ptr": partials,
+        "grad_row_ptr": grads[0],
+        "grad_col_ptr": grads[1],
         "images": IMAGES,
         "column_tiles": column_tiles,
     }
-    programs = partials.shape[0] * row.shape[0] * x.shape[1] * tile.chunks * column_tiles
+    programs = groups * row.shape[0] * x.shape[1] * tile.chunks * column_tiles
     return _launch(kernels.row_col_bwd_weight_kernel, programs, tile, arguments)
 
 
-def _run_backward(grad_out, x, row, col, row_stats, col_stats, norm, grad_x, grad_row, grad_col, dual=PLAIN) -> None:
+def plan_fold(partials, out, other_partials=None, other_out=None) -> Launch:
+    """The sum over the first axis of ``partials``; of others too, of the same shape, where there are any."""
+    count, size = partials.shape[0], out.numel()
+    parts, columns, warps = _fold_tile(count, size)
+    arguments = {
+        "partials_ptr": partials, "out_ptr": out, "other_partials_ptr": other_partials, "other_out_ptr": other_out,
+        "count": count, "size": size, "PARTS": parts, "COLUMNS": columns,
+    }  # fmt: skip
+    programs = checked(-(-size // columns), "x makes")
+    return FoldLaunch(folds.row_col_fold_kernel, programs, arguments, compiler_options(warps, 1))
+
+
+def _plan_gradients(
+    grad_out, x, row, col, row_stats, col_stats, norm, grad_x, grad_row, grad_col, dual=PLAIN
+) -> list[Launch]:
     batch, _, height, width = x.shape
     terms = (grad_out, x, row, col, row_stats, col_stats, norm)
     tile, planes = tiling(height, width), row_stats.shape[:3].numel()
-    sums = (None, None)
+    launches, sums = [], (None, None)
     if not tile.whole:
-        row_sums = x.new_empty((planes, height), dtype=torch.float32)
-        partials = x.new_empty((tile.chunks, planes, width), dtype=torch.float32)
-        run(plan_sums, *terms, (row_sums, partials), dual)
-        sums = row_sums, partials.sum(0)
-    run(plan_grad_x, *terms, sums, grad_x, dual)
-    if row is not None:
-        partials = x.new_empty((-(-batch // IMAGES), 2, *row.shape), dtype=torch.float32)
-        run(plan_grad_weight, *terms, sums, partials)
-        both = partials.sum(0)
-        grad_row.copy_(both[0])
-        grad_col.copy_(both[1])
+        sums = tuple(x.new_empty((planes, size), dtype=torch.float32) for size in (height, width))
+        partials = sums[1]
+        if tile.chunks > 1:
+            partials = x.new_empty((tile.chunks, planes, width), dtype=torch.float32)
+        launches.append(plan_sums(*terms, (sums[0], partials), dual))
+        if tile.chunks > 1:
+            launches.append(plan_fold(partials, sums[1]))
+    launches.append(plan_grad_x(*terms, sums, grad_x, dual))
+    if row is None:
+        return launches
+    groups, grads = -(-batch // IMAGES), (grad_row, grad_col)
+    if groups == 1:
+        return [*launches, plan_grad_weight(*terms, sums, grads)]
+    partials = [x.new_empty((groups, *row.shape), dtype=torch.float32) for _ in grads]
+    launches.append(plan_grad_weight(*terms, sums, partials))
+    return [*launches, plan_fold(partials[0], grad_row, partials[1], grad_col)]
 
 
 def _by_head(tensor: Tensor, channels: int) -> Tensor:
@@ -277,25 +362,43 @@ def _by_head(tensor: Tensor, channels: int) -> Tensor:
     return tensor.unflatten(1, (tensor.shape[1] // channels, channels))
 
 
+def plan_softmax_backward(grad_out, x, row, col, dual, row_stats, col_stats, *grads) -> list[Launch]:
+    grad_out = _by_head(grad_out, x.shape[1])
+    return _plan_gradients(grad_out, x, row, col, row_stats, col_stats, Normalisation(), *grads, dual)
+
+
 def softmax_backward(grad_out, x, row, col, row_mask, col_mask, row_stats, col_stats, temperature, log, *grads) -> None:
-    dual = Dual(row_mask, col_mask, temperature, log)
+    dual = _dual(row_mask, col_mask, temperature, log)
+    if row is None:
+        grads = grads[0], None, None  # not one empty tensor twice, which no guard accepts
     with torch.cuda.device_of(x):
-        grad_out = _by_head(grad_out, x.shape[1])
-        _run_backward(grad_out, x, row, col, row_stats, col_stats, Normalisation(), *grads, dual)
+        run(plan_softmax_backward, grad_out, x, row, col, dual, row_stats, col_stats, *grads)
+
+
+def plan_grad_batch(x, moments, var, eps, norm) -> Launch:
+    """The scale of ``norm`` and its gradients of mean and variance, those of ``moments``; 0 without, in evaluation."""
+    arguments = _over_batch(x, moments, eps) | {
+        "var_ptr": var, "scale_ptr": norm.scale, "grad_mean_ptr": norm.grad_mean, "grad_var_ptr": norm.grad_var,
+    }  # fmt: skip
+    return _batch_launch(folds.row_col_grad_batch_kernel, arguments)
+
+
+def plan_attention_backward(
+    grad_out, x, row, col, row_stats, col_stats, mean, var, training, eps, *grads
+) -> list[Launch]:
+    terms = (_by_head(grad_out, x.shape[1]), x, row, col, row_stats, col_stats)
+    norm = Normalisation(mean, *(mean.new_empty(mean.shape) for _ in range(3)))
+    moments, launches = None, []
+    if training:
+        moments = _moments(x, row.shape[0])
+        launches.append(plan_grad_moments(*terms, norm, moments))
+    return [*launches, plan_grad_batch(x, moments, var, eps, norm), *_plan_gradients(*terms, norm, *grads)]
 
 
 def attention_backward(grad_out, x, row, col, row_stats, col_stats, mean, var, training, eps, *grads) -> None:
+    stats = row_stats, col_stats, mean, var
     with torch.cuda.device_of(x):
-        grad_out = _by_head(grad_out, x.shape[1])
-        deviation = (var.double() + eps).rsqrt()
-        norm = Normalisation(mean, deviation.float(), torch.zeros_like(mean), torch.zeros_like(mean))
-        if training:
-            moments = _moments(x, row.shape[0])
-            run(plan_grad_moments, grad_out, x, row, col, row_stats, col_stats, norm, moments)
-            first, second = _reduced(moments, x.shape)
-            norm.grad_mean.copy_(first)
-            norm.grad_var.copy_(second * deviation.square())
-        _run_backward(grad_out, x, row, col, row_stats, col_stats, norm, *grads)
+        run(plan_attention_backward, grad_out, x, row, col, *stats, training, float(eps), *grads)
 
 
 # --- compilation without a GPU ----------------------------------------------------------------------------------
@@ -320,36 +423,37 @@ def compile_cases(arch: str) -> Iterator[tuple[str, Launch]]:
     """(case, launch) of every shipped configuration, over meta tensors; the tiles are the same on every ``arch``."""
     for name, shape in _COMPILE_SHAPES.items():
         for launch in _plan_all(*shape):
-            statistics = launch.kernel is kernels.row_col_stats_kernel
-            moments = statistics and launch.arguments["moments_ptr"] is not None
+            moments = launch.kernel is kernels.row_col_stats_kernel and launch.arguments["moments_ptr"] is not None
             yield f"{name}, moments" if moments else name, launch
+        for launch in _plan_attention(*shape, training=False) if shape[3] else ():
+            if "eps" in launch.arguments:  # the others are as in training
+                yield f"{name}, evaluation", launch
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _plan_all(
     batch: int, channels: int, grid: tuple[int, int], heads: int | None, dtype: torch.dtype, log: bool | None = None
 ) -> list[Launch]:
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    x, lead = _empty(batch, channels, *grid, dtype=dtype), (batch, heads or 1, channels)
+    row, col = (_empty(heads, channels, *grid, dtype=dtype) if heads else None for _ in range(2))
+    out, stats = _empty(*lead, *grid, dtype=dtype), [_empty(*lead, 2, size) for size in grid]
+    dual = PLAIN if log is None else Dual(*(_empty(batch, size, dtype=torch.bool) for size in grid), 0.1, log)
+    softmax = plan_softmax_forward(x, row, col, dual, out, *stats)
+    if heads:
+        # Whatever else the softmax with weights launches is in element-wise attention too, and does more there.
+        return [*(softmax if tiling(*grid).whole else ()), *_plan_attention(batch, channels, grid, heads, dtype)]
+    return softmax + plan_softmax_backward(out, x, row, col, dual, *stats, x, None, None)
 
-    x, tile = empty(batch, channels, *grid, dtype=dtype), tiling(*grid)
-    lead = (batch, heads or 1, channels)
-    row, col = (empty(heads, channels, *grid, dtype=dtype) if heads else None for _ in range(2))
-    out = empty(*lead, *grid, dtype=dtype)
-    stats = empty(*lead, 2, grid[0]), empty(*lead, 2, grid[1])
-    moments = empty(*lead, tile.chunks, 2)
-    per_channel = [empty((heads or 1) * channels) for _ in range(4)]
-    norm = Normalisation(*per_channel) if heads else Normalisation()
-    sums = (None, None) if tile.whole else (empty(*lead, grid[0]), empty(*lead, grid[1]))
-    dual = PLAIN if log is None else Dual(*(empty(batch, size, dtype=torch.bool) for size in grid), 0.1, log)
-    launches = [plan_statistics(x, row, col, *stats, dual, **({"out": out} if tile.whole else {}))]
-    if heads:
-        statistics = plan_statistics(x, row, col, *stats, moments=moments)
-        launches += [statistics] if tile.whole else [plan_moments(x, row, col, *stats, moments)]
-        launches.append(plan_grad_moments(out, x, row, col, *stats, norm, moments))
-    launches.append(plan_output(x, row, col, out, *stats, *norm[:2], dual))
-    if not tile.whole:
-        launches.append(plan_sums(out, x, row, col, *stats, norm, sums, dual))
-    launches.append(plan_grad_x(out, x, row, col, *stats, norm, sums, x, dual))
-    if heads:
-        launches.append(plan_grad_weight(out, x, row, col, *stats, norm, sums, empty(1, 2, heads, channels, *grid)))
-    return launches
+
+def _plan_attention(
+    batch: int, channels: int, grid: tuple[int, int], heads: int, dtype: torch.dtype, training: bool = True
+) -> list[Launch]:
+    x, row = _empty(batch, channels, *grid, dtype=dtype), _empty(heads, channels, *grid, dtype=dtype)
+    out, lead = _empty(batch, heads * channels, *grid, dtype=dtype), (batch, heads, channels)
+    stats, norm = [_empty(*lead, 2, size) for size in grid], [_empty(heads * channels) for _ in range(2)]
+    given = (None, None) if training else norm
+    launches = plan_attention_forward(x, row, row, *given, 1e-5, out, *stats, *norm)
+    return launches + plan_attention_backward(out, x, row, row, *stats, *norm, training, 1e-5, x, row, row)
