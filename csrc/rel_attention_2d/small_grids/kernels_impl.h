@@ -21,10 +21,7 @@ struct Group {
   int64_t most_rows;         // of a block
   Pairs pairs{};
   Matrix key, value;
-  Scratch<float> bias_tables;  // (kinds, bias_rows, bias_columns, L): key positions count up
-  int64_t packed_kinds = 1;
-  Scratch<int64_t> packed;                        // of each kind, the head of its first lane
-  const float* bias_table = nullptr;              // of these pairs
+  Scratch<float> bias_table;                      // (bias_rows, bias_columns, L): key positions count up
   Matrix row_table, col_table;                    // (positions, dk): likewise
   Scratch<int32_t> query_segments, key_segments;  // (positions, L)
   bool masks = false;                             // some query must leave out some key of the grid
@@ -43,12 +40,7 @@ struct Group {
     value.allocate(keys, p.dv);
     query.allocate(most, p.dk);
     score.allocate(most, keys);
-    if (p.bias_table) {
-      packed_kinds = kinds();
-      bias_tables.allocate(packed_kinds * table_size());
-      packed.allocate(packed_kinds);
-      packed.fill(-1);
-    }
+    if (p.bias_table) bias_table.allocate(p.bias_rows() * p.bias_columns() * L);
     if (p.row_term) row.allocate(most, p.hk);
     if (p.col_term) col.allocate(most, p.wk);
     if (p.tables) relative_query.allocate(most, p.dk);
@@ -71,29 +63,10 @@ struct Group {
     if (p.prefix > 0) unpack({prefix_grid, 0, p.prefix, 1, from.depth}, pairs, 1.0f, from, grid);
   }
 
-  // Which heads the lanes of a group are of changes from group to group, in a cycle of so many kinds.  The tables of
-  // all of them are kept where those are few.
-  int64_t kinds() const {
-    constexpr int64_t kMost = 1 << 15;
-    int64_t cycle = 1;
-    while (cycle * L % p.heads != 0) ++cycle;
-    return cycle * table_size() <= kMost ? cycle : 1;
-  }
-  int64_t table_size() const { return p.bias_rows() * p.bias_columns() * L; }
-
-  void pack_bias_tables() {
-    const int64_t kind = pairs.first / L % packed_kinds;
-    float* to = bias_tables + kind * table_size();
-    bias_table = to;
-    const int64_t heads = pairs.count == L ? pairs.head(0) : -2;  // lanes past the last pair are as in no other group
-    if (heads >= 0 && packed[kind] == heads) return;
-    packed[kind] = heads;
-    for (int64_t lane = 0; lane < L; ++lane) pack_bias_table(p, pairs.head(lane), p.bias_columns() * L, to + lane, L);
-  }
-
   void pack_tables() {
     for (int64_t lane = 0; lane < L; ++lane) {
-      const int64_t h = pairs.head(lane);
+      const int64_t h = pairs.head[lane];
+      if (p.bias_table) pack_bias_table(p, h, p.bias_columns() * L, bias_table + lane, L);
       auto pack_table = [&](const TensorView& view, int64_t length, const Matrix& to) {
         for (int64_t i = 0; i < length; ++i) {
           const int64_t position = p.key_minus_query ? i : length - 1 - i;
@@ -109,10 +82,10 @@ struct Group {
     masks = false;
     if (!p.query_segments || grid == 0) return;
     for (int64_t lane = 0; lane < pairs.count; ++lane)
-      if (lane == 0 || pairs.set(lane) != pairs.set(lane - 1)) masks |= is_masked(pairs.set(lane));
+      if (lane == 0 || pairs.set[lane] != pairs.set[lane - 1]) masks |= is_masked(pairs.set[lane]);
     if (!masks) return;
     for (int64_t lane = 0; lane < L; ++lane) {
-      const int64_t set = pairs.set(lane);
+      const int64_t set = pairs.set[lane];
       const int32_t *of_query = p.query_segments + set * p.queries(), *of_key = p.key_segments + set * grid;
       for (int64_t k = 0; k < grid; ++k) key_segments[k * L + lane] = of_key[k] < 0 ? -1 : of_key[k];
       for (int64_t q = 0; q < p.queries(); ++q)  // -2, which is no key's: a query of a negative segment
@@ -130,10 +103,9 @@ struct Group {
   }
 
   void start(const Pairs& next) {
-    const bool same_heads = pairs.count == L && pairs.head(0) == next.head(0);  // or fewer of them
+    const bool same_heads = pairs.count == L && pairs.head[0] == next.head[0];  // or fewer of them
     pairs = next;
-    if (p.bias_table) pack_bias_tables();
-    if (p.tables && !same_heads) pack_tables();
+    if (!same_heads) pack_tables();
     pack_segments();
     pack_keys(p.key, p.prefix_key, key);
     pack_keys(p.value, p.prefix_value, value);
@@ -211,7 +183,7 @@ struct Group {
   }
 
   // Of a query of the block, among all queries.
-  int64_t row_of(int64_t q, int64_t lane) const { return pairs.of(lane) * p.queries() + y0 * p.wq + q; }
+  int64_t row_of(int64_t q, int64_t lane) const { return pairs.of[lane] * p.queries() + y0 * p.wq + q; }
 };
 
 // What of the weights of a query of each pair is not dropped.
@@ -282,10 +254,7 @@ struct GroupForward : Group {
   }
 };
 
-Pairs pairs_of(const Problem& p, int64_t group) {
-  const int64_t sets = p.segment_sets;
-  return {p.heads, p.batch / sets, sets, group * L, smaller(L, p.batch * p.heads - group * L)};
-}
+Pairs pairs_of(const Problem& p, int64_t group) { return {p.batch, p.heads, p.segment_sets, group}; }
 
 void forward(const Forward& p, int64_t begin, int64_t end) {
   GroupForward group(p);
@@ -424,13 +393,13 @@ struct GroupBackward : Group {
       for (int64_t head = 0; head < p.heads; ++head) sum_tables(head, p.part(head, group, 0));
     else
       for (int64_t lane = 0; lane < pairs.count; ++lane)
-        sum_tables(pairs.head(lane), p.part(pairs.head(lane), pairs.image(lane), 0));
+        sum_tables(pairs.head[lane], p.part(pairs.head[lane], pairs.image[lane], 0));
   }
 
   // The gradients of a head's tables, as a part of their sums.
   void sum_tables(int64_t head, int64_t part) {
     vi used{};
-    for (int64_t lane = 0; lane < pairs.count; ++lane) used[lane] = pairs.head(lane) == head ? -1 : 0;
+    for (int64_t lane = 0; lane < pairs.count; ++lane) used[lane] = pairs.head[lane] == head ? -1 : 0;
     float* to = p.table_partials + part * (p.row_length() + p.col_length()) * p.dk;
     auto sum = [&](const Matrix& from, int64_t length) {
       for (int64_t i = 0; i < length; ++i)

@@ -3,14 +3,20 @@
 // (image, head) pairs, one to a lane; lanes past the last repeat it.  They follow one another in an order that has the
 // images of a set of segments side by side: few groups then have lanes with something to mask.
 struct Pairs {
-  int64_t heads, images, sets;  // images of each set
-  int64_t first, count;
+  int64_t first = 0, count = 0;
+  int64_t set[L], image[L], head[L], of[L];  // of: the pair's number, image by image
 
-  int64_t place(int64_t lane) const { return first + smaller(lane, count - 1); }
-  int64_t set(int64_t lane) const { return place(lane) / heads / images; }
-  int64_t image(int64_t lane) const { return place(lane) / heads % images * sets + set(lane); }
-  int64_t head(int64_t lane) const { return place(lane) % heads; }
-  int64_t of(int64_t lane) const { return image(lane) * heads + head(lane); }
+  Pairs() = default;
+  Pairs(int64_t batch, int64_t heads, int64_t sets, int64_t group) : first(group * L) {
+    count = smaller(L, batch * heads - first);
+    for (int64_t lane = 0; lane < L; ++lane) {
+      const int64_t place = first + smaller(lane, count - 1), images = batch / sets, run = place / heads;
+      set[lane] = run / images;
+      image[lane] = run % images * sets + set[lane];
+      head[lane] = place % heads;
+      of[lane] = image[lane] * heads + head[lane];
+    }
+  }
 };
 
 // A (positions, depth) matrix of each pair.
@@ -161,7 +167,7 @@ void pack(const Lines& lines, const Pairs& pairs, float factor, const Matrix& to
   with_element(lines.view.dtype, [&](auto element) {
     using T = decltype(element);
     const T* base[L];
-    for (int i = 0; i < L; ++i) base[i] = at<T>(lines.view, head_offset(lines.view, pairs.image(i), pairs.head(i)));
+    for (int i = 0; i < L; ++i) base[i] = at<T>(lines.view, head_offset(lines.view, pairs.image[i], pairs.head[i]));
     each_piece(lines, to, position, [&](int64_t offset, int64_t count, int64_t ahead, float* at) FA_INLINE_CALL {
       vf x[L];
       if (step == 1 && count == L) {
@@ -193,7 +199,7 @@ void unpack(const Lines& lines, const Pairs& pairs, float factor, const Matrix& 
   with_element(lines.view.dtype, [&](auto element) {
     using T = decltype(element);
     T* base[L];
-    for (int i = 0; i < L; ++i) base[i] = at<T>(lines.view, head_offset(lines.view, pairs.image(i), pairs.head(i)));
+    for (int i = 0; i < L; ++i) base[i] = at<T>(lines.view, head_offset(lines.view, pairs.image[i], pairs.head[i]));
     each_piece(lines, from, position, [&](int64_t offset, int64_t count, int64_t ahead, float* at) FA_INLINE_CALL {
       vf x[L];
 #pragma GCC unroll 16
