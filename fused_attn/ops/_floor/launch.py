@@ -88,7 +88,7 @@ def alignment(tensor: Tensor | None, steps: Sequence[int] | None) -> int:
     if tensor is None or steps[-1] != 1:
         return 1
     itemsize = tensor.element_size()
-    address = 0 if tensor.is_meta else tensor.data_ptr()
+    address = tensor.storage_offset() * itemsize if tensor.is_meta else tensor.data_ptr()
     return math.gcd(16 // itemsize, address // itemsize if address % itemsize == 0 else 1, *steps[:-1])
 
 

@@ -33,9 +33,10 @@ def run(planner: Planner, *args: Any) -> None:
 
     The tensors are on one device, the current one.
     """
-    tensors: list[Tensor] = []
+    places: dict[Tensor, int] = {}
     others: list[Any] = [planner]
-    _take_apart(args, tensors, others)
+    _take_apart(args, places, others)
+    tensors = [*places]
     key = *others, tensors[0].shape
     calls = _seen.get(key)
     if calls is None:
@@ -52,24 +53,26 @@ def run(planner: Planner, *args: Any) -> None:
         calls.append(_Call(tensors))
 
 
-def _take_apart(args: Iterable[Any], tensors: list[Tensor], others: list[Any]) -> None:
+def _take_apart(args: Iterable[Any], places: dict[Tensor, int], others: list[Any]) -> None:
+    """Number the tensors, each once: no guard has one twice.  Which are the same one stands among the others."""
     for arg in args:
         if isinstance(arg, Tensor):
-            tensors.append(arg)
             others.append(_TENSOR)
+            others.append(places.setdefault(arg, len(places)))
         elif isinstance(arg, (tuple, list)):
             others.append(len(arg))
-            _take_apart(arg, tensors, others)
+            _take_apart(arg, places, others)
         else:
             others.append(type(arg))  # 1, 1.0 and True are equal
             others.append(arg)
 
 
-def _on_meta(arg: Any, metas: list[Tensor]) -> Any:
+def _on_meta(arg: Any, metas: dict[Tensor, Tensor]) -> Any:
     """``arg`` with a meta tensor, one of its own, in place of every tensor; they are added to ``metas``."""
     if isinstance(arg, Tensor):
-        metas.append(torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device="meta"))
-        return metas[-1]
+        if arg not in metas:
+            metas[arg] = torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device="meta")
+        return metas[arg]
     if isinstance(arg, (tuple, list)):
         made = [_on_meta(item, metas) for item in arg]
         return type(arg)(*made) if hasattr(arg, "_fields") else type(arg)(made)
@@ -121,7 +124,7 @@ def _programme(planner: Planner, args: tuple, device: torch.device) -> _Programm
 
     if torch.version.hip is not None:  # there a kernel is compiled for the size of its tensors' memory too
         return None
-    metas: list[Tensor] = []
+    metas: dict[Tensor, Tensor] = {}
     arguments = [_on_meta(arg, metas) for arg in args]
     try:
         with _ViewsAlone():
@@ -130,7 +133,7 @@ def _programme(planner: Planner, args: tuple, device: torch.device) -> _Programm
         return None
     if not all(isinstance(launch.kernel, JITFunction) for launch in launches):  # those of the interpreter
         return None
-    return _Programme(launches, metas, device)
+    return _Programme(launches, [*metas.values()], device)
 
 
 class _Computes(Exception):
@@ -141,7 +144,9 @@ class _ViewsAlone(TorchDispatchMode):
     """Raises :class:`_Computes`."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        view = any(argument.alias_info is not None for argument in function._schema.returns)
+        schema = function._schema
+        aliases = [argument.alias_info for argument in (*schema.arguments, *schema.returns) if argument.alias_info]
+        view = bool(aliases) and not any(alias.is_write for alias in aliases)
         if not (view or function.overloadpacket.__name__.startswith(("empty", "new_empty"))):
             raise _Computes
         return function(*args, **(kwargs or {}))
@@ -170,7 +175,7 @@ class _Programme:
                 slots.append((place, *self._source(argument)))
                 template[place] = 0
             elif isinstance(argument, tuple) and any(isinstance(item, Tensor) for item in argument):
-                nested.append((place, [self._source(item) for item in argument]))
+                nested.append((place, [self._source(item) for item in argument]))  # tensors, all of them
         return (compiled.run, launch.programs, compiled.function, compiled.packed_metadata, template, slots, nested)
 
     def _source(self, tensor: Tensor) -> tuple[int, int]:

@@ -290,7 +290,7 @@ def _axis_fold(
             position = first + tl.arange(0, BLOCK_P)
             k = row + position - (queries - 1) if KEY_MINUS_QUERY else position - row + (keys - 1)
             live = (position < queries) & (k >= 0) & (k < keys)
-            partial_ptrs = chunk_ptr + (position * keys + k)[:, None] * D + d[None, :]
+            partial_ptrs = chunk_ptr + (position.to(tl.int64) * keys + k)[:, None] * D + d[None, :]
             acc += tl.load(partial_ptrs, mask=live[:, None] & (d < D)[None, :], other=0.0)
     grad_table_ptrs = grad_table_ptr + (tiles.int64(own_set) * length + row) * D + d
     tl.store(grad_table_ptrs, tl.sum(acc, 0).to(grad_table_ptr.dtype.element_ty), mask=d < D)
