@@ -77,6 +77,7 @@ _TILES_FLOAT32_BY_FAMILY = {
     ("sm_80", "backward_delta", 32): Tile(32, 32, 4, 1),
     ("sm_80", "backward_dq", 32): Tile(32, 32, 4, 1),
     ("sm_80", "backward_dq", 128): Tile(16, 16, 8, 2),
+    ("sm_90", "backward_dq", 128): Tile(16, 16, 8, 3),
     ("sm_100", "backward_delta", 32): Tile(64, 32, 4, 2),
 }
 # Where a call has a trait: trait, precision or family of the 16-bit types, kernel, bucket.  "table": biases that are
@@ -93,6 +94,7 @@ _TILES_WITH = {
     ("strips", "sm_80", "forward", 32): Tile(128, 64, 8, 2),
     ("strips", "sm_80", "backward_dq", 32): Tile(64, 32, 4, 2),
     ("strips", "sm_90", "forward", 32): Tile(128, 128, 8, 2),
+    ("strips", "sm_90", "backward_dq", 128): Tile(64, 16, 4, 1),
     ("dropout", "sm_90", "backward_dkv", 32): Tile(64, 64, 4, 2),
     ("padded", "sm_90", "forward", 64): Tile(64, 32, 4, 3),
     ("padded", "sm_90", "backward_dq", 64): Tile(64, 32, 4, 3),
@@ -122,6 +124,7 @@ _TILES_TRITON_3_6 = {
     ("strips", "16 bits", "sm_100", "backward_dkv", 128): Tile(64, 64, 8, 1),
     ("", "float32", "sm_80", "backward_dq", 128): Tile(16, 16, 8, 1),
     ("", "float32", "sm_90", "backward_delta", 32): Tile(64, 32, 4, 2),
+    ("", "float32", "sm_90", "backward_dq", 128): Tile(16, 16, 8, 1),
     ("", "float32", "sm_100", "forward", 64): Tile(32, 32, 8, 2),
     ("", "float32", "sm_100", "backward_dkv", 32): Tile(32, 32, 4, 2),
     ("", "float32", "sm_100", "backward_dkv", 128): Tile(16, 32, 8, 1),
