@@ -49,7 +49,10 @@ def test_committed_report_has_no_problem_and_names_the_versions_tried(report):
     assert {"3.6.0", REPORT["triton"]} <= REPORT["versions"].keys()
     assert {row["op"] for row in REPORT["peers"]["rows"]} >= {"FlexAttention"}
     kernels = {row["kernel"] for row in REPORT["rows"] if row["op"] == "squeeze_excite"}
-    assert kernels == {f"{name}_kernel" for name in ("squeeze_fwd", "scale_fwd", "scale_bwd", "squeeze_bwd")}
+    names = "squeeze_fwd", "layer_fwd", "scale_fwd", "scale_bwd", "layer_bwd", "parameters_bwd", "squeeze_bwd"
+    assert kernels == {f"{name}_kernel" for name in names}
+    keys = [tuple(row[name] for name in report.KEY) for row in REPORT["rows"]]
+    assert len({*keys}) == len(keys)
 
 
 CODE = """

@@ -369,5 +369,8 @@ def _compile_case(
 def compile_cases(arch: str) -> Iterator[tuple[str, Launch]]:
     """(case, launch) of every kernel over meta tensors, most with residual and ReLU: see compile_report.py."""
     for name, (*case, settings) in _COMPILE_SHAPES.items():
+        kernels: list[str] = []
         for launch in _compile_case(*case, **settings):
-            yield name, launch
+            kernels.append(launch.kernel.fn.__name__)
+            number = kernels.count(kernels[-1])  # one kernel is launched for each layer
+            yield name if number == 1 else f"{name}, launch {number}", launch
