@@ -3,14 +3,15 @@
 // (image, head) pairs, one to a lane; lanes past the last repeat it.  They follow one another in an order that has the
 // images of a set of segments side by side: few groups then have lanes with something to mask.
 struct Pairs {
-  int64_t first = 0, count = 0;
+  int64_t count = 0;
   int64_t set[L], image[L], head[L], of[L];  // of: the pair's number, image by image
 
   Pairs() = default;
-  Pairs(int64_t batch, int64_t heads, int64_t sets, int64_t group) : first(group * L) {
+  Pairs(int64_t batch, int64_t heads, int64_t sets, int64_t group) {
+    const int64_t first = group * L, images = batch / sets;
     count = smaller(L, batch * heads - first);
     for (int64_t lane = 0; lane < L; ++lane) {
-      const int64_t place = first + smaller(lane, count - 1), images = batch / sets, run = place / heads;
+      const int64_t place = first + smaller(lane, count - 1), run = place / heads;
       set[lane] = run / images;
       image[lane] = run % images * sets + set[lane];
       head[lane] = place % heads;

@@ -1,7 +1,9 @@
-"""What several ops' Triton kernels compute of one number."""
+"""What several ops' Triton kernels compute."""
 
 import triton
 import triton.language as tl
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -51,3 +53,20 @@ def reciprocal(x, EXACT: tl.constexpr = True):
         refined = tl.fma(near, tl.fma(-x, near, 1.0), near)
         near = tl.where((near == 0.0) | (tl.abs(near) == float("inf")), near, refined)
     return near
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b, accumulated in float32.
+
+    A product of float32 is a chain of additions, each of which rounds: a tile's is summed before it is added, as one
+    chain over all tiles errs several times as much.
+    """
+    if acc is not None and a.dtype == tl.float32:
+        product = tl.dot(a, b, input_precision=PRECISION)
+        # Not "+", of which Triton makes a product that starts from acc.
+        return tl.fma(product, tl.full(product.shape, 1.0, tl.float32), acc)
+    if _INTERPRETED:
+        # The interpreter multiplies the bit patterns of bfloat16; products of two are exact in float32.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision=PRECISION)

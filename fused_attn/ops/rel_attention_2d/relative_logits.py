@@ -230,6 +230,5 @@ def plan_logits_backward(
         "KEY_MINUS_QUERY": key_minus_query,
     }
     programs = checked(folds[0][0] + folds[1][0], "tables make")
-    warps = 8 if fold["BLOCK_D"] > 128 else 4
-    launches.append(TableLaunch(kernels.rel_logits_bwd_fold_kernel, programs, fold, compiler_options(warps, 2)))
+    launches.append(TableLaunch(kernels.rel_logits_bwd_fold_kernel, programs, fold, compiler_options(2, 1)))
     return launches

@@ -511,8 +511,10 @@ def _shape(
         flops_backward=2 * pairs * positions**2 * (3 * d_k + 2 * d_v) + 3 * table_flops,
         bytes_forward=4 * (vectors + tables + pairs * positions * d_v),
         bytes_backward=4 * (2 * vectors + 2 * tables + 2 * pairs * positions * d_v),
-        # Logits, of tables too where kernels do not make them anew for each score, and their gradients.
-        memory_limit=int(1.5 * 4 * (vectors + pairs * positions * d_v + 2 * logits)),
+        # Finished logits have a gradient of their size, which the caller asked for.
+        memory_limit=int(
+            1.5 * 4 * (vectors + pairs * positions * d_v + logits * (1 if make is make_rel_inputs else 2))
+        ),
         sizes=sizes,
         memory_only=memory_only,
     )

@@ -6,24 +6,7 @@ Where a function gives None it has no return: Triton 3.6 compiles no ``return No
 import triton
 import triton.language as tl
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b, accumulated in float32.
-
-    A product of float32 is a chain of additions, each of which rounds: a tile's is summed before it is added, as one
-    chain over all tiles errs several times as much.
-    """
-    if acc is not None and a.dtype == tl.float32:
-        product = tl.dot(a, b, input_precision=PRECISION)
-        # Not "+", of which Triton makes a product that starts from acc.
-        return tl.fma(product, tl.full(product.shape, 1.0, tl.float32), acc)
-    if _INTERPRETED:
-        # The interpreter multiplies the bit patterns of bfloat16; products of two are exact in float32.
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+from .._floor.triton_math import dot
 
 
 @triton.jit

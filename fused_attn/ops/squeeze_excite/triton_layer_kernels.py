@@ -9,7 +9,7 @@ order that sizes alone decide.
 import triton
 import triton.language as tl
 
-from .._floor.triton_math import exp_nonpositive
+from .._floor.triton_math import dot, exp_nonpositive
 
 _BELOW_ONE = tl.constexpr(1.0 - 2.0**-24)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -218,9 +218,7 @@ def parameters_bwd_kernel(
         grad = _load(grad_ptr, output, image, (1, outputs), (output < outputs)[:, None] & (image < batch)[None, :])
         live = (image < batch)[:, None] & (column < inputs)[None, :]
         right = _inputs(result_ptr, inputs_ptr, image, column, live, inputs, features, result_strides, ACTIVATION)
-        product = tl.dot(grad, right, input_precision="ieee")
-        # Not "+", of which Triton makes a product that starts from the total: one chain of additions.
-        total = tl.fma(product, tl.full(product.shape, 1.0, tl.float32), total)
+        total = dot(grad, right, total, "ieee")
         total_bias += tl.sum(grad, 1)
     live = (output < outputs)[:, None] & (column < inputs)[None, :]
     tl.store(grad_weight_ptr + output[:, None] * inputs + column[None, :], total, live)
