@@ -14,58 +14,55 @@ import torch
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
-#: The only level of ``forward_ad`` there is: PyTorch refuses to nest them, and ``torch.func.jvp`` nests by wrapping
-#: tensors.
-_LEVEL = 0
+from .second import Blocks, Second, make_dual, tangent_of_reference, unpack
+
 _LIBRARY = torch.library.Library("fused_attn", "FRAGMENT")
 
 
 def register(
-    op: str,
     name: str,
-    backward: Callable[[Any, Tensor], Sequence],
+    backward: Callable[..., Sequence],
     save: Callable[[Any, tuple, tuple, Sequence[bool]], None],
     reference: Callable[..., Any],
+    recompute: Callable[..., Tensor],
+    blocks: Blocks | None,
     lists: Sequence[int],
 ) -> None:
     """Register the derivatives of the operator ``fused_attn::name`` and of ``fused_attn::name_backward``.
 
     Args:
-        op: the op's public name, for the error text.
         name: of the operator, whose first output alone is differentiable; ``<base>_<impl>``.
         backward: ``backward(ctx, grad_out)`` gives the gradients of the operator's :func:`flat` arguments, anything for
-            those that need none.  It runs the operator ``name_backward``, which has no derivative in either mode:
-            asking for one is an error.
+            those that need none.
         save: ``save(ctx, arguments, outputs, needs)`` keeps what backward needs; ``needs`` says of every flat argument
             whether it needs a gradient.
         reference: the same function of the same arguments in plain PyTorch.  In forward mode it gives the tangent;
             the output itself comes from the operator.
+        recompute, blocks: as in :class:`Second`, for the derivatives of the gradients; ``blocks`` for the tangent too.
         lists: places of the arguments that are lists of tensors.
     """
-
-    def refuse(*_) -> Any:
-        raise RuntimeError(f"{op}: the fused kernels have no second derivative; use impl='reference' for it")
 
     def save_first(ctx, args: tuple, outputs: tuple, needs: Sequence[bool]) -> None:
         ctx.mark_non_differentiable(*outputs[1:])
         save(ctx, args, outputs, needs)
 
+    forward_schema, backward_schema = (
+        getattr(torch.ops.fused_attn, operator).default._schema for operator in (name, f"{name}_backward")
+    )
+    names = [argument.name for argument in forward_schema.arguments]
+
     def tangent(operator, args: tuple):
-        outputs = operator(*map_tensors(lambda tensor: _unpack(tensor)[0], args))
+        outputs = operator(*map_tensors(lambda tensor: unpack(tensor)[0], args))
         first, rest = (outputs[0], outputs[1:]) if isinstance(outputs, tuple) else (outputs, None)
-        out = reference(*args)
-        _, tangent = _unpack(out[0] if isinstance(out, tuple) else out)
+        tangent = tangent_of_reference(reference, names, args, blocks)
         if tangent is not None:
-            first = torch._VF._make_dual(first, tangent.to(first.dtype), level=_LEVEL)
+            first = make_dual(first, tangent.to(first.dtype))
         return first if rest is None else (first, *rest)
 
-    backward_lists = [
-        place
-        for place, argument in enumerate(getattr(torch.ops.fused_attn, f"{name}_backward").default._schema.arguments)
-        if is_list(argument)
-    ]
+    second = Second(backward_schema, recompute, blocks)
+    backward_lists = [place for place, argument in enumerate(backward_schema.arguments) if is_list(argument)]
     _register(name, lists, backward, save_first, tangent)
-    _register(f"{name}_backward", backward_lists, refuse, lambda *_: None, refuse)
+    _register(f"{name}_backward", backward_lists, second.backward, second.save, second.tangent)
 
 
 def plain_function(
@@ -119,9 +116,9 @@ def _register(name: str, lists: Sequence[int], backward, save, forward_mode) -> 
             return tuple(tensors)
 
         @staticmethod
-        def backward(ctx, grad_out, *_):
+        def backward(ctx, *grads_out):
             needs = ctx.needs_input_grad[1:]
-            grads = backward(ctx, grad_out)
+            grads = backward(ctx, *grads_out)
             return None, *(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
 
     _rename(Reverse, name)
@@ -180,17 +177,9 @@ class _AllowedInTorchFunc:
         torch._C._functorch.set_single_level_autograd_function_allowed(self.before)
 
 
-def _unpack(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Primal and tangent; the tangent is None outside forward mode.
-
-    ``forward_ad.unpack_dual`` would ask Python's count of levels, which a compiled graph does not update.
-    """
-    return torch._VF._unpack_dual(tensor, level=_LEVEL)
-
-
 def _has_tangent(arg: object) -> bool:
     if isinstance(arg, Tensor):
-        return _unpack(arg)[1] is not None
+        return unpack(arg)[1] is not None
     return isinstance(arg, (list, tuple)) and any(map(_has_tangent, arg))
 
 

@@ -22,6 +22,7 @@ from . import autograd, checks, dispatch
 from .declarations import OpSpec
 from .layout import empty_contiguous
 from .plain_calls import Guard, any_autocast, getter, signature
+from .second import Blocks
 
 #: Fills outputs that it is given, behind the arguments of the operator.
 Kernel = Callable[..., None]
@@ -81,8 +82,7 @@ class Operators:
         flops, flops_backward: of the shapes of forward's and backward's arguments; 0 for an op without products.
         derived: what backward needs beside arguments and outputs.
         complete: ``complete(arguments of backward, gradients)`` gives the gradients, for those that no kernel forms.
-        public: names for error texts, where several public functions share the operators.
-    """
+        public:     """
 
     def __init__(
         self,
@@ -103,7 +103,8 @@ class Operators:
         flops_backward: Callable[..., int] = lambda *shapes, **_: 0,
         derived: Mapping[str, Derived] | None = None,
         complete: Callable[[tuple, tuple], tuple] | None = None,
-        public: str | None = None,
+        recompute: Callable[..., Tensor] | None = None,
+        blocks: Blocks | None = None,
     ) -> None:
         self.name, self.reference, self.kernels = name, reference, kernels
         usual = {impl: _USUAL_REASONS[impl] for impl in kernels if impl in _USUAL_REASONS}
@@ -160,11 +161,12 @@ class Operators:
             )
             self._operators[impl] = forward_operator, backward_operator
             autograd.register(
-                public or name,
                 f"{name}_{impl}",
                 self._backward_with(backward_operator),
                 self._save,
                 reference,
+                recompute or self._reference_by_name,
+                blocks,
                 self._lists,
             )
             function = autograd.plain_function(f"{name}_{impl}", self._save, self._lists)
@@ -295,10 +297,15 @@ class Operators:
             tensors = *tensors, *itertools.chain(*lists)
         ctx.save_for_backward(*tensors)
 
+    def _reference_by_name(self, **values: Any) -> Tensor:
+        """What the reference gives first, of values by the names of arguments, among others."""
+        out = self.reference(*(values[name] for name in self.arguments))
+        return out[0] if isinstance(out, tuple) else out
+
     def _backward_with(self, kernel: Callable[..., tuple], recorded: Callable[..., tuple] | None = None):
         """The backward pass with ``kernel``; with ``recorded`` where it is itself to be differentiated."""
 
-        def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        def backward(ctx, grad_out: Tensor, *_) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors
             if saves_lists:
                 first, *lengths = ctx.lengths

@@ -42,7 +42,7 @@ def _forward(values, query, norm_weight, eps, out, statistics) -> None:
     _cpp_forward([*map(rows, values)], query, norm_weight, eps, rows(out), statistics)
 
 
-def _backward(grad_out, values, query, norm_weight, statistics, grad_values, grad_query, grad_norm_weight) -> None:
+def _backward(grad_out, values, query, norm_weight, statistics, eps, grad_values, grad_query, grad_norm_weight) -> None:
     tensors = rows(grad_out), [*map(rows, values)], query, norm_weight, statistics
     _cpp_backward(*tensors, [*map(rows, grad_values)], grad_query, grad_norm_weight)
 
@@ -60,8 +60,8 @@ def _flops_backward(grad_out, values, *_, **__) -> int:
 attention_residual = Operators(
     "attention_residual",
     "(Tensor[] values, Tensor query, Tensor? norm_weight, Scalar eps) -> (Tensor out, Tensor statistics)",
-    "(Tensor grad_out, Tensor[] values, Tensor query, Tensor? norm_weight, Tensor statistics) "
-    "-> (Tensor[] grad_values, Tensor grad_query, Tensor grad_norm_weight)",
+    "(Tensor grad_out, Tensor[] values, Tensor query, Tensor? norm_weight, Tensor statistics, "
+    "Scalar eps) -> (Tensor[] grad_values, Tensor grad_query, Tensor grad_norm_weight)",
     allocate=_allocate,
     kernels={
         "cpu": (_forward, _backward),

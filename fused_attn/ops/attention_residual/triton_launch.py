@@ -173,7 +173,7 @@ def _plan_backward(
     ]
 
 
-def backward(grad_out, values, query, norm_weight, statistics, grad_values, grad_query, grad_norm_weight) -> None:
+def backward(grad_out, values, query, norm_weight, statistics, eps, grad_values, grad_query, grad_norm_weight) -> None:
     """Backward of the operators in op.py."""
     if grad_out.numel() == 0:
         grad_query.zero_(), grad_norm_weight.zero_()

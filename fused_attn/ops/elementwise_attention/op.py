@@ -80,6 +80,11 @@ def _per_element(factor: int, index: int = 0):
     return formula
 
 
+def _recompute(x, weight_row, weight_col, mean_used, var_used, training, eps, **_) -> Tensor:
+    statistics = (None, None) if training else (mean_used, var_used)
+    return reference.elementwise_attention(x, weight_row, weight_col, *statistics, eps)[0]
+
+
 row_col_softmax = Operators(
     "row_col_softmax",
     f"(Tensor x, Tensor? weight_row, Tensor? weight_col, {_MASKS}, {_OPTIONS}) -> (Tensor out, {_STATISTICS})",
@@ -115,4 +120,5 @@ elementwise_attention = Operators(
     flops_backward=_per_element(ATTENTION_FLOPS[1], 1),
     apart=("mean", "var"),
     derived={"training": lambda values, needs: values[3] is None},
+    recompute=_recompute,
 )

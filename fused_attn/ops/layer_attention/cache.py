@@ -32,7 +32,7 @@ class LayerCache:
             x = x + cache.attend(query)
 
     ``keys`` and ``values`` are the tensors that were appended: gradients with respect to them, retained ones and hooks
-    are those of the separate calls.  No second derivative.  Under ``torch.compile`` and in function transforms it makes
+    are those of the separate calls, as are second derivatives.  Under ``torch.compile`` and in function transforms it makes
     the separate calls.
 
     With ``torch.utils.checkpoint``, whose functions run a second time in the backward pass, do one of:
@@ -214,19 +214,22 @@ class _Attend(torch.autograd.Function):
         keys, values = rest[:layers], rest[layers:]
         operator = getattr(torch.ops.fused_attn, f"layer_attention_{impl}").default
         out, weights = operator(query, keys, values, bias, scale, sigmoid)
-        ctx.call = impl, scale, sigmoid, buffers, bias is not None, layers
-        ctx.save_for_backward(weights, query, *rest)
+        ctx.call = impl, scale, sigmoid, buffers, layers
+        ctx.save_for_backward(weights, bias, query, *rest)
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        if torch.is_grad_enabled():  # create_graph=True: what goes through the buffers is not recorded
-            raise RuntimeError(
-                "LayerCache: its gradients have no second derivative; use layer_attention with impl='reference' for it"
-            )
-        impl, scale, sigmoid, buffers, has_bias, layers = ctx.call
-        weights, query, *rest = ctx.saved_tensors
+        impl, scale, sigmoid, buffers, layers = ctx.call
+        weights, bias, query, *rest = ctx.saved_tensors
         keys, values = rest[:layers], rest[layers:]
+        if torch.is_grad_enabled():  # create_graph=True: what goes through the buffers is not recorded
+            operator = getattr(torch.ops.fused_attn, f"layer_attention_{impl}_backward").default
+            grad_query, grad_keys, grad_values, grad_bias = operator(
+                grad_out, query, keys, values, bias, weights, scale, sigmoid
+            )
+            grad_bias = None if bias is None else grad_bias
+            return None, None, None, None, grad_bias, grad_query, *grad_keys, *grad_values
         collected = [
             buffer is not None and wanted
             for buffer, wanted in zip(buffers, ctx.needs_input_grad[-layers:], strict=True)
@@ -239,10 +242,10 @@ class _Attend(torch.autograd.Function):
             else:
                 into = None
         grad_query, grad_keys, grad_values, grad_bias = op.attention_backward(
-            impl, grad_out, query, keys, values, weights, scale, sigmoid, into=into
+            impl, grad_out, query, keys, values, bias, weights, scale, sigmoid, into=into
         )
         if all(collected):
             for buffer, total in zip(buffers, grad_values, strict=True):
                 buffer.set(total)
             grad_values = [None] * layers
-        return None, None, None, None, grad_bias if has_bias else None, grad_query, *grad_keys, *grad_values
+        return None, None, None, None, grad_bias, grad_query, *grad_keys, *grad_values

@@ -34,13 +34,14 @@ def _allocate_attention(query: Tensor, keys: Sequence[Tensor], values: Sequence[
 
 
 def _allocate_attention_backward(
-    grad_out, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *_, into: list[Tensor] | None = None
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    grad_out, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], bias: Tensor | None, *_,
+    into: list[Tensor] | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]:  # fmt: skip
     return (
         empty_contiguous(query),
         [*map(empty_contiguous, keys)],
         _like_values(values) if into is None else into,
-        query.new_empty(len(keys), query.shape[1]),
+        None if bias is None else empty_contiguous(bias),
     )
 
 
@@ -76,12 +77,13 @@ def _forward_attention(query, keys, values, bias, scale, sigmoid, out, weights) 
 
 
 def _backward_attention(
-    grad_out, query, keys, values, weights, scale, sigmoid, grad_query, grad_keys, grad_values, grad_bias,
+    grad_out, query, keys, values, bias, weights, scale, sigmoid, grad_query, grad_keys, grad_values, grad_bias,
     accumulate=False,
 ) -> None:  # fmt: skip
     grad_scores = _backward_values(grad_out, weights, values, grad_values, accumulate)
     _weights_backward(query, keys, scale, sigmoid, weights, grad_scores, grad_query, grad_keys)
-    grad_bias.copy_(grad_scores.sum(0).t())
+    if bias is not None:
+        grad_bias.copy_(grad_scores.sum(0).t())
 
 
 # --- operators --------------------------------------------------------------------------------------------------
@@ -115,8 +117,8 @@ layer_attention = Operators(
     "layer_attention",
     "(Tensor query, Tensor[] keys, Tensor[] values, Tensor? bias, Scalar scale, bool sigmoid) "
     "-> (Tensor out, Tensor weights)",
-    "(Tensor grad_out, Tensor query, Tensor[] keys, Tensor[] values, Tensor weights, Scalar scale, bool sigmoid) "
-    "-> (Tensor grad_query, Tensor[] grad_keys, Tensor[] grad_values, Tensor grad_bias)",
+    "(Tensor grad_out, Tensor query, Tensor[] keys, Tensor[] values, Tensor? bias, Tensor weights, Scalar scale, "
+    "bool sigmoid) -> (Tensor grad_query, Tensor[] grad_keys, Tensor[] grad_values, Tensor grad_bias)",
     allocate=_allocate_attention,
     allocate_backward=_allocate_attention_backward,
     kernels={
@@ -135,7 +137,7 @@ layer_attention = Operators(
 
 def attention_backward(
     impl: str, *args, into: list[Tensor] | None
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]:
     """What the backward operator gives; but the gradients of the values are added to ``into`` where it is given."""
     grads = _allocate_attention_backward(*args, into=into)
     layer_attention.kernels[impl][1](*args, *grads, accumulate=into is not None)

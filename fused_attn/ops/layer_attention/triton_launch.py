@@ -335,7 +335,7 @@ def sum_backward(grad_out, weights, values, grad_weights, grad_values) -> None:
 
 
 def attention_backward(
-    grad_out, query, keys, values, weights, scale, sigmoid, grad_query, grad_keys, grad_values, grad_bias,
+    grad_out, query, keys, values, bias, weights, scale, sigmoid, grad_query, grad_keys, grad_values, grad_bias,
     accumulate=False,
 ) -> None:  # fmt: skip
     """Backward of the attention's operators; with ``accumulate`` it adds to ``grad_values``."""
@@ -345,7 +345,8 @@ def attention_backward(
         if weights.numel():
             attention = (query, [key.contiguous() for key in keys], scale, sigmoid, grad_query, grad_keys)
             run(plan_heads_backward, partials, weights, grad_scores, span, attention)
-        grad_bias.copy_(grad_scores.sum(0).t())
+        if bias is not None:
+            grad_bias.copy_(grad_scores.sum(0).t())
 
 
 # --- compile report ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ finished logits (5 dimensions), or None.  The public functions give the operator
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from .._floor import checks, dispatch
 from .._floor.layout import empty_contiguous, empty_like_heads
 from .._floor.operators import Operators, cpp, triton
+from .._floor.second import Block
 from . import reference
 
 
@@ -61,6 +64,35 @@ def _reference(
     if any(term is not None and term.dim() == 5 for term in (row_term, col_term)):
         return reference.decomposed_bias_attention(query, key, value, row_term, col_term, **common)
     return reference.rel_attention_2d(query, key, value, row_term, col_term, rel_scale=rel_scale, index=index, **common)
+
+
+#: Numbers of logits that a block has at most, unless one row of queries has more.
+_BLOCK = 2**22
+
+
+def _query_rows(values: Mapping[str, Any]) -> Iterable[Block]:
+    """Rows of queries with what their logits are made of: the same operation on another grid of queries."""
+    batch, heads, height, width, _ = values["query"].shape
+    keys = values["key"].shape[2]
+    row, table = values["row_term"], "row_term"
+    if values["bias_table"] is not None:
+        row, table = values["bias_table"], "bias_table"
+    if values["dropout_p"] > 0.0:
+        return [{}]  # which weights are dropped depends on the size of the grid
+
+    def block(start: int, stop: int) -> Block:
+        parts = {name: (2, start, stop) for name in ("query", "out", "grad_out")}
+        parts["query_segments"] = (1, start, stop)
+        for name in ("row_term", "col_term"):
+            if values[name] is not None and values[name].dim() == 5:
+                parts[name] = (2, start, stop)
+        if row is not None and table not in parts:  # rows of the table: differences of positions
+            first, last = (height - stop, height - start) if values["key_minus_query"] else (start, stop)
+            parts[table] = (row.dim() - 2, first, last + keys - 1)
+        return parts
+
+    step = max(1, _BLOCK // max(1, batch * heads * width * keys * values["key"].shape[3]))
+    return [block(start, min(start + step, height)) for start in range(0, height, step)] or [{}]
 
 
 def _draw_seed(query, *args) -> Tensor | None:
@@ -122,7 +154,7 @@ rel_attention_2d = Operators(
     or_float32=("bias_table",),
     apart=("query_segments", "key_segments", "seed"),
     drawn=_draw_seed,
-    public="rel_attention_2d, decomposed_bias_attention and bias_attention_2d",
+    blocks=_query_rows,
 )
 
 

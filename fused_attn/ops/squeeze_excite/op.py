@@ -30,8 +30,8 @@ def _allocate(x: Tensor, fc1_weight: Tensor, fc1_bias, fc2_weight, *_) -> tuple[
 
 
 def _allocate_backward(
-    grad_out, x, fc1_weight, fc2_weight, result, active, z, preactivation, scale, hidden_activation, gate, share_grad,
-    residual_grad,
+    grad_out, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, active, z, preactivation, scale,
+    hidden_activation, gate, residual_grad,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients, unwritten; None for those that were not asked for."""
     width, (batch, channels) = fc1_weight.shape[0], x.shape[:2]
@@ -42,7 +42,7 @@ def _allocate_backward(
         None if fc2_weight is None else empty_contiguous(fc2_weight),
         None if fc2_weight is None else x.new_empty(channels),
         None if result is None else empty_contiguous(result),
-        x.new_empty(batch, width) if share_grad else None,
+        None if result_share is None else x.new_empty(batch, width),
         _empty_like(x) if residual_grad else None,
     )
 
@@ -67,8 +67,8 @@ def _forward(
 
 
 def _backward(
-    grad_out, x, fc1_weight, fc2_weight, result, active, z, preactivation, scale, hidden_activation, gate, share_grad,
-    residual_grad, *grads,
+    grad_out, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, active, z, preactivation, scale,
+    hidden_activation, gate, residual_grad, *grads,
 ) -> None:  # fmt: skip
     form = memory_format(x)
     _cpp_backward(
@@ -78,7 +78,7 @@ def _backward(
 
 
 #: Places among the operator's arguments and outputs.
-_SHARE, _RESIDUAL, _RELU, _OUT = 6, 7, 8, 11
+_RESIDUAL, _RELU, _OUT = 7, 8, 11
 
 
 def _complete(arguments: tuple, grads: tuple) -> tuple:
@@ -86,6 +86,16 @@ def _complete(arguments: tuple, grads: tuple) -> tuple:
     *others, grad_residual = grads
     grad_out, *_, residual_grad = arguments
     return (*others, grad_residual if residual_grad else grad_out)
+
+
+def _recompute(
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, active, hidden_activation, gate, residual=None,
+    **_,
+) -> Tensor:  # fmt: skip
+    """The output up to a residual, which no derivative of the gradients depends on, of backward's arguments."""
+    parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share
+    out = reference.squeeze_excite(x, *parameters, residual, False, hidden_activation, gate)
+    return out if active is None else torch.where(active > 0, out, torch.zeros_like(out))
 
 
 def _autocast(x: Tensor, *rest: Tensor | None) -> tuple:
@@ -104,8 +114,10 @@ squeeze_excite = Operators(
     "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor? fc2_weight, Tensor? fc2_bias, Tensor? result, "
     "Tensor? result_share, Tensor? residual, bool relu, str hidden_activation, str gate) -> (Tensor out, Tensor z, "
     "Tensor preactivation, Tensor scale)",
-    "(Tensor grad_out, Tensor x, Tensor fc1_weight, Tensor? fc2_weight, Tensor? result, Tensor? active, Tensor z, "
-    "Tensor preactivation, Tensor scale, str hidden_activation, str gate, bool share_grad, bool residual_grad) -> "
+    # The biases and the share are there for the derivatives of the gradients.
+    "(Tensor grad_out, Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor? fc2_weight, Tensor? fc2_bias, "
+    "Tensor? result, Tensor? result_share, Tensor? active, Tensor z, Tensor preactivation, Tensor scale, "
+    "str hidden_activation, str gate, bool residual_grad) -> "
     "(Tensor grad_x, Tensor grad_fc1_weight, Tensor grad_fc1_bias, Tensor grad_fc2_weight, Tensor grad_fc2_bias, "
     "Tensor grad_result, Tensor grad_result_share, Tensor grad_residual)",
     allocate=_allocate,
@@ -117,12 +129,12 @@ squeeze_excite = Operators(
     autocast=_autocast,
     reference=reference.squeeze_excite,
     flops=_flops,
-    flops_backward=lambda grad_out, x, fc1_weight, fc2_weight, *_, **__: 2 * _flops(x, fc1_weight, None, fc2_weight),
+    flops_backward=lambda grad_out, *shapes, **_: 2 * _flops(*shapes),
     derived={
         # The output, whose sign says where the activation let pass.
         "active": lambda values, needs: values[_OUT] if values[_RELU] else None,
-        "share_grad": lambda values, needs: values[_SHARE] is not None,
         "residual_grad": lambda values, needs: values[_RESIDUAL] is not None and values[_RELU] and needs[_RESIDUAL],
     },
     complete=_complete,
+    recompute=_recompute,
 )

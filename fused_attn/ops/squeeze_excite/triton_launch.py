@@ -302,8 +302,8 @@ def forward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share,
 
 
 def backward(
-    grad_out, x, fc1_weight, fc2_weight, result, active, z, preactivation, scale, hidden_activation, gate, share_grad,
-    residual_grad, *grads,
+    grad_out, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, active, z, preactivation, scale,
+    hidden_activation, gate, residual_grad, *grads,
 ) -> None:  # fmt: skip
     """Backward of the operators in op.py."""
     if x.shape[0] == 0:
@@ -317,7 +317,7 @@ def backward(
         run(
             plan_backward, grad_out, x, fc1_weight, fc2_weight, result, active, z, preactivation, scale,
             hidden_activation, gate, *grads, None if result is None else grad_result,
-            grad_share if share_grad else None, grad_residual if residual_grad else None,
+            None if result_share is None else grad_share, grad_residual if residual_grad else None,
         )  # fmt: skip
 
 
