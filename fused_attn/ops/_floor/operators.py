@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ... import _extension
-from . import autograd, checks, dispatch
+from . import autograd, batching, checks, dispatch
 from .declarations import OpSpec
 from .layout import empty_contiguous
 from .plain_calls import Guard, any_autocast, getter, signature
@@ -82,7 +82,8 @@ class Operators:
         flops, flops_backward: of the shapes of forward's and backward's arguments; 0 for an op without products.
         derived: what backward needs beside arguments and outputs.
         complete: ``complete(arguments of backward, gradients)`` gives the gradients, for those that no kernel forms.
-        public:     """
+        folds: as in :func:`batching.register`, of the arguments of forward and of backward.
+    """
 
     def __init__(
         self,
@@ -105,6 +106,7 @@ class Operators:
         complete: Callable[[tuple, tuple], tuple] | None = None,
         recompute: Callable[..., Tensor] | None = None,
         blocks: Blocks | None = None,
+        folds: batching.Folds = lambda call: (),
     ) -> None:
         self.name, self.reference, self.kernels = name, reference, kernels
         usual = {impl: _USUAL_REASONS[impl] for impl in kernels if impl in _USUAL_REASONS}
@@ -156,6 +158,7 @@ class Operators:
                 torch.library.impl(full + suffix, DEVICES[impl], _unwrapped(_filled(_complete(outputs_of), fill)))
                 torch.library.register_fake(full + suffix, _unwrapped(_complete(outputs_of)))
                 register_flop_formula(getattr(torch.ops.fused_attn, f"{name}_{impl}{suffix}"))(formula)
+                batching.register(f"{name}_{impl}{suffix}", folds)
             forward_operator, backward_operator = (
                 getattr(torch.ops.fused_attn, f"{name}_{impl}{suffix}").default for suffix in ("", "_backward")
             )

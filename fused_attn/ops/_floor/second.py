@@ -49,10 +49,10 @@ class Second:
     def save(self, ctx, args: tuple, outputs: tuple, needs: Sequence[bool]) -> None:
         """Keep all arguments."""
         ctx.set_materialize_grads(False)
-        values, ctx.form = _flatten(self._names, args)
+        values, ctx.form = flatten(self._names, args)
         ctx.others = {place: None if isinstance(value, Tensor) else value for place, value in values.items()}
         ctx.tensors = [place for place, value in values.items() if isinstance(value, Tensor)]
-        ctx.outputs = [*_flatten(self._grads, outputs)[0]]
+        ctx.outputs = [*flatten(self._grads, outputs)[0]]
         ctx.save_for_backward(*(values[place] for place in ctx.tensors))
 
     def backward(self, ctx, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -87,10 +87,10 @@ class Second:
 
     def tangent(self, operator: Callable[..., Any], args: tuple) -> Any:
         """What the backward operator gives, with tangents."""
-        values, form = _flatten(self._names, args)
+        values, form = flatten(self._names, args)
         primals = [unpack(value)[0] if isinstance(value, Tensor) else value for value in values.values()]
         outputs = operator(*tree_unflatten(primals, form))
-        results, form_of_results = _flatten(self._grads, outputs if isinstance(outputs, tuple) else (outputs,))
+        results, form_of_results = flatten(self._grads, outputs if isinstance(outputs, tuple) else (outputs,))
         recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*primals)
 
         def leaf(tensor: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
     return torch._VF._make_dual(primal, tangent, level=_LEVEL)
 
 
-def _flatten(names: Sequence[str], args: Sequence[Any]) -> tuple[dict[Place, Any], TreeSpec]:
+def flatten(names: Sequence[str], args: Sequence[Any]) -> tuple[dict[Place, Any], TreeSpec]:
     """The values of ``args`` and of the lists among them, and how they are put together again."""
     values, form = tree_flatten([*args])
     places = [(name, i) for name, arg in zip(names, args, strict=True) for i in range(len(tree_leaves(arg)))]

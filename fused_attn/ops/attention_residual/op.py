@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._floor import dispatch
+from .._floor.batching import Axis, Fold
 from .._floor.layout import empty_contiguous, rows
 from .._floor.operators import Operators, cpp, triton
 from . import reference
@@ -57,6 +59,11 @@ def _flops_backward(grad_out, values, *_, **__) -> int:
     return 9 * len(values) * math.prod(values[0])
 
 
+def _folds(call: Mapping[str, Any]) -> Sequence[Fold]:
+    tokens = call["values"][0].dim() > 1
+    return [dict.fromkeys(("values", "statistics", "out", "grad_out"), Axis(0))] if tokens else []
+
+
 attention_residual = Operators(
     "attention_residual",
     "(Tensor[] values, Tensor query, Tensor? norm_weight, Scalar eps) -> (Tensor out, Tensor statistics)",
@@ -71,4 +78,5 @@ attention_residual = Operators(
     reference=reference.attention_residual,
     flops=_flops,
     flops_backward=_flops_backward,
+    folds=_folds,
 )

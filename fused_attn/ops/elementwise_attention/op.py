@@ -6,11 +6,14 @@ Both are functional: ``elementwise_attention`` returns the statistics of the bat
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._floor import dispatch
+from .._floor.batching import Axis, Fold
 from .._floor.layout import empty_contiguous
 from .._floor.operators import Operators, cpp, triton
 from . import reference
@@ -80,6 +83,18 @@ def _per_element(factor: int, index: int = 0):
     return formula
 
 
+#: With channels third from last, as in the input and the weights.
+_OF_CHANNELS = ("row_stats", "col_stats", "out", "grad_out")
+
+
+def _folds(call: Mapping[str, Any]) -> Sequence[Fold]:
+    heads = call["weight_row"].shape[0]
+    channels = dict.fromkeys(("x", "weight_row", "weight_col", "row_stats", "col_stats"), Axis(-3))
+    of_heads = {name: Axis(1, outer=heads) for name in ("out", "grad_out")}
+    statistics = {name: Axis(0, outer=heads) for name in ("mean", "var", "mean_used", "var_used")}
+    return [channels | of_heads | statistics]
+
+
 def _recompute(x, weight_row, weight_col, mean_used, var_used, training, eps, **_) -> Tensor:
     statistics = (None, None) if training else (mean_used, var_used)
     return reference.elementwise_attention(x, weight_row, weight_col, *statistics, eps)[0]
@@ -100,6 +115,10 @@ row_col_softmax = Operators(
     flops=_per_element(SOFTMAX_FLOPS[0]),
     flops_backward=_per_element(SOFTMAX_FLOPS[1], 1),
     apart=("row_mask", "col_mask"),
+    folds=lambda call: [
+        dict.fromkeys(("x", "row_mask", "col_mask", *_OF_CHANNELS), Axis(0)),
+        dict.fromkeys(("x", "weight_row", "weight_col", *_OF_CHANNELS), Axis(-3)),
+    ],
 )
 
 elementwise_attention = Operators(
@@ -121,4 +140,5 @@ elementwise_attention = Operators(
     apart=("mean", "var"),
     derived={"training": lambda values, needs: values[3] is None},
     recompute=_recompute,
+    folds=_folds,
 )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._floor.batching import Axis
 from .._floor.layout import dense_order, empty_contiguous, empty_in_order, in_order, is_channels_last
 from .._floor.operators import Operators, cpp, triton
 from . import reference
@@ -98,6 +99,8 @@ def _per_element(index: int, factor: int):
     return formula
 
 
+_OF_EACH_SAMPLE = ("query", "keys", "values", "weights", "out", "grad_out")
+
 weighted_layer_sum = Operators(
     "weighted_layer_sum",
     "(Tensor weights, Tensor[] values) -> Tensor out",
@@ -111,6 +114,7 @@ weighted_layer_sum = Operators(
     reference=reference.weighted_layer_sum,
     flops=_per_element(1, 2),
     flops_backward=_per_element(2, 3),
+    folds=lambda call: [dict.fromkeys(("weights", "values", "out", "grad_out"), Axis(0))],
 )
 
 layer_attention = Operators(
@@ -129,6 +133,10 @@ layer_attention = Operators(
     reference=reference.layer_attention,
     flops=_per_element(2, 2),
     flops_backward=_per_element(3, 3),
+    folds=lambda call: [
+        dict.fromkeys(_OF_EACH_SAMPLE, Axis(0)),
+        dict.fromkeys((*_OF_EACH_SAMPLE, "bias"), Axis(1)),  # into the groups
+    ],
 )
 
 

@@ -7,13 +7,14 @@ finished logits (5 dimensions), or None.  The public functions give the operator
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._floor import checks, dispatch
+from .._floor.batching import Axis, Fold
 from .._floor.layout import empty_contiguous, empty_like_heads
 from .._floor.operators import Operators, cpp, triton
 from .._floor.second import Block
@@ -64,6 +65,22 @@ def _reference(
     if any(term is not None and term.dim() == 5 for term in (row_term, col_term)):
         return reference.decomposed_bias_attention(query, key, value, row_term, col_term, **common)
     return reference.rel_attention_2d(query, key, value, row_term, col_term, rel_scale=rel_scale, index=index, **common)
+
+
+def _folds(call: Mapping[str, Any]) -> Sequence[Fold]:
+    """Into the batch, and into heads, each of which may have tables of its own."""
+    if call["seed"] is not None:
+        return []  # which weights are dropped depends on the place in the batch and among the heads
+    of_each = ("query", "key", "value", "prefix_key", "prefix_value", "out", "grad_out", "statistics")
+    batch, heads = dict.fromkeys(of_each, Axis(0)), dict.fromkeys(of_each, Axis(1))
+    heads["bias_table"] = Axis(0)
+    for name in ("row_term", "col_term"):
+        term = call[name]
+        if term is not None and term.dim() == 5:
+            batch[name], heads[name] = Axis(0), Axis(1)
+        elif term is not None:
+            heads[name] = Axis(0) if term.dim() == 3 else Axis(0, repeats=call["query"].shape[1])
+    return [batch, heads]
 
 
 #: Numbers of logits that a block has at most, unless one row of queries has more.
@@ -155,6 +172,7 @@ rel_attention_2d = Operators(
     apart=("query_segments", "key_segments", "seed"),
     drawn=_draw_seed,
     blocks=_query_rows,
+    folds=_folds,
 )
 
 

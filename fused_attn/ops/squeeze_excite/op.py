@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._floor import dispatch
+from .._floor.batching import Axis
 from .._floor.layout import empty_contiguous, in_format, memory_format
 from .._floor.operators import Operators, cpp, triton
 from . import reference
@@ -88,6 +89,12 @@ def _complete(arguments: tuple, grads: tuple) -> tuple:
     return (*others, grad_residual if residual_grad else grad_out)
 
 
+#: What has the batch as its first dimension; a fold into it covers no gradient of the weights.
+_OF_EACH_SAMPLE = (
+    "x", "result", "result_share", "residual", "active", "out", "z", "preactivation", "scale", "grad_out",
+)  # fmt: skip
+
+
 def _recompute(
     x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, active, hidden_activation, gate, residual=None,
     **_,
@@ -137,4 +144,5 @@ squeeze_excite = Operators(
     },
     complete=_complete,
     recompute=_recompute,
+    folds=lambda call: [dict.fromkeys(_OF_EACH_SAMPLE, Axis(0))],
 )
