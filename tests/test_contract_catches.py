@@ -442,11 +442,19 @@ def test_autocast_ignored():
     assert catches(checks.check_autocast, replace(REL, function=function), samples=small(REL)[:1])
 
 
-def test_second_derivative_given_although_unsupported():
+def test_wrong_second_derivative():
     def posing(*, impl, **inputs):
         return REL.function(**inputs, impl="reference")
 
-    assert catches(checks.check_double_backward, replace(REL, function=posing), samples=small(REL)[:1])
+    def first_order(*, impl, **inputs):
+        """The gradient of the query is right, but a constant of it."""
+        out = REL.function(**inputs, impl="reference")
+        query = inputs["query"]
+        return out if impl == "reference" else out + 1e-3 * (query.detach() * query - query * query / 2).sum()
+
+    samples = small(REL)[:1]
+    assert finds(checks.check_double_backward, replace(REL, function=posing), samples=samples) == []
+    assert catches(checks.check_double_backward, replace(REL, function=first_order), samples=samples)
 
 
 def test_wrong_gradient_of_the_reference():

@@ -295,7 +295,7 @@ def outcome(spec: OpSpec, impl: str, sample: Sample, name: str) -> str:
 
 
 def _run(spec: OpSpec, impl: str, sample: Sample, name: str, dtype: torch.dtype, draws: int) -> dict[str, Tensor]:
-    results = [TRANSFORMS[name](*_call(spec, impl, sample, dtype, draw)) for draw in range(draws)]
+    results = [TRANSFORMS[name](*call_of(spec, impl, sample, dtype, draw)) for draw in range(draws)]
     missing = [key for key, tensor in results[0].items() if tensor is None]
     assert not missing, f"nothing came for {', '.join(missing)}"
     return {key: torch.stack([result[key].detach() for result in results]) for key in results[0]}
@@ -320,7 +320,8 @@ def _neutral(text: str) -> str:
     return re.sub(r"^[\w, ]+: the fused", "OP: the fused", text)
 
 
-def _call(spec: OpSpec, impl: str, sample: Sample, dtype: torch.dtype, draw: int):
+def call_of(spec: OpSpec, impl: str, sample: Sample, dtype: torch.dtype, draw: int):
+    """The op as a function of its tensors, and the tensors."""
     call = convert(sample.inputs(torch.float32, draw=draw), dtype)
     names, values = zip(*differentiable(call).items(), strict=True)
 
@@ -347,8 +348,14 @@ Masks lie among the logits (biases, weights, the input itself), on rows, single 
 bfloat16 and, where float16 has the number, float16: as PyTorch's softmax has it in the same dtype. `no mask`: the op
 has no logits that a caller sets, or the mask is tested through `row_col_softmax` alone.
 
-In forward mode the output comes from the kernel and the tangent from the reference's formulas: right to the bar, at the
-reference's cost (attention holds its N x N map there).
+Outputs and gradients come from the kernels. Tangents of forward mode and second derivatives (gradient penalties,
+Hessian-vector products) come from the reference's formulas: right to the bar, at the reference's cost in time.
+Attention computes them for some rows of queries at a time, so that no N x N map is held, unless they are to be
+differentiated once more.
+
+`torch.vmap` folds what it maps into the batch, or into heads or channels where parameters are mapped too or each
+mapped call has gradients of its own (gradients per sample): one call of a kernel. Two ops are called once for each
+index there, because a whole batch shares their weights: `squeeze_excite` and `attention_residual`.
 """
 
 

@@ -1,8 +1,8 @@
 """``torch.vmap`` of the operators: the mapped dimension becomes part of one that the kernels have.
 
 Folded into the batch, a tensor that the whole batch shares (a table, a weight) stays one: it can neither be mapped nor
-get a gradient for each mapped call.  Folded into heads or channels, which have parameters of their own, it can.  What no
-fold covers is called once for each index.
+get a gradient for each mapped call.  Folded into heads or channels, which have parameters of their own, it can.  What
+no fold covers is called once for each index.
 """
 
 from __future__ import annotations

@@ -112,7 +112,11 @@ class Second:
         return place[0] == "grad_out" or place[0] in self._grads
 
     def _leaves(
-        self, values: Mapping[Place, Any], outputs: Mapping[Place, Tensor], block: Block, leaf: Callable[[Tensor], Tensor]
+        self,
+        values: Mapping[Place, Any],
+        outputs: Mapping[Place, Tensor],
+        block: Block,
+        leaf: Callable[[Tensor], Tensor],
     ) -> dict[Place, Any]:
         """The block's part of all values, as leaves where there is a gradient; then zeros for what is no argument."""
         leaves = {}
@@ -155,7 +159,7 @@ class Second:
         """The sum over all blocks."""
         total: dict[Place, Tensor] = {}
         args = dict(zip(self._names, tree_unflatten([*values.values()], form), strict=True))
-        with torch.enable_grad(), _RequiresGradInTorchFunc():
+        with torch.enable_grad():
             for block in [{}] if recorded or self._blocks is None else self._blocks(args):
                 for place, part in of_block(block):
                     if part is not None:
@@ -198,7 +202,13 @@ def flatten(names: Sequence[str], args: Sequence[Any]) -> tuple[dict[Place, Any]
 
 
 def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_()
+    # torch.func forbids this to the functions of users, for whose tensors it would do nothing.
+    allowed = torch._C._functorch.get_inplace_requires_grad_allowed()
+    torch._C._functorch.set_inplace_requires_grad_allowed(True)
+    try:
+        return tensor.detach().requires_grad_()
+    finally:
+        torch._C._functorch.set_inplace_requires_grad_allowed(allowed)
 
 
 def _part(value: Any, place: Place, block: Block) -> Any:
@@ -215,14 +225,3 @@ def _padded(part: Tensor, place: Place, block: Block, whole: Tensor) -> Tensor:
         return part
     dim, start, stop = block[place[0]]
     return F.pad(part, [*([0, 0] * (part.dim() - 1 - dim)), start, whole.shape[dim] - stop])
-
-
-class _RequiresGradInTorchFunc:
-    """Lets tensors be asked for gradients under torch.func, which otherwise forbids it to the functions of users."""
-
-    def __enter__(self) -> None:
-        self.before = torch._C._functorch.get_inplace_requires_grad_allowed()
-        torch._C._functorch.set_inplace_requires_grad_allowed(True)
-
-    def __exit__(self, *_) -> None:
-        torch._C._functorch.set_inplace_requires_grad_allowed(self.before)

@@ -128,7 +128,16 @@ def elementwise_attention(
 def _update(running: Tensor, batch: Tensor, momentum: float) -> None:
     # Detached rather than under no_grad, which torch.export makes a subgraph without outputs of: it cannot save that.
     running = running.detach()
-    running.copy_((1.0 - momentum) * running.to(batch.dtype) + momentum * batch)
+    updated = (1.0 - momentum) * running.to(batch.dtype) + momentum * batch
+    try:
+        running.copy_(updated)
+    except RuntimeError as error:
+        if not torch._C._are_functorch_transforms_active():
+            raise
+        raise RuntimeError(
+            "elementwise_attention: torch.vmap cannot update running_mean and running_var where x or the weights are "
+            "mapped and they are not; pass training=False, or None for both"
+        ) from error
 
 
 def _check_softmax(

@@ -32,8 +32,8 @@ class LayerCache:
             x = x + cache.attend(query)
 
     ``keys`` and ``values`` are the tensors that were appended: gradients with respect to them, retained ones and hooks
-    are those of the separate calls, as are second derivatives.  Under ``torch.compile`` and in function transforms it makes
-    the separate calls.
+    are those of the separate calls, as are second derivatives.  Under ``torch.compile`` and in function transforms it
+    makes the separate calls.
 
     With ``torch.utils.checkpoint``, whose functions run a second time in the backward pass, do one of:
 

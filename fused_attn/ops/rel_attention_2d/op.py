@@ -98,7 +98,7 @@ def _query_rows(values: Mapping[str, Any]) -> Iterable[Block]:
         return [{}]  # which weights are dropped depends on the size of the grid
 
     def block(start: int, stop: int) -> Block:
-        parts = {name: (2, start, stop) for name in ("query", "out", "grad_out")}
+        parts = dict.fromkeys(("query", "out", "grad_out"), (2, start, stop))
         parts["query_segments"] = (1, start, stop)
         for name in ("row_term", "col_term"):
             if values[name] is not None and values[name].dim() == 5:

@@ -8,13 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+
+def _silu(x: Tensor) -> Tensor:
+    return x * x.sigmoid()  # the gradient of F.silu has no forward mode
+
+
 HIDDEN_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "relu": F.relu,
-    "silu": F.silu,
+    "silu": _silu,
     "gelu": F.gelu,
     "hardswish": F.hardswish,
 }
-GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
+
+
+def _hardsigmoid(x: Tensor) -> Tensor:
+    return F.relu6(x + 3.0) / 6.0  # F.hardsigmoid has no second derivative
+
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hardsigmoid": _hardsigmoid}
 
 
 def scales(
