@@ -119,6 +119,21 @@ def test_one_tensor_as_several_arguments():
     torch.testing.assert_close(penalty(x, "cpu").double(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_dropout():
+    """The weights that were dropped are dropped in the second derivative."""
+    tensors = [torch.randn(2, 2, 3, 4, 4) for _ in range(3)] + [torch.randn(5, 4), torch.randn(7, 4)]
+
+    def penalty(dtype, impl):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+        torch.manual_seed(3)
+        out = rel_attention_2d(*leaves, dropout_p=0.4, impl=impl)
+        grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves)
+
+    for grad, expected in zip(penalty(torch.float32, "cpu"), penalty(torch.float64, "reference"), strict=True):
+        torch.testing.assert_close(grad.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
 def test_third_order():
     x, w1, w2 = torch.randn(2, 4, 3, 3), torch.randn(2, 4), torch.randn(4, 2)
 

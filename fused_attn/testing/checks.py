@@ -271,7 +271,7 @@ def check_bad_input(spec: OpSpec, bad: BadInput) -> None:
 
 
 def check_double_backward(spec: OpSpec, impl: str, inputs: Mapping[str, Any]) -> None:
-    """The gradient of a penalty on gradients, to 1e-5 of its largest value: it takes on the errors of the first ones."""
+    """The gradient of a penalty on gradients, to 1e-5 of its largest value: the first ones bring in their errors."""
 
     def of_penalty(inputs: Mapping[str, Any], impl: str) -> dict[str, Tensor]:
         variables = leaves(inputs)
