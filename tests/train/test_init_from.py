@@ -51,6 +51,7 @@ def test_a_run_begins_with_the_weights_of_a_folder_or_file(small, tmp_path, sour
         "file": str(source / "model.safetensors"),
         "sha256": digest,
         "left_fresh": [],
+        "resized": [],
     }
     assert json.loads((tmp_path / "run/config.json").read_text())["init_from"] == str(source / place)
 
