@@ -180,7 +180,7 @@ def resize_state_dict(
         if size is None:
             raise ValueError(
                 f"{name} must hold {positions.square} entries, for a square map, got shape {tuple(table.shape)}; "
-                "those of other maps need source, a module of their size"
+                "those of other maps need source, a module of their size (create_model: checkpoint_size)"
             )
         if size == positions.size:
             continue
