@@ -143,6 +143,8 @@ class CoAtNet(Model):
     Source: Dai et al. 2021, "CoAtNet: Marrying Convolution and Attention for All Data Sizes".
     """
 
+    resize_tables = False
+
     def __init__(
         self,
         *,

@@ -263,6 +263,14 @@ def test_what_does_not_fit_for_another_reason_is_still_refused():
             r"window must be a positive number or two of them \(h, w\), got \(3, 0\)",
         ),
         (
+            lambda m, s: WindowAttention2d(8, 2, 4)(torch.randn(1, 8, 9, 9), window=4.5),
+            r"window must be a positive number or two of them \(h, w\), got 4.5",
+        ),
+        (
+            lambda m, s: WindowAttention2d(8, 2, 4, resize_tables=True).bias_table((0, 3)),
+            r"size must be a positive number or two of them \(h, w\), got \(0, 3\)",
+        ),
+        (
             lambda m, s: GridAttention2d(8, 2, 4, resize_tables=True)(torch.randn(1, 8, 8, 8), grid=3),
             r"x must have multiples of grid=\(3, 3\) as height and width",
         ),
@@ -272,6 +280,26 @@ def test_bad_input(call, match):
     module = RelPosAttention2d(6, 8, 4, 2, (5, 5))
     with pytest.raises(ValueError, match=match):
         call(module, RelPosAttention2d(6, 8, 4, 2, (3, 3)).state_dict())
+
+
+def test_arguments_of_other_types():
+    module = RelPosAttention2d(6, 8, 4, 2, (5, 5))
+    with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got OrderedDict"):
+        resize_state_dict(module.state_dict(), module)
+    with pytest.raises(TypeError, match="state_dict must be a mapping of names to tensors, got RelPosAttention2d"):
+        resize_state_dict(module, module)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda t: t.to(torch.int8), lambda t: t.to(torch.float8_e4m3fn), torch.Tensor.to_sparse]
+)
+def test_what_cannot_be_interpolated_is_left_to_load_state_dict(change):
+    module, state = RelPosAttention2d(6, 8, 4, 2, (5, 5)), RelPosAttention2d(6, 8, 4, 2, (3, 5)).state_dict()
+    state["rel_h"] = change(state["rel_h"])
+    resized, lines = resize_state_dict(module, state)
+    assert (resized["rel_h"] is state["rel_h"], lines) == (True, [])
+    with pytest.raises(RuntimeError, match="rel_h"):
+        module.load_state_dict(resized)
 
 
 def test_compiles_to_one_graph():

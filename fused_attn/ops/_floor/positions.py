@@ -58,8 +58,8 @@ class Positions:
         kept, values = moved[..., : self.prefix], moved[..., self.prefix :]
         values = values.reshape(1, -1, *old).to(torch.promote_types(table.dtype, torch.float32))
         if self.mode == "geometric":
-            rows, columns = (_geometric(*lengths).to(values) for lengths in zip(old, new, strict=True))
-            values = rows @ values @ columns.T
+            rows, columns = (_geometric(*lengths).to(table.device) for lengths in zip(old, new, strict=True))
+            values = rows @ values.double() @ columns.T
         else:
             values = F.interpolate(values, size=new, mode=self.mode, antialias=self.antialias)
         values = values.to(table.dtype).reshape(*moved.shape[:-1], -1)
@@ -156,9 +156,14 @@ def resize_state_dict(
         The new state dict, and a line for every table that was resized: its name, both sizes and the method.
 
     Raises:
+        TypeError: ``module`` is no module or ``state_dict`` no mapping.
         ValueError: ``bias_method`` is unknown, a table has no such number of positions that they could be a square
             map's, or not those of ``source``.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
     checks.one_of("bias_method", bias_method, BIAS_METHODS)
     resized: dict[str, Tensor] = OrderedDict(state_dict)
     if hasattr(state_dict, "_metadata"):
@@ -213,6 +218,8 @@ def _tables(module: nn.Module) -> Iterator[tuple[str, Tensor, Positions]]:
 
 def _is_alike(table: object, own: Tensor, axis: int) -> TypeGuard[Tensor]:
     """Whether it is a table that may differ in its number of positions, and in nothing else."""
-    if not isinstance(table, Tensor) or not table.is_floating_point() or table.dim() != own.dim():
+    if not isinstance(table, Tensor) or table.layout != torch.strided or table.dim() != own.dim():
+        return False
+    if not table.is_floating_point() or table.element_size() < 2:  # float8 has no arithmetic
         return False
     return all(n == m for i, (n, m) in enumerate(zip(table.shape, own.shape, strict=True)) if i != axis % own.dim())

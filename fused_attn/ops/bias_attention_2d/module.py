@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ class _TableAttention(PositionTables):
             size: (h, w) of another window.  Of a smaller one: the central part of the table, which belongs to its
                 relative positions; with ``resize_tables``, of any size: the whole table, interpolated.
         """
-        full, (height, width) = self.window, size or self.window
+        full, (height, width) = self.window, self.window if size is None else _size("size", size)
         table: Tensor = self.relative_position_bias_table
         if self.resize_tables:
             full = (height, width)
@@ -246,9 +247,14 @@ class GridAttention2d(_TableAttention):
         return out.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
-def _size(name: str, number: int | Sequence[int]) -> tuple[int, int]:
-    size = _pair(number)
-    if len(size) != 2 or min(size) < 1:
+def _size(name: str, number: Any) -> tuple[int, int]:
+    whole = (numbers.Integral, torch.SymInt)
+    size = (number, number) if isinstance(number, whole) else number
+    if (
+        not isinstance(size, Sequence)
+        or len(size) != 2
+        or not all(isinstance(length, whole) and length >= 1 for length in size)
+    ):
         raise ValueError(f"{name} must be a positive number or two of them (h, w), got {number}")
     return size[0], size[1]
 
