@@ -248,7 +248,7 @@ class GridAttention2d(_TableAttention):
 
 
 def _size(name: str, number: Any) -> tuple[int, int]:
-    whole = (numbers.Integral, torch.SymInt)
+    whole: Any = (numbers.Integral, torch.SymInt)
     size = (number, number) if isinstance(number, whole) else number
     if (
         not isinstance(size, Sequence)
