@@ -1,5 +1,6 @@
-"""The package's nn.Modules, and what some of them attend over: ``LayerCache`` and ``BlockSums``."""
+"""The package's nn.Modules, what some of them attend over (``LayerCache``, ``BlockSums``), and their tables resized."""
 
+from .ops._floor.positions import resize_state_dict
 from .ops.attention_residual.module import AttentionResidual, BlockSums
 from .ops.bias_attention_2d.module import GridAttention2d, WindowAttention2d
 from .ops.elementwise_attention.module import DualSoftmax, ElementwiseAttention, ElementwiseAttentionBlock
@@ -24,5 +25,6 @@ __all__ = [
     "SqueezeExcite",
     "WindowAttention2d",
     "can_share_result",
+    "resize_state_dict",
     "result_shares",
 ]

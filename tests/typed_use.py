@@ -25,10 +25,12 @@ def models() -> None:
     assert_type(fused_attn.create_model("aa_wrn_28_10", num_classes=100), nn.Module)
 
 
-def layers(x: Tensor) -> None:
+def layers(x: Tensor, layer: nn.Module) -> None:
     assert_type(modules.MRLALight(64).forward(x, x), Tensor)
     assert_type(modules.MRLABase(64).forward(x, fused_attn.LayerCache()), Tensor)
     assert_type(modules.WindowAttention2d(96, 3, 7, shift=3).forward(x), Tensor)
-    assert_type(modules.GridAttention2d(96, 3, (7, 7)).forward(x), Tensor)
+    assert_type(modules.WindowAttention2d(96, 3, 7, resize_tables=True).forward(x, window=(9, 9)), Tensor)
+    assert_type(modules.GridAttention2d(96, 3, (7, 7)).forward(x, grid=5), Tensor)
+    assert_type(modules.resize_state_dict(layer, layer.state_dict()), tuple[dict[str, Tensor], list[str]])
     assert_type(modules.SqueezeExcite(64).forward(x), Tensor)
     modules.MRLALight("64")  # type: ignore[arg-type]

@@ -63,7 +63,8 @@ class ConvBlock(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention over the whole map and a perceptron, each after LayerNorm and beside a shortcut.
 
-    With a stride, the attention works on the halved map and its last layer changes the channels.
+    With a stride, the attention works on the halved map and its last layer changes the channels.  With
+    ``resize_tables``, a map of any size is one window.
     """
 
     def __init__(
@@ -74,13 +75,16 @@ class TransformerBlock(nn.Module):
         size: tuple[int, int],
         head_dim: int,
         drop_path: float,
+        resize_tables: bool,
         impl: str,
     ) -> None:
         super().__init__()
         self.stride = stride
         self.shortcut = nn.Identity() if stride == 1 else Shortcut(in_chans, out_chans)
         self.norm1 = nn.LayerNorm(in_chans, eps=EPS)
-        self.attn = WindowAttention2d(in_chans, in_chans // head_dim, size, out_dim=out_chans, impl=impl)
+        self.attn = WindowAttention2d(
+            in_chans, in_chans // head_dim, size, out_dim=out_chans, resize_tables=resize_tables, impl=impl
+        )
         self.norm2 = nn.LayerNorm(out_chans, eps=EPS)
         self.mlp = MLP(out_chans)
         self.drop_path = DropPath(drop_path)
@@ -89,7 +93,8 @@ class TransformerBlock(nn.Module):
         out = self.norm1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if self.stride > 1:
             out = pool(out)
-        x = self.shortcut(x) + self.drop_path(self.attn(out))
+        out = self.attn(out, window=(out.shape[2], out.shape[3])) if self.attn.resize_tables else self.attn(out)
+        x = self.shortcut(x) + self.drop_path(out)
         return x + self.drop_path(self.mlp(self.norm2(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2))
 
 
@@ -118,6 +123,8 @@ class CoAtNet(Model):
         head_dim: channels to a head; divides those of the last three stages.
         image_size: H = W, or (H, W), of the largest images: the tables of the last two stages are those of
             its size over 16 and over 32.  Smaller images take the central parts of the tables.
+        resize_tables: whether images of another size, larger or smaller, take all of the tables, interpolated
+            bicubically to their maps.
         drop_path: probability of dropping a residual branch for a sample in training, in [0, 1), in the last block;
             it grows linearly from 0 in the first.
         features_only: return maps instead of logits, and have no classifier.
@@ -125,16 +132,18 @@ class CoAtNet(Model):
             all.  Stages past the last of them are left out.
         impl: implementation of the attention and of squeeze-excite.
 
-    Shapes: input (B, in_chans, H, W), H and W at most those of ``image_size``; output (B, num_classes), or with
-        ``features_only`` a list of maps that ``feature_info`` describes.
+    Shapes: input (B, in_chans, H, W), without ``resize_tables`` of at most ``image_size``; output (B, num_classes), or
+        with ``features_only`` a list of maps that ``feature_info`` describes.
 
     Raises:
-        ValueError: an argument is out of range, or the images are larger than ``image_size``.
+        ValueError: an argument is out of range, or the images are larger than ``image_size`` without ``resize_tables``.
 
     Weights start at PyTorch's defaults, tables at a truncated normal of standard deviation 0.02.  Parameters have the
     names of timm's, but for the tables, the norms of strided blocks and the classifier.
     Source: Dai et al. 2021, "CoAtNet: Marrying Convolution and Attention for All Data Sizes".
     """
+
+    resize_tables = False
 
     def __init__(
         self,
@@ -146,6 +155,7 @@ class CoAtNet(Model):
         depths: Sequence[int] = (2, 3, 7, 2),
         head_dim: int = 32,
         image_size: int | tuple[int, int] = 224,
+        resize_tables: bool = False,
         drop_path: float = 0.0,
         features_only: bool = False,
         out_indices: Iterable[int] | None = None,
@@ -158,7 +168,7 @@ class CoAtNet(Model):
                 raise ValueError(f"{name} must be four positive numbers, got {numbers}")
         if head_dim < 1 or any(channels % head_dim for channels in dims[1:]):
             raise ValueError(f"head_dim must be positive and divide the channels {dims[1:]}, got {head_dim}")
-        self.image_size = grid(image_size)
+        self.image_size, self.resize_tables = grid(image_size), resize_tables
         levels = [(channels, 2 ** (1 + index)) for index, channels in enumerate((stem[1], *dims))]
         self.out_indices, self.feature_info = choose_levels(levels, out_indices)
 
@@ -176,15 +186,19 @@ class CoAtNet(Model):
                 if stage < 2:
                     blocks.append(ConvBlock(*arguments, rate, impl))
                 else:
-                    blocks.append(TransformerBlock(*arguments, size, head_dim, rate, impl))
+                    blocks.append(TransformerBlock(*arguments, size, head_dim, rate, resize_tables, impl))
                 done += 1
             self.stages.append(nn.Sequential(*blocks))
         self.norm = None if features_only else nn.LayerNorm(dims[-1], eps=EPS)
         self.head = None if features_only else nn.Linear(dims[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        if any(length > most for length, most in zip(x.shape[2:], self.image_size, strict=True)):
-            raise ValueError(f"images must have a size (H, W) of at most {self.image_size}, got shape {tuple(x.shape)}")
+        larger = any(length > most for length, most in zip(x.shape[2:], self.image_size, strict=True))
+        if larger and not self.resize_tables:
+            raise ValueError(
+                f"images must have a size (H, W) of at most {self.image_size}, got shape {tuple(x.shape)}; with "
+                "resize_tables=True the tables are interpolated"
+            )
         x = self.stem(x)
         maps = [x]
         for stage in self.stages:

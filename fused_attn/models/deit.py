@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..modules import LayerCache, MRLABase, MRLALight
 from ..ops._floor import checks
+from ..ops._floor.positions import Positions, PositionTables
 from .coverage import grid
 from .drop_path import DropPath
 from .features import choose_levels
@@ -93,7 +94,7 @@ def with_class_token(tokens: Tensor, features: Tensor) -> Tensor:
     return torch.cat((tokens[:, :1], features.flatten(2).transpose(1, 2)), dim=1)
 
 
-class DeiT(Model):
+class DeiT(PositionTables, Model):
     """Vision transformer with a class token and learned positions, optionally with layer attention after every block.
 
     Args:
@@ -103,6 +104,8 @@ class DeiT(Model):
         heads: heads of the self-attention; divides ``dim``.
         depth: number of blocks.
         image_size: H = W, or (H, W), of the images; multiples of ``patch_size``.
+        resize_tables: whether images may have another size, for which the patches' positions are interpolated (bicubic
+            with antialiasing, as in timm with ``dynamic_img_size``); multiples of ``patch_size``.
         patch_size: height and width of the patch that makes a token.
         layer_attention: None, ``"base"`` (over all layers of the stage so far) or ``"light"`` (over the current layer,
             plus the weighted input of the block).
@@ -119,7 +122,8 @@ class DeiT(Model):
         ``feature_info`` describes.
 
     Raises:
-        ValueError: an argument is out of range, or the images do not have the size ``image_size``.
+        ValueError: an argument is out of range, or the images do not have the size ``image_size`` or, with
+            ``resize_tables``, are no multiples of ``patch_size``.
 
     Linear layers, class token and positions start at a truncated normal of standard deviation 0.02, biases at 0.
     Sources: Touvron et al. 2021, "Training data-efficient image transformers"; Fang et al. 2023, "Cross-Layer
@@ -135,6 +139,7 @@ class DeiT(Model):
         heads: int = 3,
         depth: int = 12,
         image_size: int | tuple[int, int] = 224,
+        resize_tables: bool = False,
         patch_size: int = 16,
         layer_attention: str | None = None,
         dim_per_head: int = 16,
@@ -155,6 +160,7 @@ class DeiT(Model):
         if patch_size < 1 or size[0] % patch_size or size[1] % patch_size:
             raise ValueError(f"image_size must be a multiple of patch_size={patch_size}, got {image_size}")
         self.image_size, self.size = size, (size[0] // patch_size, size[1] // patch_size)
+        self.patch_size, self.resize_tables = patch_size, resize_tables
         self.layer_attention, self.stage_depth = layer_attention, stage_depth
 
         if out_indices is None:
@@ -184,23 +190,41 @@ class DeiT(Model):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
+    def position_tables(self) -> dict[str, Positions]:
+        return {"positions": Positions(self.size, 1, "bicubic", relative=False, antialias=True, prefix=1)}
+
+    def _grid_of(self, x: Tensor) -> tuple[int, int]:
+        """Patches of an image along its height and width."""
+        if tuple(x.shape[2:]) == self.image_size:
+            return self.size
+        if not self.resize_tables:
+            raise ValueError(
+                f"images must have the size (H, W)={self.image_size}, got shape {tuple(x.shape)}; with "
+                "resize_tables=True the positions are interpolated"
+            )
+        if x.dim() != 4 or 0 in x.shape or any(length % self.patch_size for length in x.shape[2:]):
+            raise ValueError(
+                f"images must have multiples of patch_size={self.patch_size} as height and width, got {tuple(x.shape)}"
+            )
+        return x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
+
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        if tuple(x.shape[2:]) != self.image_size:
-            raise ValueError(f"images must have the size (H, W)={self.image_size}, got shape {tuple(x.shape)}")
+        size = self._grid_of(x)
+        positions = self.position_tables()["positions"].resized(self.positions, size)
         x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat((self.class_token.expand(x.shape[0], -1, -1), x), dim=1) + self.positions
+        x = torch.cat((self.class_token.expand(x.shape[0], -1, -1), x), dim=1) + positions
         maps, cache = [], None
         for index, block in enumerate(self.blocks):
             if self.layer_attention == "base":
                 if index % self.stage_depth == 0:
                     cache = LayerCache()
-                x = block(x, self.size, cache)
+                x = block(x, size, cache)
             elif self.layer_attention == "light":
-                x = block(x, self.size)
+                x = block(x, size)
             else:
                 x = block(x)
             if self.head is None and index in self.out_indices:
-                maps.append(as_map(x, self.size))
+                maps.append(as_map(x, size))
         return maps if self.head is None else self.head(self.norm(x)[:, 0])
 
 

@@ -71,6 +71,7 @@ def create_model(
     in_chans: int = 3,
     impl: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_size: int | tuple[int, int] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Build a model by its name, with fresh weights or those of a file.
@@ -82,7 +83,10 @@ def create_model(
         impl: implementation of the package's ops in the model; no influence on models that have none of them.
         checkpoint: a file of weights, ``.safetensors`` or ``.pth``, of this package or of another implementation whose
             names are known: torchvision's and timm's ResNet, timm's DeiT and Swin, the MRLA authors' ResNet and DeiT;
-            see :func:`load_weights`.  ``num_classes`` and ``image_size`` are to be the file's.
+            see :func:`load_weights`.  ``num_classes`` is to be the file's.  Tables of positions of another image size,
+            or of another ``window`` of Swin, are interpolated as by :func:`~fused_attn.modules.resize_state_dict`, and
+            a ``UserWarning`` names each.
+        checkpoint_size: the ``image_size`` of ``checkpoint``, where its maps are not square and not the model's.
         options: the keyword arguments of the model's class, such as ``attention_stages``, ``relative``, ``drop_path``,
             ``features_only``.  ``image_size`` has no influence on models that take images of any size.
 
@@ -90,7 +94,8 @@ def create_model(
         The model: (B, in_chans, H, W) -> (B, num_classes) logits, or a list of maps with ``features_only=True``.
 
     Raises:
-        ValueError: the name is unknown, an option's value is out of range, or the weights in ``checkpoint`` do not fit.
+        ValueError: the name is unknown, an option's value is out of range, the weights in ``checkpoint`` do not fit, or
+            there is a ``checkpoint_size`` without it.
         TypeError: the model has no such option.
         FileNotFoundError: there is no file ``checkpoint``.
     """
@@ -110,6 +115,8 @@ def create_model(
     if unknown:
         public = ", ".join(sorted(accepted - {"num_classes", "in_chans", "impl"}))
         raise TypeError(f"{name} has no option {', '.join(map(repr, unknown))}; its options are {public}")
+    if checkpoint_size is not None and checkpoint is None:
+        raise ValueError(f"checkpoint_size must be None without checkpoint, got {checkpoint_size}")
     if "impl" in accepted:
         options["impl"] = impl
     numbers = [*map(int, family.pattern.fullmatch(name).groups())]  # type: ignore[union-attr]  # _find has matched it
@@ -121,7 +128,11 @@ def create_model(
             with torch.device("meta"):
                 whole = build(**{**options, "features_only": False, "out_indices": None})
             unused = whole.state_dict().keys() - model.state_dict().keys()
-        load_weights(model, checkpoint, unused)
+        source = None
+        if checkpoint_size is not None and "image_size" in accepted:
+            with torch.device("meta"):
+                source = build(**{**options, "image_size": checkpoint_size})
+        load_weights(model, checkpoint, unused, resize=True, source=source)
     return model
 
 

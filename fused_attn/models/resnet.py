@@ -51,6 +51,8 @@ class ResNet34(ResidualModel):
             ``"replication"``: the same with a first stride of 1, with which 32x32 images end as the 2x2 maps of the
             replication report; ``"cifar"``: 3x3 convolution, no pooling, 32x32 images end as 4x4 maps.
         image_size: H = W, or (H, W), of the largest input; sizes the relative position tables.
+        resize_tables: whether an input of another size, larger or smaller, takes all of the tables, interpolated
+            linearly, instead of their central rows.
         attention_stages: stages with attention, from (1, 2, 3, 4); () is the plain network.
         attention_blocks: ``"all"`` blocks of those stages, or their ``"first"`` or ``"last"`` only.
         attention_convs: which convolutions of those blocks, from (1, 2).
@@ -76,6 +78,7 @@ class ResNet34(ResidualModel):
         in_chans: int = 3,
         stem: str = "replication",
         image_size: int | tuple[int, int] = 32,
+        resize_tables: bool = False,
         attention_stages: Iterable[int] = (),
         attention_blocks: str = "last",
         attention_convs: Iterable[int] = (2,),
@@ -102,6 +105,7 @@ class ResNet34(ResidualModel):
             value_ratio=value_ratio,
             min_key_depth=min_key_depth,
             dropout_p=attention_dropout,
+            resize_tables=resize_tables,
             impl=impl,
         )
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from ..ops._floor.positions import other_sizes, resize_state_dict
 
 Rule = tuple[str, "str | Callable[[re.Match[str]], str]"]
 
@@ -50,15 +53,26 @@ _CONTAINERS = ("state_dict", "model", "model_state_dict")
 _COMPUTED = ("relative_position_index", "attn_mask")
 
 
-def load_weights(model: nn.Module, file: str | os.PathLike[str], unused: Collection[str] = ()) -> str:
+def load_weights(
+    model: nn.Module,
+    file: str | os.PathLike[str],
+    unused: Collection[str] = (),
+    *,
+    resize: bool = False,
+    source: nn.Module | None = None,
+) -> str:
     """Load a published file of weights into a model, in place; all of it, or nothing.
 
     Args:
-        model: one of this package's, with the classifier and the image size of the file.
+        model: one of this package's, with the classifier of the file and, without ``resize``, its image size.
         unused: names, as the model's whole form has them, that the file may hold and the model does not.
         file: ``.safetensors``, or what ``torch.save`` wrote, which is read with ``weights_only=True``: a state dict, or
             a dictionary that holds one as ``"state_dict"``, ``"model"`` or ``"model_state_dict"``.  A leading
             ``module.`` of ``DistributedDataParallel`` is dropped.
+        resize: whether tables of positions of another size are interpolated, as by
+            :func:`~fused_attn.modules.resize_state_dict`; a ``UserWarning`` then names each.
+        source: a model like ``model`` with the image size of the file, on the meta device or not, where its maps are
+            not square; needs ``resize``.
 
     Returns:
         Whose names the file used: a key of ``SCHEMES``.
@@ -69,6 +83,8 @@ def load_weights(model: nn.Module, file: str | os.PathLike[str], unused: Collect
         ValueError: the file holds something else than weights, or weights that do not fit, each of which is named, or
             that are not finite; or the model is on meta.
     """
+    if source is not None and not resize:
+        raise ValueError("source must be None without resize=True, got a model")
     path = Path(file)
     weights = _read(path)
     own = model.state_dict()
@@ -82,11 +98,22 @@ def load_weights(model: nn.Module, file: str | os.PathLike[str], unused: Collect
     found = {name: _in_shape(tensor, own.get(name)) for name, tensor in renamed[scheme].items() if name not in unused}
     # Files older than this counter lack it.
     counters = {name: own[name] for name in own.keys() - found.keys() if name.endswith("num_batches_tracked")}
-    if problems := _problems({**found, **counters}, own):
+    resized: list[str] = []
+    problems: list[str] = []
+    if resize:
+        try:
+            found, resized = resize_state_dict(model, found, source=source)
+        except ValueError as error:
+            problems = [str(error)]
+    elif names := other_sizes(model, found):
+        problems = [f"resize=True would interpolate {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"]
+    if problems := [*problems, *_problems({**found, **counters}, own)]:
         shown, more = problems[:12], len(problems) - 12
         rest = f"; and {more} more" if more > 0 else ""
         raise ValueError(f"{path} must hold the weights of this {type(model).__name__}: {'; '.join(shown)}{rest}")
     model.load_state_dict({**found, **counters})
+    if resized:
+        warnings.warn(f"weights of {path} resized: {'; '.join(resized)}", stacklevel=2)
     return scheme
 
 

@@ -58,6 +58,8 @@ class WideResNet(ResidualModel):
         in_chans: channels of the input images.
         dropout: probability of dropping an activation before the second convolution of a block.
         image_size: H = W, or (H, W), of the largest input; sizes the relative position tables.
+        resize_tables: whether an input of another size, larger or smaller, takes all of the tables, interpolated
+            linearly, instead of their central rows.
         attention_stages: stages with attention, from (1, 2, 3); () is the plain network.
         attention_blocks: ``"all"`` blocks of those stages, or their ``"first"`` or ``"last"`` only.
         relative, heads, key_ratio, value_ratio, min_key_depth: as in ``AttentionAugmentedConv2d``.
@@ -83,6 +85,7 @@ class WideResNet(ResidualModel):
         in_chans: int = 3,
         dropout: float = 0.0,
         image_size: int | tuple[int, int] = 32,
+        resize_tables: bool = False,
         attention_stages: Iterable[int] = (),
         attention_blocks: str = "all",
         relative: bool = True,
@@ -110,6 +113,7 @@ class WideResNet(ResidualModel):
             value_ratio=value_ratio,
             min_key_depth=min_key_depth,
             dropout_p=attention_dropout,
+            resize_tables=resize_tables,
             impl=impl,
         )
 

@@ -51,7 +51,7 @@ class TrainConfig:
     on, that of the new length."""
     init_from: Path | None = None
     """Weights to begin with: a .safetensors file, or the folder of a run.  A classifier for another number of classes
-    starts at random."""
+    starts at random; tables of positions of another image size are interpolated.  Both are said."""
     recipe: str | None = None
     """Start from the settings of a paper; every other option overrides it."""
     data_dir: Path | None = None

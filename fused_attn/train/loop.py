@@ -137,8 +137,7 @@ class Run:
         wider = dataclasses.replace(self.dataset, num_classes=self.dataset.num_classes + 1)
         found = weights.initialise(self.network, self.config.init_from, lambda: build_network(self.config, wider))
         if self.accelerator.is_main_process:
-            fresh = f"; freshly drawn: {', '.join(found['left_fresh'])}" if found["left_fresh"] else ""
-            print(f"weights of {found['file']}{fresh}", flush=True)
+            print(weights.said(found), flush=True)
         return found
 
     def _try_out(self) -> None:

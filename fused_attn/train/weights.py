@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..modules import resize_state_dict
 from . import checkpoint
 from .errors import TrainError, reason
 
@@ -84,7 +85,8 @@ def initialise(
     """Begin with the weights in ``source``.
 
     A tensor of another shape is left as it is where its shape is a matter of the number of classes: the classifier's,
-    and what takes its results.  Everything else must fit.
+    and what takes its results.  Tables of positions of another image size are interpolated, as by
+    :func:`~fused_attn.modules.resize_state_dict`.  Everything else must fit.
 
     Args:
         network: gets the weights.
@@ -93,20 +95,31 @@ def initialise(
         option: begins the error's text.
 
     Returns:
-        what the metrics say about it: the file, its SHA-256, and the names of the tensors left as they are.
+        what the metrics say about it: the file, its SHA-256, the names of the tensors left as they are, and a line for
+        each that was resized.
 
     Raises:
         TrainError: there are no such weights, or they do not fit.
     """
     file = file_of(source, option)
     weights, own = read(file, option), network.state_dict()
+    try:
+        weights, resized = resize_state_dict(network, weights)
+    except ValueError as error:
+        raise _could_not_be_loaded(file, option, error) from error
     fresh = [name for name, each in own.items() if name in weights and weights[name].shape != each.shape]
     if fresh:
         with torch.device("meta"):
             wider = build_wider().state_dict()
         fresh = [name for name in fresh if wider[name].shape != own[name].shape]
     load(network, {**weights, **{name: own[name] for name in fresh}}, file, option)
-    return {"file": str(file), "sha256": checkpoint.checksum(file), "left_fresh": fresh}
+    return {"file": str(file), "sha256": checkpoint.checksum(file), "left_fresh": fresh, "resized": resized}
+
+
+def said(found: dict[str, Any]) -> str:
+    """What :func:`initialise` returned, in words."""
+    fresh = f"; freshly drawn: {', '.join(found['left_fresh'])}" if found["left_fresh"] else ""
+    return "\n".join((f"weights of {found['file']}{fresh}", *(f"resized: {line}" for line in found["resized"])))
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:

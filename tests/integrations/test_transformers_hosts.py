@@ -9,6 +9,7 @@ from host_checks import OPS, VANISHING, check, check_registered
 
 from fused_attn import integrations
 from fused_attn.integrations.transformers_hosts import HOSTS
+from fused_attn.modules import RelPosAttention2d, resize_state_dict
 
 
 def class_of(path):
@@ -35,6 +36,18 @@ def test_sam_attention(sam_config, path, size):
     layer = randomise(class_of(path)(sam_config, 0)).eval()
     x = torch.randn(2, *size, 32, requires_grad=True)
     check(layer, lambda: layer(x)[0], x=x)
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 7), (7, 4), (1, 5), (14, 64)])
+def test_sam_resizes_tables_as_modules_do(transformers, old, new):
+    """The row of every pair of positions of a map, in a state dict for ``new`` that was one for ``old``."""
+    module, source = (RelPosAttention2d(6, 8, 4, 2, (size, size)) for size in (new, old))
+    table = resize_state_dict(module, source.state_dict())[0]["rel_h"]
+    # SAM counts query - key, this package key - query.
+    row = torch.arange(new) - torch.arange(new)[:, None] + new - 1
+    flipped = source.rel_h.detach().flip(0)
+    expected = class_of("transformers.models.sam.modeling_sam:SamVisionAttention").get_rel_pos(None, new, new, flipped)
+    assert (table[row] - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

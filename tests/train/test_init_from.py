@@ -10,6 +10,7 @@ from commands import TRAIN
 from safetensors.torch import load_file, save_file
 
 from fused_attn import create_model
+from fused_attn.modules import resize_state_dict
 from fused_attn.train import TrainError, checkpoint, loop, train
 
 SETTINGS = {"train_images": 64, "max_steps": 2}
@@ -51,6 +52,7 @@ def test_a_run_begins_with_the_weights_of_a_folder_or_file(small, tmp_path, sour
         "file": str(source / "model.safetensors"),
         "sha256": digest,
         "left_fresh": [],
+        "resized": [],
     }
     assert json.loads((tmp_path / "run/config.json").read_text())["init_from"] == str(source / place)
 
@@ -73,6 +75,21 @@ def test_a_classifier_of_other_classes_is_freshly_drawn(small, tmp_path, source,
     assert_same(at_start[1], weights, weights.keys() - set(head))
     assert_same(at_start[1], at_start[0], head)
     assert "freshly drawn: fc.weight, fc.bias" in capsys.readouterr().out
+
+
+def test_tables_of_another_image_size_are_resized_and_it_is_said(small, tmp_path, at_start, capsys):
+    weights = create_model("aa_wrn_10_1", num_classes=7, in_chans=1, image_size=12).state_dict()
+    save_file(weights, tmp_path / "larger.safetensors")
+    metrics = train(small(tmp_path / "run", **SETTINGS, model="aa_wrn_10_1", init_from=tmp_path / "larger.safetensors"))
+    tables = [name for name in weights if name.endswith(("rel_h", "rel_w"))]
+    found = metrics["init_from"]
+    assert found["left_fresh"] == ["fc.weight", "fc.bias"]
+    assert [line.split(" from ")[0] for line in found["resized"]] == tables != []
+    assert_same(at_start[0], weights, weights.keys() - {*tables, *found["left_fresh"]})
+    network = create_model("aa_wrn_10_1", num_classes=7, in_chans=1, image_size=8)
+    assert_same(at_start[0], resize_state_dict(network, weights)[0], tables)
+    printed = capsys.readouterr().out
+    assert all(f"resized: {name} from " in printed for name in tables)
 
 
 def test_a_result_fed_back_is_of_its_classes_too(small, tmp_path, at_start):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._floor import checks
+from .._floor.positions import Positions, PositionTables
 from ..rel_attention_2d import op
 from .api import bias_attention_2d
 
 
-class _TableAttention(nn.Module):
+class _TableAttention(PositionTables):
     """Multi-head self-attention of windows with a free bias for every head and relative position.
 
     The table lies as Swin, MaxViT and their published weights have it, positions by heads; the op takes it as a view.
@@ -31,6 +33,7 @@ class _TableAttention(nn.Module):
         bias: bool = True,
         dropout_p: float = 0.0,
         out_dim: int | None = None,
+        resize_tables: bool = False,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -39,13 +42,12 @@ class _TableAttention(nn.Module):
         checks.positive(heads=heads)
         if dim < 1 or dim % heads:
             raise ValueError(f"dim must be a positive multiple of heads={heads}, got {dim}")
-        size = _pair(window)
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"{self.size_name} must be a positive number or two of them (h, w), got {window}")
+        size = _size(self.size_name, window)
         op.check_options(dropout_p, impl)
 
         self.dim, self.heads, self.window = dim, heads, size
         self.dropout_p = dropout_p
+        self.resize_tables = resize_tables
         self.impl = impl
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias, **options)
@@ -60,21 +62,33 @@ class _TableAttention(nn.Module):
         self.proj.reset_parameters()
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
+    def position_tables(self) -> dict[str, Positions]:
+        return {"relative_position_bias_table": Positions(self.window, 0, "bicubic")}
+
     def bias_table(self, size: tuple[int, int] | None = None) -> Tensor:
-        """The table as the op takes it, a view (heads, 2h-1, 2w-1).
+        """The table as the op takes it, (heads, 2h-1, 2w-1): a view where it is not interpolated.
 
         Args:
-            size: (h, w) of a smaller window: the central part of the table, which belongs to its relative positions.
+            size: (h, w) of another window.  Of a smaller one: the central part of the table, which belongs to its
+                relative positions; with ``resize_tables``, of any size: the whole table, interpolated.
         """
-        if size is not None and any(length > full for length, full in zip(size, self.window, strict=True)):
-            raise ValueError(f"windows must be at most {self.window} large, got {tuple(size)}")
-        table = self.relative_position_bias_table.unflatten(0, [2 * length - 1 for length in self.window])
-        for axis, (full, length) in enumerate(zip(self.window, size or self.window, strict=True)):
-            table = table.narrow(axis, full - length, 2 * length - 1)
+        full, (height, width) = self.window, self.window if size is None else _size("size", size)
+        table: Tensor = self.relative_position_bias_table
+        if self.resize_tables:
+            full = (height, width)
+            table = self.position_tables()["relative_position_bias_table"].resized(table, full)
+        if height > full[0] or width > full[1]:
+            raise ValueError(
+                f"windows must be at most {self.window} large, got {(height, width)}; with resize_tables=True the "
+                "table is interpolated"
+            )
+        table = table.unflatten(0, [2 * length - 1 for length in full])
+        for axis, (most, length) in enumerate(zip(full, (height, width), strict=True)):
+            table = table.narrow(axis, most - length, 2 * length - 1)
         return table.permute(2, 0, 1)
 
     def attend(self, windows: Tensor, segments: Tensor | None = None) -> Tensor:
-        """Attend within windows, (N, h, w, dim) -> (N, h, w, out_dim), at most as large as ``window``.
+        """Attend within windows, (N, h, w, dim) -> (N, h, w, out_dim), for which :meth:`bias_table` has a table.
 
         Args:
             windows: N windows.
@@ -100,7 +114,9 @@ class _TableAttention(nn.Module):
             raise ValueError(f"x must have a height and width of at least 1, got {tuple(x.shape)}")
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, {self.size_name}={self.window}, dropout_p={self.dropout_p}, impl={self.impl!r}"
+        resize = "resize_tables=True, " if self.resize_tables else ""
+        options = f"{resize}dropout_p={self.dropout_p}, impl={self.impl!r}"
+        return f"heads={self.heads}, {self.size_name}={self.window}, {options}"
 
 
 class WindowAttention2d(_TableAttention):
@@ -120,21 +136,25 @@ class WindowAttention2d(_TableAttention):
         bias: whether the linear layers have a bias.
         dropout_p: probability of dropping an attention weight in training, in [0, 1).
         out_dim: channels of the output; ``dim`` when None.
+        resize_tables: whether windows of another size, larger or smaller, use the whole table, interpolated bicubically
+            to theirs as in Swin's code.
         impl: implementation of the op; not part of the state dict, so weights load across implementations.
 
     Shapes: input (B, dim, H, W), output (B, out_dim, H, W); any H and W from 1 on.
 
     Along an axis on which the input is not longer than the window, there is one window of its length, without a shift,
-    and the central part of the table is used: with a window as large as the largest map, this is attention over the
-    whole map (CoAtNet).  Otherwise an input that is no multiple of the window is padded with zeros at the bottom and on
-    the right, as in Swin: after the linear layer a padded position has the layer's bias as key and value, and takes
-    part.
+    and the central part of the table is used (or, with ``resize_tables``, all of it, interpolated): with a window as
+    large as the largest map, this is attention over the whole map (CoAtNet).  Otherwise an input that is no multiple of
+    the window is padded with zeros at the bottom and on the right, as in Swin: after the linear layer a padded position
+    has the layer's bias as key and value, and takes part.
 
     Raises:
-        ValueError: an argument is out of range, or the input has the wrong shape.
+        ValueError: an argument is out of range, the input has the wrong shape or, without ``resize_tables``, a call's
+            window is larger than the module's.
 
     Parameters have the names and layouts of Swin's published weights.  The table starts at a truncated normal
-    distribution of standard deviation 0.02.
+    distribution of standard deviation 0.02.  One of another window loads after
+    :func:`~fused_attn.modules.resize_state_dict`.
     Source: Liu et al. 2021, "Swin Transformer", section 3.2.
     """
 
@@ -146,14 +166,21 @@ class WindowAttention2d(_TableAttention):
         if len(self.shift) != 2 or not all(0 <= s < w for s, w in zip(self.shift, self.window, strict=True)):
             raise ValueError(f"shift must be from 0 to less than window={self.window} along each axis, got {shift}")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend within the windows of x, (B, dim, H, W) -> (B, out_dim, H, W)."""
+    def forward(self, x: Tensor, window: int | tuple[int, int] | None = None) -> Tensor:
+        """Attend within the windows of x, (B, dim, H, W) -> (B, out_dim, H, W).
+
+        Args:
+            x: the map.
+            window: (h, w) of this call's windows, or one number for both; those of the module when None.
+        """
         self.check_input(x)
-        grid = x.shape[2:]
-        window = [min(length, size) for length, size in zip(grid, self.window, strict=True)]
-        shift = [s if length > size else 0 for s, length, size in zip(self.shift, grid, window, strict=True)]
-        counts = [-(-length // size) for length, size in zip(grid, window, strict=True)]
-        missing = [count * size - length for count, size, length in zip(counts, window, grid, strict=True)]
+        grid, largest = x.shape[2:], self.window if window is None else _size("window", window)
+        if not all(s < w for s, w in zip(self.shift, largest, strict=True)):
+            raise ValueError(f"window must be larger than shift={self.shift} along each axis, got {window}")
+        size = [min(length, most) for length, most in zip(grid, largest, strict=True)]
+        shift = [s if length > w else 0 for s, length, w in zip(self.shift, grid, size, strict=True)]
+        counts = [-(-length // w) for length, w in zip(grid, size, strict=True)]
+        missing = [count * w - length for count, w, length in zip(counts, size, grid, strict=True)]
 
         x = x.permute(0, 2, 3, 1)
         if any(missing):
@@ -161,9 +188,9 @@ class WindowAttention2d(_TableAttention):
         segments = None
         if any(shift):
             x = x.roll((-shift[0], -shift[1]), (1, 2))
-            segments = shift_segments(counts, window, shift, x.device)
+            segments = shift_segments(counts, size, shift, x.device)
         # (B, rows, h, columns, w, dim) and back: the windows of an image lie side by side.
-        x = x.unflatten(2, (counts[1], window[1])).unflatten(1, (counts[0], window[0]))
+        x = x.unflatten(2, (counts[1], size[1])).unflatten(1, (counts[0], size[0]))
         out = self.attend(x.transpose(2, 3).flatten(0, 2), segments)
         out = out.unflatten(0, (-1, counts[0], counts[1])).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         if any(shift):
@@ -184,12 +211,13 @@ class GridAttention2d(_TableAttention):
         dim: channels of the input.
         heads: number of heads; divides ``dim``.
         grid: (h, w) positions of a grid, or one number for both.
-        bias, dropout_p, out_dim, impl: as in :class:`WindowAttention2d`.
+        bias, dropout_p, out_dim, resize_tables, impl: as in :class:`WindowAttention2d`.
 
     Shapes: input (B, dim, H, W), output (B, out_dim, H, W); H and W are multiples of the grid's.
 
     Raises:
-        ValueError: an argument is out of range, or the input has the wrong shape.
+        ValueError: an argument is out of range, the input has the wrong shape or, without ``resize_tables``, a call's
+            grid is larger than the module's.
 
     Source: Tu et al. 2022, "MaxViT: Multi-Axis Vision Transformer", section 3.2.
     """
@@ -199,12 +227,19 @@ class GridAttention2d(_TableAttention):
     def __init__(self, dim: int, heads: int, grid: int | tuple[int, int], **options: Any) -> None:
         super().__init__(dim, heads, grid, **options)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend over the grids of x, (B, dim, H, W) -> (B, out_dim, H, W)."""
+    def forward(self, x: Tensor, grid: int | tuple[int, int] | None = None) -> Tensor:
+        """Attend over the grids of x, (B, dim, H, W) -> (B, out_dim, H, W).
+
+        Args:
+            x: the map.
+            grid: (h, w) positions of this call's grids, or one number for both; those of the module when None.
+        """
         self.check_input(x)
-        if any(length % size for length, size in zip(x.shape[2:], self.window, strict=True)):
-            raise ValueError(f"x must have multiples of grid={self.window} as height and width, got {tuple(x.shape)}")
-        height, width = self.window
+        height, width = self.window if grid is None else _size("grid", grid)
+        if x.shape[2] % height or x.shape[3] % width:
+            raise ValueError(
+                f"x must have multiples of grid={(height, width)} as height and width, got {tuple(x.shape)}"
+            )
         x = x.permute(0, 2, 3, 1).unflatten(2, (width, -1)).unflatten(1, (height, -1))
         cell = x.shape[2], x.shape[4]
         out = self.attend(x.permute(0, 2, 4, 1, 3, 5).flatten(0, 2))
@@ -212,7 +247,19 @@ class GridAttention2d(_TableAttention):
         return out.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
-def _pair(number: int | tuple[int, int]) -> tuple[int, ...]:
+def _size(name: str, number: Any) -> tuple[int, int]:
+    whole: Any = (numbers.Integral, torch.SymInt)
+    size = (number, number) if isinstance(number, whole) else number
+    if (
+        not isinstance(size, Sequence)
+        or len(size) != 2
+        or not all(isinstance(length, whole) and length >= 1 for length in size)
+    ):
+        raise ValueError(f"{name} must be a positive number or two of them (h, w), got {number}")
+    return size[0], size[1]
+
+
+def _pair(number: int | Sequence[int]) -> tuple[int, ...]:
     return (number, number) if isinstance(number, int) else tuple(number)
 
 

@@ -21,10 +21,10 @@ Swin's bias is a free table over pairs (dy, dx), not the sum of a row and a colu
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._floor import checks, dispatch
+from .._floor.positions import Positions
 
 
 def sam_relative_logits(
@@ -95,10 +95,8 @@ def _is_positive_size(size: object) -> bool:
 def _rows(table: Tensor, queries: int, keys: int) -> Tensor:
     """Row of the resized table for every pair along one axis: (queries, keys, d_k) or (heads, queries, keys, d_k)."""
     length = 2 * max(queries, keys) - 1
-    if table.shape[-2] != length:
-        by_depth = table.transpose(-1, -2)
-        resized = F.interpolate(by_depth if by_depth.dim() == 3 else by_depth[None], size=length, mode="linear")
-        table = (resized if by_depth.dim() == 3 else resized[0]).transpose(-1, -2)
+    # Whatever its number of rows, the table counts as positions of a map.
+    table = Positions((table.shape[-2],), -2, "linear", relative=False).resized(table, (length,))
     # float32, as in those code bases: with other precision a coordinate just below an integer truncates differently.
     query_ratio, key_ratio = max(keys / queries, 1.0), max(queries / keys, 1.0)
     q = torch.arange(queries, device=table.device, dtype=torch.float32)[:, None] * query_ratio

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from .._floor import checks
+from .._floor.positions import Positions, PositionTables
 from . import op
 from .api import rel_attention_2d
 
 
-class RelPosAttention2d(nn.Module):
+class RelPosAttention2d(PositionTables):
     """Multi-head self-attention over a feature map, with relative position embeddings along height and width.
 
     One 1x1 convolution makes queries, keys and values; :func:`~fused_attn.rel_attention_2d` reads them where that
@@ -26,6 +27,8 @@ class RelPosAttention2d(nn.Module):
         size: (H, W) of the largest input; the tables are (2H-1, d_k) and (2W-1, d_k), d_k = key_channels / heads.  A
             smaller input uses their central rows, which belong to its relative positions.  Not used, and the input
             of any size, when ``relative`` is False.
+        resize_tables: whether an input of another size, larger or smaller, uses all of the tables, interpolated
+            linearly to its (2H'-1, d_k) and (2W'-1, d_k) as in SAM.
         relative: whether there are relative position embeddings.  Without them the attention is blind to position.
         per_head_tables: one table per head, (heads, 2H-1, d_k), instead of one for all heads.
         dropout_p: probability of dropping an attention weight in training, in [0, 1).
@@ -33,10 +36,14 @@ class RelPosAttention2d(nn.Module):
         out_channels: channels of the output; ``value_channels`` when None.
         impl: implementation of the op; not part of the state dict, so weights load across implementations.
 
-    Shapes: input (B, in_channels, H', W') with H' <= H and W' <= W, output (B, out_channels, H', W').
+    Shapes: input (B, in_channels, H', W') with H' <= H and W' <= W, or any with ``resize_tables``; output
+        (B, out_channels, H', W').
 
     Raises:
-        ValueError: an argument is out of range, or the input has the wrong shape or a grid larger than ``size``.
+        ValueError: an argument is out of range, or the input has the wrong shape or, without ``resize_tables``, a grid
+            larger than ``size``.
+
+    Tables of another size load after :func:`~fused_attn.modules.resize_state_dict`.
 
     Source: Bello et al. 2019, "Attention Augmented Convolutional Networks", section 3; the tables start at a normal
     distribution of standard deviation d_k**-0.5, as there.
@@ -55,6 +62,7 @@ class RelPosAttention2d(nn.Module):
         dropout_p: float = 0.0,
         bias: bool = False,
         out_channels: int | None = None,
+        resize_tables: bool = False,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -72,6 +80,7 @@ class RelPosAttention2d(nn.Module):
         self.key_channels, self.value_channels = key_channels, value_channels
         self.size = tuple(size)
         self.dropout_p = dropout_p
+        self.resize_tables = resize_tables
         self.impl = impl
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qkv = nn.Conv2d(in_channels, 2 * key_channels + value_channels, 1, bias=bias, **options)
@@ -97,8 +106,7 @@ class RelPosAttention2d(nn.Module):
         """Attend over all positions of x, (B, in_channels, H', W') -> (B, out_channels, H', W')."""
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x must have shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
-        height, width = x.shape[2:]
-        rel_h, rel_w = self._central_rows(height, width)
+        rel_h, rel_w = self._tables_for(x.shape[2], x.shape[3])
         query, key, value = self.qkv(x).split((self.key_channels, self.key_channels, self.value_channels), dim=1)
         out = rel_attention_2d(
             self._split_heads(query),
@@ -115,13 +123,24 @@ class RelPosAttention2d(nn.Module):
         """View (B, heads*d, H, W) as (B, heads, H, W, d)."""
         return x.unflatten(1, (self.heads, -1)).permute(0, 1, 3, 4, 2)
 
-    def _central_rows(self, height: int, width: int) -> tuple[Tensor | None, Tensor | None]:
+    def position_tables(self) -> dict[str, Positions]:
+        if self.rel_h is None:
+            return {}
+        height, width = self.size
+        return {"rel_h": Positions((height,), -2, "linear"), "rel_w": Positions((width,), -2, "linear")}
+
+    def _tables_for(self, height: int, width: int) -> tuple[Tensor | None, Tensor | None]:
         if self.rel_h is None:
             return None, None
+        if height < 1 or width < 1:
+            raise ValueError(f"x must have a height and width of at least 1, got {(height, width)}")
+        if self.resize_tables:
+            tables = self.position_tables()
+            return tables["rel_h"].resized(self.rel_h, (height,)), tables["rel_w"].resized(self.rel_w, (width,))
         if height > self.size[0] or width > self.size[1]:
             raise ValueError(
                 f"x must have a grid (H, W) of at most size={self.size}, for which the relative position tables "
-                f"were built, got {(height, width)}"
+                f"were built, got {(height, width)}; with resize_tables=True they are interpolated"
             )
         # Row k - q + size - 1 of the full table is row k - q + length - 1 of this slice.
         rel_h, rel_w = (
@@ -132,7 +151,9 @@ class RelPosAttention2d(nn.Module):
 
     def extra_repr(self) -> str:
         tables = "none" if self.rel_h is None else "per head" if self.rel_h.dim() == 3 else "shared"
-        return f"heads={self.heads}, size={self.size}, tables={tables}, dropout_p={self.dropout_p}, impl={self.impl!r}"
+        resize = ", resize_tables=True" if self.resize_tables else ""
+        options = f"tables={tables}{resize}, dropout_p={self.dropout_p}, impl={self.impl!r}"
+        return f"heads={self.heads}, size={self.size}, {options}"
 
 
 class AttentionAugmentedConv2d(nn.Module):
@@ -159,7 +180,7 @@ class AttentionAugmentedConv2d(nn.Module):
         key_ratio: kappa of the paper, key channels per output channel.
         value_ratio: upsilon of the paper, value channels per output channel.
         min_key_depth: least d_k per head.
-        relative, per_head_tables, dropout_p, impl: as in :class:`RelPosAttention2d`.
+        relative, per_head_tables, dropout_p, resize_tables, impl: as in :class:`RelPosAttention2d`.
         bias: whether the convolution and the attention's 1x1 convolutions have a bias.
 
     Shapes: input (B, in_channels, H, W), output (B, out_channels, ceil(H / stride), ceil(W / stride)).
@@ -184,6 +205,7 @@ class AttentionAugmentedConv2d(nn.Module):
         per_head_tables: bool = False,
         dropout_p: float = 0.0,
         bias: bool = False,
+        resize_tables: bool = False,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -217,6 +239,7 @@ class AttentionAugmentedConv2d(nn.Module):
             per_head_tables=per_head_tables,
             dropout_p=dropout_p,
             bias=bias,
+            resize_tables=resize_tables,
             impl=impl,
             **options,
         )
