@@ -93,6 +93,23 @@ class _TableAttention(nn.Module):
         )
         return self.proj(out.permute(0, 2, 3, 1, 4).flatten(3))
 
+    def cut(self, x: Tensor) -> Tensor:
+        """The windows of maps, image by image: (B, H, W, C) -> (B * windows of an image, h, w, C)."""
+        raise NotImplementedError
+
+    def positions(self, grid: Sequence[int], device: torch.device | None = None) -> Tensor:
+        """Where the positions of the windows lie on the map that was cut.
+
+        Args:
+            grid: (H, W) of the map.
+            device: of the result.
+
+        Returns:
+            (windows of an image, h, w), int64: y * W + x, and -1 for padding.
+        """
+        places = torch.arange(1, grid[0] * grid[1] + 1, device=device).view(1, *grid, 1)
+        return self.cut(places).squeeze(-1) - 1
+
     def check_input(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.dim:
             raise ValueError(f"x must have shape (B, {self.dim}, H, W), got {tuple(x.shape)}")
@@ -150,25 +167,32 @@ class WindowAttention2d(_TableAttention):
         """Attend within the windows of x, (B, dim, H, W) -> (B, out_dim, H, W)."""
         self.check_input(x)
         grid = x.shape[2:]
-        window = [min(length, size) for length, size in zip(grid, self.window, strict=True)]
-        shift = [s if length > size else 0 for s, length, size in zip(self.shift, grid, window, strict=True)]
-        counts = [-(-length // size) for length, size in zip(grid, window, strict=True)]
-        missing = [count * size - length for count, size, length in zip(counts, window, grid, strict=True)]
-
-        x = x.permute(0, 2, 3, 1)
-        if any(missing):
-            x = F.pad(x, (0, 0, 0, missing[1], 0, missing[0]))
-        segments = None
-        if any(shift):
-            x = x.roll((-shift[0], -shift[1]), (1, 2))
-            segments = shift_segments(counts, window, shift, x.device)
-        # (B, rows, h, columns, w, dim) and back: the windows of an image lie side by side.
-        x = x.unflatten(2, (counts[1], window[1])).unflatten(1, (counts[0], window[0]))
-        out = self.attend(x.transpose(2, 3).flatten(0, 2), segments)
+        window, shift, counts = self._sizes(grid)
+        segments = shift_segments(counts, window, shift, x.device) if any(shift) else None
+        out = self.attend(self.cut(x.permute(0, 2, 3, 1)), segments)
         out = out.unflatten(0, (-1, counts[0], counts[1])).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         if any(shift):
             out = out.roll(shift, (1, 2))
         return out[:, : grid[0], : grid[1]].permute(0, 3, 1, 2)
+
+    def cut(self, x: Tensor) -> Tensor:
+        """The windows of maps, image by image: (B, H, W, C) -> (B * windows of an image, h, w, C)."""
+        grid = x.shape[1:3]
+        window, shift, counts = self._sizes(grid)
+        missing = [count * size - length for count, size, length in zip(counts, window, grid, strict=True)]
+        if any(missing):
+            x = F.pad(x, (0, 0, 0, missing[1], 0, missing[0]))
+        if any(shift):
+            x = x.roll((-shift[0], -shift[1]), (1, 2))
+        # (B, rows, h, columns, w, C): the windows of an image lie side by side.
+        x = x.unflatten(2, (counts[1], window[1])).unflatten(1, (counts[0], window[0]))
+        return x.transpose(2, 3).flatten(0, 2)
+
+    def _sizes(self, grid: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """Of a window, of its shift, and how many windows there are, along the axes of a map."""
+        window = [min(length, size) for length, size in zip(grid, self.window, strict=True)]
+        shift = [s if length > size else 0 for s, length, size in zip(self.shift, grid, window, strict=True)]
+        return window, shift, [-(-length // size) for length, size in zip(grid, window, strict=True)]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, shift={self.shift}"
@@ -204,12 +228,16 @@ class GridAttention2d(_TableAttention):
         self.check_input(x)
         if any(length % size for length, size in zip(x.shape[2:], self.window, strict=True)):
             raise ValueError(f"x must have multiples of grid={self.window} as height and width, got {tuple(x.shape)}")
-        height, width = self.window
-        x = x.permute(0, 2, 3, 1).unflatten(2, (width, -1)).unflatten(1, (height, -1))
-        cell = x.shape[2], x.shape[4]
-        out = self.attend(x.permute(0, 2, 4, 1, 3, 5).flatten(0, 2))
+        cell = [length // size for length, size in zip(x.shape[2:], self.window, strict=True)]
+        out = self.attend(self.cut(x.permute(0, 2, 3, 1)))
         out = out.unflatten(0, (-1, *cell)).permute(0, 3, 1, 4, 2, 5)
         return out.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+    def cut(self, x: Tensor) -> Tensor:
+        """The grids of maps, image by image: (B, H, W, C) -> (B * grids of an image, h, w, C)."""
+        height, width = self.window
+        x = x.unflatten(2, (width, -1)).unflatten(1, (height, -1))
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
 
 
 def _pair(number: int | tuple[int, int]) -> tuple[int, ...]:

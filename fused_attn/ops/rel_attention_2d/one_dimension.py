@@ -75,7 +75,7 @@ def rel_attention_1d(
     arguments = grid_arguments(
         query, key, value, rel_table, query_segments, key_segments, prefix_key, prefix_value, key_padding
     )
-    return _run(impl, *arguments, scale, rel_scale, index, dropout_p)[0].squeeze(2)
+    return run(impl, *arguments, scale, rel_scale, index, dropout_p)[0].squeeze(2)
 
 
 def grid_arguments(
@@ -156,4 +156,4 @@ def _padded_segments(
     return of_queries, of_keys.masked_fill(key_padding.unsqueeze(1), -1)
 
 
-_run = op.rel_attention_2d.public(check, op="rel_attention_1d", names={"col_term": "rel_table"})
+run = op.rel_attention_2d.public(check, op="rel_attention_1d", names={"col_term": "rel_table"})
