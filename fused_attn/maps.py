@@ -91,7 +91,7 @@ def attention_weights(
     values, public = bound.arguments, _PUBLIC[op]
     if op is rel_attention_1d:
         names = inspect.signature(_sequence.grid_arguments).parameters
-        values |= dict(zip(names, _sequence.grid_arguments(*map(values.get, names)), strict=True))
+        values |= dict(zip(names, _sequence.grid_arguments(*(values[name] for name in names)), strict=True))
     arguments = public.arguments(*map(values.get, public.parameters))
     if arguments.operators != "rel_attention_2d":
         if queries is not None:
@@ -117,10 +117,12 @@ def _weights(arguments: Arguments, queries: Tensor | None = None) -> AttentionWe
             return AttentionWeights(layer_weights(query, keys, bias, scale, sigmoid))
         if arguments.operators == "weighted_layer_sum":
             return AttentionWeights(values[0].to(dtype))
-        hidden_activation, gate = values[-2:]
         means = values[0].mean((2, 3), keepdim=True, dtype=dtype)
-        parameters: list[Any] = [each if each is None else each.to(dtype) for each in values[1:7]]
-        return AttentionWeights(scales(means, *parameters, hidden_activation, gate))
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, share = (
+            each if each is None else each.to(dtype) for each in values[1:7]
+        )
+        options = values[-2:]  # the activation of the hidden layer, the gate
+        return AttentionWeights(scales(means, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, share, *options))
 
 
 def _rows(arguments: Arguments, queries: Tensor | None) -> AttentionWeights:
