@@ -247,11 +247,9 @@ def attention_maps(
     listener: Callable[[Public, tuple[Any, ...]], None] = recorder.listen
     if "torch._dynamo" in sys.modules:
         listener = torch.compiler.disable(listener)
-    handles = [
-        module.register_forward_pre_hook(recorder.see_input)
-        for module in model.modules()
-        if isinstance(module, _WINDOWED)
-    ]
+    windowed = [module for module in model.modules() if isinstance(module, _WINDOWED)]
+    handles = [module.register_forward_pre_hook(recorder.enter) for module in windowed]
+    handles += [module.register_forward_hook(recorder.leave, always_call=True) for module in windowed]
     recording.LISTENERS.append(listener)
     try:
         yield recorder.maps
@@ -276,11 +274,15 @@ class _Recorder:
         self.names = {module: name for name, module in model.named_modules()}
         self.points, self.queries = points, queries
         self.maps: list[AttentionMap] = []
+        #: Of the map that a windowed module is cutting.
         self.grids: dict[nn.Module, Sequence[int]] = {}
 
-    def see_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if inputs:
             self.grids[module] = inputs[0].shape[2:]
+
+    def leave(self, module: nn.Module, *_: Any) -> None:
+        self.grids.pop(module, None)
 
     def listen(self, public: Public, args: tuple[Any, ...]) -> None:
         in_backward = torch._C._current_graph_task_id() != -1
@@ -303,8 +305,8 @@ class _Recorder:
                     flat = self._flat(grid, arguments.op == "rel_attention_1d").to(query.device)
                 except ValueError as error:
                     raise ValueError(f"{self.names[module] or 'the model'}: {error}") from error
-                windowed = isinstance(module, _WINDOWED) and module in self.grids
-                found = _of_windows(module, arguments, flat, grid) if windowed else _weights(arguments, flat)
+                whole = module in self.grids
+                found = _of_windows(module, arguments, flat, grid) if whole else _weights(arguments, flat)
                 positions = torch.stack((flat // grid[1], flat % grid[1]), dim=-1)
         self.maps.append(AttentionMap(self.names[module], arguments.op, positions, *found))
 

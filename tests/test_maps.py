@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_attn import attention_maps, attention_weights, create_model, ops
+from fused_attn.integrations import convert
 from fused_attn.modules import (
     AttentionAugmentedConv1d,
     AttentionAugmentedConv2d,
@@ -328,17 +329,41 @@ def test_training_records_once_and_leaves_gradients_and_dropout_alone():
 
 
 def test_a_compiled_model():
-    module = RelPosAttention2d(6, 8, 4, 2, (5, 4)).eval()
-    compiled, x = torch.compile(module, backend="eager"), torch.randn(1, 6, 5, 4)
+    """Compiled before and while it is recorded."""
+    model = nn.Sequential(WindowAttention2d(8, 2, 4, 2)).eval()
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(1, 8, 5, 9)
     with torch.no_grad():
         expected = compiled(x)
-        with attention_maps(module, queries=[3]) as maps:
+        with attention_maps(model, queries=[3]) as maps:
             compiled(x)
-            module(x)
+            model(x)
         assert torch.equal(compiled(x), expected)
-    assert [each.name for each in maps] == ["", ""]
-    torch.testing.assert_close(maps[0].weights, maps[1].weights)
+    assert [each.name for each in maps] == ["0", "0"]
+    assert torch.equal(maps[0].weights, maps[1].weights)
     torch._dynamo.reset()
+
+
+def test_a_converted_model(timm):
+    """The rows sum the layer's values to what it gave before it was converted."""
+    from timm.layers.bottleneck_attn import BottleneckAttn
+
+    model = nn.Sequential(BottleneckAttn(16, dim_out=8, feat_size=(4, 5), num_heads=2)).eval()
+    x = torch.randn(2, 16, 4, 5)
+    expected = model(x)
+    convert(model)
+    (each,) = recorded(model, x, points=[(0.3, 0.9)])
+    assert (each.name, each.op, each.queries.tolist()) == ("0", "rel_attention_2d", [[1, 4]])
+    value = model[0].qkv(x)[:, -8:].unflatten(1, (2, -1))
+    out = torch.einsum("bhqyx,bhdyx->bhdq", each.weights, value).flatten(1)
+    torch.testing.assert_close(out, expected[:, :, 1, 4])
+
+
+def test_a_windowed_module_called_by_its_method_gives_rows_of_windows():
+    module = WindowAttention2d(8, 2, 4)
+    with attention_maps(module) as maps:
+        module(torch.randn(1, 8, 8, 8))
+        module.attend(torch.randn(3, 4, 4, 8))
+    assert [tuple(each.weights.shape) for each in maps] == [(1, 2, 1, 8, 8), (3, 2, 1, 4, 4)]
 
 
 def test_models_that_call_no_op_and_calls_outside_of_the_model():

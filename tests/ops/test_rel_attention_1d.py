@@ -33,7 +33,7 @@ def dense(
     query, key, value, rel_table=None, *, scale=None, rel_scale=None, index="key_minus_query", key_padding=None,
     query_segments=None, key_segments=None, prefix_key=None, prefix_value=None,
 ):  # fmt: skip
-    """With a bias and a mask for every pair, by loops over positions."""
+    """With a bias and a mask for every pair."""
     batch, heads, length, depth = query.shape
     keys = key.shape[2]
     scale = depth**-0.5 if scale is None else scale
@@ -41,19 +41,14 @@ def dense(
     bias = torch.zeros(batch, heads, length, keys, dtype=query.dtype)
     if rel_table is not None:
         tables = rel_table.expand(heads, *rel_table.shape[-2:])
-        rows = [
-            torch.stack([
-                torch.einsum(
-                    "bhd,hd->bh", query[:, :, q],
-                    tables[:, k - q + length - 1 if index == "key_minus_query" else q - k + keys - 1],
-                )
-                for k in range(keys)
-            ], -1)
+        places = [
+            [k - q + length - 1 if index == "key_minus_query" else q - k + keys - 1 for k in range(keys)]
             for q in range(length)
-        ]  # fmt: skip
-        bias = rel_scale * torch.stack(rows, 2)
+        ]
+        bias = rel_scale * torch.einsum("bhqd,hqkd->bhqk", query, tables[:, torch.tensor(places)])
     hidden = torch.zeros(batch, 1, length, keys, dtype=torch.bool)
-    for b, q, k in itertools.product(range(batch), range(length), range(keys)):
+    pairs = itertools.product(range(batch), range(length), range(keys))
+    for b, q, k in pairs if key_padding is not None or query_segments is not None else ():
         if key_padding is not None and key_padding[b, k]:
             hidden[b, 0, q, k] = True
         if query_segments is not None:
@@ -289,6 +284,7 @@ def test_augmented_convolution(stride):
         (lambda: RelPosAttention1d(6, 7, 4, 2, 9), "key_channels must be a positive multiple of heads=2, got 7"),
         (lambda: RelPosAttention1d(6, 8, 4, 2, 0), "length must be at least 1, got 0"),
         (lambda: RelPosAttention1d(6, 8, 4, 2, 9)(torch.ones(1, 6, 10)), "x must have a length of at most 9"),
+        (lambda: RelPosAttention1d(6, 8, 4, 2, 9)(torch.ones(1, 6, 0)), "x must have a length of at least 1"),
         (lambda: RelPosAttention1d(6, 8, 4, 2, 9)(torch.ones(6, 9)), r"x must have shape \(B, 6, L\), got \(6, 9\)"),
         (
             lambda: RelPosAttention1d(6, 8, 4, 2, 9)(torch.ones(2, 6, 9), torch.ones(2, 8, dtype=torch.bool)),

@@ -97,6 +97,8 @@ class RelPosAttention2d(nn.Module):
         """Attend over all positions of x, (B, in_channels, H', W') -> (B, out_channels, H', W')."""
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x must have shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
+        if 0 in x.shape[2:]:
+            raise ValueError(f"x must have a height and width of at least 1, got {tuple(x.shape)}")
         height, width = x.shape[2:]
         rel_h, rel_w = self._central_rows(height, width)
         query, key, value = self.qkv(x).split((self.key_channels, self.key_channels, self.value_channels), dim=1)

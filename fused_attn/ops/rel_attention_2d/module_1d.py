@@ -99,6 +99,8 @@ class RelPosAttention1d(nn.Module):
         """
         if x.dim() != 3 or x.shape[1] != self.in_channels:
             raise ValueError(f"x must have shape (B, {self.in_channels}, L), got {tuple(x.shape)}")
+        if x.shape[2] == 0:
+            raise ValueError(f"x must have a length of at least 1, got {tuple(x.shape)}")
         if padding is not None:
             check_padding("padding", padding, x.shape[0], x.shape[2], x.device)
         query, key, value = (
@@ -124,7 +126,7 @@ class RelPosAttention1d(nn.Module):
                 f"x must have a length of at most {self.length}, for which the relative position table was built, "
                 f"got {length}"
             )
-        return self.rel_table.narrow(-2, self.length - length, max(2 * length - 1, 0))
+        return self.rel_table.narrow(-2, self.length - length, 2 * length - 1)
 
     def extra_repr(self) -> str:
         table = "none" if self.rel_table is None else "per head" if self.rel_table.dim() == 3 else "shared"
