@@ -7,9 +7,11 @@ from .ops.elementwise_attention.module import DualSoftmax, ElementwiseAttention,
 from .ops.layer_attention.cache import LayerCache
 from .ops.layer_attention.module import LayerAttention, MRLABase, MRLALight
 from .ops.rel_attention_2d.module import AttentionAugmentedConv2d, RelPosAttention2d
+from .ops.rel_attention_2d.module_1d import AttentionAugmentedConv1d, RelPosAttention1d
 from .ops.squeeze_excite.module import SqueezeExcite, can_share_result, result_shares
 
 __all__ = [
+    "AttentionAugmentedConv1d",
     "AttentionAugmentedConv2d",
     "AttentionResidual",
     "BlockSums",
@@ -21,6 +23,7 @@ __all__ = [
     "LayerCache",
     "MRLABase",
     "MRLALight",
+    "RelPosAttention1d",
     "RelPosAttention2d",
     "SqueezeExcite",
     "WindowAttention2d",

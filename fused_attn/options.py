@@ -81,7 +81,7 @@ BOUNDS: dict[str, dict[str, Bound | None]] = {
     "bench": {"threads": THREADS, "seconds": SECONDS},
     "bench networks": {"batch_size": Bound(2, 2**20), "threads": THREADS, "seconds": SECONDS},
     "scales": {"images": IMAGES, "stage": Bound(1, 1000), "seed": SEED},
-    "inspect": {"image": None, "head": None},
+    "inspect": {"image": None, "head": None, "point": Bound(0, 1)},
     "demo": {},
     "reproduce": {"seeds": Bound(1, 1000), "threads": THREADS, "checkpoint_every": COUNT},
     "convert": {"image_size": Bound(1, 4096), "batch_size": IMAGES, "threads": THREADS, "seconds": SECONDS},

@@ -17,7 +17,7 @@ FLOORS = (
     ("ops._floor",),
     ("ops.OP",),
     ("ops",),
-    ("modules", "integrations"),
+    ("modules", "integrations", "maps"),
     ("models",),
     ("",),
     ("train",),

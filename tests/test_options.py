@@ -10,8 +10,8 @@ import pytest
 from fused_attn import cli, options
 from fused_attn.bench import BenchError, command, networks
 from fused_attn.cli import convert_model, demo
-from fused_attn.cli import draw_elementwise as drawing
 from fused_attn.cli import draw_scales as scales
+from fused_attn.cli import inspect_model as drawing
 from fused_attn.reproduce.command import ReproduceConfig
 from fused_attn.train import TrainConfig, TrainError
 

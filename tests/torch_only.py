@@ -13,6 +13,7 @@ from fused_attn.testing.numerics import draw_grad_out, evaluate
 
 #: call of every public module
 MODULES = {
+    "AttentionAugmentedConv1d": lambda m, x: m(8, 16, 3, 1, 64, heads=2)(x.flatten(2)),
     "AttentionAugmentedConv2d": lambda m, x: m(8, 16, 3, 1, (8, 8), heads=2)(x),
     "AttentionResidual": lambda m, x: m(8)([x, x]),
     "DualSoftmax": lambda m, x: m()(x),
@@ -22,6 +23,7 @@ MODULES = {
     "LayerAttention": lambda m, x: m([8, 8])([x, x]),
     "MRLABase": lambda m, x: m(8, dim_per_head=4)(x, modules.LayerCache()),
     "MRLALight": lambda m, x: m(8, dim_per_head=4)(x, x),
+    "RelPosAttention1d": lambda m, x: m(8, 16, 16, 2, 64)(x.flatten(2)),
     "RelPosAttention2d": lambda m, x: m(8, 16, 16, 2, (8, 8))(x),
     "SqueezeExcite": lambda m, x: m(8, 2)(x),
     "WindowAttention2d": lambda m, x: m(8, 2, 4, 2)(x),

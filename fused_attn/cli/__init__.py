@@ -168,10 +168,10 @@ def _info(arguments: Sequence[str]) -> int:
 
 
 def _inspect(arguments: Sequence[str]) -> int:
-    """Draw what the element-wise attention layers of a run, or of a model, do to one image."""
+    """Draw what the attention layers of a run, or of a model, make of one image."""
     import tyro
 
-    from .draw_elementwise import run
+    from .inspect_model import run
 
     return tyro.cli(run, args=arguments, prog="fused-attn inspect")
 

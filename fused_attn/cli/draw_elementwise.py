@@ -4,105 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
 
-import torch
-import tyro
 from torch import Tensor, nn
 
 from ..modules import ElementwiseAttentionBlock
-from ..options import check, check_folder
-from ..train import augment, data, weights
-from ..train.config import TrainConfig, saved_config
-from ..train.errors import TrainError
 
 #: How a panel is coloured: values of either sign around white, shares, or as the image itself.
 COLORS = {"weights": "RdBu_r", "products": "RdBu_r", "softmax": "viridis", "values": "gray"}
 
 Panels = dict[str, tuple[str, Tensor]]
-
-
-def run(
-    source: Annotated[str, tyro.conf.Positional],
-    /,
-    image: int = 0,
-    head: int = 0,
-    dataset: str | None = None,
-    data_dir: Path | None = None,
-    out: Path | None = None,
-) -> int:
-    """Draw, layer by layer, what element-wise attention does to one test image: the weights and their softmaxes, and
-    the output before and after the convolution, after the skip and after the ReLU.
-
-    Args:
-        source: Folder of a run, or name of a model, which is then drawn with fresh weights and statistics.
-        image: Which image of the test set, counted from 0.
-        head: Which attention head, counted from 0.
-        dataset: Data set of a model; digits when not given.  A run has its own.
-        data_dir: Local folder of the data set; the run's own when not given.
-        out: The picture, a PNG file; inspect.png in the folder of the run, or MODEL.png, when not given.
-    """
-    check("inspect", run, locals(), TrainError)
-    folder = Path(source)
-    if folder.is_dir():
-        if dataset is not None:
-            raise TrainError(f"dataset belongs to a model without a run; that of {folder} has its own, got {dataset!r}")
-        changes = {} if data_dir is None else {"data_dir": data_dir}
-        # The run may have been on another machine.
-        config = saved_config(
-            folder, f"source must hold a run, with its config.json, got {folder}", impl="auto", **changes
-        )
-        path = out or folder / "inspect.png"
-    elif "/" in source:
-        raise TrainError(f"source must be the folder of a run or the name of a model, got {source!r}: no such folder")
-    else:
-        config = TrainConfig(
-            source, "digits" if dataset is None else dataset, out=Path(), data_dir=data_dir, normalize=False
-        )
-        path = out or Path(f"{source}.png")
-    if not path.parent.is_dir() or path.is_dir():
-        raise TrainError(f"out must be a file in a folder that exists, got {path}")
-    check_folder(path.parent, TrainError)
-
-    _draw(config, folder if folder.is_dir() else None, image, head, path)
-    print(path)
-    return 0
-
-
-def draw_run(folder: Path, path: Path, image: int = 0, head: int = 0) -> None:
-    """Draw a test image in the trained network of a run, as ``fused-attn inspect`` does, into a PNG file.
-
-    Raises:
-        TrainError: the folder holds no run, or its data or network do not do.
-    """
-    config = saved_config(folder, f"source must hold a run, with its config.json, got {folder}", impl="auto")
-    _draw(config, folder, image, head, path)
-
-
-def _draw(config: TrainConfig, folder: Path | None, image: int, head: int, path: Path) -> None:
-    from ..train.loop import build_network
-
-    loaded = data.of_run(config)
-    torch.manual_seed(config.seed)
-    network = build_network(config, loaded).eval()
-    if folder is not None:
-        file = weights.file_of(folder, "source")
-        weights.load(network, weights.read(file, "source"), file, "source")
-    if not 0 <= image < len(loaded.test):
-        raise TrainError(f"image must be from 0 to {len(loaded.test) - 1}, the test set's last, got {image}")
-    one = loaded.test[image : image + 1]
-    with torch.no_grad():
-        pixels = augment.build(config, loaded)[1](one.images.float() / 255.0)
-        try:
-            layers, logits = trace(network, pixels, head)
-        except ValueError as error:
-            raise TrainError(f"model {config.model}: {error}") from error
-    draw(
-        layers,
-        path,
-        f"{config.model}, {config.data_note or config.dataset}, test image {image}, head {head}: "
-        f"class {int(one.labels)}, predicted {int(logits.argmax())}",
-    )
 
 
 def trace(network: nn.Module, image: Tensor, head: int = 0) -> tuple[list[Panels], Tensor]:

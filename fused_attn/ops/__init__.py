@@ -8,7 +8,7 @@ from .attention_residual import attention_residual
 from .bias_attention_2d import bias_attention_2d
 from .elementwise_attention import elementwise_attention, row_col_softmax
 from .layer_attention import LayerCache, layer_attention, weighted_layer_sum
-from .rel_attention_2d import decomposed_bias_attention, rel_attention_2d, sam_relative_logits
+from .rel_attention_2d import decomposed_bias_attention, rel_attention_1d, rel_attention_2d, sam_relative_logits
 from .squeeze_excite import squeeze_excite
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "decomposed_bias_attention",
     "elementwise_attention",
     "layer_attention",
+    "rel_attention_1d",
     "rel_attention_2d",
     "row_col_softmax",
     "sam_relative_logits",

@@ -320,7 +320,7 @@ def _panels(table: Table, results: Sequence[Results], path: Path) -> None:
     """What the layers of every row's first run do to an image, one picture below the other."""
     from PIL import Image
 
-    from ..cli.draw_elementwise import draw_run
+    from ..cli.inspect_model import draw_run
 
     pictures = []
     for each in results:

@@ -11,7 +11,7 @@ from documents import DOCUMENTS, blocks
 from fused_attn import cli
 from fused_attn.bench import command as bench
 from fused_attn.bench import networks
-from fused_attn.cli import convert_model, demo, draw_elementwise, draw_scales
+from fused_attn.cli import convert_model, demo, draw_scales, inspect_model
 from fused_attn.reproduce import command as reproduce
 from fused_attn.train import loop
 
@@ -48,7 +48,7 @@ def parsed(monkeypatch):
 
     metrics = {"skipped_steps": 0, "steps": 0, "seconds": 0.0, "test_loss": 0.0, "test_accuracy": 0.0}
     monkeypatch.setattr(loop, "train", idle(loop.train, metrics))
-    for module in (bench, networks, convert_model, demo, draw_elementwise, draw_scales, reproduce):
+    for module in (bench, networks, convert_model, demo, draw_scales, inspect_model, reproduce):
         monkeypatch.setattr(module, "run", idle(module.run, 0))
     return calls
 

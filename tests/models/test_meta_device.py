@@ -7,6 +7,7 @@ from model_checks import MODELS, build
 from fused_attn import modules
 
 PUBLIC = {
+    "AttentionAugmentedConv1d": lambda: modules.AttentionAugmentedConv1d(4, 16, 3, 2, 40, heads=2),
     "AttentionAugmentedConv2d": lambda: modules.AttentionAugmentedConv2d(4, 16, 3, 2, (8, 8), heads=2),
     "AttentionResidual": lambda: modules.AttentionResidual(64),
     "DualSoftmax": lambda: modules.DualSoftmax(),
@@ -16,6 +17,7 @@ PUBLIC = {
     "LayerAttention": lambda: modules.LayerAttention([8, 16, 16], values="project"),
     "MRLABase": lambda: modules.MRLABase(64),
     "MRLALight": lambda: modules.MRLALight(64),
+    "RelPosAttention1d": lambda: modules.RelPosAttention1d(8, 16, 16, 2, 40, per_head_tables=True, bias=True),
     "RelPosAttention2d": lambda: modules.RelPosAttention2d(8, 16, 16, 2, (8, 8), per_head_tables=True, bias=True),
     "SqueezeExcite": lambda: modules.SqueezeExcite(64, 4, result_features=3),
     "WindowAttention2d": lambda: modules.WindowAttention2d(16, 2, 7, 3),

@@ -23,6 +23,13 @@ def _rel(n):
     return {**grid, "rel_h": torch.randn(7, 8), "rel_w": torch.randn(2 * n - 1, 8)}
 
 
+def _sequence(n):
+    return {
+        **{name: torch.randn(2, 2, n, 8) for name in ("query", "key", "value")},
+        "rel_table": torch.randn(2 * n - 1, 8),
+    }
+
+
 def _bias(n):
     grid = {name: torch.randn(2, 2, 4, n, 8) for name in ("query", "key", "value")}
     return {**grid, "bias_h": torch.randn(2, 2, 4, n, 4), "bias_w": torch.randn(2, 2, 4, n, n)}
@@ -77,6 +84,7 @@ def _elementwise_attention(x, weight_row, weight_col, **options):
 
 #: public function -> (a call that takes tensors by name, its tensors at size n)
 CALLS = {
+    ops.rel_attention_1d: (ops.rel_attention_1d, _sequence),
     ops.rel_attention_2d: (ops.rel_attention_2d, _rel),
     ops.decomposed_bias_attention: (ops.decomposed_bias_attention, _bias),
     ops.bias_attention_2d: (ops.bias_attention_2d, _table),
@@ -113,7 +121,7 @@ def evaluate(call, inputs: Mapping, **options):
 def test_every_number_of_every_op_is_tested():
     functions = [getattr(ops, name) for name in ops.__all__ if name not in ("SPECS", "LayerCache")]
     assert {function for function in (*functions, LayerCache.attend) if numbers_of(function)} == set(CALLS)
-    assert len(ARGUMENTS) == 13
+    assert len(ARGUMENTS) == 16
 
 
 @arguments
@@ -184,6 +192,7 @@ SIZES = (11, 13, 17)
 
 #: what has the size n: a tensor of the call and its dimension
 DYNAMIC = {
+    _sequence: ("query", 2),
     _rel: ("query", 3),
     _bias: ("query", 3),
     _table: ("query", 3),

@@ -11,14 +11,14 @@ import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ... import _extension
-from . import autograd, batching, checks, dispatch
+from . import autograd, batching, checks, dispatch, recording
 from .declarations import OpSpec
 from .layout import empty_contiguous
 from .plain_calls import Guard, any_autocast, getter, signature
@@ -423,6 +423,14 @@ def _unwrapped(function: Callable[..., tuple]) -> Callable:
     return run
 
 
+class Arguments(NamedTuple):
+    """Of one call: name of the public function, name of its operators, and their arguments."""
+
+    op: str
+    operators: str
+    values: tuple
+
+
 class Public:
     """Check, choose, run: see :meth:`Operators.public`.
 
@@ -435,7 +443,7 @@ class Public:
 
     def __init__(self, operators: Operators, check: Callable[..., tuple], op: str, names: Mapping[str, str]) -> None:
         self._operators, self._check, self._op, self._names = operators, check, op, names
-        parameters = [*inspect.signature(check).parameters]
+        self.parameters = parameters = [*inspect.signature(check).parameters]
         #: Of every argument of the operator, the place of the argument of ``check`` that goes there, or None.
         self._places = [
             parameters.index(user) if (user := names.get(name, name)) in parameters else None
@@ -446,6 +454,8 @@ class Public:
 
     def __call__(self, impl: str, *args: Any) -> tuple[Tensor, ...]:
         """All outputs of the operator, or of the reference, for the arguments of ``check``."""
+        if recording.LISTENERS:
+            recording.tell(self, args)
         operators, key = self._operators, None
         if not torch.compiler.is_compiling():
             call = impl, *args
@@ -464,6 +474,11 @@ class Public:
         run = operators.plain(impl, drawn)
         self._keep(key, run, args, chosen)
         return run(*drawn)
+
+    def arguments(self, *args: Any) -> Arguments:
+        """What the operators would get, as the reference takes it."""
+        chosen = self._operators.choose("reference", self._check(*args), op=self._op, names=self._names)[1]
+        return Arguments(self._op, self._operators.name, chosen)
 
     def _keep(self, key: tuple, run: Callable[..., tuple], args: tuple, chosen: tuple) -> None:
         """Keep how ``chosen`` is made of ``args``: tensors as they are, numbers that follow from the signature."""

@@ -66,7 +66,7 @@ def bias_attention_2d(
 
     Source: Liu et al. 2021, "Swin Transformer", eq. 4; Dai et al. 2021, "CoAtNet", eq. 3.
     """
-    return _run(
+    return run(
         impl, query, key, value, bias_table, query_segments, key_segments, prefix_key, prefix_value, scale, index,
         dropout_p,
     )[0]  # fmt: skip
@@ -92,4 +92,4 @@ def _check(
     )  # fmt: skip
 
 
-_run = shared.op.rel_attention_2d.public(_check, op="bias_attention_2d")
+run = shared.op.rel_attention_2d.public(_check, op="bias_attention_2d")

@@ -107,6 +107,29 @@ class _TableAttention(PositionTables):
         )
         return self.proj(out.permute(0, 2, 3, 1, 4).flatten(3))
 
+    def cut(self, x: Tensor, size: int | tuple[int, int] | None = None) -> Tensor:
+        """The windows of maps, image by image: (B, H, W, C) -> (B * windows of an image, h, w, C)."""
+        raise NotImplementedError
+
+    def positions(
+        self,
+        grid: Sequence[int],
+        size: int | tuple[int, int] | None = None,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """Where the positions of the windows lie on the map that was cut.
+
+        Args:
+            grid: (H, W) of the map.
+            size: of the call's windows or grids, as in ``forward``.
+            device: of the result.
+
+        Returns:
+            (windows of an image, h, w), int64: y * W + x, and -1 for padding.
+        """
+        places = torch.arange(1, grid[0] * grid[1] + 1, device=device).view(1, *grid, 1)
+        return self.cut(places, size).squeeze(-1) - 1
+
     def check_input(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.dim:
             raise ValueError(f"x must have shape (B, {self.dim}, H, W), got {tuple(x.shape)}")
@@ -174,28 +197,38 @@ class WindowAttention2d(_TableAttention):
             window: (h, w) of this call's windows, or one number for both; those of the module when None.
         """
         self.check_input(x)
-        grid, largest = x.shape[2:], self.window if window is None else _size("window", window)
-        if not all(s < w for s, w in zip(self.shift, largest, strict=True)):
-            raise ValueError(f"window must be larger than shift={self.shift} along each axis, got {window}")
-        size = [min(length, most) for length, most in zip(grid, largest, strict=True)]
-        shift = [s if length > w else 0 for s, length, w in zip(self.shift, grid, size, strict=True)]
-        counts = [-(-length // w) for length, w in zip(grid, size, strict=True)]
-        missing = [count * w - length for count, w, length in zip(counts, size, grid, strict=True)]
-
-        x = x.permute(0, 2, 3, 1)
-        if any(missing):
-            x = F.pad(x, (0, 0, 0, missing[1], 0, missing[0]))
-        segments = None
-        if any(shift):
-            x = x.roll((-shift[0], -shift[1]), (1, 2))
-            segments = shift_segments(counts, size, shift, x.device)
-        # (B, rows, h, columns, w, dim) and back: the windows of an image lie side by side.
-        x = x.unflatten(2, (counts[1], size[1])).unflatten(1, (counts[0], size[0]))
-        out = self.attend(x.transpose(2, 3).flatten(0, 2), segments)
+        grid = x.shape[2:]
+        size, shift, counts = self._sizes(grid, window)
+        segments = shift_segments(counts, size, shift, x.device) if any(shift) else None
+        out = self.attend(self.cut(x.permute(0, 2, 3, 1), window), segments)
         out = out.unflatten(0, (-1, counts[0], counts[1])).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         if any(shift):
             out = out.roll(shift, (1, 2))
         return out[:, : grid[0], : grid[1]].permute(0, 3, 1, 2)
+
+    def cut(self, x: Tensor, window: int | tuple[int, int] | None = None) -> Tensor:
+        """The windows of maps, image by image: (B, H, W, C) -> (B * windows of an image, h, w, C)."""
+        grid = x.shape[1:3]
+        size, shift, counts = self._sizes(grid, window)
+        missing = [count * w - length for count, w, length in zip(counts, size, grid, strict=True)]
+        if any(missing):
+            x = F.pad(x, (0, 0, 0, missing[1], 0, missing[0]))
+        if any(shift):
+            x = x.roll((-shift[0], -shift[1]), (1, 2))
+        # (B, rows, h, columns, w, C): the windows of an image lie side by side.
+        x = x.unflatten(2, (counts[1], size[1])).unflatten(1, (counts[0], size[0]))
+        return x.transpose(2, 3).flatten(0, 2)
+
+    def _sizes(
+        self, grid: Sequence[int], window: int | tuple[int, int] | None
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Of a window, of its shift, and how many windows there are, along the axes of a map."""
+        largest = self.window if window is None else _size("window", window)
+        if not all(s < w for s, w in zip(self.shift, largest, strict=True)):
+            raise ValueError(f"window must be larger than shift={self.shift} along each axis, got {window}")
+        size = [min(length, most) for length, most in zip(grid, largest, strict=True)]
+        shift = [s if length > w else 0 for s, length, w in zip(self.shift, grid, size, strict=True)]
+        return size, shift, [-(-length // w) for length, w in zip(grid, size, strict=True)]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, shift={self.shift}"
@@ -240,11 +273,16 @@ class GridAttention2d(_TableAttention):
             raise ValueError(
                 f"x must have multiples of grid={(height, width)} as height and width, got {tuple(x.shape)}"
             )
-        x = x.permute(0, 2, 3, 1).unflatten(2, (width, -1)).unflatten(1, (height, -1))
-        cell = x.shape[2], x.shape[4]
-        out = self.attend(x.permute(0, 2, 4, 1, 3, 5).flatten(0, 2))
+        cell = x.shape[2] // height, x.shape[3] // width
+        out = self.attend(self.cut(x.permute(0, 2, 3, 1), grid))
         out = out.unflatten(0, (-1, *cell)).permute(0, 3, 1, 4, 2, 5)
         return out.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+    def cut(self, x: Tensor, grid: int | tuple[int, int] | None = None) -> Tensor:
+        """The grids of maps, image by image: (B, H, W, C) -> (B * grids of an image, h, w, C)."""
+        height, width = self.window if grid is None else _size("grid", grid)
+        x = x.unflatten(2, (width, -1)).unflatten(1, (height, -1))
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
 
 
 def _size(name: str, number: Any) -> tuple[int, int]:

@@ -55,7 +55,7 @@ def layer_attention(
     Source: Fang et al. 2023, "Cross-Layer Retrospective Retrieving via Layer Attention", eq. 4-6 (MRLA-base); Luo,
     "Self-Attentive Layer Aggregation", eq. 1-4 (one group).
     """
-    return _run_attention(impl, query, keys, values, bias, scale, activation)[0]
+    return run_attention(impl, query, keys, values, bias, scale, activation)[0]
 
 
 def weighted_layer_sum(weights: Tensor, values: Sequence[Tensor], *, impl: str = "auto") -> Tensor:
@@ -148,4 +148,4 @@ def _check_groups(name: str, groups: int, channels: int) -> None:
         raise ValueError(f"{name} must have a number of groups G that divides the C={channels} channels, got {groups}")
 
 
-_run_attention, _run_sum = op.layer_attention.public(check), op.weighted_layer_sum.public(_check_sum)
+run_attention, _run_sum = op.layer_attention.public(check), op.weighted_layer_sum.public(_check_sum)

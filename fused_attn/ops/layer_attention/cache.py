@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from .._floor import dispatch
+from .._floor import dispatch, recording
 from . import op
-from .api import check, layer_attention
+from .api import check, layer_attention, run_attention
 
 
 class LayerCache:
@@ -91,6 +91,8 @@ class LayerCache:
             return layer_attention(
                 query, self.keys, self.values, scale=scale, bias=bias, activation=activation, impl=impl
             )
+        if recording.LISTENERS:
+            recording.tell(run_attention, (query, self.keys, self.values, bias, scale, activation))
         args = check(query, self.keys, self.values, bias, scale, activation)
         impl, (query, keys, values, bias, scale, sigmoid) = op.layer_attention.choose(impl, args)
         if impl == "reference":

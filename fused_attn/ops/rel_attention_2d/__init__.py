@@ -2,5 +2,6 @@
 
 from .api import decomposed_bias_attention, rel_attention_2d
 from .conventions import sam_relative_logits
+from .one_dimension import rel_attention_1d
 
-__all__ = ["decomposed_bias_attention", "rel_attention_2d", "sam_relative_logits"]
+__all__ = ["decomposed_bias_attention", "rel_attention_1d", "rel_attention_2d", "sam_relative_logits"]

@@ -76,7 +76,7 @@ def rel_attention_2d(
 
     Source: Bello et al. 2019, "Attention Augmented Convolutional Networks", eq. 3-5.
     """
-    return _run_rel(
+    return run_rel(
         impl, query, key, value, rel_h, rel_w, query_segments, key_segments, prefix_key, prefix_value, scale, rel_scale,
         index, dropout_p,
     )[0]  # fmt: skip
@@ -122,7 +122,7 @@ def decomposed_bias_attention(
 
     Source: Li et al. 2022, "MViTv2", eq. 4-5 (the decomposition).
     """
-    return _run_decomposed(
+    return run_decomposed(
         impl, query, key, value, bias_h, bias_w, query_segments, key_segments, prefix_key, prefix_value, scale,
         dropout_p,
     )[0]  # fmt: skip
@@ -286,7 +286,7 @@ def _check_bias(name: str, bias: Tensor | None, query: Tensor, key: Tensor, axis
         raise ValueError(f"{name} must have shape (B, heads, Hq, Wq, {letter}k)={expected}, got {tuple(bias.shape)}")
 
 
-_run_rel = op.rel_attention_2d.public(_check_rel, names={"row_term": "rel_h", "col_term": "rel_w"})
-_run_decomposed = op.rel_attention_2d.public(
+run_rel = op.rel_attention_2d.public(_check_rel, names={"row_term": "rel_h", "col_term": "rel_w"})
+run_decomposed = op.rel_attention_2d.public(
     _check_decomposed, op="decomposed_bias_attention", names={"row_term": "bias_h", "col_term": "bias_w"}
 )

@@ -106,6 +106,8 @@ class RelPosAttention2d(PositionTables):
         """Attend over all positions of x, (B, in_channels, H', W') -> (B, out_channels, H', W')."""
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x must have shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
+        if 0 in x.shape[2:]:
+            raise ValueError(f"x must have a height and width of at least 1, got {tuple(x.shape)}")
         rel_h, rel_w = self._tables_for(x.shape[2], x.shape[3])
         query, key, value = self.qkv(x).split((self.key_channels, self.key_channels, self.value_channels), dim=1)
         out = rel_attention_2d(
@@ -214,13 +216,7 @@ class AttentionAugmentedConv2d(nn.Module):
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be a positive odd number, got {kernel_size}")
         checks.positive(stride=stride, heads=heads)
-        key_channels = heads * max(_depth(out_channels, key_ratio, heads), min_key_depth)
-        value_channels = heads * _depth(out_channels, value_ratio, heads)
-        if value_channels >= out_channels:
-            raise ValueError(
-                f"the values, heads * d_v = {value_channels} channels, must leave some of out_channels={out_channels} "
-                f"to the convolution: use a smaller value_ratio than {value_ratio} or fewer heads than {heads}"
-            )
+        key_channels, value_channels = augmented_depths(out_channels, heads, key_ratio, value_ratio, min_key_depth)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(
             in_channels, out_channels - value_channels, kernel_size, stride, kernel_size // 2, bias=bias, **options
@@ -247,6 +243,24 @@ class AttentionAugmentedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and attend, (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         return torch.cat((self.conv(x), self.attention(self.pool(x))), dim=1)
+
+
+def augmented_depths(
+    out_channels: int, heads: int, key_ratio: float, value_ratio: float, min_key_depth: int
+) -> tuple[int, int]:
+    """Key and value channels of an augmented convolution, over all heads.
+
+    Raises:
+        ValueError: the values take all output channels.
+    """
+    key_channels = heads * max(_depth(out_channels, key_ratio, heads), min_key_depth)
+    value_channels = heads * _depth(out_channels, value_ratio, heads)
+    if value_channels >= out_channels:
+        raise ValueError(
+            f"the values, heads * d_v = {value_channels} channels, must leave some of out_channels={out_channels} "
+            f"to the convolution: use a smaller value_ratio than {value_ratio} or fewer heads than {heads}"
+        )
+    return key_channels, value_channels
 
 
 def _depth(channels: int, ratio: float, heads: int) -> int:

@@ -56,6 +56,59 @@ def same_segment(query_segments, key_segments, batch):
     return ((queries == keys) & (keys >= 0)).repeat(batch // len(queries), 1, 1)
 
 
+def attention_weights(logits, hidden=None):
+    """Softmax over the last axis; ``hidden`` says which of the first keys, whose logits are -inf, have no weight."""
+    # A query with no key to attend to (every logit -inf) yields zeros, not NaN.
+    masked = (logits == float("-inf")).all(-1, keepdim=True)
+    weights = logits.masked_fill(masked, 0.0).softmax(-1).masked_fill(masked, 0.0)
+    if hidden is None:
+        return weights
+    # Also of a query whose other weights are NaN.
+    grid = hidden.shape[-1]
+    return torch.cat((weights[..., :grid].masked_fill(hidden, 0.0), weights[..., grid:]), -1)
+
+
+def attention_rows(
+    query, key, row_term, col_term, bias_table, segments, prefix_key, queries, *, scale, rel_scale, index
+) -> torch.Tensor:  # fmt: skip
+    """Weights of chosen queries: (B, heads, Q, Nk + P), float32, of float64 inputs float64.
+
+    Args:
+        query, key, bias_table, prefix_key, scale, rel_scale, index: as in the public functions.
+        row_term, col_term: tables, or finished logits, which have 5 dimensions, or None.
+        segments: (query_segments, key_segments), or None.
+        queries: (Q,), int64, flat positions.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    batch, heads, height, width, _ = query.shape
+    key_height, key_width = key.shape[2:4]
+    y, x = queries // width, queries % width
+    chosen = query[:, :, y, x].to(dtype)
+    scaled = chosen * scale
+    logits = (scaled @ key.flatten(2, 3).to(dtype).mT).unflatten(-1, (key_height, key_width))
+    rows = relative_index(height, key_height, index, query.device)[y]
+    columns = relative_index(width, key_width, index, query.device)[x]
+    if bias_table is not None:
+        logits = logits + bias_table[:, rows[:, :, None], columns[:, None, :]].to(dtype)
+    for term, places, axis in ((row_term, rows, -1), (col_term, columns, -2)):
+        if term is None:
+            continue
+        if term.dim() == 5:
+            line = term[:, :, y, x].to(dtype)
+        else:
+            table = term.expand(heads, *term.shape[-2:])[:, places].to(dtype)
+            line = torch.einsum("bhqd,hqkd->bhqk", chosen * rel_scale, table)
+        logits = logits + line.unsqueeze(axis)
+    logits, hidden = logits.flatten(3), None
+    if segments is not None:
+        of_queries, of_keys = segments[0].flatten(1)[:, queries, None], segments[1].flatten(1)[:, None]
+        hidden = ~((of_queries == of_keys) & (of_keys >= 0)).repeat(batch // len(of_keys), 1, 1)[:, None]
+        logits = logits.masked_fill(hidden, float("-inf"))
+    if prefix_key is not None:
+        logits = torch.cat((logits, scaled @ prefix_key.to(dtype).mT), -1)
+    return attention_weights(logits, hidden)
+
+
 def attention(
     query, key, value, bias=(), segments=None, prefix=None, *, scale, dropout_p=0.0, seed=None
 ) -> torch.Tensor:  # fmt: skip
@@ -85,13 +138,7 @@ def attention(
         value = torch.cat((value, prefix_value), 2)
         keys += prefix_key.shape[2]
 
-    # A query with no key to attend to (every logit -inf) yields zeros, not NaN.
-    masked = (logits == float("-inf")).all(-1, keepdim=True)
-    weights = logits.masked_fill(masked, 0.0).softmax(-1).masked_fill(masked, 0.0)
-    if hidden is not None:  # also of a query whose other weights are NaN
-        weights = torch.cat(
-            (weights[..., : hidden.shape[-1]].masked_fill(hidden, 0.0), weights[..., hidden.shape[-1] :]), -1
-        )
+    weights = attention_weights(logits, hidden)
     if dropout_p > 0.0:
         keep = keep_mask(seed, batch * heads * queries, keys, dropout_p).view(weights.shape)
         weights = torch.where(keep, weights / (1.0 - dropout_p), torch.zeros_like(weights))

@@ -72,7 +72,7 @@ def squeeze_excite(
     Source: Hu et al. 2017, "Squeeze-and-Excitation Networks", eq. 2-4; Ye, "Introduce the Result Into Self-Attention",
     eq. 4-6; one layer: Lee and Park 2019, "CenterMask: Real-Time Anchor-Free Instance Segmentation", eq. 2-3.
     """
-    return _run(
+    return run(
         impl, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, residual, activation,
         hidden_activation, gate,
     )[0]  # fmt: skip
@@ -165,4 +165,4 @@ def _check_shape(name: str, tensor: Tensor, layout: str, expected: tuple[int, ..
         raise ValueError(f"{name} must have shape {layout}={expected}, got {tuple(tensor.shape)}")
 
 
-_run = op.squeeze_excite.public(_check)
+run = op.squeeze_excite.public(_check)
