@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ... import _extension
-from . import autograd, checks, dispatch
+from . import autograd, checks, dispatch, sharding
 from .declarations import OpSpec
 from .layout import empty_contiguous
 from .plain_calls import Guard, any_autocast, getter, signature
@@ -81,6 +81,7 @@ class Operators:
         flops, flops_backward: of the shapes of forward's and backward's arguments; 0 for an op without products.
         derived: what backward needs beside arguments and outputs.
         complete: ``complete(arguments of backward, gradients)`` gives the gradients, for those that no kernel forms.
+        axes: along which DTensors may be sharded; without it, they are gathered.
         public: names for error texts, where several public functions share the operators.
     """
 
@@ -103,6 +104,7 @@ class Operators:
         flops_backward: Callable[..., int] = lambda *shapes, **_: 0,
         derived: Mapping[str, Derived] | None = None,
         complete: Callable[[tuple, tuple], tuple] | None = None,
+        axes: sharding.Axes = lambda call: (),
         public: str | None = None,
     ) -> None:
         self.name, self.reference, self.kernels = name, reference, kernels
@@ -159,6 +161,8 @@ class Operators:
                 getattr(torch.ops.fused_attn, f"{name}_{impl}{suffix}").default for suffix in ("", "_backward")
             )
             self._operators[impl] = forward_operator, backward_operator
+            for operator in self._operators[impl]:
+                sharding.declare(operator, axes)
             autograd.register(
                 public or name,
                 f"{name}_{impl}",
@@ -224,6 +228,8 @@ class Operators:
                 return self.run(impl, *args)
         if impl != "reference" and not torch.compiler.is_compiling() and signature(args) is not None:
             return self.plain(impl, args)(*args)
+        if impl != "reference":
+            sharding.register()
         outputs = self.reference(*args) if impl == "reference" else self._operators[impl][0](*args)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from .._floor import dispatch
 from .._floor.layout import empty_contiguous, rows
 from .._floor.operators import Operators, cpp, triton
+from .._floor.sharding import Axis
 from . import reference
 
 # The Triton kernels name every value as an argument, and hold whole rows in registers.
@@ -57,6 +58,12 @@ def _flops_backward(grad_out, values, *_, **__) -> int:
     return 9 * len(values) * math.prod(values[0])
 
 
+def _axes(call) -> list[Axis]:
+    # Tokens are on their own, whatever dimensions they are laid out in.
+    of_tokens = range(call["values"][0].dim() - 1)
+    return [Axis(dict.fromkeys(("values", "out", "statistics"), dim)) for dim in of_tokens]
+
+
 attention_residual = Operators(
     "attention_residual",
     "(Tensor[] values, Tensor query, Tensor? norm_weight, Scalar eps) -> (Tensor out, Tensor statistics)",
@@ -71,4 +78,5 @@ attention_residual = Operators(
     reference=reference.attention_residual,
     flops=_flops,
     flops_backward=_flops_backward,
+    axes=_axes,
 )

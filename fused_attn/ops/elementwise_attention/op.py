@@ -13,6 +13,7 @@ from torch import Tensor
 from .._floor import dispatch
 from .._floor.layout import empty_contiguous
 from .._floor.operators import Operators, cpp, triton
+from .._floor.sharding import Axis
 from . import reference
 
 # Statistics: per plane (batch, head, channel) and per row or column, a shift (the maximum of the logits or near it) and
@@ -80,6 +81,34 @@ def _per_element(factor: int, index: int = 0):
     return formula
 
 
+_WEIGHTS, _PLANES = ("weight_row", "weight_col"), ("row_stats", "col_stats")
+
+
+def _softmax_axes(call) -> list[Axis]:
+    of_images = dict.fromkeys(("x", "row_mask", "col_mask", "out", *_PLANES), 0)
+    of_channels = {"x": 1, **dict.fromkeys(_WEIGHTS, 1), **dict.fromkeys(_PLANES, 2)}
+    if call["weight_row"] is None:
+        return [Axis(of_images), Axis({**of_channels, "out": 1})]
+    return [
+        Axis(of_images),
+        Axis({**of_channels, "out": 2}),
+        Axis({**dict.fromkeys(_WEIGHTS, 0), "out": 1, **dict.fromkeys(_PLANES, 1)}),
+    ]
+
+
+def _attention_axes(call) -> list[Axis]:
+    statistics = ("mean", "var", "mean_used", "var_used")
+    of_heads = {**dict.fromkeys((*_WEIGHTS, *statistics), 0), **dict.fromkeys(("out", *_PLANES), 1)}
+    axes = [Axis(of_heads)]
+    if call["weight_row"].shape[0] == 1:  # of several heads, the channels of one lie side by side
+        of_channels = {**dict.fromkeys(("x", "out", *_WEIGHTS), 1), **dict.fromkeys(statistics, 0)}
+        axes.append(Axis({**of_channels, **dict.fromkeys(_PLANES, 2)}))
+    training = call["training"] if "training" in call else call["mean"] is None
+    if not training:  # the statistics of the batch are those of all its images
+        axes.append(Axis(dict.fromkeys(("x", "out", *_PLANES), 0)))
+    return axes
+
+
 row_col_softmax = Operators(
     "row_col_softmax",
     f"(Tensor x, Tensor? weight_row, Tensor? weight_col, {_MASKS}, {_OPTIONS}) -> (Tensor out, {_STATISTICS})",
@@ -95,6 +124,7 @@ row_col_softmax = Operators(
     flops=_per_element(SOFTMAX_FLOPS[0]),
     flops_backward=_per_element(SOFTMAX_FLOPS[1], 1),
     apart=("row_mask", "col_mask"),
+    axes=_softmax_axes,
 )
 
 elementwise_attention = Operators(
@@ -115,4 +145,5 @@ elementwise_attention = Operators(
     flops_backward=_per_element(ATTENTION_FLOPS[1], 1),
     apart=("mean", "var"),
     derived={"training": lambda values, needs: values[3] is None},
+    axes=_attention_axes,
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._floor.layout import dense_order, empty_contiguous, empty_in_order, in_order, is_channels_last
 from .._floor.operators import Operators, cpp, triton
+from .._floor.sharding import Axis
 from . import reference
 
 # --- allocation -------------------------------------------------------------------------------------------------
@@ -96,6 +97,12 @@ def _per_element(index: int, factor: int):
     return formula
 
 
+def _axes(call) -> list[Axis]:
+    # Groups are channels side by side, as many in each.
+    maps = ("query", "keys", "values", "weights", "out")
+    return [Axis(dict.fromkeys(maps, 0)), Axis({**dict.fromkeys(maps, 1), "bias": 1})]
+
+
 weighted_layer_sum = Operators(
     "weighted_layer_sum",
     "(Tensor weights, Tensor[] values) -> Tensor out",
@@ -109,6 +116,7 @@ weighted_layer_sum = Operators(
     reference=reference.weighted_layer_sum,
     flops=_per_element(1, 2),
     flops_backward=_per_element(2, 3),
+    axes=_axes,
 )
 
 layer_attention = Operators(
@@ -127,6 +135,7 @@ layer_attention = Operators(
     reference=reference.layer_attention,
     flops=_per_element(2, 2),
     flops_backward=_per_element(3, 3),
+    axes=_axes,
 )
 
 

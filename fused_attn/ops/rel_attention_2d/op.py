@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._floor import checks, dispatch
+from .._floor import checks, dispatch, dropout, sharding
 from .._floor.layout import empty_contiguous, empty_like_heads
 from .._floor.operators import Operators, cpp, triton
 from . import reference
@@ -65,7 +65,34 @@ def _reference(
 
 def _draw_seed(query, *args) -> Tensor | None:
     dropout_p = args[-1]
-    return torch.randint(0, 2**63 - 1, (1,), device=query.device, dtype=torch.int64) if dropout_p > 0.0 else None
+    if not dropout_p > 0.0:
+        return None
+    seed = torch.randint(0, 2**63 - 1, (1,), device=query.device, dtype=torch.int64)
+    return sharding.same_on_all(seed, query)
+
+
+def _axes(call) -> list[sharding.Axis]:
+    maps = ("query", "key", "value", "prefix_key", "prefix_value", "out", "statistics")
+    terms = {name: call[name].dim() for name in ("row_term", "col_term") if call[name] is not None}
+    logits = [name for name, dims in terms.items() if dims == 5]
+    of_images, unit = dict.fromkeys((*maps, *logits), 0), 1
+    if call["query_segments"] is not None:
+        sets, batch = call["query_segments"].shape[0], call["query"].shape[0]
+        if sets == batch:
+            of_images |= dict.fromkeys(("query_segments", "key_segments"), 0)
+        else:  # image b has the segments b mod sets, in a shard too
+            unit = sets
+    images = sharding.Axis(of_images, unit, _own_part_of_the_mask)
+    if call["seed"] is not None:
+        return [images]  # the mask's rows of some heads are in as many pieces as there are images
+    of_heads = {**dict.fromkeys((*maps, *logits), 1), "bias_table": 0}
+    return [images, sharding.Axis(of_heads | {name: 0 for name, dims in terms.items() if dims == 3})]
+
+
+def _own_part_of_the_mask(call: dict, shard: int) -> None:
+    """The dropout of a shard of the images, numbered from 0: its rows of the mask begin behind those before it."""
+    if call["seed"] is not None:
+        call["seed"] = dropout.behind(call["seed"], shard * math.prod(call["query"].shape[:4]))
 
 
 def _score_elements(query_shape, key_shape, prefix_key_shape) -> int:
@@ -122,6 +149,7 @@ rel_attention_2d = Operators(
     or_float32=("bias_table",),
     apart=("query_segments", "key_segments", "seed"),
     drawn=_draw_seed,
+    axes=_axes,
     public="rel_attention_2d, decomposed_bias_attention and bias_attention_2d",
 )
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from .._floor import dispatch
 from .._floor.layout import empty_contiguous, in_format, memory_format
 from .._floor.operators import Operators, cpp, triton
+from .._floor.sharding import Axis
 from . import reference
 
 
@@ -99,6 +100,11 @@ def _flops(x, fc1_weight, fc1_bias, fc2_weight, *_, **__) -> int:
     return 2 * x[0] * rows * (columns + (0 if fc2_weight is None else x[1]))
 
 
+#: Every gate is of all channels, so only images are on their own.
+_IMAGES = Axis(
+    dict.fromkeys(("x", "result", "result_share", "residual", "out", "active", "z", "preactivation", "scale"), 0)
+)
+
 squeeze_excite = Operators(
     "squeeze_excite",
     "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor? fc2_weight, Tensor? fc2_bias, Tensor? result, "
@@ -125,4 +131,5 @@ squeeze_excite = Operators(
         "residual_grad": lambda values, needs: values[_RESIDUAL] is not None and values[_RELU] and needs[_RESIDUAL],
     },
     complete=_complete,
+    axes=lambda call: [_IMAGES],
 )
