@@ -3,8 +3,8 @@
 Every call on DTensors gives what one process gives on the whole tensors.  An op declares its axes; along any other one,
 and along an axis that the processes do not divide evenly, the tensors are gathered first.
 
-The rules are ``torch_dispatch`` rules of DTensor rather than those of ``register_sharding``, which knows no operator that
-returns a list of tensors and cannot give each shard its own part of a dropout mask.
+The rules are ``torch_dispatch`` rules of DTensor rather than those of ``register_sharding``, which knows no operator
+that returns a list of tensors and cannot give each shard its own part of a dropout mask.
 """
 
 from __future__ import annotations
@@ -69,13 +69,17 @@ def is_wrapper(tensor: Tensor) -> bool:
     return is_traceable_wrapper_subclass(tensor)
 
 
-def same_on_all(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor`` itself; where ``like`` is a DTensor, that of the first process, for all that share ``like``."""
+def beside(other: Tensor, tensor: Tensor, *, drawn: bool = False) -> Tensor:
+    """``tensor``, which every process has made; where ``other`` is a DTensor, a replicated one on its mesh.
+
+    Args:
+        drawn: the processes may have drawn different numbers: those of the first count.
+    """
     module = sys.modules.get("torch.distributed.tensor")
-    if module is None or not isinstance(like, module.DTensor):
+    if module is None or not isinstance(other, module.DTensor):
         return tensor
-    mesh = like.device_mesh
-    return module.DTensor.from_local(tensor, mesh, [module.Replicate()] * mesh.ndim, run_check=True)
+    mesh: Any = other.device_mesh
+    return module.DTensor.from_local(tensor, mesh, [module.Replicate()] * mesh.ndim, run_check=drawn)
 
 
 def _rule(axes: Axes) -> Callable[..., Any]:

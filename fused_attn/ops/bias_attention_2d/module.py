@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._floor import checks
+from .._floor import checks, sharding
 from ..rel_attention_2d import op
 from .api import bias_attention_2d
 
@@ -161,7 +161,7 @@ class WindowAttention2d(_TableAttention):
         segments = None
         if any(shift):
             x = x.roll((-shift[0], -shift[1]), (1, 2))
-            segments = shift_segments(counts, window, shift, x.device)
+            segments = sharding.beside(x, shift_segments(counts, window, shift, x.device))
         # (B, rows, h, columns, w, dim) and back: the windows of an image lie side by side.
         x = x.unflatten(2, (counts[1], window[1])).unflatten(1, (counts[0], window[0]))
         out = self.attend(x.transpose(2, 3).flatten(0, 2), segments)

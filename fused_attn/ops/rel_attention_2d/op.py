@@ -68,7 +68,7 @@ def _draw_seed(query, *args) -> Tensor | None:
     if not dropout_p > 0.0:
         return None
     seed = torch.randint(0, 2**63 - 1, (1,), device=query.device, dtype=torch.int64)
-    return sharding.same_on_all(seed, query)
+    return sharding.beside(query, seed, drawn=True)
 
 
 def _axes(call) -> list[sharding.Axis]:
