@@ -22,7 +22,6 @@ def test_several_processes_give_what_one_gives(processes, tmp_path):
     """All in one group: what starts it takes longer than most of what it does."""
     result = fork_server.ask(shard_processes.__file__, commands.environment(), [str(processes), str(tmp_path)])
     assert result.get("statuses") == [0] * processes, result
-    print(result)
     for rank in range(processes):
         failed = json.loads((tmp_path / f"{rank}.json").read_text())
         assert not failed, "\n\n".join(f"{name}, process {rank}: {error}" for name, error in failed.items())
