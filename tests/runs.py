@@ -121,8 +121,8 @@ def poison(monkeypatch, *steps, value=math.nan, gradient=False, where=lambda run
 
 
 def two_processes(out, poisoned=(), **settings):
-    """Train the linear model in two processes; ``poisoned`` steps have a loss of nan in one of them."""
-    arguments = [str(out), json.dumps({**PLAIN, **settings}), json.dumps(poisoned)]
+    """Train the linear model, or one that is named, in two processes; ``poisoned`` steps have a loss of nan in one."""
+    arguments = [str(out), json.dumps(settings if "model" in settings else {**PLAIN, **settings}), json.dumps(poisoned)]
     result = fork_server.ask(__file__, commands.environment(), arguments)
     assert result.get("statuses") == [0, 0], result
 
@@ -147,10 +147,12 @@ def _process(rank, port, out, settings, poisoned):
     """What torchrun tells a process, and the training."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    loop.build_network = linear
+    settings = {name: tuple(each) if isinstance(each, list) else each for name, each in json.loads(settings).items()}
+    if "model" not in settings:
+        loop.build_network = linear
     steps = json.loads(poisoned)
     poison(pytest.MonkeyPatch(), *steps, where=lambda run: run.accelerator.process_index == run.step % 2)
-    train(small(Path(out), **json.loads(settings)))
+    train(small(Path(out), **settings))
 
 
 if __name__ == "__main__":

@@ -529,7 +529,7 @@ def _group(arguments):
 
 
 if __name__ == "__main__":
-    import torch._dynamo  # noqa: F401  what DTensors import when they need it, once for all processes
-    import torch._inductor.compile_fx  # noqa: F401
+    import torch._dynamo
+    import torch._inductor.compile_fx
 
     fork_server.serve(_group)
