@@ -31,9 +31,12 @@ def test_every_operator_has_a_rule():
     from torch.distributed.tensor import DTensor
 
     sharding.register()
-    operators = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fused_attn::")]
-    operators = [name for name in operators if name.removesuffix("_backward").endswith(("_cpu", "_triton"))]
-    assert len(operators) == 2 * 2 * 7
+    shared = {"decomposed_bias_attention", "bias_attention_2d"}  # the operators of rel_attention_2d
+    names = {
+        f"fused_attn::{spec.name}_{impl}" for spec in SPECS for impl in ("cpu", "triton") if spec.name not in shared
+    }
+    operators = [name for name in torch._C._dispatch_get_all_op_names() if name.removesuffix("_backward") in names]
+    assert len(operators) == 2 * len(names) == 28
     for name in operators:
         rules = torch._library.simple_registry.singleton.find(name).torch_dispatch_rules
         assert rules.find(DTensor) is not None, name
