@@ -136,6 +136,8 @@ def _mesh(operator: torch._ops.OpOverload, call: Mapping[str, Any], kind: type) 
                 f"{operator}: {name} must be a DTensor, as {first} is, got a {type(tensor).__name__}; "
                 "torch.distributed.tensor.distribute_tensor makes one"
             )
+    if mesh.get_coordinate() is None:
+        raise RuntimeError(f"{operator}: the process must be one of those of the mesh of {first}, {mesh}")
     return mesh
 
 
