@@ -335,9 +335,7 @@ class _Recorder:
         return torch.tensor(rows) * width + torch.tensor(columns)
 
 
-def _of_windows(
-    arguments: Arguments, queries: Tensor, grid: Sequence[int], positions: Tensor
-) -> AttentionWeights:
+def _of_windows(arguments: Arguments, queries: Tensor, grid: Sequence[int], positions: Tensor) -> AttentionWeights:
     """Rows of positions of a map, (B, heads, Q, H, W), from the windows that they lie in, at ``positions`` of it."""
     positions = positions.flatten(1)
     places = (positions.flatten() == queries[:, None]).int().argmax(1)

@@ -17,12 +17,15 @@ import pytest
 import torch
 from torch import nn
 
+from fused_attn.models import bottleneck_resnet
 from fused_attn.train import TrainConfig, loop, train
 
 #: Numbers that a run that was stopped and resumed must have as the one that was not.
 COMPARED = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "steps")
 #: Of the linear model: nothing is drawn at random.
 PLAIN = {"crop_padding": 0, "channels_last": False, "max_steps": 12, "train_images": 200, "epochs": 2}
+#: Blocks in the stages of a ResNet-50 in ``two_processes``, where the usual ones would take longer than all else.
+FEW_BLOCKS = (2, 1)
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
 
 
@@ -121,8 +124,8 @@ def poison(monkeypatch, *steps, value=math.nan, gradient=False, where=lambda run
 
 
 def two_processes(out, poisoned=(), **settings):
-    """Train the linear model in two processes; ``poisoned`` steps have a loss of nan in one of them."""
-    arguments = [str(out), json.dumps({**PLAIN, **settings}), json.dumps(poisoned)]
+    """Train the linear model, or one that is named, in two processes; ``poisoned`` steps have a loss of nan in one."""
+    arguments = [str(out), json.dumps(settings if "model" in settings else {**PLAIN, **settings}), json.dumps(poisoned)]
     result = fork_server.ask(__file__, commands.environment(), arguments)
     assert result.get("statuses") == [0, 0], result
 
@@ -147,10 +150,13 @@ def _process(rank, port, out, settings, poisoned):
     """What torchrun tells a process, and the training."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    loop.build_network = linear
+    settings = {name: tuple(each) if isinstance(each, list) else each for name, each in json.loads(settings).items()}
+    bottleneck_resnet.BLOCKS[50] = FEW_BLOCKS
+    if "model" not in settings:
+        loop.build_network = linear
     steps = json.loads(poisoned)
     poison(pytest.MonkeyPatch(), *steps, where=lambda run: run.accelerator.process_index == run.step % 2)
-    train(small(Path(out), **json.loads(settings)))
+    train(small(Path(out), **settings))
 
 
 if __name__ == "__main__":
@@ -159,5 +165,6 @@ if __name__ == "__main__":
     import matplotlib.pyplot  # noqa: F401
     import sklearn.datasets  # noqa: F401
     import torch._dynamo
+    import torch.distributed.fsdp
 
     fork_server.serve(_two_processes)

@@ -21,7 +21,7 @@ from .json_files import read_object
 #: Settings that may change between the start of a run and its resumption: no step computed so far depends on them.
 MAY_CHANGE = (
     "out", "resume", "data_dir", "data_note", "log_every", "checkpoint_every", "eval_batch_size", "threads",
-    "on_nonfinite", "skip_unreadable",
+    "on_nonfinite", "skip_unreadable", "parallel",
 )  # fmt: skip
 #: Settings of a run's length, which may grow.
 MAY_GROW = ("epochs", "max_steps")
@@ -148,6 +148,9 @@ class TrainConfig:
     """channels_last memory format for the network and its inputs; otherwise contiguous."""
     compile: bool = False
     """Compile the network with torch.compile."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What several processes have of the network: ddp: each all of it; fsdp: each a shard of the parameters, their
+    gradients and the optimizer's state.  Of no account in a single process."""
     seed: int = 0
     """Seed of the initial weights, the order of the images and all that is drawn in a step."""
     threads: int | None = None
@@ -177,6 +180,9 @@ class TrainConfig:
         # Gradients are multiplied by fp16's scale until the optimizer's step.
         no_scale = self.log_gradient is None or self.mixed_precision != "fp16"
         _check(no_scale, "mixed_precision", "no or bf16 with log_gradient", "fp16")
+        sharded = self.parallel == "fsdp"
+        _check(not sharded or self.mixed_precision != "fp16", "mixed_precision", "no or bf16 with fsdp", "fp16")
+        _check(not sharded or not self.compile, "compile", "False with fsdp", self.compile)
         nesterov = self.nesterov and "sgd" in (self.optimizer, self.attention_optimizer)
         _check(not nesterov or self.momentum > 0, "momentum", "above 0 with nesterov", self.momentum)
         rising = all(one < other for one, other in zip(self.milestones, self.milestones[1:], strict=False))

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from . import parallel
 from .errors import TrainError
 
 
@@ -30,7 +31,7 @@ def mean_of(network: nn.Module, name: str | None) -> Callable[[], dict[str, floa
         part = slice(int(index), int(index) + 1)
 
     def read() -> dict[str, float]:
-        gradient = parameter.grad
+        gradient = parallel.whole(parameter.grad)
         return {"gradient_mean": math.nan if gradient is None else float(gradient[part].detach().double().mean())}
 
     return read

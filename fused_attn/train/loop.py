@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast, gather_object, set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -23,7 +21,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
 from .. import create_model
-from . import applies, atomic, augment, checkpoint, data, folder, gradients, identity, weights
+from . import applies, atomic, augment, checkpoint, data, folder, gradients, identity, parallel, weights
 from .config import MAY_GROW, TrainConfig
 from .environment import describe
 from .errors import NonFiniteError, TrainError, reason
@@ -64,7 +62,8 @@ class Run:
             torch.set_num_threads(config.threads)
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = not config.deterministic
-        self.accelerator = make_accelerator(config)
+        self.accelerator = parallel.make_accelerator(config)
+        self.sharded = config.parallel == "fsdp" and self.accelerator.num_processes > 1
         self.checkpoints = config.out / "checkpoints"
         taken = folder.is_taken(config.out)
         self.accelerator.wait_for_everyone()
@@ -97,7 +96,7 @@ class Run:
         self.transform, self.eval_transform = augment.build(config, self.dataset)
         set_seed(config.seed)
         self.network = build_network(config, self.dataset)
-        if config.channels_last:
+        if config.channels_last and not self.sharded:  # shards are of contiguous parameters
             self.network.to(memory_format=torch.channels_last)
         self.network.to(self.accelerator.device)
         self._try_out()
@@ -107,11 +106,15 @@ class Run:
         self.average = (
             AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema > 0 else None
         )
+        if self.sharded:
+            for each in (self.network,) if self.average is None else (self.network, self.average.module):
+                parallel.shard(each, self.accelerator)
         self.gradient = gradients.mean_of(self.network, config.log_gradient)
         optimizers = build_optimizers(config, self.network)
         compiled = torch.compile(self.network) if config.compile else self.network
-        self.model, *prepared = self.accelerator.prepare(compiled, *optimizers.values())
-        self.optimizers = dict(zip(optimizers, prepared, strict=True))
+        # For evaluation: with autocast, and without a wrapper for copies in several processes.
+        self.model = self.accelerator.prepare_model(compiled, evaluation_mode=self.sharded)
+        self.optimizers = {name: self.accelerator.prepare(each) for name, each in optimizers.items()}
 
         self.step = 0
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)  # loss, correct, images
@@ -287,8 +290,9 @@ class Run:
     def _clip(self) -> Tensor:
         """Norm of the whole gradient before clipping; with ``clip_norm`` the gradient is clipped."""
         if self.config.clip_norm is not None:
-            return self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        return nn.utils.get_total_norm([each.grad for each in self.model.parameters() if each.grad is not None])
+            return parallel.whole(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm))
+        gradients = [each.grad for each in self.model.parameters() if each.grad is not None]
+        return parallel.whole(nn.utils.get_total_norm(gradients))
 
     def _not_finite(self, loss: Tensor, norm: Tensor) -> None:
         """Count and log a step that is left out, or stop the run."""
@@ -378,10 +382,14 @@ class Run:
         mine = images[accelerator.process_index :: accelerator.num_processes]
         with torch.no_grad(), accelerator.autocast():
             size = self.config.eval_batch_size
-            batches = ([mine[first : first + size]] for first in range(0, len(mine), size))
-            for (part,) in load_ahead(batches, data.in_memory):
+            # As many forward passes in all processes, which gather a sharded network's parameters together.
+            firsts = range(0, -(-len(images) // accelerator.num_processes), size)
+            batches = ([mine[first : first + size] if first < len(mine) else images[:1]] for first in firsts)
+            for first, (part,) in zip(firsts, load_ahead(batches, data.in_memory), strict=True):
                 batch, labels = self._to_device(part, self.eval_transform)
                 logits = network(batch).float()
+                if first >= len(mine):
+                    continue
                 loss.update(F.cross_entropy(logits, labels, reduction="none"))
                 accuracy.update(logits, labels)
         return {f"{split}_loss": float(loss.compute()), f"{split}_accuracy": float(accuracy.compute())}
@@ -410,10 +418,13 @@ class Run:
     def _save(self) -> None:
         self._note_unreadable()
         totals = self.accelerator.reduce(self.totals, "sum").cpu()
+        tensors = {"model": self.network.state_dict()}
+        if self.average is not None:
+            tensors["ema"] = self.average.state_dict()
+        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        if self.sharded:
+            tensors, optimizers = parallel.whole(tensors), parallel.whole(optimizers)
         if self.accelerator.is_main_process:
-            tensors = {"model": self.network.state_dict()}
-            if self.average is not None:
-                tensors["ema"] = self.average.state_dict()
             for stem, each in tensors.items():
                 if bad := weights.not_finite(each.items()):
                     raise NonFiniteError(
@@ -429,7 +440,7 @@ class Run:
                 "extended": self.extended,
                 "initialised": self.initialised,
                 "data": identity.of(self.dataset),
-                **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+                **optimizers,
                 "scaler": scaler.state_dict() if scaler is not None else None,
             }
             checkpoint.save(self.checkpoints, self.step, tensors, state)
@@ -464,11 +475,11 @@ class Run:
         Raises:
             ValueError, or what PyTorch raises: it is that of another run.
         """
-        self.network.load_state_dict(tensors["model"])
+        parallel.load_network(self.network, tensors["model"])
         if self.average is not None:
-            self.average.load_state_dict(tensors["ema"])
+            parallel.load_network(self.average, tensors["ema"])
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state[name])
+            parallel.load_optimizer(optimizer, state[name])
             for parameter, values in optimizer.state.items():
                 if any(
                     isinstance(each, Tensor) and each.shape not in ((), parameter.shape) for each in values.values()
@@ -535,9 +546,9 @@ class Run:
             "environment": describe(),
             "config": self.config.as_json(),
         }
+        evaluated = parallel.whole((self.average.module if self.average is not None else self.network).state_dict())
         if self.accelerator.is_main_process:
-            evaluated = self.average.module if self.average is not None else self.network
-            checkpoint.write_weights(self.config.out / "model.safetensors", evaluated.state_dict())
+            checkpoint.write_weights(self.config.out / "model.safetensors", evaluated)
             atomic.write_text(self.config.out / "metrics.json", dumps(metrics, indent=1) + "\n")
         self.accelerator.wait_for_everyone()
         return metrics
@@ -567,17 +578,6 @@ class Run:
             return bool(flag)
         flag = torch.as_tensor(flag, device=self.accelerator.device).float()
         return bool(self.accelerator.reduce(flag, "sum") > 0)
-
-
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    # Accelerate keeps one state per process, and refuses another precision for a second run in the same process.
-    AcceleratorState._reset_state(reset_partial_state=False)
-    GradientState._reset_state()
-    return Accelerator(
-        cpu=not torch.cuda.is_available(),  # without a GPU it sees torchrun's processes only when told so
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.accumulate,
-    )
 
 
 def build_network(config: TrainConfig, dataset: data.Dataset) -> nn.Module:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fused_attn import cli
-from fused_attn.train import checkpoint, loop, train
+from fused_attn.train import checkpoint, loop, parallel, train
 from fused_attn.train.errors import NonFiniteError
 
 STEPS = {"max_steps": 7, "epochs": 2, "checkpoint_every": 3, "ema": 0.5, "crop_padding": 0}
@@ -130,14 +130,14 @@ def test_a_run_that_skips_everything_is_not_complete(small, tmp_path, monkeypatc
 @pytest.fixture
 def scaled(monkeypatch):
     """The loss scaling of fp16, on the CPU and in float32: what the scaler does to a step does not depend on either."""
-    original = loop.make_accelerator
+    original = parallel.make_accelerator
 
     def make(config):
         accelerator = original(config)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)
         return accelerator
 
-    monkeypatch.setattr(loop, "make_accelerator", make)
+    monkeypatch.setattr(parallel, "make_accelerator", make)
 
 
 def test_a_gradient_that_the_scaler_handles_is_its_own_business(small, tmp_path, monkeypatch, scaled):

@@ -19,7 +19,7 @@ from .second import flatten
 
 
 @dataclass(frozen=True)
-class Axis:
+class Folded:
     """Where a tensor takes the mapped dimension.
 
     Args:
@@ -54,8 +54,8 @@ class Axis:
         return (tensor if self.repeats is None else tensor.sum(dim + 1)), dim
 
 
-#: Of arguments and outputs by name, the axis; a gradient has that of its argument.
-Fold = Mapping[str, Axis]
+#: Of arguments and outputs by name; a gradient is folded as what it is the gradient of.
+Fold = Mapping[str, Folded]
 #: Of one call's arguments by name, the folds there are, best first.
 Folds = Callable[[Mapping[str, Any]], Sequence[Fold]]
 
@@ -64,7 +64,7 @@ def register(name: str, folds: Folds) -> None:
     """Register the batching rule of the operator ``fused_attn::name``."""
     operator = getattr(torch.ops.fused_attn, name).default
     arguments = [argument.name for argument in operator._schema.arguments]
-    outputs = [output.name.removeprefix("grad_") for output in operator._schema.returns]
+    outputs = [_of(output.name) for output in operator._schema.returns]
     is_backward = name.endswith("_backward")
 
     def rule(info, in_dims: tuple, *args: Any):
@@ -82,12 +82,14 @@ def register(name: str, folds: Folds) -> None:
 
         one = dict(zip(arguments, call(0), strict=True))
         absent = {output for output in outputs if is_backward and one.get(output, 0) is None}
-        covered = {argument for (argument, _), dim in mapped.items() if dim is not None} | {*outputs} - absent
+        covered = {_of(argument) for (argument, _), dim in mapped.items() if dim is not None} | {*outputs} - absent
         fold = next((fold for fold in folds(one) if covered <= fold.keys()), None)
         if fold is None:
             return _stacked([operator(*call(i)) for i in range(size)])
         folded = [
-            fold[place[0]].fold(value, mapped[place], size) if place[0] in fold and isinstance(value, Tensor) else value
+            fold[of].fold(value, mapped[place], size)
+            if (of := _of(place[0])) in fold and isinstance(value, Tensor)
+            else value
             for place, value in values.items()
         ]
         results = operator(*tree_unflatten(folded, form))
@@ -101,6 +103,11 @@ def register(name: str, folds: Folds) -> None:
         return tuple(tuple(tree_unflatten([*part], form)) for part in zip(*pairs, strict=True))
 
     torch.library.register_vmap(f"fused_attn::{name}", rule)
+
+
+def _of(name: str) -> str:
+    """What a gradient is the gradient of; other names as they are."""
+    return name.removeprefix("grad_")
 
 
 def _stacked(calls: Sequence[Any]) -> tuple[Any, Any]:

@@ -27,6 +27,14 @@ def threshold(dropout_p: float) -> int:
     return min(round(dropout_p * 2**32), 2**32 - 1)
 
 
+_ROW_STEP = _as_signed(0x9E3779B97F4A7C15)
+
+
+def behind(seed: torch.Tensor, rows: int) -> torch.Tensor:
+    """The seed whose mask is that of ``seed`` without its first ``rows`` rows."""
+    return seed + _as_signed(rows * _ROW_STEP % 2**64)
+
+
 def keep_mask(seed: torch.Tensor, rows: int, columns: int, dropout_p: float) -> torch.Tensor:
     """The elements to keep.
 
@@ -39,7 +47,7 @@ def keep_mask(seed: torch.Tensor, rows: int, columns: int, dropout_p: float) -> 
         bool tensor (rows, columns) on the device of ``seed``.
     """
     row = torch.arange(1, rows + 1, device=seed.device, dtype=torch.int64)
-    z = seed + row * _as_signed(0x9E3779B97F4A7C15)
+    z = seed + row * _ROW_STEP
     z = (z ^ _shift_right(z, 30)) * _as_signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift_right(z, 27)) * _as_signed(0x94D049BB133111EB)
     z = z ^ _shift_right(z, 31)

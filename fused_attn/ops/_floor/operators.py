@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ... import _extension
-from . import autograd, batching, checks, dispatch, recording
+from . import autograd, batching, checks, dispatch, recording, sharding
 from .declarations import OpSpec
 from .layout import empty_contiguous
 from .plain_calls import Guard, any_autocast, getter, signature
@@ -83,6 +83,7 @@ class Operators:
         derived: what backward needs beside arguments and outputs.
         complete: ``complete(arguments of backward, gradients)`` gives the gradients, for those that no kernel forms.
         folds: as in :func:`batching.register`, of the arguments of forward and of backward.
+        axes: along which DTensors may be sharded; without it, they are gathered.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Operators:
         recompute: Callable[..., Tensor] | None = None,
         blocks: Blocks | None = None,
         folds: batching.Folds = lambda call: (),
+        axes: sharding.Axes = lambda call: (),
     ) -> None:
         self.name, self.reference, self.kernels = name, reference, kernels
         usual = {impl: _USUAL_REASONS[impl] for impl in kernels if impl in _USUAL_REASONS}
@@ -163,6 +165,8 @@ class Operators:
                 getattr(torch.ops.fused_attn, f"{name}_{impl}{suffix}").default for suffix in ("", "_backward")
             )
             self._operators[impl] = forward_operator, backward_operator
+            for operator in self._operators[impl]:
+                sharding.declare(operator, axes)
             autograd.register(
                 f"{name}_{impl}",
                 self._backward_with(backward_operator),
@@ -229,6 +233,8 @@ class Operators:
                 return self.run(impl, *args)
         if impl != "reference" and not torch.compiler.is_compiling() and signature(args) is not None:
             return self.plain(impl, args)(*args)
+        if impl != "reference":
+            sharding.register()
         outputs = self.reference(*args) if impl == "reference" else self._operators[impl][0](*args)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 

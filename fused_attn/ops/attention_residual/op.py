@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .._floor import dispatch
-from .._floor.batching import Axis, Fold
+from .._floor.batching import Fold, Folded
 from .._floor.layout import empty_contiguous, rows
 from .._floor.operators import Operators, cpp, triton
+from .._floor.sharding import Axis
 from . import reference
 
 # The Triton kernels name every value as an argument, and hold whole rows in registers.
@@ -61,7 +62,13 @@ def _flops_backward(grad_out, values, *_, **__) -> int:
 
 def _folds(call: Mapping[str, Any]) -> Sequence[Fold]:
     tokens = call["values"][0].dim() > 1
-    return [dict.fromkeys(("values", "statistics", "out", "grad_out"), Axis(0))] if tokens else []
+    return [dict.fromkeys(("values", "statistics", "out"), Folded(0))] if tokens else []
+
+
+def _axes(call) -> list[Axis]:
+    # Tokens are on their own, whatever dimensions they are laid out in.
+    of_tokens = range(call["values"][0].dim() - 1)
+    return [Axis(dict.fromkeys(("values", "out", "statistics"), dim)) for dim in of_tokens]
 
 
 attention_residual = Operators(
@@ -79,4 +86,5 @@ attention_residual = Operators(
     flops=_flops,
     flops_backward=_flops_backward,
     folds=_folds,
+    axes=_axes,
 )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._floor import checks
+from .._floor import checks, sharding
 from .._floor.positions import Positions, PositionTables
 from ..rel_attention_2d import op
 from .api import bias_attention_2d
@@ -200,6 +200,7 @@ class WindowAttention2d(_TableAttention):
         grid = x.shape[2:]
         size, shift, counts = self._sizes(grid, window)
         segments = shift_segments(counts, size, shift, x.device) if any(shift) else None
+        segments = None if segments is None else sharding.beside(x, segments)
         out = self.attend(self.cut(x.permute(0, 2, 3, 1), window), segments)
         out = out.unflatten(0, (-1, counts[0], counts[1])).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         if any(shift):

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .._floor import dispatch
-from .._floor.batching import Axis, Fold
+from .._floor.batching import Fold, Folded
 from .._floor.layout import empty_contiguous
 from .._floor.operators import Operators, cpp, triton
+from .._floor.sharding import Axis
 from . import reference
 
 # Statistics: per plane (batch, head, channel) and per row or column, a shift (the maximum of the logits or near it) and
@@ -83,21 +84,43 @@ def _per_element(factor: int, index: int = 0):
     return formula
 
 
-#: With channels third from last, as in the input and the weights.
-_OF_CHANNELS = ("row_stats", "col_stats", "out", "grad_out")
+_WEIGHTS, _PLANES = ("weight_row", "weight_col"), ("row_stats", "col_stats")
+_STATISTICS_USED = ("mean", "var", "mean_used", "var_used")
 
 
 def _folds(call: Mapping[str, Any]) -> Sequence[Fold]:
     heads = call["weight_row"].shape[0]
-    channels = dict.fromkeys(("x", "weight_row", "weight_col", "row_stats", "col_stats"), Axis(-3))
-    of_heads = {name: Axis(1, outer=heads) for name in ("out", "grad_out")}
-    statistics = {name: Axis(0, outer=heads) for name in ("mean", "var", "mean_used", "var_used")}
-    return [channels | of_heads | statistics]
+    channels = dict.fromkeys(("x", *_WEIGHTS, *_PLANES), Folded(-3))
+    return [channels | {"out": Folded(1, outer=heads)} | dict.fromkeys(_STATISTICS_USED, Folded(0, outer=heads))]
 
 
 def _recompute(x, weight_row, weight_col, mean_used, var_used, training, eps, **_) -> Tensor:
     statistics = (None, None) if training else (mean_used, var_used)
     return reference.elementwise_attention(x, weight_row, weight_col, *statistics, eps)[0]
+
+
+def _softmax_axes(call) -> list[Axis]:
+    of_images = dict.fromkeys(("x", "row_mask", "col_mask", "out", *_PLANES), 0)
+    of_channels = {"x": 1, **dict.fromkeys(_WEIGHTS, 1), **dict.fromkeys(_PLANES, 2)}
+    if call["weight_row"] is None:
+        return [Axis(of_images), Axis({**of_channels, "out": 1})]
+    return [
+        Axis(of_images),
+        Axis({**of_channels, "out": 2}),
+        Axis({**dict.fromkeys(_WEIGHTS, 0), "out": 1, **dict.fromkeys(_PLANES, 1)}),
+    ]
+
+
+def _attention_axes(call) -> list[Axis]:
+    of_heads = {**dict.fromkeys((*_WEIGHTS, *_STATISTICS_USED), 0), **dict.fromkeys(("out", *_PLANES), 1)}
+    axes = [Axis(of_heads)]
+    if call["weight_row"].shape[0] == 1:  # of several heads, the channels of one lie side by side
+        of_channels = {**dict.fromkeys(("x", "out", *_WEIGHTS), 1), **dict.fromkeys(_STATISTICS_USED, 0)}
+        axes.append(Axis({**of_channels, **dict.fromkeys(_PLANES, 2)}))
+    training = call["training"] if "training" in call else call["mean"] is None
+    if not training:  # the statistics of the batch are those of all its images
+        axes.append(Axis(dict.fromkeys(("x", "out", *_PLANES), 0)))
+    return axes
 
 
 row_col_softmax = Operators(
@@ -116,9 +139,10 @@ row_col_softmax = Operators(
     flops_backward=_per_element(SOFTMAX_FLOPS[1], 1),
     apart=("row_mask", "col_mask"),
     folds=lambda call: [
-        dict.fromkeys(("x", "row_mask", "col_mask", *_OF_CHANNELS), Axis(0)),
-        dict.fromkeys(("x", "weight_row", "weight_col", *_OF_CHANNELS), Axis(-3)),
+        dict.fromkeys(("x", "row_mask", "col_mask", *_PLANES, "out"), Folded(0)),
+        dict.fromkeys(("x", *_WEIGHTS, *_PLANES, "out"), Folded(-3)),
     ],
+    axes=_softmax_axes,
 )
 
 elementwise_attention = Operators(
@@ -141,4 +165,5 @@ elementwise_attention = Operators(
     derived={"training": lambda values, needs: values[3] is None},
     recompute=_recompute,
     folds=_folds,
+    axes=_attention_axes,
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from .._floor import dispatch, recording
+from .._floor import dispatch, recording, sharding
 from . import op
 from .api import check, layer_attention, run_attention
 
@@ -32,8 +32,8 @@ class LayerCache:
             x = x + cache.attend(query)
 
     ``keys`` and ``values`` are the tensors that were appended: gradients with respect to them, retained ones and hooks
-    are those of the separate calls, as are second derivatives.  Under ``torch.compile`` and in function transforms it
-    makes the separate calls.
+    are those of the separate calls, as are second derivatives.  Under ``torch.compile``, in function transforms and of
+    DTensors it makes the separate calls.
 
     With ``torch.utils.checkpoint``, whose functions run a second time in the backward pass, do one of:
 
@@ -68,7 +68,7 @@ class LayerCache:
         self._check_pass("append")
         layer = _Layer(key, value, _version(value))
         needs_gradient = isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
-        if needs_gradient and not _makes_separate_calls():
+        if needs_gradient and not _makes_separate_calls(key, value):
             layer.buffer = _Buffer()
             layer.collected = _Collect.apply(layer.buffer, value)
         self._layers.append(layer)
@@ -87,7 +87,7 @@ class LayerCache:
         for number, layer in enumerate(self._layers):
             if _version(layer.value) != layer.version:
                 raise RuntimeError(f"values[{number}] was changed in place after it was appended to the LayerCache")
-        if _makes_separate_calls():
+        if _makes_separate_calls(query, bias, *self.keys, *self.values):
             return layer_attention(
                 query, self.keys, self.values, scale=scale, bias=bias, activation=activation, impl=impl
             )
@@ -140,9 +140,14 @@ class _PutBack:
         self.cache._layers, self.cache._pass = self.kept
 
 
-def _makes_separate_calls() -> bool:
-    """Whether what goes through the buffers would not be seen: in a compiler, a function transform, forward mode."""
-    return is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+def _makes_separate_calls(*tensors: object) -> bool:
+    """Whether what goes through the buffers would not be seen: in a compiler, a function transform, forward mode.
+
+    So it is with tensors that wrap others: the kernels, which are called here themselves, see only what is within.
+    """
+    if is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return any(isinstance(tensor, Tensor) and sharding.is_wrapper(tensor) for tensor in tensors)
 
 
 def _running_pass() -> int:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._floor.batching import Axis
+from .._floor.batching import Folded
 from .._floor.layout import dense_order, empty_contiguous, empty_in_order, in_order, is_channels_last
 from .._floor.operators import Operators, cpp, triton
+from .._floor.sharding import Axis
 from . import reference
 
 # --- allocation -------------------------------------------------------------------------------------------------
@@ -99,7 +100,13 @@ def _per_element(index: int, factor: int):
     return formula
 
 
-_OF_EACH_SAMPLE = ("query", "keys", "values", "weights", "out", "grad_out")
+_MAPS = ("query", "keys", "values", "weights", "out")
+
+
+def _axes(call) -> list[Axis]:
+    # Groups are channels side by side, as many in each.
+    return [Axis(dict.fromkeys(_MAPS, 0)), Axis({**dict.fromkeys(_MAPS, 1), "bias": 1})]
+
 
 weighted_layer_sum = Operators(
     "weighted_layer_sum",
@@ -114,7 +121,8 @@ weighted_layer_sum = Operators(
     reference=reference.weighted_layer_sum,
     flops=_per_element(1, 2),
     flops_backward=_per_element(2, 3),
-    folds=lambda call: [dict.fromkeys(("weights", "values", "out", "grad_out"), Axis(0))],
+    folds=lambda call: [dict.fromkeys(_MAPS, Folded(0))],
+    axes=_axes,
 )
 
 layer_attention = Operators(
@@ -133,10 +141,8 @@ layer_attention = Operators(
     reference=reference.layer_attention,
     flops=_per_element(2, 2),
     flops_backward=_per_element(3, 3),
-    folds=lambda call: [
-        dict.fromkeys(_OF_EACH_SAMPLE, Axis(0)),
-        dict.fromkeys((*_OF_EACH_SAMPLE, "bias"), Axis(1)),  # into the groups
-    ],
+    folds=lambda call: [dict.fromkeys(_MAPS, Folded(0)), dict.fromkeys((*_MAPS, "bias"), Folded(1))],
+    axes=_axes,
 )
 
 

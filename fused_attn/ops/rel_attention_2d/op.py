@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._floor import checks, dispatch
-from .._floor.batching import Axis, Fold
+from .._floor import checks, dispatch, dropout, sharding
+from .._floor.batching import Fold, Folded
 from .._floor.layout import empty_contiguous, empty_like_heads
 from .._floor.operators import Operators, cpp, triton
 from .._floor.second import Block
@@ -67,19 +67,21 @@ def _reference(
     return reference.rel_attention_2d(query, key, value, row_term, col_term, rel_scale=rel_scale, index=index, **common)
 
 
+_MAPS = ("query", "key", "value", "prefix_key", "prefix_value", "out", "statistics")
+
+
 def _folds(call: Mapping[str, Any]) -> Sequence[Fold]:
     """Into the batch, and into heads, each of which may have tables of its own."""
     if call["seed"] is not None:
         return []  # which weights are dropped depends on the place in the batch and among the heads
-    of_each = ("query", "key", "value", "prefix_key", "prefix_value", "out", "grad_out", "statistics")
-    batch, heads = dict.fromkeys(of_each, Axis(0)), dict.fromkeys(of_each, Axis(1))
-    heads["bias_table"] = Axis(0)
+    batch, heads = dict.fromkeys(_MAPS, Folded(0)), dict.fromkeys(_MAPS, Folded(1))
+    heads["bias_table"] = Folded(0)
     for name in ("row_term", "col_term"):
         term = call[name]
         if term is not None and term.dim() == 5:
-            batch[name], heads[name] = Axis(0), Axis(1)
+            batch[name], heads[name] = Folded(0), Folded(1)
         elif term is not None:
-            heads[name] = Axis(0) if term.dim() == 3 else Axis(0, repeats=call["query"].shape[1])
+            heads[name] = Folded(0) if term.dim() == 3 else Folded(0, repeats=call["query"].shape[1])
     return [batch, heads]
 
 
@@ -114,7 +116,33 @@ def _query_rows(values: Mapping[str, Any]) -> Iterable[Block]:
 
 def _draw_seed(query, *args) -> Tensor | None:
     dropout_p = args[-1]
-    return torch.randint(0, 2**63 - 1, (1,), device=query.device, dtype=torch.int64) if dropout_p > 0.0 else None
+    if not dropout_p > 0.0:
+        return None
+    seed = torch.randint(0, 2**63 - 1, (1,), device=query.device, dtype=torch.int64)
+    return sharding.beside(query, seed, drawn=True)
+
+
+def _axes(call) -> list[sharding.Axis]:
+    terms = {name: call[name].dim() for name in ("row_term", "col_term") if call[name] is not None}
+    logits = [name for name, dims in terms.items() if dims == 5]
+    of_images, unit = dict.fromkeys((*_MAPS, *logits), 0), 1
+    if call["query_segments"] is not None:
+        sets, batch = call["query_segments"].shape[0], call["query"].shape[0]
+        if sets == batch:
+            of_images |= dict.fromkeys(("query_segments", "key_segments"), 0)
+        else:  # image b has the segments b mod sets, in a shard too
+            unit = sets
+    images = sharding.Axis(of_images, unit, _own_part_of_the_mask)
+    if call["seed"] is not None:
+        return [images]  # the mask's rows of some heads are in as many pieces as there are images
+    of_heads = {**dict.fromkeys((*_MAPS, *logits), 1), "bias_table": 0}
+    return [images, sharding.Axis(of_heads | {name: 0 for name, dims in terms.items() if dims == 3})]
+
+
+def _own_part_of_the_mask(call: dict, shard: int) -> None:
+    """The dropout of a shard of the images, numbered from 0: its rows of the mask begin behind those before it."""
+    if call["seed"] is not None:
+        call["seed"] = dropout.behind(call["seed"], shard * math.prod(call["query"].shape[:4]))
 
 
 def _score_elements(query_shape, key_shape, prefix_key_shape) -> int:
@@ -173,6 +201,7 @@ rel_attention_2d = Operators(
     drawn=_draw_seed,
     blocks=_query_rows,
     folds=_folds,
+    axes=_axes,
 )
 
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .._floor import dispatch
-from .._floor.batching import Axis
+from .._floor.batching import Folded
 from .._floor.layout import empty_contiguous, in_format, memory_format
 from .._floor.operators import Operators, cpp, triton
+from .._floor.sharding import Axis
 from . import reference
 
 
@@ -89,12 +90,6 @@ def _complete(arguments: tuple, grads: tuple) -> tuple:
     return (*others, grad_residual if residual_grad else grad_out)
 
 
-#: What has the batch as its first dimension; a fold into it covers no gradient of the weights.
-_OF_EACH_SAMPLE = (
-    "x", "result", "result_share", "residual", "active", "out", "z", "preactivation", "scale", "grad_out",
-)  # fmt: skip
-
-
 def _recompute(
     x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, result, result_share, active, hidden_activation, gate, residual=None,
     **_,
@@ -115,6 +110,11 @@ def _flops(x, fc1_weight, fc1_bias, fc2_weight, *_, **__) -> int:
     rows, columns = fc1_weight[:2]
     return 2 * x[0] * rows * (columns + (0 if fc2_weight is None else x[1]))
 
+
+#: Every gate is of all channels, so only images are on their own.
+_IMAGES = Axis(
+    dict.fromkeys(("x", "result", "result_share", "residual", "out", "active", "z", "preactivation", "scale"), 0)
+)
 
 squeeze_excite = Operators(
     "squeeze_excite",
@@ -144,5 +144,6 @@ squeeze_excite = Operators(
     },
     complete=_complete,
     recompute=_recompute,
-    folds=lambda call: [dict.fromkeys(_OF_EACH_SAMPLE, Axis(0))],
+    folds=lambda call: [dict.fromkeys(_IMAGES.dims, Folded(0))],
+    axes=lambda call: [_IMAGES],
 )
