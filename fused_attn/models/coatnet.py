@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import SqueezeExcite, WindowAttention2d
-from .coverage import grid, strided
+from .coverage import check_largest_size, grid, strided
 from .drop_path import DropPath
 from .features import choose_levels
 from .model import Model
@@ -183,8 +183,7 @@ class CoAtNet(Model):
         self.head = None if features_only else nn.Linear(dims[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        if any(length > most for length, most in zip(x.shape[2:], self.image_size, strict=True)):
-            raise ValueError(f"images must have a size (H, W) of at most {self.image_size}, got shape {tuple(x.shape)}")
+        check_largest_size(x, self.image_size)
         x = self.stem(x)
         maps = [x]
         for stage in self.stages:

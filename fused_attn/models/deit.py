@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..modules import LayerCache, MRLABase, MRLALight
 from ..ops._floor import checks
-from .coverage import grid
+from .coverage import check_size, grid
 from .drop_path import DropPath
 from .features import choose_levels
 from .model import Model
@@ -185,8 +185,7 @@ class DeiT(Model):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        if tuple(x.shape[2:]) != self.image_size:
-            raise ValueError(f"images must have the size (H, W)={self.image_size}, got shape {tuple(x.shape)}")
+        check_size(x, self.image_size)
         x = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat((self.class_token.expand(x.shape[0], -1, -1), x), dim=1) + self.positions
         maps, cache = [], None

@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from .._floor import checks
+from .._floor.tracing import leaf
 from ..rel_attention_2d import api as shared
 
 
+@leaf
 def bias_attention_2d(
     query: Tensor,
     key: Tensor,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._floor import checks
+from .._floor.tracing import leaf
 from ..rel_attention_2d import op
 from .api import bias_attention_2d
 
@@ -66,12 +67,7 @@ class _TableAttention(nn.Module):
         Args:
             size: (h, w) of a smaller window: the central part of the table, which belongs to its relative positions.
         """
-        if size is not None and any(length > full for length, full in zip(size, self.window, strict=True)):
-            raise ValueError(f"windows must be at most {self.window} large, got {tuple(size)}")
-        table = self.relative_position_bias_table.unflatten(0, [2 * length - 1 for length in self.window])
-        for axis, (full, length) in enumerate(zip(self.window, size or self.window, strict=True)):
-            table = table.narrow(axis, full - length, 2 * length - 1)
-        return table.permute(2, 0, 1)
+        return _central_part(self.relative_position_bias_table, self.window, self.window if size is None else size)
 
     def attend(self, windows: Tensor, segments: Tensor | None = None) -> Tensor:
         """Attend within windows, (N, h, w, dim) -> (N, h, w, out_dim), at most as large as ``window``.
@@ -92,12 +88,6 @@ class _TableAttention(nn.Module):
             impl=self.impl,
         )
         return self.proj(out.permute(0, 2, 3, 1, 4).flatten(3))
-
-    def check_input(self, x: Tensor) -> None:
-        if x.dim() != 4 or x.shape[1] != self.dim:
-            raise ValueError(f"x must have shape (B, {self.dim}, H, W), got {tuple(x.shape)}")
-        if 0 in x.shape[2:]:
-            raise ValueError(f"x must have a height and width of at least 1, got {tuple(x.shape)}")
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, {self.size_name}={self.window}, dropout_p={self.dropout_p}, impl={self.impl!r}"
@@ -148,27 +138,9 @@ class WindowAttention2d(_TableAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within the windows of x, (B, dim, H, W) -> (B, out_dim, H, W)."""
-        self.check_input(x)
-        grid = x.shape[2:]
-        window = [min(length, size) for length, size in zip(grid, self.window, strict=True)]
-        shift = [s if length > size else 0 for s, length, size in zip(self.shift, grid, window, strict=True)]
-        counts = [-(-length // size) for length, size in zip(grid, window, strict=True)]
-        missing = [count * size - length for count, size, length in zip(counts, window, grid, strict=True)]
-
-        x = x.permute(0, 2, 3, 1)
-        if any(missing):
-            x = F.pad(x, (0, 0, 0, missing[1], 0, missing[0]))
-        segments = None
-        if any(shift):
-            x = x.roll((-shift[0], -shift[1]), (1, 2))
-            segments = shift_segments(counts, window, shift, x.device)
-        # (B, rows, h, columns, w, dim) and back: the windows of an image lie side by side.
-        x = x.unflatten(2, (counts[1], window[1])).unflatten(1, (counts[0], window[0]))
-        out = self.attend(x.transpose(2, 3).flatten(0, 2), segments)
-        out = out.unflatten(0, (-1, counts[0], counts[1])).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        if any(shift):
-            out = out.roll(shift, (1, 2))
-        return out[:, : grid[0], : grid[1]].permute(0, 3, 1, 2)
+        checks.feature_map(x, self.dim)
+        windows, segments = _cut(x, self.window, self.shift)
+        return _join(self.attend(windows, segments), x, self.window, self.shift)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, shift={self.shift}"
@@ -201,9 +173,8 @@ class GridAttention2d(_TableAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over the grids of x, (B, dim, H, W) -> (B, out_dim, H, W)."""
-        self.check_input(x)
-        if any(length % size for length, size in zip(x.shape[2:], self.window, strict=True)):
-            raise ValueError(f"x must have multiples of grid={self.window} as height and width, got {tuple(x.shape)}")
+        checks.feature_map(x, self.dim)
+        _check_grid(x, self.window)
         height, width = self.window
         x = x.permute(0, 2, 3, 1).unflatten(2, (width, -1)).unflatten(1, (height, -1))
         cell = x.shape[2], x.shape[4]
@@ -214,6 +185,65 @@ class GridAttention2d(_TableAttention):
 
 def _pair(number: int | tuple[int, int]) -> tuple[int, ...]:
     return (number, number) if isinstance(number, int) else tuple(number)
+
+
+@leaf
+def _central_part(table: Tensor, window: Sequence[int], size: Sequence[int]) -> Tensor:
+    """A module's table for windows of ``size``, a view (heads, 2h-1, 2w-1)."""
+    if any(length > full for length, full in zip(size, window, strict=True)):
+        raise ValueError(f"windows must be at most {window} large, got {tuple(size)}")
+    table = table.unflatten(0, [2 * length - 1 for length in window])
+    for axis, (full, length) in enumerate(zip(window, size, strict=True)):
+        table = table.narrow(axis, full - length, 2 * length - 1)
+    return table.permute(2, 0, 1)
+
+
+def _check_size(x: Tensor) -> None:
+    if 0 in x.shape[2:]:
+        raise ValueError(f"x must have a height and width of at least 1, got {tuple(x.shape)}")
+
+
+@leaf
+def _check_grid(x: Tensor, grid: Sequence[int]) -> None:
+    _check_size(x)
+    if any(length % size for length, size in zip(x.shape[2:], grid, strict=True)):
+        raise ValueError(f"x must have multiples of grid={grid} as height and width, got {tuple(x.shape)}")
+
+
+def _partition(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """Size, shift and numbers of the windows of a map (B, dim, H, W) along its axes."""
+    grid = x.shape[2:]
+    sizes = [min(length, size) for length, size in zip(grid, window, strict=True)]
+    shifts = [s if length > size else 0 for s, length, size in zip(shift, grid, sizes, strict=True)]
+    return sizes, shifts, [-(-length // size) for length, size in zip(grid, sizes, strict=True)]
+
+
+@leaf
+def _cut(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """The windows of a map, (B, dim, H, W) to (B * windows, h, w, dim), side by side, and their segments."""
+    _check_size(x)
+    sizes, shifts, counts = _partition(x, window, shift)
+    missing = [count * size - length for count, size, length in zip(counts, sizes, x.shape[2:], strict=True)]
+    x = x.permute(0, 2, 3, 1)
+    if any(missing):
+        x = F.pad(x, (0, 0, 0, missing[1], 0, missing[0]))
+    segments = None
+    if any(shifts):
+        x = x.roll((-shifts[0], -shifts[1]), (1, 2))
+        segments = shift_segments(counts, sizes, shifts, x.device)
+    # (B, rows, h, columns, w, dim)
+    x = x.unflatten(2, (counts[1], sizes[1])).unflatten(1, (counts[0], sizes[0]))
+    return x.transpose(2, 3).flatten(0, 2), segments
+
+
+@leaf
+def _join(windows: Tensor, x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
+    """The map (B, out_dim, H, W) of windows that :func:`_cut` made of ``x``."""
+    _, shifts, counts = _partition(x, window, shift)
+    out = windows.unflatten(0, (-1, counts[0], counts[1])).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    if any(shifts):
+        out = out.roll(shifts, (1, 2))
+    return out[:, : x.shape[2], : x.shape[3]].permute(0, 3, 1, 2)
 
 
 def shift_segments(counts: Sequence[int], window: Sequence[int], shift: Sequence[int], device: torch.device) -> Tensor:

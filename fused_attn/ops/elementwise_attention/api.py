@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from .._floor import checks
+from .._floor.tracing import leaf
 from . import op
 
 
+@leaf
 def row_col_softmax(
     x: Tensor,
     weight_row: Tensor | None = None,
@@ -66,6 +68,7 @@ def row_col_softmax(
     return _run_softmax(impl, x, weight_row, weight_col, row_mask, col_mask, temperature, log)[0]
 
 
+@leaf
 def elementwise_attention(
     x: Tensor,
     weight_row: Tensor,

@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from .._floor import checks
+from .._floor.tracing import leaf
 from . import op
 
 ACTIVATIONS = ("softmax", "sigmoid")
 
 
+@leaf
 def layer_attention(
     query: Tensor,
     keys: Sequence[Tensor],
@@ -58,6 +60,7 @@ def layer_attention(
     return _run_attention(impl, query, keys, values, bias, scale, activation)[0]
 
 
+@leaf
 def weighted_layer_sum(weights: Tensor, values: Sequence[Tensor], *, impl: str = "auto") -> Tensor:
     """``out[b, c] = sum_l weights[b, g(c), l] * values[l][b, c]``: :func:`layer_attention` with its weights given.
 

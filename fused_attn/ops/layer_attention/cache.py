@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from .._floor import dispatch
+from .._floor.tracing import is_traced
 from . import op
 from .api import check, layer_attention
 
@@ -87,7 +89,7 @@ class LayerCache:
         for number, layer in enumerate(self._layers):
             if _version(layer.value) != layer.version:
                 raise RuntimeError(f"values[{number}] was changed in place after it was appended to the LayerCache")
-        if _makes_separate_calls():
+        if _makes_separate_calls(query, *self.keys, *self.values):
             return layer_attention(
                 query, self.keys, self.values, scale=scale, bias=bias, activation=activation, impl=impl
             )
@@ -138,9 +140,14 @@ class _PutBack:
         self.cache._layers, self.cache._pass = self.kept
 
 
-def _makes_separate_calls() -> bool:
+def _makes_separate_calls(*tensors: Any) -> bool:
     """Whether what goes through the buffers would not be seen: in a compiler, a function transform, forward mode."""
-    return is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return (
+        is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or is_traced(tensors)
+    )
 
 
 def _running_pass() -> int:

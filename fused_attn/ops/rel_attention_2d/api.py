@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from .._floor import checks
+from .._floor.tracing import leaf
 from . import op
 
 INDEX = ("key_minus_query", "query_minus_key")
 
 
+@leaf
 def rel_attention_2d(
     query: Tensor,
     key: Tensor,
@@ -82,6 +84,7 @@ def rel_attention_2d(
     )[0]  # fmt: skip
 
 
+@leaf
 def decomposed_bias_attention(
     query: Tensor,
     key: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._floor import checks
+from .._floor.tracing import leaf
 from . import op
 from .api import rel_attention_2d
 
@@ -95,10 +96,10 @@ class RelPosAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over all positions of x, (B, in_channels, H', W') -> (B, out_channels, H', W')."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x must have shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
-        height, width = x.shape[2:]
-        rel_h, rel_w = self._central_rows(height, width)
+        checks.feature_map(x, self.in_channels)
+        rel_h, rel_w = self.rel_h, self.rel_w
+        if rel_h is not None:
+            rel_h, rel_w = _central_rows(rel_h, rel_w, self.size, x)
         query, key, value = self.qkv(x).split((self.key_channels, self.key_channels, self.value_channels), dim=1)
         out = rel_attention_2d(
             self._split_heads(query),
@@ -115,24 +116,26 @@ class RelPosAttention2d(nn.Module):
         """View (B, heads*d, H, W) as (B, heads, H, W, d)."""
         return x.unflatten(1, (self.heads, -1)).permute(0, 1, 3, 4, 2)
 
-    def _central_rows(self, height: int, width: int) -> tuple[Tensor | None, Tensor | None]:
-        if self.rel_h is None:
-            return None, None
-        if height > self.size[0] or width > self.size[1]:
-            raise ValueError(
-                f"x must have a grid (H, W) of at most size={self.size}, for which the relative position tables "
-                f"were built, got {(height, width)}"
-            )
-        # Row k - q + size - 1 of the full table is row k - q + length - 1 of this slice.
-        rel_h, rel_w = (
-            table.narrow(-2, size - length, 2 * length - 1)
-            for table, size, length in zip((self.rel_h, self.rel_w), self.size, (height, width), strict=True)
-        )
-        return rel_h, rel_w
-
     def extra_repr(self) -> str:
         tables = "none" if self.rel_h is None else "per head" if self.rel_h.dim() == 3 else "shared"
         return f"heads={self.heads}, size={self.size}, tables={tables}, dropout_p={self.dropout_p}, impl={self.impl!r}"
+
+
+@leaf
+def _central_rows(rel_h: Tensor, rel_w: Tensor, full: tuple[int, int], x: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of tables of grids of the size ``full`` that belong to the grid of ``x``."""
+    height, width = x.shape[2:]
+    if height > full[0] or width > full[1]:
+        raise ValueError(
+            f"x must have a grid (H, W) of at most size={full}, for which the relative position tables "
+            f"were built, got {(height, width)}"
+        )
+    # Row k - q + size - 1 of the full table is row k - q + length - 1 of this slice.
+    rel_h, rel_w = (
+        table.narrow(-2, size - length, 2 * length - 1)
+        for table, size, length in zip((rel_h, rel_w), full, (height, width), strict=True)
+    )
+    return rel_h, rel_w
 
 
 class AttentionAugmentedConv2d(nn.Module):
