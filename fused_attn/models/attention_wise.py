@@ -83,7 +83,7 @@ class AttentionWise(_PapersStart):
         self.initialise(std)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_size(x, self.size)
+        x = check_size(x, self.size)
         return self.fc(self.layers(x).flatten(1))
 
 
@@ -121,7 +121,7 @@ class VGGControl(_PapersStart):
         self.initialise()
 
     def forward(self, x: Tensor) -> Tensor:
-        check_size(x, self.size)
+        x = check_size(x, self.size)
         return self.fc(self.features(x).flatten(1))
 
 

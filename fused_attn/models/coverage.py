@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from ..ops._floor import checks
-from ..ops._floor.tracing import leaf
+from ..ops._floor.tracing import leaf, pinned
 
 BLOCKS = ("all", "first", "last")
 
@@ -51,14 +51,15 @@ def grid(image_size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 @leaf
-def check_size(x: Tensor, size: tuple[int, int]) -> None:
-    """Require images (B, in_chans, H, W) of one size.
+def check_size(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Require images (B, in_chans, H, W) of one size; returns them.
 
     Raises:
         ValueError: they have another one.
     """
     if tuple(x.shape[2:]) != size:
         raise ValueError(f"images must have the size (H, W)={size}, got shape {tuple(x.shape)}")
+    return pinned(x)
 
 
 @leaf

@@ -185,7 +185,7 @@ class DeiT(Model):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        check_size(x, self.image_size)
+        x = check_size(x, self.image_size)
         x = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat((self.class_token.expand(x.shape[0], -1, -1), x), dim=1) + self.positions
         maps, cache = [], None

@@ -1,4 +1,4 @@
-"""How functions look to ``torch.fx``, and when their implementations give way to plain PyTorch for an export."""
+"""What ``torch.fx`` and ``torch.jit.trace`` record of functions, and when plain PyTorch takes their place."""
 
 from __future__ import annotations
 
@@ -62,6 +62,19 @@ def leaf(function: _Function) -> _Function:
         return proxy[0].tracer.create_proxy("call_function", call, args, kwargs)
 
     return call  # type: ignore[return-value]  # the same signature
+
+
+def pinned(tensor: Any, first: int = 1) -> Any:
+    """A tensor whose dimensions from ``first`` on keep their sizes in a graph of ``torch.jit.trace``.
+
+    Such a graph repeats neither the checks of an op nor what was computed in Python of a size, and kernels trust the
+    sizes that they get.  On others it raises an error; elsewhere, and of None, this does nothing.
+    """
+    if tensor is None or not torch.jit.is_tracing():
+        return tensor
+    for dim in range(first, tensor.dim()):
+        tensor = tensor.unflatten(dim, (int(tensor.shape[dim]),))
+    return tensor
 
 
 def is_traced(values: Iterable[Any]) -> bool:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._floor import checks
-from .._floor.tracing import leaf
+from .._floor.tracing import leaf, pinned
 from ..rel_attention_2d import op
 from .api import bias_attention_2d
 
@@ -222,6 +222,7 @@ def _partition(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> tuple[
 def _cut(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     """The windows of a map, (B, dim, H, W) to (B * windows, h, w, dim), side by side, and their segments."""
     _check_size(x)
+    x = pinned(x)
     sizes, shifts, counts = _partition(x, window, shift)
     missing = [count * size - length for count, size, length in zip(counts, sizes, x.shape[2:], strict=True)]
     x = x.permute(0, 2, 3, 1)

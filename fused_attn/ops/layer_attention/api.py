@@ -121,7 +121,7 @@ def check(
             raise ValueError(f"keys[{layer}] must have shape (B, G, d)={tuple(query.shape)}, got {tuple(key.shape)}")
     if bias is not None and tuple(bias.shape) != (len(keys), query.shape[1]):
         raise ValueError(f"bias must have shape (L, G)={(len(keys), query.shape[1])}, got {tuple(bias.shape)}")
-    scale = query.shape[2] ** -0.5 if scale is None else checks.number("scale", scale)
+    scale = checks.number("scale", query.shape[2] ** -0.5 if scale is None else scale)
     return query, keys, values, bias, scale, activation == "sigmoid"
 
 

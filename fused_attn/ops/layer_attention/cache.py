@@ -141,9 +141,10 @@ class _PutBack:
 
 
 def _makes_separate_calls(*tensors: Any) -> bool:
-    """Whether what goes through the buffers would not be seen: in a compiler, a function transform, forward mode."""
+    """Whether what goes through the buffers would not be seen: in a compiler, a trace, a transform, forward mode."""
     return (
         is_compiling()
+        or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or is_traced(tensors)
