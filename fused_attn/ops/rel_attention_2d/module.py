@@ -97,8 +97,9 @@ class RelPosAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend over all positions of x, (B, in_channels, H', W') -> (B, out_channels, H', W')."""
         checks.feature_map(x, self.in_channels)
-        rel_h, rel_w = self.rel_h, self.rel_w
-        if rel_h is not None:
+        rel_h: Tensor | None = self.rel_h
+        rel_w: Tensor | None = self.rel_w
+        if rel_h is not None and rel_w is not None:
             rel_h, rel_w = _central_rows(rel_h, rel_w, self.size, x)
         query, key, value = self.qkv(x).split((self.key_channels, self.key_channels, self.value_channels), dim=1)
         out = rel_attention_2d(
@@ -122,7 +123,7 @@ class RelPosAttention2d(nn.Module):
 
 
 @leaf
-def _central_rows(rel_h: Tensor, rel_w: Tensor, full: tuple[int, int], x: Tensor) -> tuple[Tensor, Tensor]:
+def _central_rows(rel_h: Tensor, rel_w: Tensor, full: tuple[int, ...], x: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of tables of grids of the size ``full`` that belong to the grid of ``x``."""
     height, width = x.shape[2:]
     if height > full[0] or width > full[1]:
