@@ -187,7 +187,7 @@ def test_modules_whose_layers_are_called_are_traced():
     module = modules.SqueezeExcite(8, 2)
     module.fc1.register_forward_hook(lambda module, args, out: 2.0 * out)
     x, args = draw(2, 8, 3, 3), {"result": None, "result_share": None, "activation": "relu"}
-    check(symbolic_trace(module, args)(x, residual=x), module(x, residual=x, activation="relu"))
+    check(symbolic_trace(module, args)(x, residual=x, **args), module(x, residual=x, **args))
     grid = modules.GridAttention2d(8, 2, 2)
     check(symbolic_trace(grid)(draw(2, 8, 4, 6)), grid(draw(2, 8, 4, 6)))
     with pytest.raises(ValueError, match="multiples of grid"):

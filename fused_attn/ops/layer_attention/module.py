@@ -131,7 +131,7 @@ def _check_layers(layers: Sequence[Tensor], channels: Sequence[int], key_grid: t
 
 
 @leaf
-def _pool(x: Tensor, grid: tuple[int, ...]) -> Tensor:
+def _pool(x: Tensor, grid: Any) -> Tensor:
     """A map pooled to a grid; a pooled layer itself."""
     return x if x.dim() == 2 else F.adaptive_avg_pool2d(x, grid)
 
