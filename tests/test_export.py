@@ -184,10 +184,19 @@ def test_every_name_is_traced():
 
 
 def test_modules_whose_layers_are_called_are_traced():
-    module = modules.SqueezeExcite(8, 2)
-    module.fc1.register_forward_hook(lambda module, args, out: 2.0 * out)
-    x, args = draw(2, 8, 3, 3), {"result": None, "result_share": None, "activation": "relu"}
-    check(symbolic_trace(module, args)(x, residual=x, **args), module(x, residual=x, **args))
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.se = modules.SqueezeExcite(8, 2)
+
+        def forward(self, x):
+            return self.se(x, residual=x, activation="relu")
+
+    module, x = Residual(), draw(2, 8, 3, 3)
+    module.se.fc1.register_forward_hook(lambda module, args, out: 2.0 * out)
+    traced = symbolic_trace(module)
+    assert "se.fc1" in {node.target for node in traced.graph.nodes}
+    check(traced(x), module(x))
     grid = modules.GridAttention2d(8, 2, 2)
     check(symbolic_trace(grid)(draw(2, 8, 4, 6)), grid(draw(2, 8, 4, 6)))
     with pytest.raises(ValueError, match="multiples of grid"):
