@@ -49,7 +49,7 @@ def draw(*size):
 def check(found, expected, tolerance=0.0):
     found, expected = ([value] if isinstance(value, torch.Tensor) else [*value] for value in (found, expected))
     for got, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.detach().abs().max()))
 
 
 def own(graph):
