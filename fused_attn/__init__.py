@@ -16,6 +16,7 @@ from .ops import (
     squeeze_excite,
     weighted_layer_sum,
 )
+from .ops._floor.tracing import export_mode
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "create_model",
     "decomposed_bias_attention",
     "elementwise_attention",
+    "export_mode",
     "layer_attention",
     "list_models",
     "rel_attention_1d",

@@ -305,7 +305,7 @@ class _Recorder:
                     flat = self._flat(grid, arguments.op == "rel_attention_1d").to(query.device)
                 except ValueError as error:
                     raise ValueError(f"{self.names[module] or 'the model'}: {error}") from error
-                if module in self.cuts:
+                if isinstance(module, _WINDOWED):
                     found = _of_windows(arguments, flat, grid, module.positions(grid, size, query.device))
                 else:
                     found = _weights(arguments, flat)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..modules import ElementwiseAttentionBlock
 from ..ops._floor import checks
-from .coverage import grid
+from .coverage import check_size, grid
 from .model import Model
 from .registry import register_model
 
@@ -24,11 +24,6 @@ class _PapersStart(Model):
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-
-
-def check_size(x: Tensor, size: tuple[int, int]) -> None:
-    if tuple(x.shape[2:]) != size:
-        raise ValueError(f"images must have the size (H, W)={size}, got shape {tuple(x.shape)}")
 
 
 class AttentionWise(_PapersStart):
@@ -88,7 +83,7 @@ class AttentionWise(_PapersStart):
         self.initialise(std)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_size(x, self.size)
+        x = check_size(x, self.size)
         return self.fc(self.layers(x).flatten(1))
 
 
@@ -126,7 +121,7 @@ class VGGControl(_PapersStart):
         self.initialise()
 
     def forward(self, x: Tensor) -> Tensor:
-        check_size(x, self.size)
+        x = check_size(x, self.size)
         return self.fc(self.features(x).flatten(1))
 
 

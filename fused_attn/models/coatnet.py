@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import SqueezeExcite, WindowAttention2d
-from .coverage import grid, strided
+from .coverage import check_largest_size, grid, strided
 from .drop_path import DropPath
 from .features import choose_levels
 from .model import Model
@@ -193,12 +193,8 @@ class CoAtNet(Model):
         self.head = None if features_only else nn.Linear(dims[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        larger = any(length > most for length, most in zip(x.shape[2:], self.image_size, strict=True))
-        if larger and not self.resize_tables:
-            raise ValueError(
-                f"images must have a size (H, W) of at most {self.image_size}, got shape {tuple(x.shape)}; with "
-                "resize_tables=True the tables are interpolated"
-            )
+        if not self.resize_tables:
+            check_largest_size(x, self.image_size, "with resize_tables=True the tables are interpolated")
         x = self.stem(x)
         maps = [x]
         for stage in self.stages:

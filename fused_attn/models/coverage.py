@@ -1,10 +1,13 @@
-"""Which convolutions of a residual network are augmented with attention, and the grids that they work on."""
+"""Which convolutions of a residual network are augmented with attention, and the sizes of grids and images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import Tensor
+
 from ..ops._floor import checks
+from ..ops._floor.tracing import leaf, pinned
 
 BLOCKS = ("all", "first", "last")
 
@@ -45,6 +48,34 @@ def grid(image_size: int | tuple[int, int]) -> tuple[int, int]:
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"image_size must be a positive number or two of them (H, W), got {image_size}")
     return size
+
+
+@leaf
+def check_size(x: Tensor, size: tuple[int, int], way_out: str = "") -> Tensor:
+    """Require images (B, in_chans, H, W) of one size; returns them.  The error ends with ``way_out``.
+
+    Raises:
+        ValueError: they have another one.
+    """
+    if tuple(x.shape[2:]) != size:
+        raise ValueError(f"images must have the size (H, W)={size}, got shape {tuple(x.shape)}{_after(way_out)}")
+    return pinned(x)
+
+
+@leaf
+def check_largest_size(x: Tensor, size: tuple[int, int], way_out: str = "") -> None:
+    """Require images (B, in_chans, H, W) that are nowhere larger than ``size``.  The error ends with ``way_out``.
+
+    Raises:
+        ValueError: they are.
+    """
+    if any(length > most for length, most in zip(x.shape[2:], size, strict=True)):
+        shape = tuple(x.shape)
+        raise ValueError(f"images must have a size (H, W) of at most {size}, got shape {shape}{_after(way_out)}")
+
+
+def _after(way_out: str) -> str:
+    return f"; {way_out}" if way_out else ""
 
 
 def strided(size: tuple[int, int], stride: int) -> tuple[int, int]:

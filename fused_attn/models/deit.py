@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..modules import LayerCache, MRLABase, MRLALight
 from ..ops._floor import checks
 from ..ops._floor.positions import Positions, PositionTables
-from .coverage import grid
+from .coverage import check_size, grid
 from .drop_path import DropPath
 from .features import choose_levels
 from .model import Model
@@ -195,13 +195,6 @@ class DeiT(PositionTables, Model):
 
     def _grid_of(self, x: Tensor) -> tuple[int, int]:
         """Patches of an image along its height and width."""
-        if tuple(x.shape[2:]) == self.image_size:
-            return self.size
-        if not self.resize_tables:
-            raise ValueError(
-                f"images must have the size (H, W)={self.image_size}, got shape {tuple(x.shape)}; with "
-                "resize_tables=True the positions are interpolated"
-            )
         if x.dim() != 4 or 0 in x.shape or any(length % self.patch_size for length in x.shape[2:]):
             raise ValueError(
                 f"images must have multiples of patch_size={self.patch_size} as height and width, got {tuple(x.shape)}"
@@ -209,8 +202,12 @@ class DeiT(PositionTables, Model):
         return x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        size = self._grid_of(x)
-        positions = self.position_tables()["positions"].resized(self.positions, size)
+        if self.resize_tables:
+            size = self._grid_of(x)
+            positions = self.position_tables()["positions"].resized(self.positions, size)
+        else:
+            x = check_size(x, self.image_size, "with resize_tables=True the positions are interpolated")
+            size, positions = self.size, self.positions
         x = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat((self.class_token.expand(x.shape[0], -1, -1), x), dim=1) + positions
         maps, cache = [], None

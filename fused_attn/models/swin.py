@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..modules import WindowAttention2d
 from ..ops._floor import checks
+from ..ops._floor.tracing import leaf
 from .drop_path import DropPath
 from .features import choose_levels
 from .model import Model
@@ -167,6 +168,7 @@ class Swin(Model):
         return maps if self.head is None else self.head(self.norm(x).mean((1, 2)))
 
 
+@leaf
 def pad_to_multiple(x: Tensor, size: int, axis: int) -> Tensor:
     """Pad two neighbouring axes at their ends, with zeros, to multiples of ``size``.
 

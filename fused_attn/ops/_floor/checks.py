@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .tracing import leaf
+
 
 def number(name: str, value: object) -> float:
     """A number that a user gave, as a float.
@@ -96,6 +98,17 @@ def tensors(**values: object) -> None:
     """Require floating-point tensors, by name; raises as :func:`tensor` does."""
     for name, value in values.items():
         tensor(name, value)
+
+
+@leaf
+def feature_map(x: Tensor, channels: int) -> None:
+    """Require the input of a module: a map (B, channels, H, W).
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(f"x must have shape (B, {channels}, H, W), got {tuple(x.shape)}")
 
 
 def one_of(name: str, value: object, choices: Collection[object]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ... import _extension
+from .tracing import exports_plainly
 
 #: Every value that ``impl=`` may take, for any op.
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -58,7 +59,7 @@ def triton_reason(tensor: torch.Tensor) -> str | None:
 
 
 def choose(op: str, impl: str, candidates: Mapping[str, CanRun], *inputs) -> str:
-    """Name the implementation of ``op`` to run.
+    """Name the implementation of ``op`` to run: the reference where an export asks for plain PyTorch.
 
     Args:
         op: the op's public name, for the error text.
@@ -70,6 +71,8 @@ def choose(op: str, impl: str, candidates: Mapping[str, CanRun], *inputs) -> str
         ValueError: ``impl`` is not a known name, or the op has no such implementation.
         RuntimeError: ``impl`` names an implementation that cannot run here; the text says why.
     """
+    if exports_plainly() and (impl == "auto" or impl in candidates):
+        return "reference"
     if impl == "auto":
         reasons = {}
         for name, can_run in candidates.items():

@@ -23,6 +23,7 @@ from .declarations import OpSpec
 from .layout import empty_contiguous
 from .plain_calls import Guard, any_autocast, getter, signature
 from .second import Blocks
+from .tracing import exports_plainly
 
 #: Fills outputs that it is given, behind the arguments of the operator.
 Kernel = Callable[..., None]
@@ -463,7 +464,7 @@ class Public:
         if recording.LISTENERS:
             recording.tell(self, args)
         operators, key = self._operators, None
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not exports_plainly():
             call = impl, *args
             for plan in self._latest:
                 if plan.guard(call):

@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from .._floor import checks
+from .._floor.tracing import leaf
 from . import op
 
 
+@leaf
 def attention_residual(
     values: Sequence[Tensor],
     query: Tensor,

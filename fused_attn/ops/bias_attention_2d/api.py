@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from .._floor import checks
+from .._floor.tracing import leaf, pinned
 from ..rel_attention_2d import api as shared
 
 
+@leaf
 def bias_attention_2d(
     query: Tensor,
     key: Tensor,
@@ -87,8 +89,8 @@ def _check(
     if bias_table.shape != shape:
         raise ValueError(f"bias_table must have shape (heads, Hq+Hk-1, Wq+Wk-1)={shape}, got {tuple(bias_table.shape)}")
     return (
-        query, key, value, None, None, bias_table, *segments, prefix_key, prefix_value, scale, 1.0, key_minus_query,
-        dropout_p,
+        *map(pinned, (query, key, value)), None, None, pinned(bias_table, 0), *segments, pinned(prefix_key),
+        pinned(prefix_value), scale, 1.0, key_minus_query, dropout_p,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._floor import checks, sharding
 from .._floor.positions import Positions, PositionTables
+from .._floor.tracing import leaf, pinned
 from ..rel_attention_2d import op
 from .api import bias_attention_2d
 
@@ -72,20 +73,9 @@ class _TableAttention(PositionTables):
             size: (h, w) of another window.  Of a smaller one: the central part of the table, which belongs to its
                 relative positions; with ``resize_tables``, of any size: the whole table, interpolated.
         """
-        full, (height, width) = self.window, self.window if size is None else _size("size", size)
-        table: Tensor = self.relative_position_bias_table
-        if self.resize_tables:
-            full = (height, width)
-            table = self.position_tables()["relative_position_bias_table"].resized(table, full)
-        if height > full[0] or width > full[1]:
-            raise ValueError(
-                f"windows must be at most {self.window} large, got {(height, width)}; with resize_tables=True the "
-                "table is interpolated"
-            )
-        table = table.unflatten(0, [2 * length - 1 for length in full])
-        for axis, (most, length) in enumerate(zip(full, (height, width), strict=True)):
-            table = table.narrow(axis, most - length, 2 * length - 1)
-        return table.permute(2, 0, 1)
+        positions = self.position_tables()["relative_position_bias_table"]
+        window = self.window if size is None else size
+        return _table_for(self.relative_position_bias_table, positions, window, self.resize_tables)
 
     def attend(self, windows: Tensor, segments: Tensor | None = None) -> Tensor:
         """Attend within windows, (N, h, w, dim) -> (N, h, w, out_dim), for which :meth:`bias_table` has a table.
@@ -107,17 +97,13 @@ class _TableAttention(PositionTables):
         )
         return self.proj(out.permute(0, 2, 3, 1, 4).flatten(3))
 
-    def cut(self, x: Tensor, size: int | tuple[int, int] | None = None) -> Tensor:
-        """The windows of maps, image by image: (B, H, W, C) -> (B * windows of an image, h, w, C)."""
-        raise NotImplementedError
-
     def positions(
         self,
         grid: Sequence[int],
         size: int | tuple[int, int] | None = None,
         device: torch.device | None = None,
     ) -> Tensor:
-        """Where the positions of the windows lie on the map that was cut.
+        """Where the positions of the windows lie on the map that is cut.
 
         Args:
             grid: (H, W) of the map.
@@ -127,14 +113,12 @@ class _TableAttention(PositionTables):
         Returns:
             (windows of an image, h, w), int64: y * W + x, and -1 for padding.
         """
-        places = torch.arange(1, grid[0] * grid[1] + 1, device=device).view(1, *grid, 1)
-        return self.cut(places, size).squeeze(-1) - 1
+        places = torch.arange(1, grid[0] * grid[1] + 1, device=device).view(1, 1, *grid)
+        return self._windows(places, size)[0].squeeze(-1) - 1
 
-    def check_input(self, x: Tensor) -> None:
-        if x.dim() != 4 or x.shape[1] != self.dim:
-            raise ValueError(f"x must have shape (B, {self.dim}, H, W), got {tuple(x.shape)}")
-        if 0 in x.shape[2:]:
-            raise ValueError(f"x must have a height and width of at least 1, got {tuple(x.shape)}")
+    def _windows(self, x: Tensor, size: int | tuple[int, int] | None) -> tuple[Tensor, Tensor | None]:
+        """The windows of maps (B, C, H, W), side by side, (B * windows of an image, h, w, C), and their segments."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         resize = "resize_tables=True, " if self.resize_tables else ""
@@ -196,40 +180,12 @@ class WindowAttention2d(_TableAttention):
             x: the map.
             window: (h, w) of this call's windows, or one number for both; those of the module when None.
         """
-        self.check_input(x)
-        grid = x.shape[2:]
-        size, shift, counts = self._sizes(grid, window)
-        segments = shift_segments(counts, size, shift, x.device) if any(shift) else None
-        segments = None if segments is None else sharding.beside(x, segments)
-        out = self.attend(self.cut(x.permute(0, 2, 3, 1), window), segments)
-        out = out.unflatten(0, (-1, counts[0], counts[1])).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        if any(shift):
-            out = out.roll(shift, (1, 2))
-        return out[:, : grid[0], : grid[1]].permute(0, 3, 1, 2)
+        checks.feature_map(x, self.dim)
+        windows, segments = self._windows(x, window)
+        return _join(self.attend(windows, segments), x, self.window, self.shift, window)
 
-    def cut(self, x: Tensor, window: int | tuple[int, int] | None = None) -> Tensor:
-        """The windows of maps, image by image: (B, H, W, C) -> (B * windows of an image, h, w, C)."""
-        grid = x.shape[1:3]
-        size, shift, counts = self._sizes(grid, window)
-        missing = [count * w - length for count, w, length in zip(counts, size, grid, strict=True)]
-        if any(missing):
-            x = F.pad(x, (0, 0, 0, missing[1], 0, missing[0]))
-        if any(shift):
-            x = x.roll((-shift[0], -shift[1]), (1, 2))
-        # (B, rows, h, columns, w, C): the windows of an image lie side by side.
-        x = x.unflatten(2, (counts[1], size[1])).unflatten(1, (counts[0], size[0]))
-        return x.transpose(2, 3).flatten(0, 2)
-
-    def _sizes(
-        self, grid: Sequence[int], window: int | tuple[int, int] | None
-    ) -> tuple[list[int], list[int], list[int]]:
-        """Of a window, of its shift, and how many windows there are, along the axes of a map."""
-        largest = self.window if window is None else _size("window", window)
-        if not all(s < w for s, w in zip(self.shift, largest, strict=True)):
-            raise ValueError(f"window must be larger than shift={self.shift} along each axis, got {window}")
-        size = [min(length, most) for length, most in zip(grid, largest, strict=True)]
-        shift = [s if length > w else 0 for s, length, w in zip(self.shift, grid, size, strict=True)]
-        return size, shift, [-(-length // w) for length, w in zip(grid, size, strict=True)]
+    def _windows(self, x: Tensor, size: int | tuple[int, int] | None) -> tuple[Tensor, Tensor | None]:
+        return _cut(x, self.window, self.shift, size)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, shift={self.shift}"
@@ -268,22 +224,11 @@ class GridAttention2d(_TableAttention):
             x: the map.
             grid: (h, w) positions of this call's grids, or one number for both; those of the module when None.
         """
-        self.check_input(x)
-        height, width = self.window if grid is None else _size("grid", grid)
-        if x.shape[2] % height or x.shape[3] % width:
-            raise ValueError(
-                f"x must have multiples of grid={(height, width)} as height and width, got {tuple(x.shape)}"
-            )
-        cell = x.shape[2] // height, x.shape[3] // width
-        out = self.attend(self.cut(x.permute(0, 2, 3, 1), grid))
-        out = out.unflatten(0, (-1, *cell)).permute(0, 3, 1, 4, 2, 5)
-        return out.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+        checks.feature_map(x, self.dim)
+        return _join_grids(self.attend(self._windows(x, grid)[0]), x)
 
-    def cut(self, x: Tensor, grid: int | tuple[int, int] | None = None) -> Tensor:
-        """The grids of maps, image by image: (B, H, W, C) -> (B * grids of an image, h, w, C)."""
-        height, width = self.window if grid is None else _size("grid", grid)
-        x = x.unflatten(2, (width, -1)).unflatten(1, (height, -1))
-        return x.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    def _windows(self, x: Tensor, size: int | tuple[int, int] | None) -> tuple[Tensor, Tensor | None]:
+        return _cut_grids(x, self.window, size), None
 
 
 def _size(name: str, number: Any) -> tuple[int, int]:
@@ -300,6 +245,90 @@ def _size(name: str, number: Any) -> tuple[int, int]:
 
 def _pair(number: int | Sequence[int]) -> tuple[int, ...]:
     return (number, number) if isinstance(number, int) else tuple(number)
+
+
+@leaf
+def _table_for(table: Tensor, positions: Positions, size: Sequence[int], resize: bool) -> Tensor:
+    """A module's table for windows of ``size``, (heads, 2h-1, 2w-1): the central part, or all of it interpolated."""
+    height, width = _size("size", size)
+    full = positions.size
+    if resize:
+        full = height, width
+        table = positions.resized(table, full)
+    if height > full[0] or width > full[1]:
+        raise ValueError(
+            f"windows must be at most {full} large, got {(height, width)}; with resize_tables=True the table is "
+            "interpolated"
+        )
+    table = table.unflatten(0, [2 * length - 1 for length in full])
+    for axis, (most, length) in enumerate(zip(full, (height, width), strict=True)):
+        table = table.narrow(axis, most - length, 2 * length - 1)
+    return table.permute(2, 0, 1)
+
+
+def _check_size(x: Tensor) -> None:
+    if 0 in x.shape[2:]:
+        raise ValueError(f"x must have a height and width of at least 1, got {tuple(x.shape)}")
+
+
+def _partition(
+    x: Tensor, own: Sequence[int], shift: Sequence[int], window: Any
+) -> tuple[list[int], list[int], list[int]]:
+    """Size, shift and numbers of the windows of a map (B, dim, H, W) along its axes."""
+    grid, largest = x.shape[2:], _size("window", own if window is None else window)
+    if not all(s < w for s, w in zip(shift, largest, strict=True)):
+        raise ValueError(f"window must be larger than shift={tuple(shift)} along each axis, got {window}")
+    sizes = [min(length, size) for length, size in zip(grid, largest, strict=True)]
+    shifts = [s if length > size else 0 for s, length, size in zip(shift, grid, sizes, strict=True)]
+    return sizes, shifts, [-(-length // size) for length, size in zip(grid, sizes, strict=True)]
+
+
+@leaf
+def _cut(x: Tensor, own: Sequence[int], shift: Sequence[int], window: Any) -> tuple[Tensor, Tensor | None]:
+    """The windows of a map, (B, dim, H, W) to (B * windows, h, w, dim), side by side, and their segments."""
+    _check_size(x)
+    x = pinned(x)
+    sizes, shifts, counts = _partition(x, own, shift, window)
+    missing = [count * size - length for count, size, length in zip(counts, sizes, x.shape[2:], strict=True)]
+    x = x.permute(0, 2, 3, 1)
+    if any(missing):
+        x = F.pad(x, (0, 0, 0, missing[1], 0, missing[0]))
+    segments = None
+    if any(shifts):
+        x = x.roll((-shifts[0], -shifts[1]), (1, 2))
+        segments = sharding.beside(x, shift_segments(counts, sizes, shifts, x.device))
+    # (B, rows, h, columns, w, dim)
+    x = x.unflatten(2, (counts[1], sizes[1])).unflatten(1, (counts[0], sizes[0]))
+    return x.transpose(2, 3).flatten(0, 2), segments
+
+
+@leaf
+def _join(windows: Tensor, x: Tensor, own: Sequence[int], shift: Sequence[int], window: Any) -> Tensor:
+    """The map (B, out_dim, H, W) of windows that :func:`_cut` made of ``x``."""
+    _, shifts, counts = _partition(x, own, shift, window)
+    out = windows.unflatten(0, (-1, counts[0], counts[1])).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    if any(shifts):
+        out = out.roll(shifts, (1, 2))
+    return out[:, : x.shape[2], : x.shape[3]].permute(0, 3, 1, 2)
+
+
+@leaf
+def _cut_grids(x: Tensor, own: Sequence[int], grid: Any) -> Tensor:
+    """The grids of a map, (B, dim, H, W) to (B * grids of an image, h, w, dim), side by side."""
+    _check_size(x)
+    height, width = _size("grid", own if grid is None else grid)
+    if x.shape[2] % height or x.shape[3] % width:
+        raise ValueError(f"x must have multiples of grid={(height, width)} as height and width, got {tuple(x.shape)}")
+    x = pinned(x).permute(0, 2, 3, 1).unflatten(2, (width, -1)).unflatten(1, (height, -1))
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
+@leaf
+def _join_grids(grids: Tensor, x: Tensor) -> Tensor:
+    """The map (B, out_dim, H, W) of grids that :func:`_cut_grids` made of ``x``."""
+    cells = x.shape[2] // grids.shape[1], x.shape[3] // grids.shape[2]
+    out = grids.unflatten(0, (-1, *cells)).permute(0, 3, 1, 4, 2, 5)
+    return out.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 def shift_segments(counts: Sequence[int], window: Sequence[int], shift: Sequence[int], device: torch.device) -> Tensor:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from .._floor import checks
+from .._floor.tracing import leaf, pinned
 from . import op
 
 
+@leaf
 def row_col_softmax(
     x: Tensor,
     weight_row: Tensor | None = None,
@@ -66,6 +68,7 @@ def row_col_softmax(
     return _run_softmax(impl, x, weight_row, weight_col, row_mask, col_mask, temperature, log)[0]
 
 
+@leaf
 def elementwise_attention(
     x: Tensor,
     weight_row: Tensor,
@@ -158,7 +161,9 @@ def _check_softmax(
     for option, is_given in {**options, "temperature": temperature != 1.0}.items():
         if is_given and weight_row is not None:
             raise ValueError(f"{option} must not be given together with weight_row and weight_col")
-    return x, weight_row, weight_col, row_mask, col_mask, temperature, log
+    if weight_row is not None or row_mask is not None or col_mask is not None:
+        x = pinned(x)
+    return x, pinned(weight_row, 0), pinned(weight_col, 0), pinned(row_mask), pinned(col_mask), temperature, log
 
 
 def _check_attention(
@@ -180,8 +185,10 @@ def _check_attention(
             f"Expected more than 1 value per channel when training: x must have B*H*W > 1, got shape {tuple(x.shape)}"
         )
     if training or running_mean is None or running_var is None:
-        return x, weight_row, weight_col, None, None, eps
-    return x, weight_row, weight_col, running_mean, running_var, eps
+        running_mean = running_var = None
+    return (
+        pinned(x), pinned(weight_row, 0), pinned(weight_col, 0), pinned(running_mean, 0), pinned(running_var, 0), eps,
+    )  # fmt: skip
 
 
 def check_options(temperature: object, log: object) -> float:

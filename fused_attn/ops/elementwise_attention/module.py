@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .._floor import checks
 from .._floor.plain import is_plain
+from .._floor.tracing import leaf
 from . import op
 from .api import check_options, elementwise_attention, row_col_softmax
 
@@ -75,28 +76,23 @@ class ElementwiseAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within rows and columns of x, (B, C, H, W) -> (B, heads*C, H, W)."""
-        if x.dim() != 4 or x.shape[1:] != (self.channels, *self.size):
-            expected = ", ".join(map(str, (self.channels, *self.size)))
-            raise ValueError(f"x must have shape (B, {expected}), got {tuple(x.shape)}")
+        _check_shape(x, (self.channels, *self.size))
         norm = self.norm
         if not is_plain(norm, nn.BatchNorm2d) or norm.weight is not None:
             product = row_col_softmax(x, self.weight_row, self.weight_col, impl=self.impl)
             normalised = norm(product.flatten(1, 2)).unflatten(1, (self.heads, self.channels))
             return (normalised * x.unsqueeze(1)).flatten(1, 2)
         # What BatchNorm2d.forward makes of its state.
-        momentum, kept = norm.momentum, not norm.training or norm.track_running_stats
-        if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = 1.0 / float(norm.num_batches_tracked)
-        return elementwise_attention(
+        kept, counted = not norm.training or norm.track_running_stats, norm.training and norm.track_running_stats
+        return _attend(
             x,
             self.weight_row,
             self.weight_col,
             norm.running_mean if kept else None,
             norm.running_var if kept else None,
+            norm.num_batches_tracked if counted else None,
             training=norm.training or norm.running_mean is None,
-            momentum=0.0 if momentum is None else momentum,
+            momentum=norm.momentum,
             eps=norm.eps,
             impl=self.impl,
         )
@@ -110,6 +106,33 @@ class ElementwiseAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, size={self.size}, heads={self.heads}, impl={self.impl!r}"
+
+
+@leaf
+def _check_shape(x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.dim() != 4 or x.shape[1:] != shape:
+        raise ValueError(f"x must have shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+
+
+@leaf
+def _attend(
+    x: Tensor,
+    weight_row: Tensor,
+    weight_col: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    batches: Tensor | None,
+    *,
+    momentum: float | None,
+    **options: Any,
+) -> Tensor:
+    """:func:`elementwise_attention`, after one more of ``batches`` is counted; ``momentum`` None: by their number."""
+    if batches is not None:
+        batches.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(batches)
+    momentum = 0.0 if momentum is None else momentum
+    return elementwise_attention(x, weight_row, weight_col, running_mean, running_var, momentum=momentum, **options)
 
 
 class ElementwiseAttentionBlock(nn.Module):

@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from .._floor import checks
+from .._floor.tracing import leaf
 from . import op
 
 ACTIVATIONS = ("softmax", "sigmoid")
 
 
+@leaf
 def layer_attention(
     query: Tensor,
     keys: Sequence[Tensor],
@@ -58,6 +60,7 @@ def layer_attention(
     return run_attention(impl, query, keys, values, bias, scale, activation)[0]
 
 
+@leaf
 def weighted_layer_sum(weights: Tensor, values: Sequence[Tensor], *, impl: str = "auto") -> Tensor:
     """``out[b, c] = sum_l weights[b, g(c), l] * values[l][b, c]``: :func:`layer_attention` with its weights given.
 
@@ -118,7 +121,7 @@ def check(
             raise ValueError(f"keys[{layer}] must have shape (B, G, d)={tuple(query.shape)}, got {tuple(key.shape)}")
     if bias is not None and tuple(bias.shape) != (len(keys), query.shape[1]):
         raise ValueError(f"bias must have shape (L, G)={(len(keys), query.shape[1])}, got {tuple(bias.shape)}")
-    scale = query.shape[2] ** -0.5 if scale is None else checks.number("scale", scale)
+    scale = checks.number("scale", query.shape[2] ** -0.5 if scale is None else scale)
     return query, keys, values, bias, scale, activation == "sigmoid"
 
 

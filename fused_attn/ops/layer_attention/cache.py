@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from .._floor import dispatch, recording, sharding
+from .._floor.tracing import is_traced
 from . import op
 from .api import check, layer_attention, run_attention
 
@@ -140,14 +142,19 @@ class _PutBack:
         self.cache._layers, self.cache._pass = self.kept
 
 
-def _makes_separate_calls(*tensors: object) -> bool:
-    """Whether what goes through the buffers would not be seen: in a compiler, a function transform, forward mode.
+def _makes_separate_calls(*tensors: Any) -> bool:
+    """Whether what goes through the buffers would not be seen: in a compiler, a trace, a transform, forward mode.
 
     So it is with tensors that wrap others: the kernels, which are called here themselves, see only what is within.
     """
-    if is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
-    return any(isinstance(tensor, Tensor) and sharding.is_wrapper(tensor) for tensor in tensors)
+    return (
+        is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or is_traced(tensors)
+        or any(isinstance(tensor, Tensor) and sharding.is_wrapper(tensor) for tensor in tensors)
+    )
 
 
 def _running_pass() -> int:

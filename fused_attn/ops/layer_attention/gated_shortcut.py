@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from .._floor import checks, dispatch
+from .._floor.tracing import leaf
 from .api import weighted_layer_sum
 
 
+@leaf
 def gated_shortcut(gate: Tensor, value: Tensor, weight: Tensor, shortcut: Tensor, *, impl: str = "auto") -> Tensor:
     """Compute ``out[b, c] = gate[b, g(c)] * value[b, c] + weight[c] * shortcut[b, c]``, g(c) the group of channel c.
 

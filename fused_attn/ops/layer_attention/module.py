@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._floor import checks
 from .._floor.dispatch import IMPLEMENTATIONS
+from .._floor.tracing import leaf
 from .api import layer_attention
 from .cache import LayerCache
 from .gated_shortcut import gated_shortcut
@@ -94,37 +95,56 @@ class LayerAttention(nn.Module):
 
     def forward(self, layers: Sequence[Tensor]) -> Tensor:
         """Sum L pooled layers, (B, C_i) -> (B, C_L), or L maps, (B, C_i, H_i, W_i) -> (B, C_L, H_L, W_L)."""
-        self._check(layers)
-        grid: Any = tuple(layers[-1].shape[2:])
+        _check_layers(layers, self.channels, self.key_grid)
         values, keys = [], []
-        for x, projection, key in zip(layers, self.projections, self.keys, strict=True):
-            value = self._widen(F.adaptive_avg_pool2d(x, grid) if grid else x, projection)
-            seen = self._widen(F.adaptive_avg_pool2d(x, self.key_grid), projection) if grid else value
+        for x, channels, projection, key in zip(layers, self.channels, self.projections, self.keys, strict=True):
+            value = self._widen(_pool_like(x, layers[-1]), channels, projection)
+            pooled = _pool(x, self.key_grid)
+            seen = value if pooled is x else self._widen(pooled, channels, projection)
             keys.append(key(seen.flatten(1)).unsqueeze(1))  # one group
             values.append(value)
         return layer_attention(keys[-1], keys, values, impl=self.impl)
 
-    def _widen(self, x: Tensor, projection: nn.Module) -> Tensor:
+    def _widen(self, x: Tensor, channels: int, projection: nn.Module) -> Tensor:
         if not isinstance(projection, nn.Identity):  # a linear layer, or what was put in its place
             return projection(x.movedim(1, -1)).movedim(-1, 1)
         x = projection(x)  # hooks on it run
-        missing = self.channels[-1] - x.shape[1]
-        return F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x
-
-    def _check(self, layers: Sequence[Tensor]) -> None:
-        if len(layers) != len(self.channels):
-            raise ValueError(f"layers must be {len(self.channels)} tensors, got {len(layers)}")
-        dims = {x.dim() for x in layers}
-        if dims not in ({2}, {4}):
-            raise ValueError(f"layers must all have 2 dimensions (B, C), or all 4 (B, C, H, W), got {sorted(dims)}")
-        if dims == {2} and self.key_grid != (1, 1):
-            raise ValueError(f"layers must be maps (B, C, H, W) for key_grid={self.key_grid}, got pooled ones (B, C)")
-        for index, (x, layer_channels) in enumerate(zip(layers, self.channels, strict=True)):
-            if x.shape[1] != layer_channels:
-                raise ValueError(f"layers[{index}] must have {layer_channels} channels, got shape {tuple(x.shape)}")
+        missing = self.channels[-1] - channels
+        return _pad_channels(x, missing) if missing else x
 
     def extra_repr(self) -> str:
         return f"layers={len(self.channels)}, key_grid={self.key_grid}, impl={self.impl!r}"
+
+
+@leaf
+def _check_layers(layers: Sequence[Tensor], channels: Sequence[int], key_grid: tuple[int, ...]) -> None:
+    if len(layers) != len(channels):
+        raise ValueError(f"layers must be {len(channels)} tensors, got {len(layers)}")
+    dims = {x.dim() for x in layers}
+    if dims not in ({2}, {4}):
+        raise ValueError(f"layers must all have 2 dimensions (B, C), or all 4 (B, C, H, W), got {sorted(dims)}")
+    if dims == {2} and key_grid != (1, 1):
+        raise ValueError(f"layers must be maps (B, C, H, W) for key_grid={key_grid}, got pooled ones (B, C)")
+    for index, (x, layer_channels) in enumerate(zip(layers, channels, strict=True)):
+        if x.shape[1] != layer_channels:
+            raise ValueError(f"layers[{index}] must have {layer_channels} channels, got shape {tuple(x.shape)}")
+
+
+@leaf
+def _pool(x: Tensor, grid: Any) -> Tensor:
+    """A map pooled to a grid; a pooled layer itself."""
+    return x if x.dim() == 2 else F.adaptive_avg_pool2d(x, grid)
+
+
+@leaf
+def _pool_like(x: Tensor, last: Tensor) -> Tensor:
+    """A layer at the grid of another, or itself where it is pooled."""
+    return _pool(x, tuple(last.shape[2:]))
+
+
+@leaf
+def _pad_channels(x: Tensor, missing: int) -> Tensor:
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
 
 
 class _MRLA(nn.Module):
@@ -158,8 +178,7 @@ class _MRLA(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, C, H, W) -> query and key (B, heads, C / heads), value (B, C, H, W)."""
-        if x.dim() != 4 or x.shape[1] != self.channels:
-            raise ValueError(f"x must have shape (B, {self.channels}, H, W), got {tuple(x.shape)}")
+        checks.feature_map(x, self.channels)
         pooled = x.mean(dim=(2, 3)).unsqueeze(1)
         query, key = (conv(pooled).view(x.shape[0], self.heads, -1) for conv in (self.query, self.key))
         return query, key, self.value(x)

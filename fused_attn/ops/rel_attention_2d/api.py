@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from .._floor import checks
+from .._floor.tracing import leaf, pinned
 from . import op
 
 INDEX = ("key_minus_query", "query_minus_key")
 
 
+@leaf
 def rel_attention_2d(
     query: Tensor,
     key: Tensor,
@@ -82,6 +84,7 @@ def rel_attention_2d(
     )[0]  # fmt: skip
 
 
+@leaf
 def decomposed_bias_attention(
     query: Tensor,
     key: Tensor,
@@ -143,8 +146,8 @@ def _check_rel(
     _check_table("rel_w", rel_w, query, key, axis=3)
     rel_scale = scale if rel_scale is None else checks.number("rel_scale", rel_scale)
     return (
-        query, key, value, rel_h, rel_w, None, *segments, prefix_key, prefix_value, scale, rel_scale, key_minus_query,
-        dropout_p,
+        *map(pinned, (query, key, value)), pinned(rel_h, 0), pinned(rel_w, 0), None, *segments, pinned(prefix_key),
+        pinned(prefix_value), scale, rel_scale, key_minus_query, dropout_p,
     )  # fmt: skip
 
 
@@ -158,7 +161,10 @@ def _check_decomposed(
     )
     _check_bias("bias_h", bias_h, query, key, axis=2)
     _check_bias("bias_w", bias_w, query, key, axis=3)
-    return query, key, value, bias_h, bias_w, None, *segments, prefix_key, prefix_value, scale, 1.0, True, dropout_p
+    return (
+        *map(pinned, (query, key, value, bias_h, bias_w)), None, *segments, pinned(prefix_key), pinned(prefix_value),
+        scale, 1.0, True, dropout_p,
+    )  # fmt: skip
 
 
 def check_attention(
@@ -188,7 +194,7 @@ def check_attention(
     checks.one_of("index", index, INDEX)
     segments = _check_segments(query, key, query_segments, key_segments)
     _check_prefix(query, value, prefix_key, prefix_value)
-    scale = d_k**-0.5 if scale is None else checks.number("scale", scale)
+    scale = checks.number("scale", d_k**-0.5 if scale is None else scale)
     return segments, scale, index == INDEX[0], dropout_p
 
 
@@ -215,7 +221,7 @@ def _check_segments(
         )
     if sets == 0 or batch % sets != 0:
         raise ValueError(f"query_segments must have a number of sets S that divides the batch of {batch}, got {sets}")
-    return query_segments.contiguous(), key_segments.contiguous()
+    return pinned(query_segments.contiguous(), 0), pinned(key_segments.contiguous(), 0)
 
 
 def _check_segments_of(name: str, segments: Tensor, of: Tensor, letter: str) -> None:

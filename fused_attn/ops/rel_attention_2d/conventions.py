@@ -25,8 +25,10 @@ from torch import Tensor
 
 from .._floor import checks, dispatch
 from .._floor.positions import Positions
+from .._floor.tracing import leaf
 
 
+@leaf
 def sam_relative_logits(
     query: Tensor, rel_h: Tensor, rel_w: Tensor, key_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from .._floor import checks
 from .._floor.positions import Positions, PositionTables
+from .._floor.tracing import leaf
 from . import op
 from .api import rel_attention_2d
 
@@ -104,11 +106,11 @@ class RelPosAttention2d(PositionTables):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over all positions of x, (B, in_channels, H', W') -> (B, out_channels, H', W')."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x must have shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
-        if 0 in x.shape[2:]:
-            raise ValueError(f"x must have a height and width of at least 1, got {tuple(x.shape)}")
-        rel_h, rel_w = self._tables_for(x.shape[2], x.shape[3])
+        checks.feature_map(x, self.in_channels)
+        rel_h: Tensor | None = self.rel_h
+        rel_w: Tensor | None = self.rel_w
+        if rel_h is not None and rel_w is not None:
+            rel_h, rel_w = _tables_for(rel_h, rel_w, self.position_tables(), self.resize_tables, x)
         query, key, value = self.qkv(x).split((self.key_channels, self.key_channels, self.value_channels), dim=1)
         out = rel_attention_2d(
             self._split_heads(query),
@@ -131,31 +133,35 @@ class RelPosAttention2d(PositionTables):
         height, width = self.size
         return {"rel_h": Positions((height,), -2, "linear"), "rel_w": Positions((width,), -2, "linear")}
 
-    def _tables_for(self, height: int, width: int) -> tuple[Tensor | None, Tensor | None]:
-        if self.rel_h is None:
-            return None, None
-        if height < 1 or width < 1:
-            raise ValueError(f"x must have a height and width of at least 1, got {(height, width)}")
-        if self.resize_tables:
-            tables = self.position_tables()
-            return tables["rel_h"].resized(self.rel_h, (height,)), tables["rel_w"].resized(self.rel_w, (width,))
-        if height > self.size[0] or width > self.size[1]:
-            raise ValueError(
-                f"x must have a grid (H, W) of at most size={self.size}, for which the relative position tables "
-                f"were built, got {(height, width)}; with resize_tables=True they are interpolated"
-            )
-        # Row k - q + size - 1 of the full table is row k - q + length - 1 of this slice.
-        rel_h, rel_w = (
-            table.narrow(-2, size - length, 2 * length - 1)
-            for table, size, length in zip((self.rel_h, self.rel_w), self.size, (height, width), strict=True)
-        )
-        return rel_h, rel_w
-
     def extra_repr(self) -> str:
         tables = "none" if self.rel_h is None else "per head" if self.rel_h.dim() == 3 else "shared"
         resize = ", resize_tables=True" if self.resize_tables else ""
         options = f"tables={tables}{resize}, dropout_p={self.dropout_p}, impl={self.impl!r}"
         return f"heads={self.heads}, size={self.size}, {options}"
+
+
+@leaf
+def _tables_for(
+    rel_h: Tensor, rel_w: Tensor, positions: Mapping[str, Positions], resize: bool, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The tables for the grid of ``x``: their central rows, or all of them interpolated."""
+    height, width = x.shape[2:]
+    if height < 1 or width < 1:
+        raise ValueError(f"x must have a height and width of at least 1, got {tuple(x.shape)}")
+    if resize:
+        return positions["rel_h"].resized(rel_h, (height,)), positions["rel_w"].resized(rel_w, (width,))
+    full = *positions["rel_h"].size, *positions["rel_w"].size
+    if height > full[0] or width > full[1]:
+        raise ValueError(
+            f"x must have a grid (H, W) of at most size={full}, for which the relative position tables were built, "
+            f"got {(height, width)}; with resize_tables=True they are interpolated"
+        )
+    # Row k - q + size - 1 of the full table is row k - q + length - 1 of this slice.
+    rel_h, rel_w = (
+        table.narrow(-2, size - length, 2 * length - 1)
+        for table, size, length in zip((rel_h, rel_w), full, (height, width), strict=True)
+    )
+    return rel_h, rel_w
 
 
 class AttentionAugmentedConv2d(nn.Module):

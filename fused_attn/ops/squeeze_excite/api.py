@@ -7,12 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from .._floor import checks
+from .._floor.tracing import leaf
 from . import op, reference
 
 ACTIVATIONS = (None, "relu")
 HIDDEN_ACTIVATIONS, GATES = tuple(reference.HIDDEN_ACTIVATIONS), tuple(reference.GATES)
 
 
+@leaf
 def squeeze_excite(
     x: Tensor,
     fc1_weight: Tensor,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._floor import checks, dispatch
 from .._floor.plain import is_plain, why_not_plain
+from .._floor.tracing import leaf
 from ..layer_attention import weighted_layer_sum
 from . import op, reference
 from .api import ACTIVATIONS, GATES, HIDDEN_ACTIVATIONS, squeeze_excite
@@ -126,19 +127,10 @@ class SqueezeExcite(nn.Module):
                 impl=self.impl,
             )
         checks.one_of("activation", activation, ACTIVATIONS)
-        if residual is not None and residual.shape != x.shape:
-            expected = f"(B, C, H, W)={tuple(x.shape)}"
-            raise ValueError(f"residual must have shape {expected}, got {tuple(residual.shape)}")
-        scales = self.scales(x, result, result_share=result_share)
-        x, residual, scales = dispatch.autocast_maps((x, residual), scales)
-        scales = scales.to(x.dtype)
-        weights, maps = [scales], [x]
         if residual is not None:
-            weights.append(torch.ones_like(scales))
-            maps.append(residual)
-        with dispatch.without_autocast(x):
-            out = weighted_layer_sum(torch.stack(weights, dim=-1), maps, impl=self.impl)
-        return out if activation is None else out.relu()
+            _check_residual(x, residual)
+        scales = self.scales(x, result, result_share=result_share)
+        return _scaled(x, scales, residual, activation, self.impl)
 
     def scales(self, x: Tensor, result: Tensor | None = None, *, result_share: Tensor | None = None) -> Tensor:
         """The gates alone, (B, C), in plain PyTorch: for plots of how much they differ between channels."""
@@ -166,15 +158,14 @@ class SqueezeExcite(nn.Module):
         return weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
 
     def _check(self, x: Tensor, result: Tensor | None, result_share: Tensor | None) -> None:
-        if x.dim() != 4 or x.shape[1] != self.channels:
-            raise ValueError(f"x must have shape (B, {self.channels}, H, W), got {tuple(x.shape)}")
+        checks.feature_map(x, self.channels)
         expected = self.result_features
         if expected == 0 and (result is not None or result_share is not None):
             raise ValueError("result must be None: the module was built with result_features=0")
         if expected > 0 and result is None and result_share is None:
             raise ValueError(f"result must be given, (B, {expected}): the module has result_features={expected}")
-        if result is not None and (result.dim() != 2 or result.shape[1] != expected):
-            raise ValueError(f"result must have shape (B, {expected}), got {tuple(result.shape)}")
+        if result is not None:
+            _check_result(result, expected)
         if result_share is not None and (reason := why_not_plain(self.fc1, nn.Linear)):
             raise ValueError(f"result_share must be None: fc1 {reason} and must be called: give the result itself")
 
@@ -188,6 +179,31 @@ class SqueezeExcite(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"{self.channels}, reduction={self.reduction}, result_features={self.result_features}"
         return f"{sizes}, hidden_activation={self.hidden_activation!r}, gate={self.gate!r}, impl={self.impl!r}"
+
+
+@leaf
+def _check_result(result: Tensor, features: int) -> None:
+    if result.dim() != 2 or result.shape[1] != features:
+        raise ValueError(f"result must have shape (B, {features}), got {tuple(result.shape)}")
+
+
+@leaf
+def _check_residual(x: Tensor, residual: Tensor) -> None:
+    if residual.shape != x.shape:
+        raise ValueError(f"residual must have shape (B, C, H, W)={tuple(x.shape)}, got {tuple(residual.shape)}")
+
+
+@leaf
+def _scaled(x: Tensor, scales: Tensor, residual: Tensor | None, activation: str | None, impl: str) -> Tensor:
+    x, residual, scales = dispatch.autocast_maps((x, residual), scales)
+    scales = scales.to(x.dtype)
+    weights, maps = [scales], [x]
+    if residual is not None:
+        weights.append(torch.ones_like(scales))
+        maps.append(residual)
+    with dispatch.without_autocast(x):
+        out = weighted_layer_sum(torch.stack(weights, dim=-1), maps, impl=impl)
+    return out if activation is None else out.relu()
 
 
 def result_shares(modules: Sequence[SqueezeExcite], result: Tensor) -> tuple[Tensor, ...]:
@@ -205,18 +221,21 @@ def result_shares(modules: Sequence[SqueezeExcite], result: Tensor) -> tuple[Ten
         ValueError: a module expects another width, or its ``fc1`` must be called.
     """
     for index, module in enumerate(modules):
-        if result.dim() != 2 or module.result_features != result.shape[1]:
-            raise ValueError(
-                f"result must have shape (B, {module.result_features}), as every module expects, "
-                f"got {tuple(result.shape)}"
-            )
+        _check_width(result, module.result_features)
         if reason := why_not_plain(module.fc1, nn.Linear):
             raise ValueError(
                 f"modules[{index}].fc1 must be a plain nn.Linear, but it {reason} and must be called: "
                 "give it the result itself"
             )
     columns = torch.cat([module.fc1.weight[:, : module.result_features] for module in modules])
-    return F.linear(result, columns).split([module.fc1.out_features for module in modules], dim=1)
+    shares = F.linear(result, columns).split([module.fc1.out_features for module in modules], dim=1)
+    return tuple(shares[index] for index in range(len(modules)))  # torch.fx knows no number of parts
+
+
+@leaf
+def _check_width(result: Tensor, features: int) -> None:
+    if result.dim() != 2 or features != result.shape[1]:
+        raise ValueError(f"result must have shape (B, {features}), as every module expects, got {tuple(result.shape)}")
 
 
 def can_share_result(modules: Sequence[SqueezeExcite]) -> bool:
