@@ -249,7 +249,7 @@ def test_what_does_not_fit_for_another_reason_is_still_refused():
         ),
         (lambda m, s: resize_state_dict(m, s, source=torch.nn.ReLU()), "source must have rel_h in .*, got none"),
         (lambda m, s: m(torch.randn(1, 6, 5, 6)), r"at most size=\(5, 5\), .* got \(5, 6\); with resize_tables=True"),
-        (lambda m, s: m(torch.randn(1, 6, 0, 5)), r"x must have a height and width of at least 1, got \(0, 5\)"),
+        (lambda m, s: m(torch.randn(1, 6, 0, 5)), r"x must have a height and width of at least 1, got \(1, 6, 0, 5\)"),
         (
             lambda m, s: WindowAttention2d(8, 2, 4)(torch.randn(1, 8, 9, 9), window=5),
             r"windows must be at most \(4, 4\) large, got \(5, 5\); with resize_tables=True",
