@@ -234,6 +234,8 @@ class GridAttention2d(_TableAttention):
 def _size(name: str, number: Any) -> tuple[int, int]:
     whole: Any = (numbers.Integral, torch.SymInt)
     size = (number, number) if isinstance(number, whole) else number
+    if torch.jit.is_tracing() and isinstance(size, Sequence):  # there, sizes of tensors are tensors
+        size = [int(length) if isinstance(length, Tensor) else length for length in size]
     if (
         not isinstance(size, Sequence)
         or len(size) != 2

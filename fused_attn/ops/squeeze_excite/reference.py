@@ -22,7 +22,8 @@ HIDDEN_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def _hardsigmoid(x: Tensor) -> Tensor:
-    return F.relu6(x + 3.0) / 6.0  # F.hardsigmoid has no second derivative
+    # F.hardsigmoid has no second derivative.  Its gradient outside the ramp, and of NaN, is 0.
+    return torch.where((x > -3.0) & (x < 3.0), (x + 3.0) / 6.0, F.hardsigmoid(x.detach()))
 
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hardsigmoid": _hardsigmoid}
