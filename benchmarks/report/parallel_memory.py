@@ -144,7 +144,9 @@ def main(argv: list[str] | None = None) -> int:
     rows = [measured(name, form, arguments.processes, arguments.steps) for name in CASES for form in FORMS]
     alone = {row["model"]: row["losses"] for row in rows if row["form"] == "one"}
     difference = max(
-        abs(loss - right) / right for row in rows for loss, right in zip(row["losses"], alone[row["model"]], strict=True)
+        abs(loss - right) / right
+        for row in rows
+        for loss, right in zip(row["losses"], alone[row["model"]], strict=True)
     )
     if not difference < 1e-3:
         raise SystemExit(f"losses differ from those of one process by {difference:.1e} of their value")
