@@ -350,7 +350,7 @@ def test_a_converted_model(timm):
     model = nn.Sequential(BottleneckAttn(16, dim_out=8, feat_size=(4, 5), num_heads=2)).eval()
     x = torch.randn(2, 16, 4, 5)
     expected = model(x)
-    convert(model)
+    assert convert(model, ops=["rel_attention_2d"]).replaced == 1
     (each,) = recorded(model, x, points=[(0.3, 0.9)])
     assert (each.name, each.op, each.queries.tolist()) == ("0", "rel_attention_2d", [[1, 4]])
     value = model[0].qkv(x)[:, -8:].unflatten(1, (2, -1))

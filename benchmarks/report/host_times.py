@@ -39,7 +39,7 @@ _SE = ("--ops", "squeeze_excite")
 #: model -> the other arguments of the command; ops that ``convert`` leaves alone by default are named
 CASES: dict[str, tuple[str, ...]] = {
     "timm:samvit_base_patch16_224": (),
-    "timm:botnet26t_256": (),
+    "timm:botnet26t_256": ("--ops", "rel_attention_2d"),
     "timm:halonet26t": (),
     "timm:mvitv2_tiny": ("--ops", "rel_attention_2d"),
     "timm:mvitv2_small_cls": ("--ops", "rel_attention_2d"),
@@ -84,7 +84,8 @@ CASES: dict[str, tuple[str, ...]] = {
         "--options", f"backbone_config={_MAPS}".replace(" ", ""), "layer_list_out_channels=[48,96,192,384]",
     ),
     "transformers:EfficientLoFTRConfig": (
-        "--image-size", "320", "--options", "coarse_matching_threshold=0.0", "coarse_matching_border_removal=0",
+        "--ops", "row_col_softmax", "--image-size", "320",
+        "--options", "coarse_matching_threshold=0.0", "coarse_matching_border_removal=0",
     ),
     "transformers:LightGlueConfig": ("--image-size", "320", "--options", "filter_threshold=0.0"),
     "kornia:LoFTR": ("--image-size", "320"),

@@ -115,10 +115,12 @@ def measured(name: str, form: str, processes: int, steps: int) -> dict[str, Any]
 
 def markdown(report: dict[str, Any]) -> str:
     environment = report["environment"]
+    difference = report["difference"]
+    as_alone = "to the bit" if difference == 0 else f"to {difference:.0e} of their value"
     lines = [
-        f"{environment['cpu']}, torch {environment['torch']}, {environment['date']}: {report['processes']} processes of "
-        f"one thread, float32, SGD with momentum. Losses of {report['steps']} steps differ from those of one process by "
-        f"at most {report['difference']:.0e} of their value.",
+        f"{environment['cpu']}, torch {environment['torch']}, {environment['date']}: {report['processes']} processes "
+        f"of one thread, float32, SGD with momentum. The losses of {report['steps']} steps are those of one process "
+        f"{as_alone}.",
         "",
         "| peak of each process, MiB | " + " | ".join(FORMS.values()) + " |",
         "| --- |" + " ---: |" * len(FORMS),

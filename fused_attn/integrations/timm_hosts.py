@@ -429,7 +429,7 @@ def _efficientnet_reason(module: Any) -> str | None:
 
 HOSTS: dict[str, Host] = {
     "timm.models.vision_transformer_sam:Attention": Host("rel_attention_2d", SamAttention, _sam_reason),
-    "timm.layers.bottleneck_attn:BottleneckAttn": Host("rel_attention_2d", BottleneckAttn, _bottleneck_reason),
+    "timm.layers.bottleneck_attn:BottleneckAttn": Host("rel_attention_2d", BottleneckAttn, _bottleneck_reason, False),
     "timm.layers.halo_attn:HaloAttn": Host("rel_attention_2d", HaloAttn, _halo_reason),
     "timm.models.mvitv2:MultiScaleAttention": Host("rel_attention_2d", MultiScaleAttention, _mvit_reason, False),
     "timm.models.swin_transformer:WindowAttention": Host("bias_attention_2d", WindowAttention, _window_reason),

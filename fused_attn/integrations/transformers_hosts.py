@@ -369,7 +369,7 @@ _MODELS = {
     "pp_ocrv5_mobile_det.modeling_pp_ocrv5_mobile_det:PPOCRV5MobileDetSqueezeExcitationModule": _PPOCR,
     "pp_ocrv6_small_det.modeling_pp_ocrv6_small_det:PPOCRV6SmallDetSqueezeExcitationModule": _PPOCR,
     "efficientloftr.modeling_efficientloftr:EfficientLoFTRForKeypointMatching._coarse_matching": Host(
-        "row_col_softmax", EfficientLoFTRCoarseMatching, _coarse_reason
+        "row_col_softmax", EfficientLoFTRCoarseMatching, _coarse_reason, False
     ),
     "lightglue.modeling_lightglue:LightGlueMatchAssignmentLayer": Host(
         "row_col_softmax", LightGlueMatchAssignmentLayer, _lightglue_reason

@@ -86,7 +86,7 @@ def test_pairs_of_images(transformers):
     sizes = {"stage_num_blocks": [1, 1, 1, 1], "out_features": [8, 8, 16, 32], "hidden_size": 32}
     sizes |= {"num_attention_layers": 1, "fine_matching_slice_dim": 4, "coarse_matching_threshold": 0.0}
     sizes["coarse_matching_border_removal"] = 0
-    subject, differences = converted("transformers:EfficientLoFTRConfig", options(**sizes), (), 64)
+    subject, differences = converted("transformers:EfficientLoFTRConfig", options(**sizes), ("row_col_softmax",), 64)
     assert subject.images.shape == (1, 2, 3, 64, 64)
     assert all(0 < value < 1e-4 for value in differences.values())
 

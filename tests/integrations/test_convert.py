@@ -211,7 +211,7 @@ def test_compiled(net, images, expected):
 def test_compiled_by_inductor(net, images):
     layer = net.attention
     expected = outputs_and_gradients(lambda: layer(images), with_parameters(layer))
-    integrations.convert(layer)
+    assert integrations.convert(layer, ops=OPS).replaced == 1
     layer.compile(fullgraph=True)
     check(layer, images, expected)
 

@@ -53,7 +53,7 @@ def test_bottleneck(timm, options):
     layer = randomise(BottleneckAttn(16, feat_size=(6, 4), **options))
     x = torch.randn(2, 16, 6, 4, requires_grad=True)
     check(layer, lambda: layer(x), x=x)
-    integrations.convert(layer)
+    assert integrations.convert(layer, ops=OPS).replaced == 1
     with pytest.raises(AssertionError):  # of the original
         layer(x.mT)
 
@@ -72,7 +72,7 @@ def test_halo(timm, options):
     layer = randomise(HaloAttn(16, num_heads=2, **options))
     x = torch.randn(2, 16, 8, 12, requires_grad=True)
     check(layer, lambda: layer(x), x=x)
-    integrations.convert(layer)
+    assert integrations.convert(layer, ops=OPS).replaced == 1
     with pytest.raises(AssertionError):  # of the original
         layer(x[:, :, :7])
 
@@ -120,7 +120,7 @@ def test_mvit(timm, cls, options):
     x = torch.randn(2, 64 + cls, 16, requires_grad=True)
     grid = layer(x, [8, 8])[1]
     check(layer, lambda: layer(x, [8, 8])[0], x=x)
-    integrations.convert(layer)
+    assert integrations.convert(layer, ops=OPS).replaced == 1
     assert layer(x, [8, 8])[1] == grid
 
 
@@ -130,7 +130,7 @@ def test_mvit_on_another_grid_runs_the_original(timm):
     layer = randomise(MultiScaleAttention(16, 16, (8, 8), num_heads=2, has_cls_token=False))
     x = torch.randn(2, 30, 16)
     expected = layer(x, [6, 5])[0]
-    integrations.convert(layer)
+    assert integrations.convert(layer, ops=OPS).replaced == 1
     assert torch.equal(layer(x, [6, 5])[0], expected)
     (candidate,) = integrations.convert(MultiScaleAttention(16, 16, (8, 8), num_heads=2, rel_pos_type="none"))
     assert candidate.outcome == "relative positions of type 'none' are not computed"

@@ -146,7 +146,7 @@ def test_a_mask_that_is_no_segments_runs_the_original(swin_attention, mask):
 
 def test_a_compiled_graph_refuses_a_mask_that_is_no_segments(swin_attention):
     """It cannot look at the mask before it chooses."""
-    integrations.convert(swin_attention)
+    assert integrations.convert(swin_attention, ops=OPS).replaced == 1
     compiled = torch.compile(swin_attention, backend="aot_eager", fullgraph=True)
     mask = torch.zeros(2, 16, 16)
     mask[:, 8:, :8] = mask[:, :8, 8:] = -100.0
@@ -265,7 +265,7 @@ def test_efficientloftr(matcher):
 
 def test_matching_that_is_left_alone(matcher, monkeypatch):
     def reason():
-        (candidate,) = integrations.convert(matcher)
+        (candidate,) = integrations.convert(matcher, ops=OPS)
         return candidate.outcome
 
     assert reason() == "replaced"
@@ -286,7 +286,7 @@ def test_lightglue(transformers, masked):
     mask = (torch.arange(9) < torch.tensor([[9], [7], [6], [8]])).int() if masked else None
     check(layer, lambda: layer(x, mask).clamp(min=-50), x=x)
     expected = layer(x, mask)
-    integrations.convert(layer)
+    assert integrations.convert(layer, ops=OPS).replaced == 1
     torch.testing.assert_close(layer(x, mask), expected, rtol=1e-5, atol=1e-5)
 
 
