@@ -277,9 +277,10 @@ class _Recorder:
         #: What a windowed module is cutting: (H, W) of the map, and the size of this call's windows, if it has its own.
         self.cuts: dict[nn.Module, tuple[Sequence[int], Any]] = {}
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x, size = (*args, *kwargs.values(), None)[:2]
-        self.cuts[module] = x.shape[2:], size
+    def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.get("x")
+        if isinstance(x, Tensor):
+            self.cuts[module] = x.shape[2:], args[1] if len(args) > 1 else kwargs.get(module.size_name)
 
     def leave(self, module: nn.Module, *_: Any) -> None:
         self.cuts.pop(module, None)
@@ -305,8 +306,8 @@ class _Recorder:
                     flat = self._flat(grid, arguments.op == "rel_attention_1d").to(query.device)
                 except ValueError as error:
                     raise ValueError(f"{self.names[module] or 'the model'}: {error}") from error
-                if isinstance(module, _WINDOWED):
-                    found = _of_windows(arguments, flat, grid, module.positions(grid, size, query.device))
+                if module in self.cuts:
+                    found = _of_windows(arguments, flat, grid, _positions(module, grid, size, query.device))
                 else:
                     found = _weights(arguments, flat)
                 positions = torch.stack((flat // grid[1], flat % grid[1]), dim=-1)
@@ -333,6 +334,11 @@ class _Recorder:
         rows = [min(int(y * height), height - 1) for y, _ in self.points]
         columns = [min(int(x * width), width - 1) for _, x in self.points]
         return torch.tensor(rows) * width + torch.tensor(columns)
+
+
+def _positions(module: Any, grid: Sequence[int], size: Any, device: torch.device) -> Tensor:
+    positions: Tensor = module.positions(grid, size, device)
+    return positions
 
 
 def _of_windows(arguments: Arguments, queries: Tensor, grid: Sequence[int], positions: Tensor) -> AttentionWeights:

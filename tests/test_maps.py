@@ -406,3 +406,13 @@ def test_transforms_are_refused():
     module = RelPosAttention2d(6, 8, 4, 2, (5, 4))
     with attention_maps(module), pytest.raises(RuntimeError, match=r"must not be used .* transforms of torch\.func"):
         torch.func.vmap(module)(torch.ones(2, 1, 6, 5, 4))
+
+
+def test_a_windowed_module_called_by_keywords():
+    module = WindowAttention2d(8, 2, 4, 1, resize_tables=True)
+    x = torch.randn(1, 8, 8, 8)
+    with attention_maps(module, points=[(0.3, 0.9)]) as positional:
+        module(x, 3)
+    with attention_maps(module, points=[(0.3, 0.9)]) as maps:
+        module(window=3, x=x)
+    torch.testing.assert_close(maps[0].weights, positional[0].weights)

@@ -189,3 +189,47 @@ def test_through_a_layer_cache(activation):
     ):
         for grad, right in zip(found, expected, strict=True):
             torch.testing.assert_close(grad.double(), right, rtol=1e-4, atol=1e-4)
+
+
+def _fresh(seed=0):
+    """A call of a signature of its own."""
+    size = 2 + seed
+    query = torch.randn(1, 1, size, 3, 4, requires_grad=True)
+    return query, rel_attention_2d(query, query, query, impl="cpu")
+
+
+def test_a_plain_graph_in_forward_mode():
+    """The gradient's tangent is that of the cotangent."""
+    query, out = _fresh(5)
+    cotangent, direction = torch.randn_like(out), torch.randn_like(out)
+    (expected,) = torch.autograd.grad(out, query, direction, retain_graph=True)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(cotangent, direction)
+        (grad,) = torch.autograd.grad(out, query, dual, retain_graph=True)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(grad).tangent, expected)
+
+    def pull(cotangent):
+        return torch.autograd.grad(out, query, cotangent, retain_graph=True)[0]
+
+    torch.testing.assert_close(torch.func.jvp(pull, (cotangent,), (direction,))[1], expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_plain_graph_under_vmap_and_calls_after_it():
+    for seed, batched in ((7, False), (8, True)):
+        query, out = _fresh(seed)
+        cotangents = torch.randn(3, *out.shape)
+
+        def pull(cotangent, query=query, out=out):
+            return torch.autograd.grad(out, query, cotangent, retain_graph=True)[0]
+
+        if batched:
+            (grads,) = torch.autograd.grad(out, query, cotangents, is_grads_batched=True, retain_graph=True)
+        else:
+            grads = torch.vmap(pull)(cotangents)
+        expected = torch.stack([*map(pull, cotangents)])
+        torch.testing.assert_close(grads, expected)
+        for _ in range(3):
+            query, out = _fresh(seed)
+            (grad,) = torch.autograd.grad(out, query, cotangents[0])
+            assert torch.isfinite(grad).all()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_attn import create_model
+from fused_attn import create_model, ops
 from fused_attn.ops import SPECS
 from fused_attn.ops._floor.declarations import differentiable, with_tensors
 from fused_attn.ops.elementwise_attention import elementwise_attention
@@ -142,6 +142,38 @@ def test_the_backward_pass_of_mapped_calls():
     flat = rel_attention_2d(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), table, None, impl="cpu")
     expected = torch.autograd.grad((flat * weights.flatten(0, 1)).sum(), (query, key, value, table))
     torch.testing.assert_close(grads, expected)
+
+
+TABLE, QUERY, EXCITE = torch.randn(2, 5, 5), torch.randn(4), torch.randn(2, 4)
+
+
+def _of_one_image():
+    """Calls of a batch of one, of which a mapped dimension is a view where nothing is mapped."""
+    draw = torch.randn
+    query, keys, maps = draw(1, 2, 3), [draw(1, 2, 3) for _ in range(2)], [draw(1, 4, 2, 2) for _ in range(2)]
+    values, weights = [draw(1, 5, 4) for _ in range(2)], [draw(2, 2, 3, 4) for _ in range(2)]
+    yield lambda x: ops.rel_attention_2d(x, x, x, impl="cpu"), draw(1, 1, 3, 3, 4)
+    yield lambda x: ops.bias_attention_2d(x, x, x, TABLE, impl="cpu"), draw(1, 2, 3, 3, 4)
+    yield lambda x: ops.row_col_softmax(x, impl="cpu"), draw(1, 2, 3, 4)
+    yield lambda x: ops.row_col_softmax(x, *weights, impl="cpu"), draw(1, 2, 3, 4)
+    yield lambda x: ops.elementwise_attention(x, *weights, None, None, training=True, impl="cpu"), draw(1, 2, 3, 4)
+    yield lambda x: ops.layer_attention(x, keys, maps, impl="cpu"), query
+    yield lambda x: ops.weighted_layer_sum(x, maps, impl="cpu"), draw(1, 2, 2)
+    yield lambda x: ops.attention_residual([x, *values], QUERY, impl="cpu"), draw(1, 5, 4)
+    yield lambda x: ops.squeeze_excite(x, EXCITE, None, EXCITE.T, None, impl="cpu"), draw(1, 4, 3, 3)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_mapped_pullback_of_what_is_not_mapped(inside):
+    torch.manual_seed(0)
+    for function, x in _of_one_image():
+        x.requires_grad_(not inside)
+        out, pull = torch.func.vjp(function, x) if inside else (function(x), None)
+        pull = pull or (lambda cotangent, out=out, x=x: torch.autograd.grad(out, x, cotangent, retain_graph=True))
+        cotangents = torch.randn(3, *out.shape)
+        (grads,) = torch.vmap(pull)(cotangents)
+        expected = torch.stack([pull(cotangent)[0] for cotangent in cotangents])
+        torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_is_that_of_the_generator():

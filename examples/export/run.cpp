@@ -1,11 +1,11 @@
 // Loads a network that export_network.py compiled and runs it on images of noise: no Python, nothing of fused-attn.
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/torch.h>
+
 #include <iostream>
 #include <stdexcept>
 #include <string>
 #include <vector>
-
-#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/torch.h>
 
 int main(int argc, char** argv) {
   if (argc != 3) {

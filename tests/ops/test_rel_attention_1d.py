@@ -297,3 +297,19 @@ def test_augmented_convolution(stride):
 def test_arguments_of_modules(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_jit_trace_takes_no_other_length():
+    query, table = torch.randn(1, 1, 6, 4), torch.randn(11, 4)
+    traced = torch.jit.trace(lambda query, table: rel_attention_1d(query, query, query, table), (query, table))
+    torch.testing.assert_close(traced(query, table), rel_attention_1d(query, query, query, table))
+    with pytest.raises(RuntimeError, match="multiply up"):
+        traced(torch.randn(1, 1, 64, 4), table)
+
+
+def test_fx_traces():
+    augmented = AttentionAugmentedConv1d(8, 16, 3, 1, 5, heads=2, key_ratio=0.5, value_ratio=0.5, min_key_depth=1)
+    for module in (RelPosAttention1d(8, 4, 4, heads=2, length=8), augmented):
+        x = torch.randn(2, 8, 5)
+        assert torch.equal(torch.fx.symbolic_trace(module.eval())(x), module(x))

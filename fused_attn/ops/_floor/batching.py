@@ -7,7 +7,7 @@ no fold covers is called once for each index.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +60,14 @@ Fold = Mapping[str, Folded]
 Folds = Callable[[Mapping[str, Any]], Sequence[Fold]]
 
 
-def register(name: str, folds: Folds) -> None:
-    """Register the batching rule of the operator ``fused_attn::name``."""
+def register(name: str, folds: Folds, given: Collection[str]) -> None:
+    """Register the batching rule of the operator ``fused_attn::name``.
+
+    Args:
+        name: of the operator.
+        folds: those that there are.
+        given: names of arguments that may have any strides; of others, saved by forward, kernels rely on the layout.
+    """
     operator = getattr(torch.ops.fused_attn, name).default
     arguments = [argument.name for argument in operator._schema.arguments]
     outputs = [_of(output.name) for output in operator._schema.returns]
@@ -91,6 +97,12 @@ def register(name: str, folds: Folds) -> None:
             if (of := _of(place[0])) in fold and isinstance(value, Tensor)
             else value
             for place, value in values.items()
+        ]
+        folded = [
+            value.contiguous()
+            if isinstance(value, Tensor) and mapped[place] is None and place[0] not in given
+            else value
+            for place, value in zip(values, folded, strict=True)
         ]
         results = operator(*tree_unflatten(folded, form))
         if isinstance(results, Tensor):

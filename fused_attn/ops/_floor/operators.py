@@ -21,7 +21,7 @@ from ... import _extension
 from . import autograd, batching, checks, dispatch, recording, sharding
 from .declarations import OpSpec
 from .layout import empty_contiguous
-from .plain_calls import Guard, any_autocast, getter, signature
+from .plain_calls import Guard, any_autocast, getter, in_no_mode, signature
 from .second import Blocks
 from .tracing import exports_plainly
 
@@ -161,7 +161,7 @@ class Operators:
                 torch.library.impl(full + suffix, DEVICES[impl], _unwrapped(_filled(_complete(outputs_of), fill)))
                 torch.library.register_fake(full + suffix, _unwrapped(_complete(outputs_of)))
                 register_flop_formula(getattr(torch.ops.fused_attn, f"{name}_{impl}{suffix}"))(formula)
-                batching.register(f"{name}_{impl}{suffix}", folds)
+                batching.register(f"{name}_{impl}{suffix}", folds, {*self.arguments, "grad_out"})
             forward_operator, backward_operator = (
                 getattr(torch.ops.fused_attn, f"{name}_{impl}{suffix}").default for suffix in ("", "_backward")
             )
@@ -322,7 +322,9 @@ class Operators:
                 rest = iter(saved[first:])
                 saved = *saved[:first], *([*itertools.islice(rest, length)] for length in lengths)
             arguments = in_order((grad_out, *saved, *ctx.others))
-            run = kernel if recorded is None or not torch.is_grad_enabled() else recorded
+            # A graph of plain calls may be gone back through within a transform or a mode, for which the operator is.
+            direct = recorded is None or (not torch.is_grad_enabled() and in_no_mode())
+            run = kernel if direct else recorded
             grads = run(*arguments)
             if complete is not None:
                 grads = complete(arguments, grads)

@@ -64,6 +64,11 @@ _PLAIN_KINDS = frozenset({type(None), float, bool, int, str})
 _metadata = operator.attrgetter("shape", "dtype", "device", "requires_grad")
 
 
+def in_no_mode() -> bool:
+    """Whether no mode, transform or forward mode of PyTorch's is active, autocast aside."""
+    return _state() in _PLAIN_STATES and forward_ad._current_level < 0
+
+
 def signature(args: Sequence[Any]) -> tuple | None:
     """What there is to know of a plain call but for the values of its tensors; None if it is not plain.
 

@@ -237,7 +237,8 @@ class _Attend(torch.autograd.Function):
         impl, scale, sigmoid, buffers, layers = ctx.call
         weights, bias, query, *rest = ctx.saved_tensors
         keys, values = rest[:layers], rest[layers:]
-        if torch.is_grad_enabled():  # create_graph=True: what goes through the buffers is not recorded
+        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if torch.is_grad_enabled() or transformed:  # what goes through the buffers would not be seen
             operator = getattr(torch.ops.fused_attn, f"layer_attention_{impl}_backward").default
             grad_query, grad_keys, grad_values, grad_bias = operator(
                 grad_out, query, keys, values, bias, weights, scale, sigmoid

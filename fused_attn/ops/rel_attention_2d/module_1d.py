@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._floor import checks
+from .._floor.tracing import leaf
 from . import op
 from .module import augmented_depths
 from .one_dimension import check_padding, rel_attention_1d
@@ -97,42 +98,52 @@ class RelPosAttention1d(nn.Module):
             x: (B, in_channels, L); finite at padded positions too.
             padding: (B, L), bool: True at positions that nothing attends to.  The output there is to be ignored.
         """
-        if x.dim() != 3 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x must have shape (B, {self.in_channels}, L), got {tuple(x.shape)}")
-        if x.shape[2] == 0:
-            raise ValueError(f"x must have a length of at least 1, got {tuple(x.shape)}")
-        if padding is not None:
-            check_padding("padding", padding, x.shape[0], x.shape[2], x.device)
-        query, key, value = (
-            each.unflatten(1, (self.heads, -1)).transpose(2, 3)
-            for each in self.qkv(x).split((self.key_channels, self.key_channels, self.value_channels), dim=1)
-        )
+        _check(x, self.in_channels, padding)
+        rel_table: Tensor | None = self.rel_table
+        if rel_table is not None:
+            rel_table = _central_rows(rel_table, self.length, x)
+        query, key, value = self.qkv(x).split((self.key_channels, self.key_channels, self.value_channels), dim=1)
         out = rel_attention_1d(
-            query,
-            key,
-            value,
-            self._central_rows(x.shape[2]),
+            self._split_heads(query),
+            self._split_heads(key),
+            self._split_heads(value),
+            rel_table,
             key_padding=padding,
             dropout_p=self.dropout_p if self.training else 0.0,
             impl=self.impl,
         )
         return self.proj(out.transpose(2, 3).flatten(1, 2))
 
-    def _central_rows(self, length: int) -> Tensor | None:
-        if self.rel_table is None:
-            return None
-        if length > self.length:
-            raise ValueError(
-                f"x must have a length of at most {self.length}, for which the relative position table was built, "
-                f"got {length}"
-            )
-        return self.rel_table.narrow(-2, self.length - length, 2 * length - 1)
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """View (B, heads*d, L) as (B, heads, L, d)."""
+        return x.unflatten(1, (self.heads, -1)).transpose(2, 3)
 
     def extra_repr(self) -> str:
         table = "none" if self.rel_table is None else "per head" if self.rel_table.dim() == 3 else "shared"
         return (
             f"heads={self.heads}, length={self.length}, table={table}, dropout_p={self.dropout_p}, impl={self.impl!r}"
         )
+
+
+@leaf
+def _check(x: Tensor, channels: int, padding: Tensor | None) -> None:
+    if x.dim() != 3 or x.shape[1] != channels:
+        raise ValueError(f"x must have shape (B, {channels}, L), got {tuple(x.shape)}")
+    if x.shape[2] == 0:
+        raise ValueError(f"x must have a length of at least 1, got {tuple(x.shape)}")
+    if padding is not None:
+        check_padding("padding", padding, x.shape[0], x.shape[2], x.device)
+
+
+@leaf
+def _central_rows(rel_table: Tensor, longest: int, x: Tensor) -> Tensor:
+    """The rows of the table of sequences of length ``longest`` that belong to the length of ``x``."""
+    length = x.shape[2]
+    if length > longest:
+        raise ValueError(
+            f"x must have a length of at most {longest}, for which the relative position table was built, got {length}"
+        )
+    return rel_table.narrow(-2, longest - length, 2 * length - 1)
 
 
 class AttentionAugmentedConv1d(nn.Module):

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from .._floor import checks
+from .._floor.tracing import leaf, pinned
 from . import op
 from .api import check_attention
 
 
+@leaf
 def rel_attention_1d(
     query: Tensor,
     key: Tensor,
@@ -137,8 +139,8 @@ def check(
         segments = _padded_segments(segments, key_padding, query.shape[3])
     rel_scale = scale if rel_scale is None else checks.number("rel_scale", rel_scale)
     return (
-        query, key, value, None, rel_table, None, *segments, prefix_key, prefix_value, scale, rel_scale,
-        key_minus_query, dropout_p,
+        *map(pinned, (query, key, value)), None, pinned(rel_table, 0), None, *segments, pinned(prefix_key),
+        pinned(prefix_value), scale, rel_scale, key_minus_query, dropout_p,
     )  # fmt: skip
 
 
