@@ -233,3 +233,35 @@ def test_a_plain_graph_under_vmap_and_calls_after_it():
             query, out = _fresh(seed)
             (grad,) = torch.autograd.grad(out, query, cotangents[0])
             assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_reverse_over_reverse_under_vmap(spec):
+    """Pullbacks of gradients, mapped: what ``jacrev`` of ``grad`` and of ``jacrev`` are made of."""
+
+    def curvature(impl, dtype):
+        function, values = transforms.call_of(spec, impl, transforms.sample_of(spec), dtype, 0)
+        of_first = torch.func.grad(lambda first: function(first, *values[1:]).square().sum())
+        _, pull = torch.func.vjp(of_first, values[0])
+        cotangents = torch.linspace(-1, 1, 3, dtype=dtype).view(3, *(1 for _ in values[0].shape)) * values[0]
+        return torch.vmap(pull)(cotangents)[0]
+
+    expected = curvature("reference", torch.float64)
+    atol = 1e-5 * expected.abs().max().item()
+    torch.testing.assert_close(curvature("cpu", torch.float32).double(), expected, rtol=0, atol=atol)
+
+
+def test_autocast_leaves_it_alone():
+    """As it does the gradients: inputs have been cast before."""
+
+    def penalty(dtype, impl):
+        x = torch.randn(1, 4, 4, 3, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        query = x.view(1, 2, 4, 2, 3)
+        out = rel_attention_2d(query, query, query, impl=impl)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+            return torch.autograd.grad(grad.square().sum(), x)[0]
+
+    torch.testing.assert_close(
+        penalty(torch.float32, "cpu").double(), penalty(torch.float64, "reference"), rtol=1e-4, atol=1e-4
+    )

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
+from . import dispatch
+
 #: A tensor or other value among arguments or results: its name, and its number in a list.
 Place = tuple[str, int]
 #: Of some tensors by name, the part that takes part: (dim, start, stop); gradients have the part of their argument.
@@ -60,6 +62,7 @@ class Second:
         values = ctx.others | dict(zip(ctx.tensors, ctx.saved_tensors, strict=True))
         outer = {place: grad for place, grad in zip(ctx.outputs, cotangents, strict=True) if grad is not None}
         recorded = torch.is_grad_enabled()
+        wanted = [place for place in ctx.tensors if self._differentiable(place)]
 
         def leaf(tensor: Tensor) -> Tensor:
             # One tensor may be several arguments, each of which has its own gradient.
@@ -74,16 +77,44 @@ class Second:
                 if grad is not None and grad.requires_grad
             ]
             if pairs:
-                wanted = [place for place in ctx.tensors if self._differentiable(place)]
                 grads, parts = zip(*pairs, strict=True)
                 targets = [leaves[place] for place in wanted]
                 results = torch.autograd.grad(grads, targets, parts, create_graph=recorded, allow_unused=True)
                 yield from zip(wanted, results, strict=True)
 
-        total = self._sum(of_block, values, ctx.form, recorded, values)
+        if torch._C._are_functorch_transforms_active():
+            total = self._transformed(values, outer, wanted, ctx.form)
+        else:
+            total = self._sum(of_block, values, ctx.form, recorded, values)
         grads = tree_unflatten([total.get(place) for place in values], ctx.form)
         lists = [grad for grad in grads if isinstance(grad, (list, tuple))]
         return *(None if isinstance(grad, (list, tuple)) else grad for grad in grads), *itertools.chain(*lists)
+
+    def _transformed(
+        self, values: Mapping[Place, Any], outer: Mapping[Place, Tensor], wanted: Sequence[Place], form: TreeSpec
+    ) -> dict[Place, Tensor]:
+        """Gradients at ``wanted`` by torch.func, within whose transforms no tensor can be made a leaf."""
+        zeros = {
+            place: torch.zeros_like(grad)
+            for place, grad in outer.items()
+            if place[0] not in self._names and grad.numel()
+        }
+        of = [place for place in outer if place in wanted or place in zeros]
+        if not of:
+            return {}
+
+        def first(*leaves: Tensor) -> tuple[Tensor, ...]:
+            here = {**values, **zeros, **dict(zip(wanted, leaves, strict=True))}
+
+            def recomputed(*at: Tensor) -> Tensor:
+                return self._recomputed({**here, **dict(zip(of, at, strict=True))}, form)
+
+            grads: tuple[Tensor, ...] = torch.func.vjp(recomputed, *map(here.get, of))[1](here["grad_out", 0])
+            return grads
+
+        with dispatch.without_autocast(values["grad_out", 0]):
+            pull = torch.func.vjp(first, *(values[place] for place in wanted))[1]
+            return dict(zip(wanted, pull(tuple(outer[place] for place in of)), strict=True))
 
     def tangent(self, operator: Callable[..., Any], args: tuple) -> Any:
         """What the backward operator gives, with tangents."""
@@ -137,16 +168,19 @@ class Second:
         of = [place for place in of if isinstance(leaves.get(place), Tensor)]
         if not of:
             return {}
-        args = dict(zip(self._names, tree_unflatten([*leaves.values()][: form.num_leaves], form), strict=True))
-        further = {name: leaf for (name, _), leaf in leaves.items() if name not in args}
         grads = torch.autograd.grad(
-            self._recompute(**args, **further),
+            self._recomputed(leaves, form),
             [leaves[place] for place in of],
             leaves["grad_out", 0],
             create_graph=create_graph,
             allow_unused=True,
         )
         return dict(zip(of, grads, strict=True))
+
+    def _recomputed(self, leaves: Mapping[Place, Any], form: TreeSpec) -> Tensor:
+        args = dict(zip(self._names, tree_unflatten([*leaves.values()][: form.num_leaves], form), strict=True))
+        further = {name: leaf for (name, _), leaf in leaves.items() if name not in args}
+        return self._recompute(**args, **further)
 
     def _sum(
         self,
@@ -159,7 +193,7 @@ class Second:
         """The sum over all blocks."""
         total: dict[Place, Tensor] = {}
         args = dict(zip(self._names, tree_unflatten([*values.values()], form), strict=True))
-        with torch.enable_grad():
+        with torch.enable_grad(), dispatch.without_autocast(values["grad_out", 0]):
             for block in [{}] if recorded or self._blocks is None else self._blocks(args):
                 for place, part in of_block(block):
                     if part is not None:
