@@ -2,13 +2,14 @@
 
 import atexit
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 #: The one of each script, as long as this process lives.
@@ -56,6 +57,19 @@ def serve(function: Callable[[list[str]], None]) -> None:
         status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         if status != 0:
             print(json.dumps({"error": f"exit status {status}"}), flush=True)
+
+
+def run_all(processes: Sequence[multiprocessing.Process]) -> None:
+    """Run processes together, and print their statuses and what they wrote as the line of JSON to answer with."""
+
+    def run() -> None:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+
+    _, output = captured(run)
+    print(json.dumps({"statuses": [process.exitcode for process in processes], "output": output}))
 
 
 def captured(function: Callable[[], Any]) -> tuple[Any, str]:

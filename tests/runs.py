@@ -135,15 +135,7 @@ def _two_processes(arguments):
         port = server.getsockname()[1]
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=_process, args=(rank, port, *arguments)) for rank in range(2)]
-
-    def run():
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-
-    _, output = fork_server.captured(run)
-    print(json.dumps({"statuses": [process.exitcode for process in processes], "output": output}))
+    fork_server.run_all(processes)
 
 
 def _process(rank, port, out, settings, poisoned):

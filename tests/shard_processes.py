@@ -517,15 +517,7 @@ def _group(arguments):
     processes, folder = int(arguments[0]), arguments[1]
     fork = multiprocessing.get_context("fork")
     group = [fork.Process(target=_process, args=(rank, processes, folder)) for rank in range(processes)]
-
-    def run():
-        for process in group:
-            process.start()
-        for process in group:
-            process.join()
-
-    _, output = fork_server.captured(run)
-    print(json.dumps({"statuses": [process.exitcode for process in group], "output": output}))
+    fork_server.run_all(group)
 
 
 if __name__ == "__main__":

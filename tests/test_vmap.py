@@ -246,3 +246,39 @@ def test_opacus():
     for (key, parameter), *grads in zip(parameters.items(), *expected, strict=True):
         wanted = torch.stack(grads)
         assert (parameter.grad_sample - wanted).abs().max() <= 1e-3 * wanted.abs().max() + 1e-6, key
+
+
+def test_nested_pullbacks_of_one_image():
+    """What forward saved is in the layout that kernels rely on, whatever dimensions were mapped around it."""
+    torch.manual_seed(0)
+    for function, x in _of_one_image():
+        points = torch.stack([x + 0.1 * i * torch.randn_like(x) for i in range(2)])
+
+        def pulled(point, function=function):
+            out, pull = torch.func.vjp(function, point)
+            cotangents = torch.linspace(-1, 1, 3).view(3, *(1 for _ in out.shape)) * (1 + out.detach())
+            return torch.vmap(pull)(cotangents)[0]
+
+        twice = torch.stack((points, 0.5 * points))
+        expected = torch.stack([pulled(point) for point in twice.flatten(0, 1)]).unflatten(0, (2, 2))
+        for found in (
+            torch.vmap(torch.vmap(pulled))(twice),
+            torch.vmap(torch.vmap(pulled, 1), 1)(twice.movedim((0, 1), (1, 2))),
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mapped_segments():
+    torch.manual_seed(0)
+    query = torch.randn(3, 2, 2, 4, 4, 8)
+    for sets in (1, 2):
+        segments = torch.randint(-1, 2, (3, sets, 4, 4), dtype=torch.int32)
+
+        def attend(query, segments):
+            return ops.rel_attention_2d(query, query, query, query_segments=segments, key_segments=segments, impl="cpu")
+
+        for dims in ((0, 0), (0, None), (None, 0)):
+            parts = [each if dim == 0 else each[0] for each, dim in zip((query, segments), dims, strict=True)]
+            calls = [[each[i] if dim == 0 else each for each, dim in zip(parts, dims, strict=True)] for i in range(3)]
+            loop = [attend(*call) for call in calls]
+            torch.testing.assert_close(torch.vmap(attend, dims)(*parts), torch.stack(loop))

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .second import flatten
+from .second import Place, flatten
+from .sharding import Axis
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,19 @@ Fold = Mapping[str, Folded]
 Folds = Callable[[Mapping[str, Any]], Sequence[Fold]]
 
 
+def along(axes: Sequence[Axis]) -> list[Fold]:
+    """The folds into axes of a call: shards that are computed apart are calls of their own."""
+    return [{name: Folded(dim) for name, dim in axis.dims.items()} for axis in axes]
+
+
 def register(name: str, folds: Folds, given: Collection[str]) -> None:
     """Register the batching rule of the operator ``fused_attn::name``.
 
     Args:
         name: of the operator.
         folds: those that there are.
-        given: names of arguments that may have any strides; of others, saved by forward, kernels rely on the layout.
+        given: names of arguments that may have any strides; others were saved by forward, and kernels rely on the
+            layout that it gave them.
     """
     operator = getattr(torch.ops.fused_attn, name).default
     arguments = [argument.name for argument in operator._schema.arguments]
@@ -81,10 +88,14 @@ def register(name: str, folds: Folds, given: Collection[str]) -> None:
         values, form = flatten(arguments, args)
 
         def call(i: int) -> list[Any]:
-            parts = (
-                value if mapped[place] is None else value.select(mapped[place], i) for place, value in values.items()
-            )
-            return tree_unflatten([*parts], form)
+            parts = {
+                place: value if mapped[place] is None else value.select(mapped[place], i)
+                for place, value in values.items()
+            }
+            return tree_unflatten(dense(parts), form)
+
+        def dense(parts: Mapping[Place, Any]) -> list[Any]:
+            return [part if place[0] in given else _dense(part) for place, part in parts.items()]
 
         one = dict(zip(arguments, call(0), strict=True))
         absent = {output for output in outputs if is_backward and one.get(output, 0) is None}
@@ -92,19 +103,13 @@ def register(name: str, folds: Folds, given: Collection[str]) -> None:
         fold = next((fold for fold in folds(one) if covered <= fold.keys()), None)
         if fold is None:
             return _stacked([operator(*call(i)) for i in range(size)])
-        folded = [
-            fold[of].fold(value, mapped[place], size)
+        folded = {
+            place: fold[of].fold(value, mapped[place], size)
             if (of := _of(place[0])) in fold and isinstance(value, Tensor)
             else value
             for place, value in values.items()
-        ]
-        folded = [
-            value.contiguous()
-            if isinstance(value, Tensor) and mapped[place] is None and place[0] not in given
-            else value
-            for place, value in zip(values, folded, strict=True)
-        ]
-        results = operator(*tree_unflatten(folded, form))
+        }
+        results = operator(*tree_unflatten(dense(folded), form))
         if isinstance(results, Tensor):
             return fold[outputs[0]].unfold(results, size)
         results, form = flatten(outputs, results)
@@ -120,6 +125,19 @@ def register(name: str, folds: Folds, given: Collection[str]) -> None:
 def _of(name: str) -> str:
     """What a gradient is the gradient of; other names as they are."""
     return name.removeprefix("grad_")
+
+
+def _dense(value: Any) -> Any:
+    """A tensor in an order of its own: as it is where it is contiguous or channels_last, as forward saves them."""
+    if not isinstance(value, Tensor) or value.is_contiguous():
+        return value
+    if value.dim() == 4:
+        try:
+            if value.is_contiguous(memory_format=torch.channels_last):
+                return value
+        except RuntimeError:  # it is mapped further out as well, where the rule comes back to it
+            return value
+    return value.contiguous()
 
 
 def _stacked(calls: Sequence[Any]) -> tuple[Any, Any]:

@@ -83,8 +83,9 @@ class Operators:
         flops, flops_backward: of the shapes of forward's and backward's arguments; 0 for an op without products.
         derived: what backward needs beside arguments and outputs.
         complete: ``complete(arguments of backward, gradients)`` gives the gradients, for those that no kernel forms.
-        folds: as in :func:`batching.register`, of the arguments of forward and of backward.
-        axes: along which DTensors may be sharded; without it, they are gathered.
+        axes: along which a call falls into calls of its own: DTensors may be sharded along them, and ``torch.vmap``
+            folds into them.  Of the arguments of forward and of backward.
+        folds: as in :func:`batching.register`, where there are more than those into ``axes``.
     """
 
     def __init__(
@@ -108,8 +109,8 @@ class Operators:
         complete: Callable[[tuple, tuple], tuple] | None = None,
         recompute: Callable[..., Tensor] | None = None,
         blocks: Blocks | None = None,
-        folds: batching.Folds = lambda call: (),
         axes: sharding.Axes = lambda call: (),
+        folds: batching.Folds | None = None,
     ) -> None:
         self.name, self.reference, self.kernels = name, reference, kernels
         usual = {impl: _USUAL_REASONS[impl] for impl in kernels if impl in _USUAL_REASONS}
@@ -161,7 +162,11 @@ class Operators:
                 torch.library.impl(full + suffix, DEVICES[impl], _unwrapped(_filled(_complete(outputs_of), fill)))
                 torch.library.register_fake(full + suffix, _unwrapped(_complete(outputs_of)))
                 register_flop_formula(getattr(torch.ops.fused_attn, f"{name}_{impl}{suffix}"))(formula)
-                batching.register(f"{name}_{impl}{suffix}", folds, {*self.arguments, "grad_out"})
+                batching.register(
+                    f"{name}_{impl}{suffix}",
+                    folds or (lambda call: batching.along(axes(call))),
+                    {*self.arguments, "grad_out"},
+                )
             forward_operator, backward_operator = (
                 getattr(torch.ops.fused_attn, f"{name}_{impl}{suffix}").default for suffix in ("", "_backward")
             )

@@ -108,7 +108,7 @@ class PositionTables(nn.Module):
 
     def position_tables(self) -> dict[str, Positions]:
         """What there is to know of each, by its name."""
-        raise NotImplementedError
+        raise NotImplementedError  # every module has its own
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]

@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .._floor import dispatch
-from .._floor.batching import Fold, Folded
 from .._floor.layout import empty_contiguous, rows
 from .._floor.operators import Operators, cpp, triton
 from .._floor.sharding import Axis
@@ -60,11 +58,6 @@ def _flops_backward(grad_out, values, *_, **__) -> int:
     return 9 * len(values) * math.prod(values[0])
 
 
-def _folds(call: Mapping[str, Any]) -> Sequence[Fold]:
-    tokens = call["values"][0].dim() > 1
-    return [dict.fromkeys(("values", "statistics", "out"), Folded(0))] if tokens else []
-
-
 def _axes(call) -> list[Axis]:
     # Tokens are on their own, whatever dimensions they are laid out in.
     of_tokens = range(call["values"][0].dim() - 1)
@@ -85,6 +78,5 @@ attention_residual = Operators(
     reference=reference.attention_residual,
     flops=_flops,
     flops_backward=_flops_backward,
-    folds=_folds,
     axes=_axes,
 )

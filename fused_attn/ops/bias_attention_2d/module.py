@@ -118,7 +118,7 @@ class _TableAttention(PositionTables):
 
     def _windows(self, x: Tensor, size: int | tuple[int, int] | None) -> tuple[Tensor, Tensor | None]:
         """The windows of maps (B, C, H, W), side by side, (B * windows of an image, h, w, C), and their segments."""
-        raise NotImplementedError
+        raise NotImplementedError  # it is what the modules differ in
 
     def extra_repr(self) -> str:
         resize = "resize_tables=True, " if self.resize_tables else ""

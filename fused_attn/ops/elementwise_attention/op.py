@@ -138,10 +138,6 @@ row_col_softmax = Operators(
     flops=_per_element(SOFTMAX_FLOPS[0]),
     flops_backward=_per_element(SOFTMAX_FLOPS[1], 1),
     apart=("row_mask", "col_mask"),
-    folds=lambda call: [
-        dict.fromkeys(("x", "row_mask", "col_mask", *_PLANES, "out"), Folded(0)),
-        dict.fromkeys(("x", *_WEIGHTS, *_PLANES, "out"), Folded(-3)),
-    ],
     axes=_softmax_axes,
 )
 

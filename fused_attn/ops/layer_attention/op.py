@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._floor.batching import Folded
 from .._floor.layout import dense_order, empty_contiguous, empty_in_order, in_order, is_channels_last
 from .._floor.operators import Operators, cpp, triton
 from .._floor.sharding import Axis
@@ -121,7 +120,6 @@ weighted_layer_sum = Operators(
     reference=reference.weighted_layer_sum,
     flops=_per_element(1, 2),
     flops_backward=_per_element(2, 3),
-    folds=lambda call: [dict.fromkeys(_MAPS, Folded(0))],
     axes=_axes,
 )
 
@@ -141,7 +139,6 @@ layer_attention = Operators(
     reference=reference.layer_attention,
     flops=_per_element(2, 2),
     flops_backward=_per_element(3, 3),
-    folds=lambda call: [dict.fromkeys(_MAPS, Folded(0)), dict.fromkeys((*_MAPS, "bias"), Folded(1))],
     axes=_axes,
 )
 

@@ -219,18 +219,12 @@ class AttentionAugmentedConv2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be a positive odd number, got {kernel_size}")
-        checks.positive(stride=stride, heads=heads)
+        checks.positive(heads=heads)
         key_channels, value_channels = augmented_depths(out_channels, heads, key_ratio, value_ratio, min_key_depth)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.conv = nn.Conv2d(
-            in_channels, out_channels - value_channels, kernel_size, stride, kernel_size // 2, bias=bias, **options
+        self.conv, self.pool = convolution_and_pool(
+            nn.Conv2d, nn.AvgPool2d, in_channels, out_channels - value_channels, kernel_size, stride, bias, **options
         )
-        # 2 * stride - 1 is the least odd kernel that reaches every position of any input on the convolution's grid.
-        self.pool: nn.Module = nn.Identity()
-        if stride > 1:
-            self.pool = nn.AvgPool2d(2 * stride - 1, stride, padding=stride - 1, count_include_pad=False)
         self.attention = RelPosAttention2d(
             in_channels,
             key_channels,
@@ -249,6 +243,31 @@ class AttentionAugmentedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and attend, (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         return torch.cat((self.conv(x), self.attention(self.pool(x))), dim=1)
+
+
+def convolution_and_pool(
+    convolution: type[nn.Module],
+    pool: type[nn.Module],
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    stride: int,
+    bias: bool,
+    **options: Any,
+) -> tuple[nn.Module, nn.Module]:
+    """A padded convolution, and what takes its input to its grid for the attention beside it.
+
+    Raises:
+        ValueError: ``kernel_size`` is not odd, or a number is not positive.
+    """
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be a positive odd number, got {kernel_size}")
+    checks.positive(stride=stride)
+    conv = convolution(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=bias, **options)
+    if stride == 1:
+        return conv, nn.Identity()
+    # 2 * stride - 1 is the least odd kernel that reaches every position of any input on the convolution's grid.
+    return conv, pool(2 * stride - 1, stride, padding=stride - 1, count_include_pad=False)
 
 
 def augmented_depths(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .._floor import checks
 from .._floor.tracing import leaf
 from . import op
-from .module import augmented_depths
+from .module import augmented_depths, convolution_and_pool
 from .one_dimension import check_padding, rel_attention_1d
 
 
@@ -192,17 +192,12 @@ class AttentionAugmentedConv1d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be a positive odd number, got {kernel_size}")
-        checks.positive(stride=stride, heads=heads)
+        checks.positive(heads=heads)
         key_channels, value_channels = augmented_depths(out_channels, heads, key_ratio, value_ratio, min_key_depth)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.conv = nn.Conv1d(
-            in_channels, out_channels - value_channels, kernel_size, stride, kernel_size // 2, bias=bias, **options
+        self.conv, self.pool = convolution_and_pool(
+            nn.Conv1d, nn.AvgPool1d, in_channels, out_channels - value_channels, kernel_size, stride, bias, **options
         )
-        self.pool: nn.Module = nn.Identity()
-        if stride > 1:
-            self.pool = nn.AvgPool1d(2 * stride - 1, stride, padding=stride - 1, count_include_pad=False)
         self.attention = RelPosAttention1d(
             in_channels,
             key_channels,

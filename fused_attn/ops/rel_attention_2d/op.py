@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._floor import checks, dispatch, dropout, sharding
-from .._floor.batching import Fold, Folded
+from .._floor.batching import Fold, Folded, along
 from .._floor.layout import empty_contiguous, empty_like_heads
 from .._floor.operators import Operators, cpp, triton
 from .._floor.second import Block
@@ -70,21 +70,6 @@ def _reference(
 _MAPS = ("query", "key", "value", "prefix_key", "prefix_value", "out", "statistics")
 
 
-def _folds(call: Mapping[str, Any]) -> Sequence[Fold]:
-    """Into the batch, and into heads, each of which may have tables of its own."""
-    if call["seed"] is not None:
-        return []  # which weights are dropped depends on the place in the batch and among the heads
-    batch, heads = dict.fromkeys(_MAPS, Folded(0)), dict.fromkeys(_MAPS, Folded(1))
-    heads["bias_table"] = Folded(0)
-    for name in ("row_term", "col_term"):
-        term = call[name]
-        if term is not None and term.dim() == 5:
-            batch[name], heads[name] = Folded(0), Folded(1)
-        elif term is not None:
-            heads[name] = Folded(0) if term.dim() == 3 else Folded(0, repeats=call["query"].shape[1])
-    return [batch, heads]
-
-
 #: Numbers of logits that a block has at most, unless one row of queries has more.
 _BLOCK = 2**22
 
@@ -137,6 +122,16 @@ def _axes(call) -> list[sharding.Axis]:
         return [images]  # the mask's rows of some heads are in as many pieces as there are images
     of_heads = {**dict.fromkeys((*_MAPS, *logits), 1), "bias_table": 0}
     return [images, sharding.Axis(of_heads | {name: 0 for name, dims in terms.items() if dims == 3})]
+
+
+def _folds(call: Mapping[str, Any]) -> Sequence[Fold]:
+    """Into images, and into heads, where a table of all heads becomes one for each."""
+    if call["seed"] is not None:
+        return []  # which weights are dropped depends on the place in the batch and among the heads
+    images, heads = along(_axes(call))
+    terms = {name: call[name] for name in ("row_term", "col_term") if call[name] is not None}
+    shared = {name: Folded(0, repeats=call["query"].shape[1]) for name, term in terms.items() if term.dim() == 2}
+    return [images, {**heads, **shared}]
 
 
 def _own_part_of_the_mask(call: dict, shard: int) -> None:

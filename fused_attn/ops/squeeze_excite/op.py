@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .._floor import dispatch
-from .._floor.batching import Folded
 from .._floor.layout import empty_contiguous, in_format, memory_format
 from .._floor.operators import Operators, cpp, triton
 from .._floor.sharding import Axis
@@ -144,6 +143,5 @@ squeeze_excite = Operators(
     },
     complete=_complete,
     recompute=_recompute,
-    folds=lambda call: [dict.fromkeys(_IMAGES.dims, Folded(0))],
     axes=lambda call: [_IMAGES],
 )
