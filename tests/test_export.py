@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from commands import python
 from model_checks import MODELS, build, images, randomise_norms
 from torch import nn
 from torch.export import Dim
@@ -249,6 +250,11 @@ def test_jit_traces_in_the_mode_hold_nothing_of_the_package():
 
 
 # --- ONNX and ahead of time -----------------------------------------------------------------------------------------
+
+
+def test_calls_do_not_import_the_exporter():
+    program = "import sys, torch, fused_attn; fused_attn.row_col_softmax(torch.ones(1, 1, 2, 2))"
+    assert python("-c", f"{program}; print(any('onnx._internal' in name for name in sys.modules))").stdout == "False\n"
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -12,6 +13,8 @@ from torch.fx import Proxy, _symbolic_trace
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+#: Where PyTorch notes that it exports to ONNX.
+_ONNX_FLAGS = "torch.onnx._internal.exporter._flags"
 #: How many ``export_mode`` are open in the process.
 _open = 0
 
@@ -42,7 +45,9 @@ def export_mode() -> Iterator[None]:
 
 def exports_plainly() -> bool:
     """Whether the reference has to run: within :func:`export_mode`, and within ``torch.onnx.export``."""
-    return _open > 0 or torch.onnx.is_in_onnx_export()
+    # Every call asks, and is_in_onnx_export imports the exporter: where nobody has, it is not running.
+    may_export = torch.compiler.is_compiling() or _ONNX_FLAGS in sys.modules
+    return _open > 0 or (may_export and torch.onnx.is_in_onnx_export())
 
 
 def leaf(function: _Function) -> _Function:
