@@ -290,7 +290,7 @@ def test_augmented_convolution(stride):
             lambda: RelPosAttention1d(6, 8, 4, 2, 9)(torch.ones(2, 6, 9), torch.ones(2, 8, dtype=torch.bool)),
             r"padding must have shape \(B, L\)=\(2, 9\), got \(2, 8\)",
         ),
-        (lambda: AttentionAugmentedConv1d(4, 8, 2, 1, 9), "kernel_size must be a positive odd number, got 2"),
+        (lambda: AttentionAugmentedConv1d(4, 8, 2, 1, 9, heads=2), "kernel_size must be a positive odd number, got 2"),
         (lambda: AttentionAugmentedConv1d(4, 2, 3, 1, 9, heads=2), "must leave some of out_channels=2"),
     ],
 )
