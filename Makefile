@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Where this is set, each of some hundred processes of the tests compiles every module it imports, torch's too.
+unexport PYTHONDONTWRITEBYTECODE
 SOURCES := setup.py pyproject.toml constraints.txt build_backend.py $(shell find csrc -type f)
 
 .PHONY: demo test bench gpu docs lint format wheel clean
