@@ -51,11 +51,12 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	FUSED_ATTN_REQUIRE_EXTENSION=1 $(BIN)/pip install --quiet --no-compile --no-build-isolation -c constraints.txt -e '.[dev]'
 	touch $@
 
-# Packages whose networks tests compare with.  Apart from the environment and without what they require: torchmetrics imports
+# Packages that tests compare with or export to.  Apart from the environment and without what they require: torchmetrics imports
 # transformers where it finds it, which takes every training 1.6 s, and fails beside timm's torchvision, built for CUDA alone.
 $(VENV)/hosts: $(VENV)/torch
 	$(BIN)/pip install --quiet --no-deps --no-compile --upgrade --target $@ -c constraints.txt \
-		timm transformers regex tokenizers bottleneck-transformer-pytorch einops
+		timm transformers regex tokenizers bottleneck-transformer-pytorch einops \
+		opacus opt_einsum onnx onnx-ir onnxscript onnxruntime ml_dtypes protobuf flatbuffers
 	touch $@
 
 # One wheel for every Python and torch, tagged with the manylinux that its library is fit for.  Torch's libraries stay out:

@@ -259,7 +259,7 @@ def test_calls_do_not_import_the_exporter():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("label", ["aa_wrn", "mrla_light_deit", "swin"])
-def test_onnx(label):
+def test_onnx(host_packages, label):
     pytest.importorskip("onnxscript", reason="the package onnxscript is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="the package onnxruntime is not installed")
     model = network(label)

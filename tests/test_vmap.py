@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_attn import create_model, ops
+from fused_attn import create_model, integrations, modules, ops
 from fused_attn.ops import SPECS
 from fused_attn.ops._floor.declarations import differentiable, with_tensors
 from fused_attn.ops.elementwise_attention import elementwise_attention
@@ -230,19 +230,51 @@ def test_gradients_per_sample_of_a_network(name, options):
         assert (grads[key] - wanted).abs().max() <= 1e-4 * wanted.abs().max() + 1e-8, key
 
 
-def test_opacus():
+def _network_without_batch_norms():
+    """Batch norms mix the samples."""
+    from opacus.validators import ModuleValidator
+
+    return ModuleValidator.fix(create_model("aa_wrn_10_1", num_classes=4, attention_blocks="all"))
+
+
+class _Padded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = modules.RelPosAttention1d(4, 8, 8, 2, 9), nn.Linear(8, 3)
+
+    def forward(self, x, padding):
+        return self.head(self.attention(x, padding).mean(dim=2))
+
+
+class _Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.mrla, self.head = nn.Conv2d(3, 8, 1), modules.MRLALight(8, dim_per_head=4), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.mrla(self.conv(x), x[:, :1].expand(-1, 8, -1, -1)).mean(dim=(2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+@pytest.mark.parametrize("make", [_network_without_batch_norms, _Padded, _Recurrent])
+def test_opacus(host_packages, make):
     """Its GradSampleModule takes the modules: gradients per sample as a loop has them."""
-    opacus = pytest.importorskip("opacus")
+    opacus = pytest.importorskip("opacus", reason="the package opacus is not installed")
+    integrations.opacus.register()
     torch.manual_seed(0)
-    network = create_model("aa_wrn_10_1", num_classes=4, attention_blocks="all")
-    network = opacus.validators.ModuleValidator.fix(network)  # batch norms, which mix the samples
-    x, labels = torch.randn(3, 3, 16, 16), torch.tensor([0, 1, 2])
+    network, labels = make(), torch.tensor([0, 1, 2])
+    inputs = [torch.randn(3, 4, 9), torch.arange(9) > torch.tensor([[4], [9], [6]])]
+    if make is not _Padded:
+        inputs = [torch.randn(3, 3, 16, 16)]
     parameters = dict(network.named_parameters())
     expected = [
-        torch.autograd.grad(nn.functional.cross_entropy(network(image[None]), label[None]), [*parameters.values()])
-        for image, label in zip(x, labels, strict=True)
+        torch.autograd.grad(
+            nn.functional.cross_entropy(network(*(x[i : i + 1] for x in inputs)), labels[i : i + 1]),
+            [*parameters.values()],
+        )
+        for i in range(3)
     ]
-    nn.functional.cross_entropy(opacus.GradSampleModule(network)(x), labels).backward()
+    nn.functional.cross_entropy(opacus.GradSampleModule(network)(*inputs), labels).backward()
     for (key, parameter), *grads in zip(parameters.items(), *expected, strict=True):
         wanted = torch.stack(grads)
         assert (parameter.grad_sample - wanted).abs().max() <= 1e-3 * wanted.abs().max() + 1e-6, key

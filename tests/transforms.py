@@ -357,6 +357,10 @@ differentiated once more.
 `torch.vmap` folds what it maps into the batch, or into heads or channels where parameters are mapped too or each
 mapped call has gradients of its own (gradients per sample): one call of a kernel. Two ops are called once for each
 index there, because a whole batch shares their weights: `squeeze_excite` and `attention_residual`.
+
+Opacus (`GradSampleModule`, `PrivacyEngine`) takes the modules as they are; for `MRLALight` and a padded
+`RelPosAttention1d`, which have more than one input, call `fused_attn.integrations.opacus.register()` first.
+`AttentionResidual`, whose input is a list, cannot be had: the hooks of Opacus take tensors alone.
 """
 
 

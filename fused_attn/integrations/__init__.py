@@ -9,8 +9,8 @@
 No host is imported: a model that holds one of its classes has done so.
 """
 
-from . import transformers
+from . import opacus, transformers
 from .convert import convert, restore
 from .report import Candidate, Report
 
-__all__ = ["Candidate", "Report", "convert", "restore", "transformers"]
+__all__ = ["Candidate", "Report", "convert", "opacus", "restore", "transformers"]
