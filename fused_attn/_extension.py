@@ -16,7 +16,7 @@ SOURCE is the folder, archive or address that the package came from. Without --n
 without kernels that it built earlier."""
 
 #: Instruction sets the kernels are compiled for, lowest first.
-CPU_CAPABILITIES = ("generic", "avx2", "avx512")
+CPU_CAPABILITIES = ("generic", "avx2", "avx512", "amx")
 
 
 def _load() -> str | None:

@@ -36,7 +36,7 @@ struct KernelPair {
   }                                                          \
   inline const Kernels& best_kernels() {                     \
     const CpuCapability best = cpu_capability();             \
-    return best == CpuCapability::avx512 ? avx512::kernels   \
+    return best >= CpuCapability::avx512 ? avx512::kernels   \
            : best == CpuCapability::avx2 ? avx2::kernels     \
                                          : generic::kernels; \
   }

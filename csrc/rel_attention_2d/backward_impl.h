@@ -1,35 +1,38 @@
 // Backward pass; part of kernels_impl.h.  Weights are recomputed from the saved softmax statistics.
 
+// What the softmax of a row was, and the sum of its weights times their gradients.
+struct Row {
+  float max, normalize, delta;
+
+  FA_INLINE vf weight(vf score) const { return exp_nonpositive(score - max) * normalize; }
+};
+
 struct BackwardScratch {
-  int64_t tile, score_stride, col_stride, query_stride, grad_out_stride;
-  KeyMatrix key, value, grad_key, grad_value;  // the task's keys
-  KeyMatrix grad_table;
-  Scratch<float> query, grad_out, out;              // (QB, depth), scaled; (dv)
-  Scratch<float> score, grad_score;                 // (QB, tile)
+  int64_t col_stride, query_stride;
+  Keys key, value;  // the task's keys
+  KeySums grad_key, grad_value, grad_table;
+  BlockRows query, grad_out;
+  Scratch<float> out, table_row;  // (dv), (dk)
+  Weights score, grad_score;
+  Weights grad_product;                             // on the positions of the tables
   Scratch<float> grad_query, grad_relative;         // (QB, query_stride)
   Scratch<float> grad_col_logits, grad_row_logits;  // (QB, lanes of a group), (QB, key rows)
-  Scratch<float> grad_product;                      // (QB, table positions)
   Scratch<float> grad_block, grad_bias;             // like bias.free.table: of a block of queries, of the task
-  float delta[QB], max[QB], normalize[QB];
+  Row rows[QB];
 
   BackwardScratch(const Problem& p, const KeyLayout& keys, const BiasTerms& bias, int64_t splits)
-      : query_stride(row_stride(p.dk)), grad_out_stride(row_stride(p.dv)) {
+      : col_stride(keys.vectors * L), query_stride(row_stride(p.dk)) {
     const int64_t vectors = KeyRange(keys, 0, (keys.groups + splits - 1) / splits, p.prefix).vectors;
-    const int64_t panels = panels_of(vectors);
-    tile = smaller(panels * NR, kBackwardTile);
-    score_stride = tile * L + L;  // an odd number of vectors: rows then spread over all cache sets
-    col_stride = keys.vectors * L;
-    key.allocate(p.dk, vectors, true, is_wide(p.dk));
+    const int64_t tile = smaller(panels_of(vectors) * NR, kBackwardTile);
+    key.allocate(p.dk, vectors, true, true);
     value.allocate(p.dv, vectors, true, false);
-    grad_key.allocate(p.dk, vectors, !is_wide(p.dk), is_wide(p.dk));
-    grad_value.allocate(p.dv, vectors, !is_wide(p.dv), is_wide(p.dv));
-    query.allocate(QB * query_stride);
-    query.fill(0.0f);
-    grad_out.allocate(QB * grad_out_stride);
-    grad_out.fill(0.0f);
+    grad_key.allocate(p.dk, vectors);
+    grad_value.allocate(p.dv, vectors);
+    query.allocate(p.dk, true);
+    grad_out.allocate(p.dv, true);
     out.allocate(p.dv);
-    score.allocate(QB * score_stride);
-    grad_score.allocate(QB * score_stride);
+    score.allocate(tile, false, true);
+    grad_score.allocate(tile, true, true);
     grad_query.allocate(QB * query_stride);
     if (p.bias_table) {
       grad_block.allocate(bias.free.table.size);
@@ -41,8 +44,9 @@ struct BackwardScratch {
     }
     if (bias.from_tables()) {
       grad_relative.allocate(QB * query_stride);
-      grad_product.allocate(QB * bias.product_stride);
-      grad_table.allocate(p.dk, bias.table_vectors, !is_wide(p.dk), is_wide(p.dk));
+      table_row.allocate(p.dk);
+      grad_product.allocate(panels_of(bias.table_vectors) * NR, true, true);
+      grad_table.allocate(p.dk, bias.table_vectors);
     }
   }
 };
@@ -66,38 +70,36 @@ struct LaneSums {
   }
 };
 
-FA_INLINE vf normalized_weight(const BackwardScratch& s, int64_t i, vf score) {
-  return exp_nonpositive(score - s.max[i]) * s.normalize[i];
-}
-
 // Weights in place of logits for one query whose keys all lie in this tile, and delta = sum over keys of weight times
 // gradient.  It equals out.grad_out, but summed from the weights at hand it lacks the rounding of out, an error that
 // all gradients of a row would share.
 template <bool Dropout>
 FA_INLINE void weights_and_delta(const Backward& p, BackwardScratch& s, int64_t i, int64_t count,
                                  const uint32_t* columns, uint64_t row) {
-  float* score = s.score + i * s.score_stride;
-  float* grad = s.grad_score + i * s.score_stride;
+  float* score = s.score.row(i);
+  float* grad = s.grad_score.row(i);
   const DropoutKeys keys(p.seed, row);
+  const uint32_t drop_below = p.drop_below;
+  const Row own = s.rows[i];
   vf sum{};
   for (int64_t v = 0; v < count; ++v) {
-    const vf weight = normalized_weight(s, i, load(score + v * L));
+    const vf weight = own.weight(load(score + v * L));
     vf grad_weight = load(grad + v * L);
-    if constexpr (Dropout) grad_weight = select(keys.keep(load(columns + v * L), p.drop_below), grad_weight, vf{});
+    if constexpr (Dropout) grad_weight = select(keys.keep(load(columns + v * L), drop_below), grad_weight, vf{});
     store(score + v * L, weight);
     sum += weight * grad_weight;
   }
-  s.delta[i] = sum_lanes(sum);
+  s.rows[i].delta = sum_lanes(sum);
 }
 
 // From a vector of logits (weights when Whole) and of the gradient of the weights, both in place: the dropped weights
 // and the gradient of the logits, which is returned.  Given the segments of its keys, those of other segments get
 // zeros, also of a query whose logits are NaN.
 template <bool Dropout, bool Whole>
-FA_INLINE vf grad_of_logits(const Backward& p, BackwardScratch& s, int64_t i, float* score, float* grad,
-                            const DropoutKeys& keys, const uint32_t* columns, const int32_t* segments, vi own) {
+FA_INLINE vf grad_of_logits(const Row& row, float* score, float* grad, uint32_t drop_below, const DropoutKeys& keys,
+                            const uint32_t* columns, const int32_t* segments, vi own) {
   const vf score_or_weight = load(score);
-  vf weight = Whole ? score_or_weight : normalized_weight(s, i, score_or_weight);
+  vf weight = Whole ? score_or_weight : row.weight(score_or_weight);
   if (segments) {
     const vi attended = load(segments) == own;
     weight = select(attended, weight, vf{});
@@ -105,13 +107,13 @@ FA_INLINE vf grad_of_logits(const Backward& p, BackwardScratch& s, int64_t i, fl
   }
   vf grad_weight = load(grad);
   if constexpr (Dropout) {
-    const vi keep = keys.keep(load(columns), p.drop_below);
+    const vi keep = keys.keep(load(columns), drop_below);
     store(score, select(keep, weight, vf{}));
     grad_weight = select(keep, grad_weight, vf{});
   } else if constexpr (!Whole) {
     store(score, weight);
   }
-  vf grad_logit = weight * (grad_weight - s.delta[i]);
+  vf grad_logit = weight * (grad_weight - row.delta);
   if (segments) grad_logit = select(load(segments) == own, grad_logit, vf{});
   store(grad, grad_logit);
   return grad_logit;
@@ -123,12 +125,14 @@ template <Bias B, bool Dropout, bool Whole>
 FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, BiasTerms& bias, const KeyRange& range,
                                      int64_t i, int64_t v0, int64_t grid, int64_t count, const uint32_t* columns,
                                      uint64_t row, const int32_t* segments, vi own) {
-  float* score = s.score + i * s.score_stride;
-  float* grad = s.grad_score + i * s.score_stride;
+  float* score = s.score.row(i);
+  float* grad = s.grad_score.row(i);
   const DropoutKeys keys(p.seed, row);
+  const uint32_t drop_below = p.drop_below;
+  const Row state = s.rows[i];
   auto backward = [&](int64_t v, const int32_t* of_keys) FA_INLINE_CALL {
     const int64_t at = v * L;
-    return grad_of_logits<Dropout, Whole>(p, s, i, score + at, grad + at, keys, columns + at, of_keys, own);
+    return grad_of_logits<Dropout, Whole>(state, score + at, grad + at, drop_below, keys, columns + at, of_keys, own);
   };
   auto grid_backward = [&](int64_t v) FA_INLINE_CALL { return backward(v, segments ? segments + v * L : nullptr); };
   for (int64_t v = grid; v < count; ++v) backward(v, nullptr);
@@ -199,8 +203,10 @@ FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, Bias
 // Gradients of the tables and of the query through them: products over all table positions, zeros included.
 void table_products(const Backward& p, BackwardScratch& s, BiasTerms& bias, int64_t rows) {
   const int64_t vectors = bias.table_vectors;
-  s.grad_table.accumulate(rows, 0, vectors, vectors * L, s.grad_product.data, bias.product_stride, bias.query.data);
-  bias.table.weigh(rows, 0, vectors, vectors * L, s.grad_product.data, bias.product_stride, s.grad_relative.data);
+  s.grad_product.seal(rows, vectors);
+  s.grad_table.accumulate(rows, 0, vectors, vectors * L, s.grad_product, bias.query);
+  bias.table.weigh(rows, 0, vectors, vectors * L, s.grad_product, s.grad_relative.data);
+  if (bias.has_rest) bias.table_rest.weigh(rows, 0, vectors, vectors * L, s.grad_product, s.grad_relative.data);
 }
 
 // The same over each query's own positions only: where a query or a table holds NaN or infinities, its product with a
@@ -209,12 +215,12 @@ void table_products_in_windows(const Backward& p, BackwardScratch& s, BiasTerms&
   for (int64_t i = 0; i < count; ++i) {
     auto window = [&](int64_t first, int64_t length) {
       for (int64_t position = first; position < first + length; ++position) {
-        const float grad = s.grad_product[i * bias.product_stride + position];
-        const float* table = bias.table.at(position);
+        const float grad = s.grad_product.row(i)[position];
+        bias.table_row(position, s.table_row.data);
         float* grad_table = s.grad_table.at(position);
         for (int64_t d = 0; d < p.dk; ++d) {
-          grad_table[d * s.grad_table.step()] += grad * bias.query[i * s.query_stride + d];
-          s.grad_relative[i * s.query_stride + d] += grad * table[d * bias.table.step()];
+          grad_table[d * s.grad_table.step()] += grad * bias.query.row(i)[d];
+          s.grad_relative[i * s.query_stride + d] += grad * s.table_row[d];
         }
       }
     };
@@ -233,28 +239,29 @@ void backward_block(const Backward& p, const KeyLayout& keys, const KeyRange& ra
   const int64_t vectors = range.vectors, all_v0 = range.group0 * keys.vectors;  // all_v0: among those of all groups
   const bool whole = p.key_splits == 1 && vectors <= kBackwardTile;
   for (int64_t i = 0; i < QB; ++i) {
-    float* query = s.query + i * s.query_stride;
-    float* grad_out = s.grad_out + i * s.grad_out_stride;
-    s.delta[i] = 0.0f;
-    s.normalize[i] = 0.0f;
-    s.max[i] = kInfinity;  // weights of exactly 0: for padding and for queries with every key masked
-    for (int64_t d = 0; d < p.dk; ++d) query[d] = 0.0f;
-    for (int64_t d = 0; d < p.dv; ++d) grad_out[d] = 0.0f;
+    float* query = s.query.row(i);
+    float* grad_out = s.grad_out.row(i);
+    // Weights of exactly 0: for padding and for queries with every key masked.
+    Row& row = s.rows[i] = {.max = kInfinity, .normalize = 0.0f, .delta = 0.0f};
+    set_zero(query, p.dk);
+    set_zero(grad_out, p.dv);
     if (i >= count) continue;
     auto at = [&](const TensorView& view) { return bias.queries.offset(view, b, h, q0 + i); };
-    gather_row(p, p.query, at(p.query), p.dk, p.scale, query);
+    gather_row(p, p.query, at(p.query), p.dk, factor_before(p.scale), query);
     gather_row(p, p.grad_out, at(p.grad_out), p.dv, 1.0f, grad_out);
     if (!whole) {
       gather_row(p, p.out, at(p.out), p.dv, 1.0f, s.out.data);
-      for (int64_t d = 0; d < p.dv; ++d) s.delta[i] += s.out[d] * grad_out[d];
+      for (int64_t d = 0; d < p.dv; ++d) row.delta += s.out[d] * grad_out[d];
     }
     const float max = p.statistics[2 * (row0 + i)], total = p.statistics[2 * (row0 + i) + 1];
     if (total != 0.0f) {
-      s.max[i] = max;
-      s.normalize[i] = 1.0f / total;
+      row.max = max;
+      row.normalize = 1.0f / total;
     }
-    for (int64_t d = 0; d < p.dv; ++d) grad_out[d] *= p.keep_scale;
+    for (int64_t d = 0; d < p.dv; ++d) grad_out[d] *= factor_before(p.keep_scale);
   }
+  s.query.seal();
+  s.grad_out.seal();
   bias.prepare(b, h, q0, count);
   s.grad_query.fill(0.0f);
   if constexpr (B != Bias::table) {
@@ -265,12 +272,11 @@ void backward_block(const Backward& p, const KeyLayout& keys, const KeyRange& ra
   for (int64_t v0 = 0; v0 < vectors; v0 += kBackwardTile) {
     const int64_t tile = smaller(kBackwardTile, vectors - v0), grid = range.grid_part(v0, tile);
     if constexpr (B == Bias::table) bias.free.prepare(q0, count, all_v0 + v0, grid);
-    score_tile<B>(rows, v0, tile, s.query.data, s.key, bias, range, s.score.data, s.score_stride,
-                  [](int64_t, vf) FA_INLINE_CALL {});
-    products(rows, s.grad_out.data, s.grad_out_stride, s.value, v0, tile, s.grad_score.data, s.score_stride);
+    score_tile<B>(rows, v0, tile, s.query, s.key, bias, range, s.score, [](int64_t, vf) FA_INLINE_CALL {});
+    products(rows, s.grad_out, s.value, v0, tile, factor_after(p.keep_scale), s.grad_score);
     if (segments.masks) {
-      segments.hide(q0, rows, all_v0 + v0, grid, -kInfinity, s.score.data, s.score_stride);
-      segments.hide(q0, rows, all_v0 + v0, grid, 0.0f, s.grad_score.data, s.score_stride);
+      segments.hide(q0, rows, all_v0 + v0, grid, -kInfinity, s.score);
+      segments.hide(q0, rows, all_v0 + v0, grid, 0.0f, s.grad_score);
     }
     const int32_t* of_keys = segments.masks ? segments.lane + (all_v0 + v0) * L : nullptr;
     for (int64_t i = 0; i < rows; ++i) {
@@ -284,12 +290,15 @@ void backward_block(const Backward& p, const KeyLayout& keys, const KeyRange& ra
       }
     }
     if constexpr (B == Bias::table)
-      bias.free.accumulate(q0, count, all_v0 + v0, grid, s.grad_score.data, s.score_stride, s.grad_block.data);
+      bias.free.accumulate(q0, count, all_v0 + v0, grid, s.grad_score.rows.data, s.grad_score.stride,
+                           s.grad_block.data);
 
     const int64_t lanes = smaller(tile * L, range.lanes - v0 * L);
-    s.grad_value.accumulate(rows, v0, tile, lanes, s.score.data, s.score_stride, s.grad_out.data);
-    s.grad_key.accumulate(rows, v0, tile, lanes, s.grad_score.data, s.score_stride, s.query.data);
-    s.key.weigh(rows, v0, tile, lanes, s.grad_score.data, s.score_stride, s.grad_query.data);
+    s.score.seal(rows, tile);
+    s.grad_score.seal(rows, tile);
+    s.grad_value.accumulate(rows, v0, tile, lanes, s.score, s.grad_out);
+    s.grad_key.accumulate(rows, v0, tile, lanes, s.grad_score, s.query);
+    s.key.weigh(rows, v0, tile, lanes, s.grad_score, s.grad_query.data);
   }
 
   if constexpr (B == Bias::table) bias.free.flush(q0, count, s.grad_block.data, s.grad_bias.data);
@@ -300,10 +309,10 @@ void backward_block(const Backward& p, const KeyLayout& keys, const KeyRange& ra
 
   for (int64_t i = 0; i < rows * s.query_stride; ++i) s.grad_query[i] *= p.scale;
   if (bias.from_tables()) {
-    s.grad_product.fill(0.0f);
+    s.grad_product.rows.fill(0.0f);
     s.grad_relative.fill(0.0f);
     for (int64_t i = 0; i < count; ++i) {
-      float* product = s.grad_product + i * bias.product_stride;
+      float* product = s.grad_product.row(i);
       if (p.row_term) copy(s.grad_row_logits + i * bias.bias_rows, p.hk, product + bias.row_start(q0 + i));
       if (p.col_term) copy(s.grad_col_logits + i * s.col_stride, p.wk, product + bias.col_start(q0 + i));
     }
@@ -333,6 +342,7 @@ void backward_block(const Backward& p, const KeyLayout& keys, const KeyRange& ra
 }
 
 void backward(const Backward& p, int64_t begin, int64_t end) {
+  [[maybe_unused]] const Instructions instructions;
   const KeyLayout keys(p);
   const QueryGrid queries(p);
   BiasTerms bias(p, keys, queries, true);
@@ -363,9 +373,8 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
         block(p, keys, range, s, bias, segments, columns.data + range.group0 * keys.vectors * L, b, h, split, q0,
               smaller(QB, p.queries() - q0));
 
-      // The packed query carries the scale.
-      unpack_keys(p.grad_key, p.grad_prefix_key, b, h, p, keys, range, s.grad_key);
-      unpack_keys(p.grad_value, p.grad_prefix_value, b, h, p, keys, range, s.grad_value);
+      unpack_keys(p.grad_key, p.grad_prefix_key, b, h, p, keys, range, factor_after(p.scale), s.grad_key);
+      unpack_keys(p.grad_value, p.grad_prefix_value, b, h, p, keys, range, factor_after(p.keep_scale), s.grad_value);
     }
     const int64_t part = p.part(h, run, split);
     if (p.bias_table)
@@ -376,7 +385,7 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < length; ++i) {
         const float* from = s.grad_table.at(first + i);
         float* row = to + (p.key_minus_query ? i : length - 1 - i) * p.dk;
-        for (int64_t d = 0; d < p.dk; ++d) row[d] = from[d * s.grad_table.step()];
+        for (int64_t d = 0; d < p.dk; ++d) row[d] = factor_after(p.rel_scale) * from[d * s.grad_table.step()];
       }
     };
     float* partial = p.table_partials + part * (p.row_length() + p.col_length()) * p.dk;

@@ -47,6 +47,23 @@ void fill_problem(Problem& p, const Tensor& query, const Tensor& key, const Tens
   p.prefix_key = view_of(prefix_key), p.prefix_value = view_of(prefix_value);
 }
 
+// Whether there are matrix tiles for the problem, which must be of bfloat16.
+bool has_tiles([[maybe_unused]] const Problem& p) {
+#if defined(FUSED_ATTN_HAS_AMX)
+  auto halves = [](const TensorView& view) { return !view || view.dtype == DType::bfloat16; };
+  return cpu_capability() == CpuCapability::amx && halves(p.query) && halves(p.key) && halves(p.value) &&
+         halves(p.prefix_key) && halves(p.prefix_value);
+#else
+  return false;
+#endif
+}
+
+// Whether they outweigh what the kernels for small maps save.
+bool prefers_tiles(const Problem& p) {
+  constexpr int64_t kLeastKeys = 144, kLeastKeysOfDeep = 64, kDeep = 128;
+  return has_tiles(p) && p.hk * p.wk + p.prefix >= (p.dk + p.dv >= kDeep ? kLeastKeysOfDeep : kLeastKeys);
+}
+
 // Pairs of a group if the kernels of small grids take the problem, or 0.  They are the faster ones up to 20x20 keys or
 // so, and take many pairs at a time: four groups or more, to have work for several threads.  The choice follows the
 // shape alone, so that no result depends on the number of threads.
@@ -54,7 +71,7 @@ int64_t small_grid_group(const Problem& p) {
   constexpr int64_t kMostKeys = 400, kLeastGroups = 4;
   const int64_t group = small_grids::best_kernels().lanes, keys = p.hk * p.wk + p.prefix;
   const bool fits = p.queries() > 0 && keys > 0 && keys <= kMostKeys && p.dk > 0 && p.dv > 0;
-  return fits && p.batch * p.heads >= kLeastGroups * group ? group : 0;
+  return fits && !prefers_tiles(p) && p.batch * p.heads >= kLeastGroups * group ? group : 0;
 }
 
 // Whether the kernels of whole pairs take the problem: where little of a vector of keys or of a depth would be padding.
@@ -65,9 +82,18 @@ bool takes_whole_pairs(const Problem& p) {
   const auto& kernels = whole_pairs::best_kernels();
   const int64_t keys = p.hk * p.wk + p.prefix, lanes = kernels.lanes;
   auto fills = [&](int64_t count) { return count > 0 && (count + lanes - 1) / lanes * lanes * 10 <= 11 * count; };
-  if (kernels.forward == nullptr || !fills(keys) || !fills(p.dk) || !fills(p.dv) || p.queries() == 0) return false;
+  if (kernels.forward == nullptr || prefers_tiles(p) || p.queries() == 0) return false;
+  if (!fills(keys) || !fills(p.dk) || !fills(p.dv)) return false;
   if (small_grid_group(p) > 0) return lanes >= 16 && keys >= 64 && p.dk + p.dv >= 64;
   return keys <= kMostKeys && p.batch * p.heads >= kLeastPairs;
+}
+
+// The kernels for everything else.
+const Kernels& split_kernels([[maybe_unused]] const Problem& p) {
+#if defined(FUSED_ATTN_HAS_AMX)
+  if (has_tiles(p)) return amx::kernels;
+#endif
+  return best_kernels();
 }
 
 void rel_attention_2d_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> row_term,
@@ -95,7 +121,7 @@ void rel_attention_2d_forward(Tensor query, Tensor key, Tensor value, std::optio
   p.query_splits =
       std::clamp<int64_t>((wanted + pairs - 1) / pairs, 1, std::max<int64_t>(p.queries() / kQueriesToAPart, 1));
   if (pairs % torch::stable::get_num_threads() == 0) p.query_splits = 1;
-  parallel(p.tasks(), best_kernels().forward, p);
+  parallel(p.tasks(), split_kernels(p).forward, p);
 }
 
 void rel_attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, std::optional<Tensor> row_term,
@@ -144,7 +170,7 @@ void rel_attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor
   p.table_partials = table_partials.data();
   p.bias_partials = bias_partials.data();
 
-  const Kernels& use = best_kernels();
+  const Kernels& use = split_kernels(p);
   parallel(p.tasks(),
            whole         ? whole_pairs::best_kernels().backward
            : p.group > 0 ? small_grids::best_kernels().backward

@@ -1,19 +1,19 @@
 // Forward pass; part of kernels_impl.h.
 
 struct ForwardScratch {
-  int64_t score_stride, query_stride, sum_stride;
-  KeyMatrix key, value;
-  Scratch<float> query, score, sum;  // (QB, query_stride), (QB, score_stride), (QB, sum_stride)
+  int64_t sum_stride;
+  Keys key, value;
+  BlockRows query;
+  Weights score;
+  Scratch<float> sum;  // (QB, sum_stride)
   float max[QB], total[QB];
 
-  ForwardScratch(const Problem& p, const KeyRange& range)
-      : query_stride(row_stride(p.dk)), sum_stride(row_stride(p.dv)) {
-    const int64_t vectors = range.vectors, tile = smaller(panels_of(vectors) * NR, kForwardTile);
-    score_stride = tile * L + L;  // an odd number of vectors: rows then spread over all cache sets
+  ForwardScratch(const Problem& p, const KeyRange& range) : sum_stride(row_stride(p.dv)) {
+    const int64_t vectors = range.vectors;
     key.allocate(p.dk, vectors, true, false);
-    value.allocate(p.dv, vectors, !is_wide(p.dv), is_wide(p.dv));
-    query.allocate(QB * query_stride);
-    score.allocate(QB * score_stride);
+    value.allocate(p.dv, vectors, false, true);
+    query.allocate(p.dk, false);
+    score.allocate(smaller(panels_of(vectors) * NR, kForwardTile), true, false);
     sum.allocate(QB * sum_stride);
   }
 };
@@ -22,21 +22,20 @@ struct ForwardScratch {
 template <bool Dropout>
 FA_INLINE void softmax_tile(const Forward& p, ForwardScratch& s, int64_t i, const float* tile_max, int64_t count,
                             const uint32_t* columns, uint64_t row) {
-  float* score = s.score + i * s.score_stride;
+  float* score = s.score.row(i);
   const float max = tile_max[i] > s.max[i] ? tile_max[i] : s.max[i];
   const float shift = max == -kInfinity ? 0.0f : max;  // every key so far masked: weights of exactly 0
   const float decay = __builtin_exp2f((s.max[i] - shift) * kLog2e);
   s.max[i] = max;
   vf total{};
   const DropoutKeys keys(p.seed, row);
-  for (int64_t v = 0; v < count; ++v) {
+  const uint32_t drop_below = p.drop_below;
+  s.score.each_weight(i, count, [&](int64_t v) FA_INLINE_CALL {
     const vf weight = exp_nonpositive(load(score + v * L) - shift);
     total += weight;
-    if constexpr (Dropout)
-      store(score + v * L, select(keys.keep(load(columns + v * L), p.drop_below), weight, vf{}));
-    else
-      store(score + v * L, weight);
-  }
+    if constexpr (Dropout) return select(keys.keep(load(columns + v * L), drop_below), weight, vf{});
+    return weight;
+  });
   s.total[i] = s.total[i] * decay + sum_lanes(total);
   float* sum = s.sum + i * s.sum_stride;
   for (int64_t d = 0; d < p.dv; ++d) sum[d] *= decay;
@@ -49,12 +48,13 @@ void forward_block(const Forward& p, const KeyRange& range, ForwardScratch& s, B
   for (int64_t i = 0; i < QB; ++i) {
     const int64_t q = q0 + i;
     if (i < count)
-      gather_row(p, p.query, bias.queries.offset(p.query, b, h, q), p.dk, p.scale, s.query + i * s.query_stride);
+      gather_row(p, p.query, bias.queries.offset(p.query, b, h, q), p.dk, factor_before(p.scale), s.query.row(i));
     else
-      for (int64_t d = 0; d < p.dk; ++d) s.query[i * s.query_stride + d] = 0.0f;
+      set_zero(s.query.row(i), p.dk);
     s.max[i] = -kInfinity;
     s.total[i] = 0.0f;
   }
+  s.query.seal();
   s.sum.fill(0.0f);
   bias.prepare(b, h, q0, count);
 
@@ -64,20 +64,19 @@ void forward_block(const Forward& p, const KeyRange& range, ForwardScratch& s, B
     vf lane_max[QB];
     for (int64_t i = 0; i < rows; ++i) lane_max[i] = broadcast(-kInfinity);
     if constexpr (B == Bias::table) bias.free.prepare(q0, count, v0, grid);
-    score_tile<B>(rows, v0, tile, s.query.data, s.key, bias, range, s.score.data, s.score_stride,
+    score_tile<B>(rows, v0, tile, s.query, s.key, bias, range, s.score,
                   [&](int64_t m, vf x) FA_INLINE_CALL { lane_max[m] = maximum(x, lane_max[m]); });
     if (segments.masks) {
-      segments.hide(q0, rows, v0, grid, -kInfinity, s.score.data, s.score_stride);
+      segments.hide(q0, rows, v0, grid, -kInfinity, s.score);
       for (int64_t i = 0; i < rows; ++i) {
         lane_max[i] = broadcast(-kInfinity);
-        for (int64_t v = 0; v < tile; ++v)
-          lane_max[i] = maximum(load(s.score + i * s.score_stride + v * L), lane_max[i]);
+        for (int64_t v = 0; v < tile; ++v) lane_max[i] = maximum(load(s.score.row(i) + v * L), lane_max[i]);
       }
     }
     float tile_max[QB];
     for (int64_t i = 0; i < rows; ++i) tile_max[i] = max_lanes(lane_max[i]);
     for (int64_t i = 0; i < rows; ++i) softmax_tile<Dropout>(p, s, i, tile_max, tile, columns + v0 * L, row0 + i);
-    s.value.weigh(rows, v0, tile, smaller(tile * L, range.lanes - v0 * L), s.score.data, s.score_stride, s.sum.data);
+    s.value.weigh(rows, v0, tile, smaller(tile * L, range.lanes - v0 * L), s.score, s.sum.data);
   }
 
   for (int64_t i = 0; i < count; ++i) {
@@ -91,6 +90,7 @@ void forward_block(const Forward& p, const KeyRange& range, ForwardScratch& s, B
 }
 
 void forward(const Forward& p, int64_t begin, int64_t end) {
+  [[maybe_unused]] const Instructions instructions;
   const KeyLayout keys(p);
   const KeyRange range(keys, 0, keys.groups, p.prefix);
   ForwardScratch scratch(p, range);

@@ -70,10 +70,8 @@ struct FreeTable {
     if (!whole) expand(q0, count, v0, vectors);
   }
 
-  // Biases of query `i` of the block on a vector of all groups.
-  FA_INLINE vf at(int64_t i, int64_t vector) const {
-    return load(expanded + (query0 - row0 + i) * logit_stride + (vector - vector0) * L);
-  }
+  // Biases of the block's first query on the first vector of all groups; the next query's are logit_stride further.
+  const float* first() const { return expanded + (query0 - row0) * logit_stride - vector0 * L; }
 
   // Adds gradients of the logits of queries [q0, q0 + count), (count, grad_stride) on grid vectors [v0, v0 + vectors)
   // of all groups, to those of the table.

@@ -76,4 +76,10 @@ struct Kernels {
 
 FUSED_ATTN_DECLARE_KERNELS()
 
+#if defined(FUSED_ATTN_HAS_AMX)
+namespace amx {
+extern const Kernels kernels;  // of tensors of bfloat16
+}
+#endif
+
 }  // namespace fused_attn::rel_attention_2d

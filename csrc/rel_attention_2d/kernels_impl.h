@@ -27,14 +27,6 @@ struct QueryGrid {
   }
 };
 
-// Rows that whole vectors of float32 make up.
-FA_INLINE bool is_plain_row(const TensorView& view, int64_t depth) {
-  return view.dtype == DType::float32 && view.stride[4] == 1 && depth % L == 0;
-}
-FA_INLINE void scale_row(const float* from, int64_t depth, float factor, float* to) {
-  for (int64_t d = 0; d < depth; d += L) store(to + d, load(from + d) * factor);
-}
-
 FA_INLINE void set_zero(float* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = 0.0f;
 }
@@ -86,13 +78,6 @@ struct KeyRange {
   int64_t grid_part(int64_t v0, int64_t count) const { return smaller(count, larger(grid_vectors - v0, 0)); }
 };
 
-// A matrix of one row of `depth` numbers to each key (or table position) is held as panels, to[(panel, depth, lane)],
-// where products run along the keys.  Where they sum over keys, or yield one number per key and depth, a wide depth
-// lies along the lanes instead, in rows of whole vectors: no sum over lanes then, and results in the layout of the
-// tensors. Narrow depths (2 to 8 value channels) would leave lanes idle.
-FA_INLINE bool is_wide(int64_t depth) { return 4 * round_up(depth, L) <= 5 * depth; }
-FA_INLINE int64_t row_stride(int64_t depth) { return is_wide(depth) ? round_up(depth, L) : depth; }
-
 // Where the heads of a position lie side by side, a row is a few cache lines a large stride away from the next, which
 // no hardware follows: fetches what the next task reads (or writes) instead of the row at `offset`.
 template <bool Write = false>
@@ -108,92 +93,35 @@ FA_INLINE void prefetch_next(const Problem& p, const TensorView& view, int64_t o
 FA_INLINE void gather_row(const Problem& p, const TensorView& view, int64_t offset, int64_t depth, float factor,
                           float* to) {
   prefetch_next(p, view, offset, depth);
-  if (is_plain_row(view, depth)) return scale_row(at<float>(view, offset), depth, factor, to);
-  gather(view, offset, view.stride[4], depth, factor, to);
+  if (view.stride[4] != 1) return gather(view, offset, view.stride[4], depth, factor, to);
+  with_element(view.dtype, [&](auto element) FA_INLINE_CALL {
+    const auto* from = at<decltype(element)>(view, offset);
+    each(depth, [&](auto lanes) FA_INLINE_CALL { lanes.store(to, lanes.load(from) * factor); });
+  });
 }
 FA_INLINE void scatter_row(const Problem& p, const TensorView& view, int64_t offset, int64_t depth, float factor,
                            const float* from, int64_t step = 1) {
   prefetch_next<true>(p, view, offset, depth);
-  if (step == 1 && is_plain_row(view, depth)) return scale_row(from, depth, factor, at<float>(view, offset));
-  scatter(view, offset, view.stride[4], depth, factor, from, step);
+  if (view.stride[4] != 1 || step != 1) return scatter(view, offset, view.stride[4], depth, factor, from, step);
+  with_element(view.dtype, [&](auto element) FA_INLINE_CALL {
+    auto* to = at<decltype(element)>(view, offset);
+    each(depth, [&](auto lanes) FA_INLINE_CALL { lanes.store(to, lanes.load(from) * factor); });
+  });
 }
 
-struct KeyMatrix {
-  int64_t depth = 0, stride = 0;  // stride of a row, in whole vectors
-  bool keeps_panels = false, keeps_rows = false;
-  Scratch<float> panels, rows;  // without rows to keep, room for L of them
+#include "rel_attention_2d/matrices_impl.h"
+#if FUSED_ATTN_TILES
+#include "rel_attention_2d/tiles_impl.h"
+#endif
 
-  void allocate(int64_t depth_, int64_t vectors, bool panels_, bool rows_) {
-    depth = depth_, stride = round_up(depth_, L), keeps_panels = panels_, keeps_rows = rows_;
-    if (keeps_panels) panels.allocate(panels_of(vectors) * depth * PANEL);
-    rows.allocate((keeps_rows ? vectors : 1) * L * stride);
-    clear();
-  }
-  void clear() {
-    if (keeps_panels) panels.fill(0.0f);
-    if (keeps_rows) rows.fill(0.0f);
-  }
-  int64_t panel_offset(int64_t lane) const { return lane / PANEL * depth * PANEL + lane % PANEL; }
-
-  // One lane's numbers, `step` apart.
-  float* at(int64_t lane) { return keeps_rows ? rows + lane * stride : panels + panel_offset(lane); }
-  int64_t step() const { return keeps_rows ? 1 : PANEL; }
-
-  // Vectors from `first` on; read(lane, to) writes the numbers of a lane, counted from there.
-  template <class Read>
-  void pack(int64_t first, int64_t vectors, const Read& read) {
-    for (int64_t v = 0; v < vectors; ++v) {
-      float* block = keeps_rows ? rows + (first + v) * L * stride : rows.data;
-      for (int64_t i = 0; i < L; ++i) read(v * L + i, block + i * stride);
-      if (!keeps_panels) continue;
-      float* to = panels + panel_offset((first + v) * L);
-      for (int64_t d0 = 0; d0 < depth; d0 += L) {
-        vf x[L];
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) x[i] = load(block + i * stride + d0);
-        transpose(x);
-        for (int64_t d = d0; d < smaller(d0 + L, depth); ++d) store(to + d * PANEL, x[d - d0]);
-      }
-    }
-  }
-
-  // to[m] += sum over `vectors` key vectors from v0 on, of which the first `lanes` lanes count, of
-  // weights[m][lane] * lane's numbers.  `to` has the stride of row_stride(depth).
-  void weigh(int64_t count, int64_t v0, int64_t vectors, int64_t lanes, const float* weights, int64_t weight_stride,
-             float* to) {
-    if (!keeps_rows)
-      return dot_product(count, depth, vectors, weights, weight_stride, panels + v0 / NR * depth * PANEL, to,
-                         row_stride(depth));
-    const float* from = rows + v0 * L * stride;
-    for (int64_t lane = 0; lane < lanes; lane += kKeyChunk)
-      for (int64_t d = 0; d < stride; d += PANEL)
-        outer_product(count, smaller(NR, (stride - d) / L), weights + lane, weight_stride, 1,
-                      smaller(kKeyChunk, lanes - lane), from + lane * stride + d, stride,
-                      [&](int64_t m, int n, vf x) FA_INLINE_CALL { add_to(to + m * stride + d + n * L, x); });
-  }
-
-  // Each lane's numbers += sum over m of weights[m][lane] * from[m], with lanes as above.
-  void accumulate(int64_t count, int64_t v0, int64_t vectors, int64_t lanes, const float* weights,
-                  int64_t weight_stride, const float* from) {
-    if (!keeps_rows) {
-      for (int64_t v = 0; v < vectors; v += NR) {
-        float* to = panels + (v0 + v) / NR * depth * PANEL;
-        outer_product(depth, smaller(NR, vectors - v), from, 1, row_stride(depth), count, weights + v * L,
-                      weight_stride, [&](int64_t m, int n, vf x) FA_INLINE_CALL { add_to(to + m * PANEL + n * L, x); });
-      }
-      return;
-    }
-    float* to = rows + v0 * L * stride;
-    for (int64_t d = 0; d < stride; d += PANEL)
-      outer_product(lanes, smaller(NR, (stride - d) / L), weights, 1, weight_stride, count, from + d, stride,
-                    [&](int64_t m, int n, vf x) FA_INLINE_CALL { add_to(to + m * stride + d + n * L, x); });
-  }
-};
+// What the rows of a block are multiplied with before a product and, as those of bfloat16 stay exact, after it.
+FA_INLINE float factor_before(float factor) { return kTiles ? 1.0f : factor; }
+FA_INLINE float factor_after(float factor) { return kTiles ? factor : 1.0f; }
 
 // Packs the keys of one image and head.  Lanes without a key repeat the last key when `repeat` (their logits are then
 // as finite as a real key's) and are zero otherwise.
 void pack_keys(const TensorView& view, const TensorView& prefix, int64_t b, int64_t h, const Problem& p,
-               const KeyLayout& keys, const KeyRange& range, bool repeat, KeyMatrix& to) {
+               const KeyLayout& keys, const KeyRange& range, bool repeat, Keys& to) {
   const int64_t base = head_offset(view, b, h), prefix_base = head_offset(prefix, b, h);
   int64_t y_group = range.group0 * keys.rows, y = y_group, row_of_group = 0, x = 0,
           lane = 0;  // of the lane that comes next
@@ -221,16 +149,17 @@ void pack_keys(const TensorView& view, const TensorView& prefix, int64_t b, int6
 
 // The inverse of pack_keys for gradients: real lanes only.
 void unpack_keys(const TensorView& view, const TensorView& prefix, int64_t b, int64_t h, const Problem& p,
-                 const KeyLayout& keys, const KeyRange& range, KeyMatrix& from) {
+                 const KeyLayout& keys, const KeyRange& range, float factor, KeySums& from) {
   const int64_t base = head_offset(view, b, h), prefix_base = head_offset(prefix, b, h);
+  from.turn();
   for (int64_t i = 0; i < range.prefix; ++i)
-    scatter(prefix, prefix_base + i * prefix.stride[2], prefix.stride[3], from.depth, 1.0f,
+    scatter(prefix, prefix_base + i * prefix.stride[2], prefix.stride[3], from.depth, factor,
             from.at(range.prefix_begin * L + i), from.step());
   for (int64_t g = range.group0; g < range.group0 + range.groups; ++g) {
     int64_t lane = (g - range.group0) * keys.vectors * L;
     for (int64_t y = g * keys.rows; y < smaller(p.hk, (g + 1) * keys.rows); ++y)
       for (int64_t x = 0; x < p.wk; ++x, ++lane)
-        scatter_row(p, view, base + y * view.stride[2] + x * view.stride[3], from.depth, 1.0f, from.at(lane),
+        scatter_row(p, view, base + y * view.stride[2] + x * view.stride[3], from.depth, factor, from.at(lane),
                     from.step());
   }
 }
@@ -258,11 +187,12 @@ struct BiasTerms {
   Scratch<int32_t> row_mask;  // (keys.rows, keys.vectors * L): all ones where the lane lies in that row
   Scratch<int32_t> row_of;    // (keys.vectors * L): the lane's row, counted from the first row of its vector
   Scratch<int32_t> row_span;  // (keys.vectors, 2): first and last row of each vector
-  KeyMatrix table;            // row table, then column table
-  Scratch<float> query;       // (QB, query_stride): query * rel_scale
+  Keys table;                 // row table, then column table
+  Keys table_rest;            // what bfloat16 has no room for in tables of float32
+  BlockRows query;            // times rel_scale
   Scratch<float> product;     // (QB, table_vectors * L): query times every table row
-  int64_t col_stride, query_stride, product_stride;
-  bool finite_tables = true;
+  int64_t col_stride, product_stride, packed_head = 0;
+  bool finite_tables = true, has_rest = false;
   FreeTable free;
 
   BiasTerms(const Problem& problem, const KeyLayout& layout, const QueryGrid& grid, bool backward)
@@ -271,7 +201,6 @@ struct BiasTerms {
         queries(grid),
         bias_rows(layout.groups * layout.rows),
         col_stride(layout.vectors * L),
-        query_stride(row_stride(problem.dk)),
         free(problem, layout, grid) {
     if (p.bias_table) return;
     col_logits.allocate(QB * col_stride);
@@ -292,9 +221,11 @@ struct BiasTerms {
       col_vectors = vectors_of(p.col_length());
       table_vectors = row_vectors + col_vectors;
       product_stride = panels_of(table_vectors) * PANEL + L;
-      table.allocate(p.dk, table_vectors, true, backward && is_wide(p.dk));
-      query.allocate(QB * query_stride);
-      query.fill(0.0f);
+      table.allocate(p.dk, table_vectors, true, backward);
+      auto is_rounded = [](const TensorView& view) { return view && view.dtype == DType::float32; };
+      has_rest = kTiles && (is_rounded(p.row_term) || is_rounded(p.col_term));
+      if (has_rest) table_rest.allocate(p.dk, table_vectors, true, backward);
+      query.allocate(p.dk, backward);
       product.allocate(QB * product_stride);
     }
   }
@@ -305,7 +236,7 @@ struct BiasTerms {
   int64_t row_start(int64_t q) const { return p.hq - 1 - queries.y[q]; }
   int64_t col_start(int64_t q) const { return row_vectors * L + p.wq - 1 - queries.x[q]; }
 
-  bool finite_queries() const { return all_finite(query.data, QB * query_stride); }
+  bool finite_queries() const { return all_finite(query.rows.data, QB * query.stride); }
 
   static bool all_finite(const float* x, int64_t count) {  // count: a multiple of L
     vf sum{};                                              // of zeros, or NaN
@@ -316,34 +247,62 @@ struct BiasTerms {
   void pack_tables(int64_t head) {
     if (p.bias_table) return free.pack(head);
     if (!from_tables()) return;
+    packed_head = head;
+    finite_tables = true;
     table.pack(0, table_vectors, [&](int64_t i, float* to) {
-      const bool in_col = i >= row_vectors * L;
-      const TensorView& view = in_col ? p.col_term : p.row_term;
-      const int64_t length = in_col ? p.col_length() : p.row_length();
-      if (in_col) i -= row_vectors * L;
-      if (i >= length) return set_zero(to, p.dk);
-      const int64_t position = p.key_minus_query ? i : length - 1 - i;
-      gather(view, head * view.stride[0] + position * view.stride[1], view.stride[2], p.dk, 1.0f, to);
+      table_row(i, to);
+      for (int64_t d = 0; d < p.dk; ++d) {
+        finite_tables &= to[d] * 0.0f == 0.0f;
+        if (has_rest) to[d] = first_half(to[d]);
+      }
     });
-    finite_tables = all_finite(table.panels.data, table.panels.size);
+    if (has_rest)
+      table_rest.pack(0, table_vectors, [&](int64_t i, float* to) {
+        table_row(i, to);
+        for (int64_t d = 0; d < p.dk; ++d) to[d] = to[d] * 0.0f == 0.0f ? to[d] - first_half(to[d]) : 0.0f;
+      });
+  }
+
+  // What bfloat16 has room for, towards zero: finite if x is.
+  static float first_half(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    bits &= 0xFFFF0000u;
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
+  }
+
+  // Position i of the packed tables, zeros between them.
+  void table_row(int64_t i, float* to) const {
+    const bool in_col = i >= row_vectors * L;
+    const TensorView& view = in_col ? p.col_term : p.row_term;
+    const int64_t length = in_col ? p.col_length() : p.row_length();
+    if (in_col) i -= row_vectors * L;
+    if (i >= length) return set_zero(to, p.dk);
+    const int64_t position = p.key_minus_query ? i : length - 1 - i;
+    gather(view, packed_head * view.stride[0] + position * view.stride[1], view.stride[2], p.dk, 1.0f, to);
   }
 
   // Fills col_logits and row_logits for queries [q0, q0 + count) of head (b, h).
   void prepare(int64_t b, int64_t h, int64_t q0, int64_t count) {
     if (p.bias_table) return;
     if (from_tables()) {
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t q = q0 + i;
-        gather(p.query, queries.offset(p.query, b, h, q), p.query.stride[4], p.dk, p.rel_scale,
-               query + i * query_stride);
+      for (int64_t i = 0; i < count; ++i)
+        gather_row(p, p.query, queries.offset(p.query, b, h, q0 + i), p.dk, factor_before(p.rel_scale), query.row(i));
+      for (int64_t i = count; i < QB; ++i) set_zero(query.row(i), p.dk);
+      query.seal();
+      const float factor = p.rel_scale;
+      for (int64_t v = 0; v < table_vectors; v += NR) {
+        float* to = product + v * L;
+        const int64_t vectors = smaller(NR, table_vectors - v);
+        table.product(round_up(count, MR), query, v, vectors, [&](int64_t m, int n, vf x) FA_INLINE_CALL {
+          store(to + m * product_stride + n * L, kTiles ? x * factor : x);
+        });
+        if (!has_rest) continue;
+        table_rest.product(round_up(count, MR), query, v, vectors, [&](int64_t m, int n, vf x) FA_INLINE_CALL {
+          add_to(to + m * product_stride + n * L, x * factor);
+        });
       }
-      for (int64_t i = count; i < QB; ++i)
-        for (int64_t d = 0; d < p.dk; ++d) query[i * query_stride + d] = 0.0f;
-      for (int64_t panel = 0; panel < panels_of(table_vectors); ++panel)
-        outer_product(round_up(count, MR), smaller(NR, table_vectors - panel * NR), query.data, query_stride, 1, p.dk,
-                      table.panels + panel * p.dk * PANEL, PANEL, [&](int64_t m, int n, vf x) FA_INLINE_CALL {
-                        store(product + m * product_stride + panel * PANEL + n * L, x);
-                      });
     }
     for (int64_t i = 0; i < QB; ++i) {
       auto fill = [&](const TensorView& term, int64_t start, int64_t length, float* to) {
@@ -365,14 +324,26 @@ struct BiasTerms {
     }
   }
 
-  // Logit terms of block row i on vector `offset` of key group `group`.
+  // Where the logit terms of a tile lie, by value: what is stored meanwhile cannot change it.
   template <Bias B>
-  FA_INLINE vf at(int64_t i, int64_t group, int64_t offset) {
-    if constexpr (B == Bias::table) return free.at(i, group * keys.vectors + offset);
-    const float* logits = row_logits + i * bias_rows + group * keys.rows;
-    const vf col = load(col_logits + i * col_stride + offset * L);
-    if constexpr (B == Bias::one_row) return col + logits[0];
-    return col + permute_lanes(load(logits + row_span[2 * offset]), load(row_of + offset * L));
+  struct Tile {
+    const float *row_logits, *col_logits;  // (QB, row_stride), (QB, col_stride); of a free table all in col_logits
+    int64_t row_stride, col_stride;
+    const int32_t *row_span, *row_of;
+
+    // Terms of block row i from number `row` and vector `vector` on; `offset` is the vector's of its group.
+    FA_INLINE vf at(int64_t i, int64_t row, int64_t vector, int64_t offset) const {
+      const vf col = load(col_logits + i * col_stride + vector * L);
+      if constexpr (B == Bias::table) return col;
+      const float* logits = row_logits + i * row_stride + row;
+      if constexpr (B == Bias::one_row) return col + logits[0];
+      return col + permute_lanes(load(logits + row_span[2 * offset]), load(row_of + offset * L));
+    }
+  };
+  template <Bias B>
+  FA_INLINE Tile<B> tile() const {
+    if constexpr (B == Bias::table) return {nullptr, free.first(), 0, free.logit_stride, nullptr, nullptr};
+    return {row_logits.data, col_logits.data, bias_rows, col_stride, row_span.data, row_of.data};
   }
 };
 
@@ -389,45 +360,53 @@ void hash_columns(const Problem& p, const KeyLayout& keys, Scratch<uint32_t>& to
     to[i] = static_cast<uint32_t>(p.hk * p.wk + i - all.prefix_begin * L) * 0x9E3779B1u;
 }
 
-// to[m][vector] = rows of a times key vectors [v0, v0 + count), the vector counted from v0.
-void products(int64_t rows, const float* a, int64_t a_stride, const KeyMatrix& keys, int64_t v0, int64_t count,
-              float* to, int64_t to_stride) {
+// to[m][vector] = factor times row m of a times key vectors [v0, v0 + count), the vector counted from v0.
+void products(int64_t rows, const BlockRows& a, const Keys& keys, int64_t v0, int64_t count, float factor,
+              const Weights& to) {
+  float* const found = to.rows.data;
+  const int64_t stride = to.stride;
   for (int64_t v = 0; v < count; v += NR)
-    outer_product(rows, smaller(NR, count - v), a, a_stride, 1, keys.depth,
-                  keys.panels + (v0 + v) / NR * keys.depth * PANEL, PANEL,
-                  [&](int64_t m, int n, vf x) FA_INLINE_CALL { store(to + m * to_stride + (v + n) * L, x); });
+    keys.product(rows, a, v0 + v, smaller(NR, count - v), [&](int64_t m, int n, vf x) FA_INLINE_CALL {
+      store(found + m * stride + (v + n) * L, kTiles ? x * factor : x);
+    });
 }
 
 // Logits of `rows` queries against key vectors [v0, v0 + count) of a range to `to`, the vector counted from v0, each
 // handed to seen(query, logits) too.
 template <Bias B, class Seen>
-FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const float* query, const KeyMatrix& key,
-                          BiasTerms& bias, const KeyRange& range, float* to, int64_t to_stride, const Seen& seen) {
-  const int64_t per_group = bias.keys.vectors, dk = key.depth;
+FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const BlockRows& query, const Keys& key,
+                          BiasTerms& bias, const KeyRange& range, const Weights& to, const Seen& seen) {
+  const int64_t per_group = bias.keys.vectors, group_rows = bias.keys.rows, stride = to.stride;
+  const float scale = bias.p.scale;
+  const auto terms = bias.template tile<B>();
+  float* const scores = to.rows.data;
   const int64_t grid = range.grid_part(v0, count);
   for (int64_t v = 0; v < grid; v += NR) {
-    int64_t group[NR], offset[NR];
+    int64_t row[NR], vector[NR], offset[NR];
     for (int n = 0; n < NR; ++n) {
-      group[n] = range.group0 + (v0 + v + n) / per_group;
-      offset[n] = (v0 + v + n) % per_group;
+      const int64_t all = range.group0 * per_group + v0 + v + n;  // among the vectors of all groups
+      row[n] = all / per_group * group_rows;
+      offset[n] = all % per_group;
+      vector[n] = B == Bias::table ? all : offset[n];
     }
-    outer_product(rows, smaller(NR, grid - v), query, bias.query_stride, 1, dk, key.panels + (v0 + v) / NR * dk * PANEL,
-                  PANEL, [&](int64_t m, int n, vf x) FA_INLINE_CALL {
-                    // Added last: starting the sum from a large bias would round every term of it at its magnitude.
-                    x += bias.template at<B>(m, group[n], offset[n]);
-                    store(to + m * to_stride + (v + n) * L, x);
-                    seen(m, x);
-                  });
+    key.product(rows, query, v0 + v, smaller(NR, grid - v), [&](int64_t m, int n, vf x) FA_INLINE_CALL {
+      if constexpr (kTiles) x *= scale;
+      // Added last: starting the sum from a large bias would round every term of it at its magnitude.
+      x += terms.at(m, row[n], vector[n], offset[n]);
+      store(scores + m * stride + (v + n) * L, x);
+      seen(m, x);
+    });
   }
   if (grid == count) return;
   const int64_t prefix_begin = larger(range.prefix_begin - v0, 0);
-  products(rows, query, bias.query_stride, key, v0 + prefix_begin, count - prefix_begin, to + prefix_begin * L,
-           to_stride);
+  for (int64_t v = prefix_begin; v < count; v += NR)
+    key.product(rows, query, v0 + v, smaller(NR, count - v),
+                [&](int64_t m, int n, vf x) FA_INLINE_CALL { store(to.row(m) + (v + n) * L, kTiles ? x * scale : x); });
   for (int64_t v = grid; v < count; ++v) {
     vi key_there{};
     for (int i = 0; i < L; ++i) key_there[i] = v >= prefix_begin && (v0 + v) * L + i < range.lanes ? -1 : 0;
     for (int64_t m = 0; m < rows; ++m) {
-      float* logits = to + m * to_stride + v * L;
+      float* logits = to.row(m) + v * L;
       store(logits, select(key_there, load(logits), broadcast(-kInfinity)));
       seen(m, load(logits));
     }

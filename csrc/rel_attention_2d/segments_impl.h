@@ -35,14 +35,13 @@ struct Segments {
     return segment - vi{};
   }
 
-  // Puts `value` in the place of what queries [q0, q0 + count) have, (count, stride), for keys of other segments:
+  // Puts `value` in the place of what queries [q0, q0 + count) have for keys of other segments:
   // `vectors` grid vectors from v0 of all groups on.
-  FA_INLINE void hide(int64_t q0, int64_t count, int64_t v0, int64_t vectors, float value, float* x,
-                      int64_t stride) const {
+  FA_INLINE void hide(int64_t q0, int64_t count, int64_t v0, int64_t vectors, float value, const Weights& x) const {
     for (int64_t i = 0; i < count; ++i) {
       const vi own = of_query(q0 + i);
       for (int64_t v = 0; v < vectors; ++v) {
-        float* at = x + i * stride + v * L;
+        float* at = x.row(i) + v * L;
         store(at, select(load(lane + (v0 + v) * L) == own, load(at), broadcast(value)));
       }
     }

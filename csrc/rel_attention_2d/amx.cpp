@@ -1,0 +1,8 @@
+// The kernels with their products on matrix tiles, for tensors of bfloat16.
+#include "rel_attention_2d/kernels.h"
+
+#if defined(FUSED_ATTN_HAS_AMX)
+#define FUSED_ATTN_KERNELS "rel_attention_2d/kernels_impl.h"
+#define FUSED_ATTN_TILES 1
+#include "common/for_amx.h"
+#endif
