@@ -206,7 +206,6 @@ void table_products(const Backward& p, BackwardScratch& s, BiasTerms& bias, int6
   s.grad_product.seal(rows, vectors);
   s.grad_table.accumulate(rows, 0, vectors, vectors * L, s.grad_product, bias.query);
   bias.table.weigh(rows, 0, vectors, vectors * L, s.grad_product, s.grad_relative.data);
-  if (bias.has_rest) bias.table_rest.weigh(rows, 0, vectors, vectors * L, s.grad_product, s.grad_relative.data);
 }
 
 // The same over each query's own positions only: where a query or a table holds NaN or infinities, its product with a

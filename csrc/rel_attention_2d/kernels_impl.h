@@ -188,11 +188,10 @@ struct BiasTerms {
   Scratch<int32_t> row_of;    // (keys.vectors * L): the lane's row, counted from the first row of its vector
   Scratch<int32_t> row_span;  // (keys.vectors, 2): first and last row of each vector
   Keys table;                 // row table, then column table
-  Keys table_rest;            // what bfloat16 has no room for in tables of float32
   BlockRows query;            // times rel_scale
   Scratch<float> product;     // (QB, table_vectors * L): query times every table row
   int64_t col_stride, product_stride, packed_head = 0;
-  bool finite_tables = true, has_rest = false;
+  bool finite_tables = true;
   FreeTable free;
 
   BiasTerms(const Problem& problem, const KeyLayout& layout, const QueryGrid& grid, bool backward)
@@ -222,9 +221,6 @@ struct BiasTerms {
       table_vectors = row_vectors + col_vectors;
       product_stride = panels_of(table_vectors) * PANEL + L;
       table.allocate(p.dk, table_vectors, true, backward);
-      auto is_rounded = [](const TensorView& view) { return view && view.dtype == DType::float32; };
-      has_rest = kTiles && (is_rounded(p.row_term) || is_rounded(p.col_term));
-      if (has_rest) table_rest.allocate(p.dk, table_vectors, true, backward);
       query.allocate(p.dk, backward);
       product.allocate(QB * product_stride);
     }
@@ -253,23 +249,8 @@ struct BiasTerms {
       table_row(i, to);
       for (int64_t d = 0; d < p.dk; ++d) {
         finite_tables &= to[d] * 0.0f == 0.0f;
-        if (has_rest) to[d] = first_half(to[d]);
       }
     });
-    if (has_rest)
-      table_rest.pack(0, table_vectors, [&](int64_t i, float* to) {
-        table_row(i, to);
-        for (int64_t d = 0; d < p.dk; ++d) to[d] = to[d] * 0.0f == 0.0f ? to[d] - first_half(to[d]) : 0.0f;
-      });
-  }
-
-  // What bfloat16 has room for, towards zero: finite if x is.
-  static float first_half(float x) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, 4);
-    bits &= 0xFFFF0000u;
-    __builtin_memcpy(&x, &bits, 4);
-    return x;
   }
 
   // Position i of the packed tables, zeros between them.
@@ -297,10 +278,6 @@ struct BiasTerms {
         const int64_t vectors = smaller(NR, table_vectors - v);
         table.product(round_up(count, MR), query, v, vectors, [&](int64_t m, int n, vf x) FA_INLINE_CALL {
           store(to + m * product_stride + n * L, kTiles ? x * factor : x);
-        });
-        if (!has_rest) continue;
-        table_rest.product(round_up(count, MR), query, v, vectors, [&](int64_t m, int n, vf x) FA_INLINE_CALL {
-          add_to(to + m * product_stride + n * L, x * factor);
         });
       }
     }
