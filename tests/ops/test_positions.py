@@ -9,8 +9,10 @@ from equality import assert_same, outputs_and_gradients, randomise
 from torch.func import functional_call
 
 from fused_attn.modules import (
+    AttentionAugmentedConv1d,
     AttentionAugmentedConv2d,
     GridAttention2d,
+    RelPosAttention1d,
     RelPosAttention2d,
     WindowAttention2d,
     resize_state_dict,
@@ -105,6 +107,35 @@ def test_relative_attention_on_other_maps(impl, per_head, grid):
 
     tensors = {"x": x, **parameters}
     assert_same(outputs_and_gradients(lambda: module(x), tensors), outputs_and_gradients(expected, tensors))
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("length", [9, 5])
+def test_relative_attention_on_other_lengths(impl, per_head, length):
+    options = {"per_head_tables": per_head, "impl": impl}
+    module = randomise(RelPosAttention1d(6, 8, 4, 2, 7, resize_tables=True, **options))
+    other = RelPosAttention1d(6, 8, 4, 2, length, **options)
+    x = torch.randn(2, 6, length, requires_grad=True)
+    padding = torch.arange(length) > torch.tensor([[3], [length]])
+    parameters = dict(module.named_parameters())
+
+    def expected():
+        heads = parameters["rel_table"] if per_head else parameters["rel_table"][None]
+        table = torch.stack([interpolated(head, (2 * length - 1,), "linear") for head in heads])
+        return functional_call(other, {**parameters, "rel_table": table if per_head else table[0]}, (x, padding))
+
+    tensors = {"x": x, **parameters}
+    assert_same(outputs_and_gradients(lambda: module(x, padding), tensors), outputs_and_gradients(expected, tensors))
+
+    # On load, the same table.
+    state = AttentionAugmentedConv1d(6, 24, 3, 1, 7, heads=2).state_dict()
+    longer = AttentionAugmentedConv1d(6, 24, 3, 1, length, heads=2)
+    resized, lines = resize_state_dict(longer, state)
+    assert lines == [f"attention.rel_table from 7 to {length}, linear"]
+    longer.load_state_dict(resized)
+    table = interpolated(state["attention.rel_table"], (2 * length - 1,), "linear")
+    torch.testing.assert_close(longer.attention.rel_table.detach(), table)
 
 
 @pytest.mark.parametrize("impl", ["reference", "auto"])

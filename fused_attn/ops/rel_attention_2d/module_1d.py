@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from .._floor import checks
+from .._floor.positions import Positions, PositionTables
 from .._floor.tracing import leaf
 from . import op
 from .module import augmented_depths, convolution_and_pool
 from .one_dimension import check_padding, rel_attention_1d
 
 
-class RelPosAttention1d(nn.Module):
+class RelPosAttention1d(PositionTables):
     """Multi-head self-attention over a sequence of channels, with relative position embeddings.
 
     One 1x1 convolution makes queries, keys and values, which :func:`~fused_attn.rel_attention_1d` reads where it wrote
@@ -28,6 +29,8 @@ class RelPosAttention1d(nn.Module):
         length: of the longest input; the table is (2 * length - 1, d_k), d_k = key_channels / heads.  A shorter input
             uses its central rows, which belong to its relative positions.  Not used, and the input of any length, when
             ``relative`` is False.
+        resize_tables: whether an input of another length, larger or smaller, uses all of the table, interpolated
+            linearly to its (2L'-1, d_k).
         relative: whether there are relative position embeddings.  Without them the attention is blind to position.
         per_head_tables: one table per head, (heads, 2 * length - 1, d_k), instead of one for all heads.
         dropout_p: probability of dropping an attention weight in training, in [0, 1).
@@ -35,11 +38,12 @@ class RelPosAttention1d(nn.Module):
         out_channels: channels of the output; ``value_channels`` when None.
         impl: implementation of the op; not part of the state dict, so weights load across implementations.
 
-    Shapes: input (B, in_channels, L) with L <= length, output (B, out_channels, L).
+    Shapes: input (B, in_channels, L) with L <= length, or any with ``resize_tables``; output (B, out_channels, L).
 
     Raises:
         TypeError: the padding is not a bool tensor.
-        ValueError: an argument is out of range, the input has the wrong shape or is longer than ``length``.
+        ValueError: an argument is out of range, the input has the wrong shape or, without ``resize_tables``, is longer
+            than ``length``.
 
     Source: Bello et al. 2019, "Attention Augmented Convolutional Networks", section 3, in one dimension; the table
     starts at a normal distribution of standard deviation d_k**-0.5, as there.
@@ -56,6 +60,7 @@ class RelPosAttention1d(nn.Module):
         relative: bool = True,
         per_head_tables: bool = False,
         dropout_p: float = 0.0,
+        resize_tables: bool = False,
         bias: bool = False,
         out_channels: int | None = None,
         impl: str = "auto",
@@ -72,6 +77,7 @@ class RelPosAttention1d(nn.Module):
         self.in_channels, self.heads, self.length = in_channels, heads, length
         self.key_channels, self.value_channels = key_channels, value_channels
         self.dropout_p = dropout_p
+        self.resize_tables = resize_tables
         self.impl = impl
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qkv = nn.Conv1d(in_channels, 2 * key_channels + value_channels, 1, bias=bias, **options)
@@ -101,7 +107,7 @@ class RelPosAttention1d(nn.Module):
         _check(x, self.in_channels, padding)
         rel_table: Tensor | None = self.rel_table
         if rel_table is not None:
-            rel_table = _central_rows(rel_table, self.length, x)
+            rel_table = _table_for(rel_table, self.position_tables()["rel_table"], self.resize_tables, x)
         query, key, value = self.qkv(x).split((self.key_channels, self.key_channels, self.value_channels), dim=1)
         out = rel_attention_1d(
             self._split_heads(query),
@@ -118,11 +124,14 @@ class RelPosAttention1d(nn.Module):
         """View (B, heads*d, L) as (B, heads, L, d)."""
         return x.unflatten(1, (self.heads, -1)).transpose(2, 3)
 
+    def position_tables(self) -> dict[str, Positions]:
+        return {} if self.rel_table is None else {"rel_table": Positions((self.length,), -2, "linear")}
+
     def extra_repr(self) -> str:
         table = "none" if self.rel_table is None else "per head" if self.rel_table.dim() == 3 else "shared"
-        return (
-            f"heads={self.heads}, length={self.length}, table={table}, dropout_p={self.dropout_p}, impl={self.impl!r}"
-        )
+        resize = ", resize_tables=True" if self.resize_tables else ""
+        options = f"table={table}{resize}, dropout_p={self.dropout_p}, impl={self.impl!r}"
+        return f"heads={self.heads}, length={self.length}, {options}"
 
 
 @leaf
@@ -136,12 +145,15 @@ def _check(x: Tensor, channels: int, padding: Tensor | None) -> None:
 
 
 @leaf
-def _central_rows(rel_table: Tensor, longest: int, x: Tensor) -> Tensor:
-    """The rows of the table of sequences of length ``longest`` that belong to the length of ``x``."""
-    length = x.shape[2]
+def _table_for(rel_table: Tensor, positions: Positions, resize: bool, x: Tensor) -> Tensor:
+    """The table for the length of ``x``: its central rows, or all of them interpolated."""
+    length, longest = x.shape[2], positions.size[0]
+    if resize:
+        return positions.resized(rel_table, (length,))
     if length > longest:
         raise ValueError(
             f"x must have a length of at most {longest}, for which the relative position table was built, got {length}"
+            "; with resize_tables=True it is interpolated"
         )
     return rel_table.narrow(-2, longest - length, 2 * length - 1)
 
@@ -158,7 +170,7 @@ class AttentionAugmentedConv1d(nn.Module):
         stride: of the convolution and, by pooling, of the attention.
         length: of the longest *output*, the sequence that the attention sees.
         heads, key_ratio, value_ratio, min_key_depth: as in :class:`AttentionAugmentedConv2d`.
-        relative, per_head_tables, dropout_p, impl: as in :class:`RelPosAttention1d`.
+        relative, per_head_tables, dropout_p, resize_tables, impl: as in :class:`RelPosAttention1d`.
         bias: whether the convolution and the attention's 1x1 convolutions have a bias.
 
     Shapes: input (B, in_channels, L), output (B, out_channels, ceil(L / stride)).
@@ -166,7 +178,7 @@ class AttentionAugmentedConv1d(nn.Module):
     Raises:
         TypeError: the padding is not a bool tensor.
         ValueError: an argument is out of range, the values take all output channels, or the input has the wrong shape
-            or gives an output longer than ``length``.
+            or, without ``resize_tables``, gives an output longer than ``length``.
 
     Source: Bello et al. 2019, "Attention Augmented Convolutional Networks", section 3, in one dimension.
     """
@@ -186,6 +198,7 @@ class AttentionAugmentedConv1d(nn.Module):
         relative: bool = True,
         per_head_tables: bool = False,
         dropout_p: float = 0.0,
+        resize_tables: bool = False,
         bias: bool = False,
         impl: str = "auto",
         device: torch.device | str | None = None,
@@ -207,6 +220,7 @@ class AttentionAugmentedConv1d(nn.Module):
             relative=relative,
             per_head_tables=per_head_tables,
             dropout_p=dropout_p,
+            resize_tables=resize_tables,
             bias=bias,
             impl=impl,
             **options,
