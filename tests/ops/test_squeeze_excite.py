@@ -313,3 +313,13 @@ def test_bits_of_few_samples_at_any_number_of_threads(capability):
                 checks.check_deterministic(spec.SPECS[0], "cpu", inputs, runs=1, threads=(1, 2, 3))
     finally:
         _extension.set_cpu_capability(best)
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "hardsigmoid"])
+@pytest.mark.parametrize("hidden_activation", ["relu", "silu", "gelu", "hardswish"])
+def test_peers_of_every_activation(hidden_activation, gate):
+    """Of which the reference's own have derivatives that PyTorch's lack, and other signatures."""
+    inputs = {**call(torch.float64, **spec.SMALL), "hidden_activation": hidden_activation, "gate": gate}
+    expected = squeeze_excite(**inputs, impl="reference")
+    for peer in spec.SPECS[0].peers[:2]:
+        torch.testing.assert_close(peer.build(inputs)(**inputs), expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._floor.declarations import Peer, compiled
-from . import reference
 
 
 def _finish(x: Tensor, scale: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
@@ -21,10 +21,17 @@ def _finish(x: Tensor, scale: Tensor, residual: Tensor | None, activation: str |
     return F.relu(out, inplace=True) if activation == "relu" else out
 
 
-def _activated(hidden_activation: str, hidden: Tensor) -> Tensor:
-    """The hidden units, in place where PyTorch can."""
-    function = reference.HIDDEN_ACTIVATIONS[hidden_activation]
-    return function(hidden) if hidden_activation == "gelu" else function(hidden, inplace=True)
+#: PyTorch's own, in place where it can; those of the reference have derivatives that these lack.
+_HIDDEN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": partial(F.relu, inplace=True),
+    "silu": partial(F.silu, inplace=True),
+    "gelu": F.gelu,
+    "hardswish": partial(F.hardswish, inplace=True),
+}
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": partial(F.hardsigmoid, inplace=True),
+}
 
 
 def _linear(inputs: Mapping[str, Any]) -> Callable[..., Tensor]:
@@ -41,8 +48,8 @@ def _linear(inputs: Mapping[str, Any]) -> Callable[..., Tensor]:
         if result_share is not None:
             logits = logits + result_share
         if fc2_weight is not None:
-            logits = F.linear(_activated(hidden_activation, logits), fc2_weight.flatten(1), fc2_bias)
-        return _finish(x, reference.GATES[gate](logits)[:, :, None, None], residual, activation)
+            logits = F.linear(_HIDDEN_ACTIVATIONS[hidden_activation](logits), fc2_weight.flatten(1), fc2_bias)
+        return _finish(x, _GATES[gate](logits)[:, :, None, None], residual, activation)
 
     return run
 
@@ -65,8 +72,8 @@ def _convolution(inputs: Mapping[str, Any]) -> Callable[..., Tensor]:
         if result_share is not None:
             logits = logits + result_share[:, :, None, None]
         if fc2_weight is not None:
-            logits = F.conv2d(_activated(hidden_activation, logits), _kernels_1x1(fc2_weight), fc2_bias)
-        return _finish(x, reference.GATES[gate](logits), residual, activation)
+            logits = F.conv2d(_HIDDEN_ACTIVATIONS[hidden_activation](logits), _kernels_1x1(fc2_weight), fc2_bias)
+        return _finish(x, _GATES[gate](logits), residual, activation)
 
     return run
 
