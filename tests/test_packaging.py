@@ -403,7 +403,8 @@ def test_metadata_agree_and_travel_with_the_wheel(pure):
     with zipfile.ZipFile(pure) as archive:
         names = archive.namelist()
         (text,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
-    assert {"fused_attn/py.typed", "fused_attn/reproduce/tables.yaml", "fused_attn/reproduce/costs.json"} <= {*names}
+    data = {"py.typed", "reproduce/tables.yaml", "reproduce/costs.json", "bench/probe.cpp"}
+    assert {f"fused_attn/{name}" for name in data} <= {*names}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert {"License-Expression: Apache-2.0", "Requires-Dist: torch>=2.11"} <= {*text.splitlines()}
 

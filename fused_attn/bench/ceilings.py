@@ -1,9 +1,15 @@
-"""What this machine can do at most, measured: bytes copied and products of matrices per second."""
+"""What this machine can do at most, measured: bytes moved and products of matrices per second."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import platform
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,13 +21,32 @@ GPU_COPY_BYTES = 2**31
 SECONDS = 0.5
 
 
-def measure_ceilings(dtype: torch.dtype, device: str) -> dict[str, float]:
-    """Measure both ceilings with the threads that PyTorch has now.
+#: working sets whose bandwidth is measured on a CPU: within the caches and beyond them
+BANDWIDTH_BYTES = tuple(2**power for power in (20, 22, 24, 26, 28))
+
+
+def measure_ceilings(dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Measure the ceilings with the threads that PyTorch has now.
+
+    On a CPU with a compiler a native program measures them, ``probe.cpp``; on a GPU, or without, PyTorch's own
+    operators do.
 
     Returns:
-        ``copy_gbps``, bytes read plus bytes written by a large copy in 1e9 per second, and ``matmul_gflops`` of a
-        square product in ``dtype``: each the best of several, as a ceiling should be.
+        ``source``, which of them; ``copy_gbps``, the most bytes moved (read plus written, by a copy where PyTorch
+        measures) in 1e9 per second, of a large working set; and ``matmul_gflops`` in ``dtype``: each the best of
+        several, as a ceiling should be.  From the probe also ``bandwidth``, bytes of a working set -> kind -> GB/s,
+        ``arithmetic``, kind -> 1e9 per second, and ``one_thread``, both for one thread.
     """
+    if device == "cpu" and (probe := load_probe()) is not None:
+        found = {"source": "native probe", **_probed(probe, torch.get_num_threads())}
+        kinds = ("float32", "bfloat16") if dtype == torch.bfloat16 else ("float32",)
+        rates = [rate for kind, rate in found["arithmetic"].items() if kind.startswith(kinds)]
+        if dtype == torch.float16:  # which the probe does not multiply
+            rates.append(_matmul_gflops(dtype, device))
+        largest = found["bandwidth"][str(BANDWIDTH_BYTES[-1])]
+        one_thread = _probed(probe, 1)
+        return {"copy_gbps": max(largest.values()), "matmul_gflops": max(rates), **found, "one_thread": one_thread}
+
     size = (GPU_COPY_BYTES if device == "cuda" else COPY_BYTES) // dtype.itemsize
     source = torch.ones(size, dtype=dtype, device=device)
     target = torch.zeros_like(source)
@@ -30,9 +55,46 @@ def measure_ceilings(dtype: torch.dtype, device: str) -> dict[str, float]:
     # Where half precision is slow (a hundredth of float32 on a CPU without instructions for it), a kernel converts.
     dtypes = {dtype, torch.float32} if device == "cpu" else {dtype}
     return {
+        "source": "PyTorch's operators",
         "copy_gbps": 2 * size * dtype.itemsize / copy * 1e-9,
         "matmul_gflops": max(_matmul_gflops(each, device) for each in dtypes),
     }
+
+
+def memory_gbps(ceilings: Mapping[str, Any], moved: float) -> float:
+    """The most bytes per second, in 1e9, of a working set that is not larger than the bytes ``moved``."""
+    levels = {int(size): rates for size, rates in ceilings.get("bandwidth", {}).items()}
+    if not levels:
+        return ceilings["copy_gbps"]
+    return max(levels[max((size for size in levels if size <= moved), default=min(levels))].values())
+
+
+def _probed(probe: Any, threads: int) -> dict[str, Any]:
+    return {
+        "bandwidth": {str(size): probe.bandwidth(size, threads, 0.1) for size in BANDWIDTH_BYTES},
+        "arithmetic": probe.arithmetic(threads, 0.1),
+    }
+
+
+@functools.cache
+def load_probe() -> Any:
+    """The native program, compiled for this processor at its first use and kept by PyTorch; None without a compiler."""
+    from torch.utils import cpp_extension
+
+    cpuinfo = Path("/proc/cpuinfo")
+    features = [line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))][:1]
+    source = Path(__file__).with_name("probe.cpp")
+    key = zlib.crc32("\n".join([platform.machine(), torch.__version__, *features, source.read_text()]).encode())
+    try:
+        return cpp_extension.load(
+            f"fused_attn_probe_{key:08x}", [str(source)], extra_cflags=["-O3", "-std=c++20", "-march=native"]
+        )
+    except (RuntimeError, OSError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        warnings.warn(
+            f"ceilings are measured with PyTorch's operators, as the probe does not build: {reason}", stacklevel=2
+        )
+        return None
 
 
 def _matmul_gflops(dtype: torch.dtype, device: str) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -105,7 +105,7 @@ def _measure_op(
     cases: Sequence[tuple[str, Shape]],
     config: BenchConfig,
     options: Options,
-    ceilings: dict[str, float],
+    ceilings: dict[str, Any],
     bar: tqdm,
     failures: list[str],
 ) -> report.Report:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..train.atomic import write_text
 from ..train.json_files import dumps
@@ -63,8 +64,8 @@ def print_table(report: Report) -> None:
     console.print(f"\n[bold]{report['op']}[/bold], {report['dtype']}, {report['device']}; {machine(report)}")
     if ceilings:
         console.print(
-            f"this machine copies {ceilings['copy_gbps']:.1f} GB/s and multiplies matrices at "
-            f"{ceilings['matmul_gflops']:.0f} GFLOP/s; percentages are shares of these",
+            f"this machine {_moves(ceilings)} and multiplies matrices at {ceilings['matmul_gflops']:.0f} GFLOP/s; "
+            "percentages are shares of these",
             highlight=False,
         )
     for shape in unique(report["rows"], "shape"):
@@ -96,6 +97,16 @@ def print_table(report: Report) -> None:
             console.print(f"{shape}:", highlight=False)
         for line in dict.fromkeys(_remark(row) for row in rows if row["reason"]):
             console.print(line, markup=False, highlight=False)
+
+
+def _moves(ceilings: Mapping[str, Any]) -> str:
+    """What it moves at most, with the verb."""
+    levels = ceilings.get("bandwidth")
+    if not levels:
+        return f"copies ({ceilings['copy_gbps']:.1f} GB/s)"
+    sizes = sorted(levels, key=int)
+    rates = ", ".join(f"{max(levels[size].values()):.0f} GB/s of {int(size) >> 20} MiB" for size in sizes)
+    return f"moves (reads, writes or copies: {rates})"
 
 
 def _remark(row: Row) -> str:
@@ -146,8 +157,8 @@ def markdown(report: Report) -> str:
         ceilings = report["ceilings"]
         lines += [
             "",
-            f"Least bytes and FLOPs of the op over its time; in brackets, the share of what this machine copies "
-            f"({ceilings['copy_gbps']:.1f} GB/s) and multiplies ({ceilings['matmul_gflops']:.0f} GFLOP/s) at most:",
+            "Least bytes and FLOPs of the op over its time; in brackets, the share of what this machine "
+            f"{_moves(ceilings)} and multiplies ({ceilings['matmul_gflops']:.0f} GFLOP/s) at most:",
             "",
             "| fused op | pass | GB/s | GFLOP/s |",
             "| --- | --- | ---: | ---: |",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..ops._floor.declarations import OpSpec, Shape, convert
 from ..testing.numerics import evaluate, mismatches
 from . import measure
+from .ceilings import memory_gbps
 from .rows import Row
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -206,7 +208,7 @@ class Measurement:
             if name in self.spec.implementations and status in ("wrong", "failed")
         ]
 
-    def rows(self, ceilings: Mapping[str, float]) -> list[Row]:
+    def rows(self, ceilings: Mapping[str, Any]) -> list[Row]:
         """One row per provider and pass that has a result, or a reason for having none."""
         rows = []
         for name in self.names:
@@ -255,7 +257,7 @@ class Measurement:
         ratio, best = min(known)
         return {"best_peer": best, "best_peer_over_this": ratio}
 
-    def _speed(self, each: str, seconds: list[float], ceilings: Mapping[str, float]) -> Row:
+    def _speed(self, each: str, seconds: list[float], ceilings: Mapping[str, Any]) -> Row:
         shape, parts = self.shape, {"fwd": ("forward",), "bwd": ("backward",)}.get(each, ("forward", "backward"))
         quantiles = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
         row = {key: 1e3 * value for key, value in zip(("p20_ms", "p50_ms", "p80_ms"), quantiles, strict=True)}
@@ -264,7 +266,7 @@ class Measurement:
         row["gbps"] = moved / quantiles[1] * 1e-9
         row["gflops"] = sum(getattr(shape, f"flops_{part}") for part in parts) / quantiles[1] * 1e-9
         if ceilings:
-            row["of_copy"] = row["gbps"] / ceilings["copy_gbps"]
+            row["of_copy"] = row["gbps"] / memory_gbps(ceilings, moved)
             row["of_matmul"] = row["gflops"] / ceilings["matmul_gflops"]
         return row
 

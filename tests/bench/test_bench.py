@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from fused_attn import _extension, cli
-from fused_attn.bench import BenchError, command, measure, networks, plots, report, runner
-from fused_attn.bench.ceilings import measure_ceilings
+from fused_attn.bench import BenchError, ceilings, command, measure, networks, plots, report, runner
 from fused_attn.ops import SPECS
 from fused_attn.ops._floor.declarations import Peer, tensors
 
@@ -184,10 +183,43 @@ def test_saved_bytes_of_the_kernel_are_output_and_statistics():
     assert measure.saved_bytes(measure.provider(REL, "cpu", inputs), inputs) == 4 * queries * (4 + 2)
 
 
-def test_ceilings_are_possible():
-    ceilings = measure_ceilings(torch.float32, "cpu")
-    assert 0.1 < ceilings["copy_gbps"] < 10_000
-    assert 0.1 < ceilings["matmul_gflops"] < 1_000_000
+def test_ceilings_are_possible(monkeypatch):
+    monkeypatch.setattr(ceilings, "load_probe", lambda: None)
+    found = ceilings.measure_ceilings(torch.float32, "cpu")
+    assert found["source"] == "PyTorch's operators"
+    assert 0.1 < found["copy_gbps"] < 10_000
+    assert 0.1 < found["matmul_gflops"] < 1_000_000
+
+
+def test_ceilings_of_the_native_probe():
+    """No operator of PyTorch moves or multiplies more."""
+    found = ceilings.measure_ceilings(torch.float32, "cpu")
+    if found["source"] != "native probe":
+        pytest.skip("the probe does not build here")
+    kinds = {"read", "write", "write, streaming", "copy", "copy, streaming"}
+    for each in (found, found["one_thread"]):
+        assert {frozenset(rates) for rates in each["bandwidth"].values()} == {frozenset(kinds)}
+        assert {"float32", "exponentials"} <= set(each["arithmetic"])
+        rates = [rate for level in each["bandwidth"].values() for rate in level.values()]
+        assert all(0.1 < rate < 100_000 for rate in [*rates, *each["arithmetic"].values()])
+    assert found["matmul_gflops"] > 0.9 * ceilings._matmul_gflops(torch.float32, "cpu")
+    smallest, largest = ceilings.BANDWIDTH_BYTES[0], ceilings.BANDWIDTH_BYTES[-1]
+    assert ceilings.memory_gbps(found, 100) == max(found["bandwidth"][str(smallest)].values())
+    assert ceilings.memory_gbps(found, 2 * smallest) == ceilings.memory_gbps(found, smallest)
+    assert ceilings.memory_gbps(found, 10 * largest) == found["copy_gbps"]
+
+
+def test_a_probe_that_does_not_build_says_so(monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("Error building extension: no compiler\nmore")
+
+    ceilings.load_probe.cache_clear()
+    monkeypatch.setattr("torch.utils.cpp_extension.load", fails)
+    try:
+        with pytest.warns(UserWarning, match=r"PyTorch's operators, as the probe does not build: .* no compiler$"):
+            assert ceilings.load_probe() is None
+    finally:
+        ceilings.load_probe.cache_clear()
 
 
 # --- what is refused --------------------------------------------------------------------------------------------
