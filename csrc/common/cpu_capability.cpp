@@ -15,7 +15,7 @@ namespace fused_attn {
 namespace {
 
 // Tiles, and the conversions that go with them.  Linux gives a process their registers when it asks.
-bool detect_amx() {
+[[maybe_unused]] bool detect_amx() {
 #if defined(FUSED_ATTN_HAS_AMX)
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kAvx512Bf16 = 1u << 5;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
