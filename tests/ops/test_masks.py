@@ -4,6 +4,8 @@ Output and every gradient are the reference's, on every instruction set, and in 
 interpreter; the reference is PyTorch's softmax.
 """
 
+import dataclasses
+
 import mask_checks as masks
 import pytest
 import torch
@@ -37,6 +39,8 @@ def capability(request):
     indirect=["capability"],
 )
 def test_cpu_kernels_give_what_the_reference_gives(capability, case):
+    if capability == "amx":  # for bfloat16 alone
+        case = dataclasses.replace(case, dtypes=tuple(dtype for dtype in case.dtypes if dtype == torch.bfloat16))
     found = list(case.mismatches("cpu"))
     assert not found, "\n".join(found)
 
