@@ -361,6 +361,9 @@ index there, because a whole batch shares their weights: `squeeze_excite` and `a
 Opacus (`GradSampleModule`, `PrivacyEngine`) takes the modules as they are; for `MRLALight` and a padded
 `RelPosAttention1d`, which have more than one input, call `fused_attn.integrations.opacus.register()` first.
 `AttentionResidual`, whose input is a list, cannot be had: the hooks of Opacus take tensors alone.
+
+The older way to batch gradients, `torch.autograd.grad(..., is_grads_batched=True)`, raises for ops that take lists of
+tensors: use `torch.func.vmap` of the function that `torch.func.vjp` returns.
 """
 
 
