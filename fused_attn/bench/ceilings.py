@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 import platform
+import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
@@ -19,7 +22,7 @@ COPY_BYTES = 2**28
 #: on a GPU; beyond its L2 cache, and enough to fill it
 GPU_COPY_BYTES = 2**31
 SECONDS = 0.5
-
+PROBE_SECONDS = 0.03
 
 #: working sets whose bandwidth is measured on a CPU: within the caches and beyond them
 BANDWIDTH_BYTES = tuple(2**power for power in (20, 22, 24, 26, 28))
@@ -71,8 +74,8 @@ def memory_gbps(ceilings: Mapping[str, Any], moved: float) -> float:
 
 def _probed(probe: Any, threads: int) -> dict[str, Any]:
     return {
-        "bandwidth": {str(size): probe.bandwidth(size, threads, 0.1) for size in BANDWIDTH_BYTES},
-        "arithmetic": probe.arithmetic(threads, 0.1),
+        "bandwidth": {str(size): probe.bandwidth(size, threads, PROBE_SECONDS) for size in BANDWIDTH_BYTES},
+        "arithmetic": probe.arithmetic(threads, PROBE_SECONDS),
     }
 
 
@@ -81,14 +84,28 @@ def load_probe() -> Any:
     """The native program, compiled for this processor at its first use and kept by PyTorch; None without a compiler."""
     from torch.utils import cpp_extension
 
-    cpuinfo = Path("/proc/cpuinfo")
-    features = [line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))][:1]
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    features = [line for line in lines if line.startswith(("flags", "Features"))][:1]
     source = Path(__file__).with_name("probe.cpp")
     key = zlib.crc32("\n".join([platform.machine(), torch.__version__, *features, source.read_text()]).encode())
+    name = f"fused_attn_probe_{key:08x}"
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    library = root / name / f"{name}.so"
+    flags = ["-O3", "-std=c++20", "-march=native"]
     try:
-        return cpp_extension.load(
-            f"fused_attn_probe_{key:08x}", [str(source)], extra_cflags=["-O3", "-std=c++20", "-march=native"]
-        )
+        if not library.exists():
+            # In a folder of its own: in a shared one, a build that was killed leaves a lock for which all others wait.
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root) as folder:
+                cpp_extension.load(name, [str(source)], extra_cflags=flags, build_directory=folder)
+                os.replace(Path(folder) / library.name, library)
+        spec = importlib.util.spec_from_file_location(name, library)
+        assert spec is not None  # as the name ends with .so
+        assert spec.loader is not None
+        probe = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(probe)
+        return probe
     except (RuntimeError, OSError, ImportError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         warnings.warn(
