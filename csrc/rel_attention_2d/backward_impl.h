@@ -272,7 +272,7 @@ void backward_block(const Backward& p, const KeyLayout& keys, const KeyRange& ra
     const int64_t tile = smaller(kBackwardTile, vectors - v0), grid = range.grid_part(v0, tile);
     if constexpr (B == Bias::table) bias.free.prepare(q0, count, all_v0 + v0, grid);
     score_tile<B>(rows, v0, tile, s.query, s.key, bias, range, s.score, [](int64_t, vf) FA_INLINE_CALL {});
-    products(rows, s.grad_out, s.value, v0, tile, factor_after(p.keep_scale), s.grad_score);
+    products(rows, s.grad_out, s.value, v0, tile, p.keep_scale, s.grad_score);
     if (segments.masks) {
       segments.hide(q0, rows, all_v0 + v0, grid, -kInfinity, s.score);
       segments.hide(q0, rows, all_v0 + v0, grid, 0.0f, s.grad_score);

@@ -114,7 +114,8 @@ FA_INLINE void scatter_row(const Problem& p, const TensorView& view, int64_t off
 #include "rel_attention_2d/tiles_impl.h"
 #endif
 
-// What the rows of a block are multiplied with before a product and, as those of bfloat16 stay exact, after it.
+// What the rows of a block are multiplied with before a product or, as those of bfloat16 stay exact, after it: one of
+// the two is the constant 1.
 FA_INLINE float factor_before(float factor) { return kTiles ? 1.0f : factor; }
 FA_INLINE float factor_after(float factor) { return kTiles ? factor : 1.0f; }
 
@@ -247,9 +248,7 @@ struct BiasTerms {
     finite_tables = true;
     table.pack(0, table_vectors, [&](int64_t i, float* to) {
       table_row(i, to);
-      for (int64_t d = 0; d < p.dk; ++d) {
-        finite_tables &= to[d] * 0.0f == 0.0f;
-      }
+      for (int64_t d = 0; d < p.dk; ++d) finite_tables &= to[d] * 0.0f == 0.0f;
     });
   }
 
@@ -272,12 +271,12 @@ struct BiasTerms {
         gather_row(p, p.query, queries.offset(p.query, b, h, q0 + i), p.dk, factor_before(p.rel_scale), query.row(i));
       for (int64_t i = count; i < QB; ++i) set_zero(query.row(i), p.dk);
       query.seal();
-      const float factor = p.rel_scale;
+      const float factor = factor_after(p.rel_scale);
       for (int64_t v = 0; v < table_vectors; v += NR) {
         float* to = product + v * L;
         const int64_t vectors = smaller(NR, table_vectors - v);
         table.product(round_up(count, MR), query, v, vectors, [&](int64_t m, int n, vf x) FA_INLINE_CALL {
-          store(to + m * product_stride + n * L, kTiles ? x * factor : x);
+          store(to + m * product_stride + n * L, x * factor);
         });
       }
     }
@@ -337,15 +336,15 @@ void hash_columns(const Problem& p, const KeyLayout& keys, Scratch<uint32_t>& to
     to[i] = static_cast<uint32_t>(p.hk * p.wk + i - all.prefix_begin * L) * 0x9E3779B1u;
 }
 
-// to[m][vector] = factor times row m of a times key vectors [v0, v0 + count), the vector counted from v0.
+// to[m][vector] = row m of a, whose factor this is, times key vectors [v0, v0 + count), the vector counted from v0.
 void products(int64_t rows, const BlockRows& a, const Keys& keys, int64_t v0, int64_t count, float factor,
               const Weights& to) {
   float* const found = to.rows.data;
   const int64_t stride = to.stride;
+  const float after = factor_after(factor);
   for (int64_t v = 0; v < count; v += NR)
-    keys.product(rows, a, v0 + v, smaller(NR, count - v), [&](int64_t m, int n, vf x) FA_INLINE_CALL {
-      store(found + m * stride + (v + n) * L, kTiles ? x * factor : x);
-    });
+    keys.product(rows, a, v0 + v, smaller(NR, count - v),
+                 [&](int64_t m, int n, vf x) FA_INLINE_CALL { store(found + m * stride + (v + n) * L, x * after); });
 }
 
 // Logits of `rows` queries against key vectors [v0, v0 + count) of a range to `to`, the vector counted from v0, each
@@ -354,7 +353,7 @@ template <Bias B, class Seen>
 FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const BlockRows& query, const Keys& key,
                           BiasTerms& bias, const KeyRange& range, const Weights& to, const Seen& seen) {
   const int64_t per_group = bias.keys.vectors, group_rows = bias.keys.rows, stride = to.stride;
-  const float scale = bias.p.scale;
+  const float scale = factor_after(bias.p.scale);
   const auto terms = bias.template tile<B>();
   float* const scores = to.rows.data;
   const int64_t grid = range.grid_part(v0, count);
@@ -367,7 +366,7 @@ FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const BlockRo
       vector[n] = B == Bias::table ? all : offset[n];
     }
     key.product(rows, query, v0 + v, smaller(NR, grid - v), [&](int64_t m, int n, vf x) FA_INLINE_CALL {
-      if constexpr (kTiles) x *= scale;
+      x *= scale;
       // Added last: starting the sum from a large bias would round every term of it at its magnitude.
       x += terms.at(m, row[n], vector[n], offset[n]);
       store(scores + m * stride + (v + n) * L, x);
@@ -378,7 +377,7 @@ FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const BlockRo
   const int64_t prefix_begin = larger(range.prefix_begin - v0, 0);
   for (int64_t v = prefix_begin; v < count; v += NR)
     key.product(rows, query, v0 + v, smaller(NR, count - v),
-                [&](int64_t m, int n, vf x) FA_INLINE_CALL { store(to.row(m) + (v + n) * L, kTiles ? x * scale : x); });
+                [&](int64_t m, int n, vf x) FA_INLINE_CALL { store(to.row(m) + (v + n) * L, x * scale); });
   for (int64_t v = grid; v < count; ++v) {
     vi key_there{};
     for (int i = 0; i < L; ++i) key_there[i] = v >= prefix_begin && (v0 + v) * L + i < range.lanes ? -1 : 0;

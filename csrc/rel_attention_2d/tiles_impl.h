@@ -21,7 +21,7 @@ struct Instructions {
       uint8_t rows[16] = {};
     } config;
     for (int i = 0; i < 8; ++i) config.bytes_of_row[i] = 64, config.rows[i] = 16;
-    asm volatile("" : : "r"(&config) : "memory");
+    asm volatile("" : : "r"(&config) : "memory");  // nor does this one
     _tile_loadconfig(&config);
   }
   ~Instructions() { _tile_release(); }
@@ -43,14 +43,14 @@ FA_INLINE pairs_of_halves paired(vf a, vf b) {
 FA_INLINE void store_halves(void* to, pairs_of_halves x) { _mm512_storeu_si512(to, (__m512i)x); }
 
 struct BlockRows {
-  int64_t depth = 0, stride = 0, half_stride = 0;
+  int64_t stride = 0, half_stride = 0;
   bool turns = false;
   Scratch<float> rows;       // (QB, stride)
   Scratch<uint16_t> halves;  // (QB, half_stride)
   Scratch<uint16_t> turned;  // (stride, QB)
 
-  void allocate(int64_t depth_, bool turns_) {
-    depth = depth_, stride = row_stride(depth), half_stride = round_up(depth, kDepth), turns = turns_;
+  void allocate(int64_t depth, bool turns_) {
+    stride = row_stride(depth), half_stride = round_up(depth, kDepth), turns = turns_;
     rows.allocate(QB * stride);
     rows.fill(0.0f);
     halves.allocate(QB * half_stride);
@@ -77,7 +77,7 @@ struct BlockRows {
 };
 
 struct Weights {
-  int64_t stride = 0, pair_stride = 0;
+  int64_t stride = 0;
   bool keeps_halves = false, keeps_pairs = false;
   Scratch<float> rows;       // (QB, stride), of whole lines of halves
   Scratch<uint16_t> halves;  // (QB, stride): to weigh keys with
