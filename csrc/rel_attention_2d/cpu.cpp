@@ -74,18 +74,34 @@ int64_t small_grid_group(const Problem& p) {
   return fits && !prefers_tiles(p) && p.batch * p.heads >= kLeastGroups * group ? group : 0;
 }
 
-// Whether the kernels of whole pairs take the problem: where little of a vector of keys or of a depth would be padding.
-// Those of small grids, which pad nothing, are faster with shorter vectors and for less to do in a pair; the others
-// only where the logits of a pair leave the second-level cache.  By the shape alone, likewise.
+// Whether the kernels of whole pairs take the problem: where little of the vectors of keys and depths would be padding,
+// less with tables of the axes, whose own products are padded too.  Those of small grids, which pad nothing, are faster
+// with shorter vectors and, of few keys, where rows would have to be copied.  By shape and layout alone, likewise.
 bool takes_whole_pairs(const Problem& p) {
-  constexpr int64_t kMostKeys = 784, kLeastPairs = 16;
+  constexpr int64_t kMostKeys = 784, kLeastPairs = 16, kManyKeys = 64, kLeastKeys = 16;
   const auto& kernels = whole_pairs::best_kernels();
   const int64_t keys = p.hk * p.wk + p.prefix, lanes = kernels.lanes;
-  auto fills = [&](int64_t count) { return count > 0 && (count + lanes - 1) / lanes * lanes * 10 <= 11 * count; };
   if (kernels.forward == nullptr || prefers_tiles(p) || p.queries() == 0) return false;
-  if (!fills(keys) || !fills(p.dk) || !fills(p.dv)) return false;
-  if (small_grid_group(p) > 0) return lanes >= 16 && keys >= 64 && p.dk + p.dv >= 64;
-  return keys <= kMostKeys && p.batch * p.heads >= kLeastPairs;
+  if (keys == 0 || p.dk == 0 || p.dv == 0) return false;
+  auto padded = [&](int64_t count) { return (count + lanes - 1) / lanes * lanes; };
+  const bool full = p.dk % lanes == 0 && p.dv % lanes == 0;
+  const int64_t most_percent = p.tables && !full ? 110 : 135;
+  if (padded(keys) * (padded(p.dk) + padded(p.dv)) * 100 > most_percent * keys * (p.dk + p.dv)) return false;
+  if (small_grid_group(p) == 0) return keys <= kMostKeys && p.batch * p.heads >= kLeastPairs;
+  if (lanes < 16 || keys >= kManyKeys) return lanes >= 16;
+  auto serve = [&](const TensorView& view, int64_t depth) { return whole_pairs::serves_as_rows(view, depth, lanes); };
+  return keys >= kLeastKeys && !p.row_term && !p.col_term && serve(p.query, p.dk) && serve(p.key, p.dk) &&
+         serve(p.value, p.dv);
+}
+
+// The order of theirs where there is a bias table.  The biases of all heads are kept if they leave room in the
+// second-level cache.  Else they are made anew for each image where the heads of a position lie side by side: what
+// belongs to an image is then on the same pages of memory; otherwise the images of a head come in turn.
+void choose_order(Problem& p) {
+  constexpr int64_t kMostBiases = 60000;
+  if (!p.bias_table) return;
+  p.keeps_biases = p.heads * p.queries() * (p.hk * p.wk + p.prefix) <= kMostBiases;
+  p.head_by_head = !p.keeps_biases && p.query.stride[1] >= p.query.stride[3] && p.key.stride[1] >= p.key.stride[3];
 }
 
 // The kernels for everything else.
@@ -110,6 +126,7 @@ void rel_attention_2d_forward(Tensor query, Tensor key, Tensor value, std::optio
   if (p.queries() == 0) return;
   if (takes_whole_pairs(p)) {
     p.query_splits = 1;
+    choose_order(p);
     return parallel(p.tasks(), whole_pairs::best_kernels().forward, p);
   }
   if (const int64_t group = small_grid_group(p))
@@ -143,6 +160,7 @@ void rel_attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor
   p.grad_prefix_key = view_of(grad_prefix_key), p.grad_prefix_value = view_of(grad_prefix_value);
 
   const bool whole = takes_whole_pairs(p);
+  if (whole) choose_order(p);
   p.group = whole ? 0 : small_grid_group(p);
   // The split of the keys changes the order of summation, so it follows the shape alone: enough tasks for many threads
   // where the image is large, at the cost of one float32 copy of grad_query for every further part.
@@ -154,11 +172,16 @@ void rel_attention_2d_backward(Tensor grad_out, Tensor query, Tensor key, Tensor
   // Gradients of given logits are as large as those: no further copy of them, hence no split.
   if (p.group > 0 || whole || (!p.tables && (p.row_term || p.col_term))) p.key_splits = 1;
 
-  // Likewise the runs of images whose gradients of a bias table a task adds up.
-  const int64_t table_tasks = whole ? 64 : 256;  // few images to a task would not pay for its matrices of biases
-  p.image_runs = p.batch;
-  if (p.bias_table && p.key_splits == 1 && p.heads > 0)
-    p.image_runs = std::min(p.batch, (table_tasks + p.heads - 1) / p.heads);
+  // Likewise the runs of images and heads whose gradients of a bias table a task adds up.
+  constexpr int64_t kTableTasks = 256, kTableTasksOfWholePairs = 64;  // which have more to do at the end of one
+  auto runs = [](int64_t tasks, int64_t others) { return (tasks + others - 1) / others; };
+  p.image_runs = p.batch, p.head_runs = p.heads;
+  if (p.bias_table && pairs > 0 && whole) {
+    p.image_runs = std::min(p.batch, p.head_by_head ? runs(kTableTasksOfWholePairs, p.heads) : kTableTasksOfWholePairs);
+    p.head_runs = p.head_by_head ? p.heads : std::min(p.heads, runs(kTableTasksOfWholePairs, p.image_runs));
+  } else if (p.bias_table && p.key_splits == 1 && pairs > 0) {
+    p.image_runs = std::min(p.batch, runs(kTableTasks, p.heads));
+  }
   if (p.group > 0) p.image_runs = p.heads <= p.group ? p.tasks() : p.batch;
 
   std::vector<float> query_partials, table_partials, bias_partials;

@@ -23,6 +23,9 @@ struct Problem {
   const int32_t *query_segments, *key_segments;
   int64_t segment_sets;
   int64_t prefix;  // number of prefix keys
+  // Of whole pairs with a bias table, which is a number for each query and key of a head there: whether those of all
+  // heads are kept; whether the images of a head come in turn, rather than the heads of an image.
+  bool keeps_biases = false, head_by_head = false;
   TensorView prefix_key, prefix_value;
 
   int64_t queries() const { return hq * wq; }
@@ -42,22 +45,24 @@ struct Forward : Problem {
   int64_t tasks() const { return batch * heads * query_splits; }
 };
 
-// A backward task is one head, a run of images (one, unless there is a bias table) and one range of key rows; on small
-// grids it is a group of (image, head) pairs, and a run is a group that has every head, or an image.  What several
-// tasks contribute to is summed afterwards in a fixed order, from float32 partial results, so that no result depends on
-// the number of threads.
+// A backward task is a run of heads (one, but for whole pairs with a bias table), a run of images (one, unless there is
+// a bias table) and one range of key rows; on small grids it is a group of (image, head) pairs, and a run is a group
+// that has every head, or an image.  What several tasks contribute to is summed afterwards in a fixed order, from
+// float32 partial results, so that no result depends on the number of threads.
 struct Backward : Problem {
   TensorView grad_out, out;
   const float* statistics;
   TensorView grad_query, grad_key, grad_value, grad_row_term, grad_col_term;
   TensorView grad_bias_table, grad_prefix_key, grad_prefix_value;
-  int64_t key_splits, image_runs;
+  int64_t key_splits, image_runs, head_runs;
   int64_t group = 0;      // pairs of a group on small grids
   float* query_partials;  // (tasks, queries, dk); null when key_splits is 1
   float* table_partials;  // (parts, row_length + col_length, dk)
   float* bias_partials;   // (parts, bias_rows, bias_columns)
 
-  int64_t tasks() const { return group > 0 ? (batch * heads + group - 1) / group : image_runs * heads * key_splits; }
+  int64_t tasks() const {
+    return group > 0 ? (batch * heads + group - 1) / group : image_runs * head_runs * key_splits;
+  }
   // The parts of a head follow one another.
   int64_t part(int64_t head, int64_t run, int64_t split) const {
     return (head * image_runs + run) * key_splits + split;

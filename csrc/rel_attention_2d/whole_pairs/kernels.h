@@ -6,6 +6,13 @@
 
 namespace fused_attn::rel_attention_2d::whole_pairs {
 
+// Whether positions of a tensor serve as the rows of matrices, whole vectors each, where they are.  Not if they would
+// share few sets of a cache.
+inline bool serves_as_rows(const TensorView& view, int64_t depth, int64_t lanes) {
+  constexpr int64_t kFewSets = 256;
+  return view.dtype == DType::float32 && view.stride[4] == 1 && view.stride[3] % kFewSets != 0 && depth % lanes == 0;
+}
+
 struct Kernels {
   int64_t lanes;              // floats to a vector
   Kernel<Forward> forward;    // (image, head) pairs; null where the vectors are too short for these to be the faster

@@ -1,28 +1,36 @@
 // What both passes hold of a pair of an image and a head, and its way from and to tensors; part of kernels_impl.h.
 
-// Rows of whole vectors, zero past their depth.
+// Rows of whole vectors, zero past their depth: of its own or, where they lie as products want them, those of a tensor.
 struct Rows {
-  int64_t depth = 0, vectors = 0, stride = 0;
-  Scratch<float> data;
+  int64_t depth = 0, vectors = 0, own_stride = 0;
+  Scratch<float> own;
+  float* first = nullptr;
+  int64_t stride = 0;
 
   void allocate(int64_t count, int64_t depth_) {
-    depth = depth_, vectors = vectors_of(depth), stride = vectors * L;
-    data.allocate(count * stride);
-    data.fill(0.0f);
+    depth = depth_, vectors = vectors_of(depth), own_stride = vectors * L;
+    own.allocate(count * own_stride);
+    own.fill(0.0f);
+    use_own();
   }
-  float* at(int64_t i) const { return data + i * stride; }
+  void use_own() { first = own.data, stride = own_stride; }
+  bool is_own() const { return first == own.data; }
+  float* at(int64_t i) const { return first + i * stride; }
   // Numbers of rows `step` apart, summed over the depth or over the rows.
-  Factor over_depth(int64_t first = 0, int64_t step = 1) const { return {at(first), step * stride, 1}; }
-  Factor over_rows(int64_t first = 0, int64_t step = 1) const { return {at(first), 1, step * stride}; }
+  Factor over_depth(int64_t i = 0, int64_t step = 1) const { return {at(i), step * stride, 1}; }
+  Factor over_rows(int64_t i = 0, int64_t step = 1) const { return {at(i), 1, step * stride}; }
 };
 
-// to = from, `count` rows, a multiple of L, turned: rows of `stride`.
-void turn(const Rows& from, int64_t count, int64_t stride, float* to) {
+// to = factor * from, turned: rows of `stride`, a multiple of L.  Past the `count` rows the last one again: what is
+// made of it is as finite as what is made of a row.
+void turn(const Rows& from, int64_t count, int64_t stride, float* to, float factor = 1.0f) {
+  const float* const rows = from.first;
+  const int64_t depth = from.vectors * L, step = from.stride;
   for (int64_t k = 0; k < count; k += L)
-    for (int64_t d = 0; d < from.stride; d += L) {
+    for (int64_t d = 0; d < depth; d += L) {
       vf x[L];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) x[i] = load(from.at(k + i) + d);
+      for (int i = 0; i < L; ++i) x[i] = load(rows + smaller(k + i, count - 1) * step + d) * factor;
       transpose(x);
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) store(to + (d + i) * stride + k, x[i]);
@@ -41,15 +49,19 @@ struct Axis {
     if (length == 0) return;
     table.allocate(round_up(length, L), p.dk);
     turned_stride = round_up(length, L) + L;
-    turned.allocate(table.stride * turned_stride);
+    turned.allocate(table.own_stride * turned_stride);
     turned.fill(0.0f);
   }
   int64_t position(const Problem& p, int64_t i) const { return p.key_minus_query ? i : length - 1 - i; }
   void pack(const Problem& p, const TensorView& view, int64_t head) {
     for (int64_t i = 0; i < length; ++i)
       gather(view, head * view.stride[0] + position(p, i) * view.stride[1], view.stride[2], p.dk, 1.0f, table.at(i));
-    if (length > 0) turn(table, round_up(length, L), turned_stride, turned.data);
+    if (length > 0) turn(table, length, turned_stride, turned.data);
   }
+};
+
+struct Place {
+  int64_t image, head;
 };
 
 struct Pair {
@@ -67,19 +79,27 @@ struct Pair {
   const int32_t* query_segments = nullptr;
   bool masks = false;  // some query must leave out some key of the grid
   int64_t head = -1, image = -1;
+  Ahead ahead;
   int64_t q0 = 0, queries = 0;    // the block
   const float* biases = nullptr;  // of its queries
 
   Pair(const Problem& problem, int64_t scores)
-      : p(problem), grid(p.hk * p.wk), keys(grid + p.prefix), vectors(vectors_of(keys)), stride((vectors | 1) * L) {
+      : p(problem),
+        grid(p.hk * p.wk),
+        keys(grid + p.prefix),
+        vectors(vectors_of(keys)),
+        stride((vectors > 4 ? vectors | 1 : vectors) * L) {
     const int64_t unit = p.tables ? p.wq : 1;  // queries of an image row see the same part of a table
     const int64_t units = p.queries() / unit, wanted = larger(scores / (stride * unit), 1);
     const int64_t blocks = (units + wanted - 1) / wanted;
     most = (units + blocks - 1) / blocks * unit;
+    ahead.add(p.query, p.hq, p.wq, p.dk);
+    ahead.add(p.key, p.hk, p.wk, p.dk);
+    ahead.add(p.value, p.hk, p.wk, p.dv);
     query.allocate(most, p.dk);
-    key.allocate(vectors * L, p.dk);
-    value.allocate(vectors * L, p.dv);
-    turned_key.allocate(key.stride * stride);
+    key.allocate(keys, p.dk);
+    value.allocate(keys, p.dv);
+    turned_key.allocate(key.own_stride * stride);
     score.allocate(most * stride);
     if (p.query_segments) key_segments.allocate(stride);
     if (p.row_term) row.allocate(p, p.row_length(), most, p.hk);
@@ -88,7 +108,7 @@ struct Pair {
     if (p.row_term || p.col_term) bias.allocate(most * stride);
     if (!p.bias_table) return;
     table.allocate(p.bias_rows() * p.bias_columns());
-    bias.allocate(p.queries() * stride);
+    bias.allocate((p.keeps_biases ? p.heads : 1) * p.queries() * stride);
   }
 
   // --- tensors to rows and back -------------------------------------------------------------------------------------
@@ -97,12 +117,11 @@ struct Pair {
   template <class Body>
   FA_INLINE void each_position(const TensorView& view, int64_t width, int64_t first, int64_t count,
                                const Body& body) const {
-    const int64_t base = head_offset(view, image, head);
-    int64_t y = first / width, x = first % width;
-    for (int64_t i = 0; i < count; ++i) {
-      body(i, base + y * view.stride[2] + x * view.stride[3]);
-      if (++x == width) x = 0, ++y;
-    }
+    if (count == 0) return;                                        // nor a width, perhaps
+    const int64_t down = view.stride[2], across = view.stride[3];  // no store of a number may seem to change them
+    int64_t x = first % width, row = head_offset(view, image, head) + first / width * down;
+    for (int64_t i = 0; i < count; x = 0, row += down)
+      for (; x < width && i < count; ++x, ++i) body(i, row + x * across);
   }
   // body(block, i, d, rows, depths) for blocks of L positions and L depths of rows, or what there is of them, where
   // those of a channel lie side by side: `block` is where it starts, its channels view.stride[4] apart.
@@ -118,12 +137,20 @@ struct Pair {
     return view.stride[4] != 1 && view.stride[3] == 1 && view.stride[2] == width;
   }
 
-  // The image or head that comes next: where the heads of a position lie side by side, no hardware follows.
-  int64_t to_next(const TensorView& view) const { return p.bias_table ? view.stride[0] : view.stride[1]; }
-
-  void read(const TensorView& view, int64_t width, int64_t first, int64_t count, float factor, const Rows& to,
+  // Whether `count` positions of a tensor from `first` on serve as rows, which then are those.
+  bool lend(const TensorView& view, int64_t width, int64_t first, int64_t count, Rows& to) const {
+    const int64_t step = view.stride[3];
+    to.use_own();
+    if (count == 0 || !serves_as_rows(view, to.depth, L)) return false;
+    if (view.stride[2] != width * step && first / width != (first + count - 1) / width) return false;
+    to.first = at<float>(view, head_offset(view, image, head) + first / width * view.stride[2] + first % width * step);
+    to.stride = step;
+    return true;
+  }
+  void copy(const TensorView& view, int64_t width, int64_t first, int64_t count, float factor, Rows& to,
             int64_t to_row = 0) const {
-    const int64_t ahead = to_next(view), step = view.stride[4];
+    to.use_own();
+    const int64_t step = view.stride[4];
     with_element(view.dtype, [&](auto element) {
       using T = decltype(element);
       if (channels_first(view, width))
@@ -140,25 +167,26 @@ struct Pair {
                                     transpose(x);
                                     for (int64_t j = 0; j < rows; ++j) store(to.at(to_row + i + j) + d, x[j]);
                                   });
-      each_position(view, width, first, count, [&](int64_t i, int64_t offset) FA_INLINE_CALL {
-        const T* from = at<T>(view, offset);
-        float* numbers = to.at(to_row + i);
-        if (step != 1) {
-          for (int64_t d = 0; d < to.depth; ++d) numbers[d] = static_cast<float>(from[d * step]) * factor;
-          return;
-        }
-        each(to.depth, [&](auto lanes) FA_INLINE_CALL {
-          __builtin_prefetch(from + ahead + lanes.begin);
-          store(numbers + lanes.begin, lanes.load(from) * factor);
+      const T* const data = at<T>(view, 0);
+      float* const numbers = to.at(to_row);
+      const int64_t depth = to.depth, stride = to.stride;
+      if (step != 1)
+        return each_position(view, width, first, count, [&](int64_t i, int64_t offset) FA_INLINE_CALL {
+          for (int64_t d = 0; d < depth; ++d)
+            numbers[i * stride + d] = static_cast<float>(data[offset + d * step]) * factor;
+        });
+      each_position(view, width, first, count, [=](int64_t i, int64_t offset) FA_INLINE_CALL {
+        each(depth, [=](auto lanes) FA_INLINE_CALL {
+          store(numbers + i * stride + lanes.begin, lanes.load(data + offset) * factor);
         });
       });
     });
   }
-  // factors: one for each row; without them, 1.
+  // Unless they are the tensor's.
   void write(const TensorView& view, int64_t width, int64_t first, int64_t count, const Rows& from,
-             int64_t from_row = 0, const float* factors = nullptr) const {
-    const int64_t ahead = to_next(view), step = view.stride[4];
-    auto factor = [&](int64_t i) FA_INLINE_CALL { return factors != nullptr ? factors[i] : 1.0f; };
+             int64_t from_row = 0) const {
+    if (!from.is_own()) return;
+    const int64_t step = view.stride[4];
     with_element(view.dtype, [&](auto element) {
       using T = decltype(element);
       if (channels_first(view, width))
@@ -167,7 +195,7 @@ struct Pair {
                                     T* to = at<T>(view, offset);
                                     vf x[L];
                                     for (int64_t j = 0; j < L; ++j)
-                                      x[j] = j < rows ? load(from.at(from_row + i + j) + d) * factor(i + j) : vf{};
+                                      x[j] = j < rows ? load(from.at(from_row + i + j) + d) : vf{};
                                     transpose(x);
                                     for (int64_t j = 0; j < depths; ++j)
                                       if (rows == L)
@@ -175,33 +203,34 @@ struct Pair {
                                       else
                                         store_part(to + j * step, rows, x[j]);
                                   });
-      each_position(view, width, first, count, [&](int64_t i, int64_t offset) FA_INLINE_CALL {
-        T* to = at<T>(view, offset);
-        const float* numbers = from.at(from_row + i);
-        const float by = factor(i);
-        if (step == 1)
-          return each(from.depth, [&](auto lanes) FA_INLINE_CALL {
-            __builtin_prefetch(to + ahead + lanes.begin, 1);
-            lanes.store(to, load(numbers + lanes.begin) * by);
-          });
-        for (int64_t d = 0; d < from.depth; ++d) to[d * step] = static_cast<T>(numbers[d] * by);
+      T* const data = at<T>(view, 0);
+      const float* const numbers = from.at(from_row);
+      const int64_t depth = from.depth, stride = from.stride;
+      if (step != 1)
+        return each_position(view, width, first, count, [&](int64_t i, int64_t offset) FA_INLINE_CALL {
+          for (int64_t d = 0; d < depth; ++d) data[offset + d * step] = static_cast<T>(numbers[i * stride + d]);
+        });
+      each_position(view, width, first, count, [=](int64_t i, int64_t offset) FA_INLINE_CALL {
+        each(depth,
+             [=](auto lanes) FA_INLINE_CALL { lanes.store(data + offset, load(numbers + i * stride + lanes.begin)); });
       });
     });
   }
-  void read_keys(const TensorView& view, const TensorView& prefix, const Rows& to) const {
-    read(view, p.wk, 0, grid, 1.0f, to);
-    if (p.prefix > 0) read(as_grid(prefix), 1, 0, p.prefix, 1.0f, to, grid);
+  bool lend_keys(const TensorView& view, Rows& to) const { return p.prefix == 0 && lend(view, p.wk, 0, grid, to); }
+  void read_keys(const TensorView& view, const TensorView& prefix, Rows& to) const {
+    if (lend_keys(view, to)) return;
+    copy(view, p.wk, 0, grid, 1.0f, to);
+    if (p.prefix > 0) copy(as_grid(prefix), 1, 0, p.prefix, 1.0f, to, grid);
   }
   void write_keys(const TensorView& view, const TensorView& prefix, const Rows& from) const {
     write(view, p.wk, 0, grid, from);
     if (p.prefix > 0) write(as_grid(prefix), 1, 0, p.prefix, from, grid);
   }
-  void read_queries(const TensorView& view, float factor, const Rows& to) const {
-    read(view, p.wq, q0, queries, factor, to);
+  bool lend_queries(const TensorView& view, Rows& to) const { return lend(view, p.wq, q0, queries, to); }
+  void read_queries(const TensorView& view, float factor, Rows& to) const {
+    if (factor != 1.0f || !lend_queries(view, to)) copy(view, p.wq, q0, queries, factor, to);
   }
-  void write_queries(const TensorView& view, const Rows& from, const float* factors = nullptr) const {
-    write(view, p.wq, q0, queries, from, 0, factors);
-  }
+  void write_queries(const TensorView& view, const Rows& from) const { write(view, p.wq, q0, queries, from); }
 
   // --- biases -------------------------------------------------------------------------------------------------------
 
@@ -219,14 +248,19 @@ struct Pair {
   void pack_biases() {
     row.pack(p, p.row_term, head);
     col.pack(p, p.col_term, head);
-    if (!p.bias_table) return;
+    if (!p.bias_table || (p.keeps_biases && biases != nullptr)) return;
     const int64_t columns = p.bias_columns();
-    pack_bias_table(p, head, columns, table.data);
-    for (int64_t q = 0; q < p.queries(); ++q) {
-      const float* from = table + bias_start(q);
-      fill_biases(bias + q * stride, [&](int64_t y, int64_t x) FA_INLINE_CALL { return load(from + y * columns + x); });
+    for (int64_t h = p.keeps_biases ? 0 : head; h <= (p.keeps_biases ? p.heads - 1 : head); ++h) {
+      pack_bias_table(p, h, columns, table.data);
+      for (int64_t q = 0; q < p.queries(); ++q) {
+        const float* from = table + bias_start(q);
+        fill_biases(bias + expanded(h) + q * stride,
+                    [&](int64_t y, int64_t x) FA_INLINE_CALL { return load(from + y * columns + x); });
+      }
     }
   }
+  // Where the biases of a head start, a number for each query and key.
+  int64_t expanded(int64_t h) const { return p.keeps_biases ? h * p.queries() * stride : 0; }
 
   // The queries of the block that see the same part of a table, those of an image row for the rows' and of a column for
   // the columns': body(first, step to the next, how many, table position of their first key).
@@ -239,14 +273,14 @@ struct Pair {
       for (int64_t x = 0; x < p.wq; ++x) body(x, p.wq, rows, p.wq - 1 - x);
   }
   void prepare_biases() {
-    biases = p.bias_table ? bias + q0 * stride : bias.data;
+    biases = p.bias_table ? bias + expanded(head) + q0 * stride : bias.data;
     if (!p.row_term && !p.col_term) return;
     if (p.tables) read_queries(p.query, p.rel_scale, relative_query);
-    auto fill = [&](const TensorView& term, const Axis& axis, bool of_rows) {
+    auto fill = [&](const TensorView& term, Axis& axis, bool of_rows) {
       if (!term) return;
       if (!p.tables) return read_queries(term, 1.0f, axis.logits);
       each_window(of_rows, [&](int64_t first, int64_t step, int64_t count, int64_t position) {
-        product(count, axis.logits.vectors, p.dk, relative_query.over_depth(first, step), axis.turned + position,
+        product(ahead, count, axis.logits.vectors, p.dk, relative_query.over_depth(first, step), axis.turned + position,
                 axis.turned_stride, axis.logits.at(first), step * axis.logits.stride);
       });
     };
@@ -292,29 +326,27 @@ struct Pair {
     return {own + vi{}, key_segments.data};
   }
 
-  // --- a pair, a block
-  // ------------------------------------------------------------------------------------------------
+  // --- a pair, a block of it
+  // ------------------------------------------------------------------------------------------
 
-  void start(int64_t next_image, int64_t next_head) {
-    image = next_image;
-    if (next_head != head) {
-      head = next_head;
+  void start(Place place, Place next) {
+    ahead.start(next.image, next.head);
+    image = place.image;
+    if (place.head != head) {
+      head = place.head;
       pack_biases();
     }
     pack_segments();
     read_keys(p.key, p.prefix_key, key);
     read_keys(p.value, p.prefix_value, value);
-    // Past the keys the last one again: its products are as finite as a key's, and the bias there hides them.
-    for (int64_t k = keys; k < vectors * L; ++k)
-      for (int64_t d = 0; d < key.stride; d += L) store(key.at(k) + d, load(key.at(keys - 1) + d));
-    turn(key, vectors * L, stride, turned_key.data);
+    turn(key, keys, stride, turned_key.data, p.scale);
   }
 
   // Products of the queries and keys of the block, which the softmax adds biases to.
   void start_block() {
-    read_queries(p.query, p.scale, query);
+    read_queries(p.query, 1.0f, query);
     prepare_biases();
-    product(queries, vectors, p.dk, query.over_depth(), turned_key.data, stride, score.data, stride);
+    product(ahead, queries, vectors, p.dk, query.over_depth(), turned_key.data, stride, score.data, stride);
     if (biases != nullptr || keys == vectors * L) return;
     const vi real = first_lanes(keys - (vectors - 1) * L);
     for (int64_t i = 0; i < queries; ++i) {

@@ -20,6 +20,7 @@ from ..rel_attention_2d.spec import (
     SEGMENT_CASES,
     SMALL,
     SMALL_GRIDS,
+    channels_last,
     fuzz_extras,
     fuzz_geometry,
     geometry,
@@ -80,6 +81,12 @@ SAMPLES = (
             _sample(f"{name}, key_minus_query", **many, options={"index": "key_minus_query"}),
             _sample(f"{name}, table of masks", **many, table="masks"),
         )
+    ),
+    # On the CPU: the biases of all heads are kept, those of a head, those of a head of an image.
+    _sample("full vectors, many images", **geometry((4, 4), d_k=16, d_v=16, batch=1100, heads=1)),
+    _sample("full vectors, large grid", **geometry((14, 14), d_k=16, d_v=16, batch=40, heads=2)),
+    _sample(
+        "full vectors, heads side by side", **geometry((14, 14), d_k=16, d_v=16, batch=9, heads=3, layout=channels_last)
     ),
     _sample("many pairs, shifted windows", **geometry((7, 7), d_k=32, d_v=32, batch=24, heads=3), windows=2),
     _sample("key_minus_query", small=True, **SMALL, options={"index": "key_minus_query"}),

@@ -20,7 +20,7 @@ Grid = tuple[int, int]
 # --- layouts: a logical (B, heads, H, W, d) tensor in some memory order ---------------------------------------------
 
 
-def _channels_last(shape, dtype, device):
+def channels_last(shape, dtype, device):
     """As the heads of a channels_last convolution lie: (B, H, W, heads, d) in memory."""
     batch, heads, height, width, depth = shape
     return contiguous((batch, height, width, heads, depth), dtype, device).permute(0, 3, 1, 2, 4)
@@ -181,12 +181,12 @@ GEOMETRIES = {
     "deep 128": geometry((4, 4), d_k=128, d_v=16, heads=1),
     "deep values": geometry((3, 7), d_k=16, d_v=65),
     "odd depths": geometry((5, 6), d_k=1, d_v=1),
-    "channels_last": geometry((6, 8), d_v=4, batch=2, layout=_channels_last),
+    "channels_last": geometry((6, 8), d_v=4, batch=2, layout=channels_last),
     "channels first": geometry((6, 8), d_v=4, batch=2, layout=_channels_first),
     "heads first": geometry((6, 8), d_v=4, batch=2, layout=_heads_first),
     "spread": geometry((3, 5), d_k=4, layout=spread),
     "slice of qkv": geometry((4, 5), d_k=4, d_v=4, batch=2, layout=_inside),
-    "mixed layouts": geometry((4, 5), d_k=4, batch=2, layout=_channels_first, key_layout=_channels_last),
+    "mixed layouts": geometry((4, 5), d_k=4, batch=2, layout=_channels_first, key_layout=channels_last),
     "expanded keys": geometry((4, 5), d_k=4, batch=3, key_layout=expanded),
     "no value depth": geometry((3, 4), d_k=4, d_v=0),
     "no heads": geometry((3, 4), d_k=4, heads=0),
@@ -201,8 +201,8 @@ QUERY_MINUS_KEY = {"index": "query_minus_key"}
 #: Pairs of a head and an image for several whole vectors of them, and a part of one: on the CPU, small grids of as many
 #: pairs have kernels of their own.
 MANY = geometry((3, 4), (4, 3), d_k=5, d_v=3, batch=23, heads=3)
-#: Keys and depths that all but fill vectors, of fewer pairs: so have these.
-FULL = geometry((4, 3), (3, 5), d_k=15, d_v=16, batch=6, heads=3)
+#: Keys that all but fill vectors and depths that do, of fewer pairs: so have these.
+FULL = geometry((4, 3), (3, 5), d_k=16, d_v=32, batch=6, heads=3)
 SMALL_GRIDS = {"many pairs": MANY, "full vectors": FULL}
 MANY_GEOMETRIES = {
     "many pairs": MANY,
@@ -210,13 +210,15 @@ MANY_GEOMETRIES = {
     "many pairs, several blocks": geometry((17, 12), (11, 9), d_k=20, d_v=17, batch=3, heads=23),
     "many pairs, deep": geometry((7, 7), d_k=32, d_v=64, batch=11, heads=6),
     "full vectors": FULL,
+    "full vectors, odd depths": geometry((4, 3), (3, 5), d_k=15, d_v=31, batch=6, heads=3),
     "full vectors, several blocks": geometry((16, 13), (10, 16), d_k=48, d_v=64, batch=4, heads=4),
     "full vectors, wide": geometry((2, 5), (2, 39), d_k=16, d_v=31, batch=2, heads=9),
     "full vectors, many pairs": geometry((8, 8), d_k=48, d_v=64, batch=16, heads=4),
+    "full vectors, windows": geometry((7, 7), d_k=32, d_v=32, batch=24, heads=3, layout=channels_last),
 }
 for _name, _geometry in SMALL_GRIDS.items():
     MANY_GEOMETRIES |= {
-        f"{_name}, channels_last": {**_geometry, "layout": _channels_last},
+        f"{_name}, channels_last": {**_geometry, "layout": channels_last},
         f"{_name}, channels first": {**_geometry, "layout": _channels_first},
         f"{_name}, spread": {**_geometry, "layout": spread},
         f"{_name}, expanded keys": {**_geometry, "layout": _inside, "key_layout": expanded},
@@ -230,6 +232,7 @@ MANY_SETTINGS = {
         ("halves", {"segments": "halves"}),
         ("empty", {"segments": "empty"}),
         ("padded, prefix 1, dropout", {"segments": "padded", "prefix": 1, "options": {"dropout_p": 0.3}}),
+        ("prefix alone", {"key_grid": (3, 0), "prefix": 16}),
     )
 }
 
@@ -439,7 +442,7 @@ BIAS_SAMPLES = (
 def fuzz_geometry(draw: random.Random) -> dict[str, Any]:
     query_grid = (draw.randint(1, 12), draw.randint(1, 36))
     key_grid = query_grid if draw.random() < 0.5 else (draw.randint(1, 12), draw.randint(1, 36))
-    layouts = (contiguous, _channels_last, _channels_first, _heads_first, spread)
+    layouts = (contiguous, channels_last, _channels_first, _heads_first, spread)
     return geometry(
         query_grid,
         key_grid,
