@@ -46,7 +46,7 @@ def summaries(folder: Path = RESULTS) -> dict[str, str]:
     reports = [result for path, result, kind in results(folder) if kind is report]
     return {
         f"summary{suffix}.md": report.summary(each for each in reports if report.stem(each) == each["op"] + suffix)
-        for suffix in ("", "_default_allocator")
+        for suffix in ("", "_default_allocator", "_jemalloc")
     }
 
 

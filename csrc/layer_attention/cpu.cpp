@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/cpu_op.h"
+#include "common/huge_pages.h"
 #include "layer_attention/kernels.h"
 
 namespace fused_attn::layer_attention {
@@ -148,6 +149,7 @@ void weighted_layer_sum_forward(Tensor weights, std::vector<Tensor> values, bool
   Forward p;
   fill_problem(p, weights, out, pointers, 1, channels_last);
   p.out = out.mutable_data_ptr();
+  advise_huge_pages(p.out, out.numel() * out.element_size());
   p.out_stride = out.stride(0);
   parallel(tasks_of(p), best_kernels().forward, p);
 }
@@ -159,6 +161,8 @@ void weighted_layer_sum_backward(Tensor grad_out, Tensor weights, std::vector<Te
   if (to) std::fill(to, to + heads * layers, 0.0f);
   if (grad_out.numel() == 0) return;
   const Pointers pointers(values), grads(grad_values);
+  if (!accumulate)
+    for (Tensor& grad : grad_values) advise_huge_pages(grad.data_ptr(), grad.numel() * grad.element_size());
   Backward p;
   fill_problem(p, weights, grad_out, pointers, grad_values.size(), channels_last);
   p.grad_out = grad_out.const_data_ptr();

@@ -114,7 +114,7 @@ def _measure_op(
         "op": spec.name,
         "device": config.device,
         "dtype": config.dtype,
-        "allocator": config.allocator,
+        "allocator": measure.preloaded_allocator() or config.allocator,
         "interrupted": True,
         "environment": describe(),
         "ceilings": ceilings,

@@ -312,6 +312,15 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, -1)  # never: 2 GiB, the most that fits, are passed by peers with large intermediates
 
 
+def preloaded_allocator() -> str | None:
+    """Name of the allocator in the place of the C library's in this process, as ``LD_PRELOAD`` has it; None without."""
+    try:
+        mapped = Path("/proc/self/maps").read_text()
+    except OSError:  # not Linux
+        return None
+    return next((name for name in ("jemalloc", "tcmalloc", "mimalloc") if f"/lib{name}" in mapped), None)
+
+
 # --- memory -----------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..train.atomic import write_text
 from ..train.json_files import dumps
 from . import plots
-from .rows import MIB, PASS_TITLES, Report, Row, machine, pages_come_anew, processor, unique
+from .rows import MIB, PASS_TITLES, Report, Row, allocator, machine, processor, unique
 
 COLUMNS = (
     "op", "shape", "kind", "provider", "pass", "status", "reason", "repetitions", "p20_ms", "p50_ms", "p80_ms",
@@ -23,7 +23,8 @@ def stem(report: Report) -> str:
     """Name of the result files: the op's; with device, dtype and allocator where they are not the usual ones."""
     usual = (report["device"], report["dtype"]) == ("cpu", "fp32")
     name = report["op"] if usual else f"{report['op']}_{report['device']}_{report['dtype']}"
-    return f"{name}_default_allocator" if pages_come_anew(report) else name
+    kind = allocator(report)
+    return name if kind is None else f"{name}_{'default_allocator' if kind == 'default' else kind}"
 
 
 def write(report: Report, folder: Path) -> None:

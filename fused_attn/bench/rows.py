@@ -18,8 +18,10 @@ def unique(rows: Iterable[Row], key: str) -> list[str]:
     return list(dict.fromkeys(row[key] for row in rows))
 
 
-def pages_come_anew(report: Report) -> bool:
-    return report["device"] == "cpu" and report.get("allocator") == "default"
+def allocator(report: Report) -> str | None:
+    """What CPU memory came from, ``"default"`` or a name, where it was not the C library told to keep what is freed."""
+    kind = report.get("allocator", "caching")
+    return None if report["device"] != "cpu" or kind == "caching" else kind
 
 
 def processor(report: Report) -> str:
@@ -31,4 +33,7 @@ def machine(report: Report) -> str:
     if report["device"] == "cpu":
         where += f", {environment['threads']} of {environment['cores']} cores, {environment['cpu_capability']}"
     where += f", torch {environment['torch']}, {environment['date']}"
-    return f"{where}, the C library's default allocator" if pages_come_anew(report) else where
+    kind = allocator(report)
+    if kind is None:
+        return where
+    return f"{where}, the C library's default allocator" if kind == "default" else f"{where}, {kind}"

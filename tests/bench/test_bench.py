@@ -6,7 +6,10 @@ import gc
 import itertools
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -468,6 +471,25 @@ def test_results_with_the_default_allocator_say_so(monkeypatch):
     assert report.stem(result) == "o_default_allocator"
     assert report.machine(result).endswith("the C library's default allocator")
     assert report.stem(result | {"allocator": "caching"}) == "o"
+    assert report.stem(result | {"allocator": "jemalloc"}) == "o_jemalloc"
+    assert report.machine(result | {"allocator": "jemalloc"}).endswith(", jemalloc")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD is of Linux")
+def test_a_preloaded_allocator_is_named(tmp_path):
+    """One of the name, which replaces nothing: what counts is that the process has it."""
+    compiler = shutil.which("cc") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no compiler makes the library to preload")
+    library = tmp_path / "libjemalloc.so.2"
+    (tmp_path / "empty.c").write_text("")
+    subprocess.run([compiler, "-shared", "-x", "c", str(tmp_path / "empty.c"), "-o", str(library)], check=True)
+    code = "from fused_attn.bench import measure; print(measure.preloaded_allocator())"
+    for environment, name in (({}, "None"), ({"LD_PRELOAD": str(library)}, "jemalloc")):
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | environment, stdout=subprocess.PIPE, text=True
+        )
+        assert run.stdout.split() == [name]
 
 
 def test_no_garbage_is_collected_in_a_timed_call():
