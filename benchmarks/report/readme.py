@@ -43,11 +43,13 @@ def results(folder: Path = RESULTS) -> Iterator[tuple[Path, dict[str, Any], Any]
 
 def summaries(folder: Path = RESULTS) -> dict[str, str]:
     """Tables of all ops on the CPU in float32, by file name: one for each allocator."""
-    reports = [result for path, result, kind in results(folder) if kind is report]
-    return {
-        f"summary{suffix}.md": report.summary(each for each in reports if report.stem(each) == each["op"] + suffix)
-        for suffix in ("", "_default_allocator", "_jemalloc")
-    }
+    reports: dict[str, list[report.Report]] = {"": [], "_default_allocator": []}
+    for _, result, kind in results(folder):
+        if kind is report and report.stem(result).startswith(result["op"]):
+            suffix = report.stem(result).removeprefix(result["op"])
+            if suffix in reports or suffix == f"_{report.allocator(result)}":
+                reports.setdefault(suffix, []).append(result)
+    return {f"summary{suffix}.md": report.summary(each) for suffix, each in reports.items()}
 
 
 #: What people write today, what takes its place, and the op that was measured.
