@@ -83,6 +83,7 @@ bool takes_whole_pairs(const Problem& p) {
   const int64_t keys = p.hk * p.wk + p.prefix, lanes = kernels.lanes;
   if (kernels.forward == nullptr || prefers_tiles(p) || p.queries() == 0) return false;
   if (keys == 0 || p.dk == 0 || p.dv == 0) return false;
+  if (p.bias_table && p.queries() * keys > kMostKeys * kMostKeys) return false;  // they hold a number for each
   auto padded = [&](int64_t count) { return (count + lanes - 1) / lanes * lanes; };
   const bool full = p.dk % lanes == 0 && p.dv % lanes == 0;
   const int64_t most_percent = p.tables && !full ? 110 : 135;
