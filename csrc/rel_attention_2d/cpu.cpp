@@ -89,7 +89,8 @@ bool takes_whole_pairs(const Problem& p) {
   const int64_t most_percent = p.tables && !full ? 110 : 135;
   if (padded(keys) * (padded(p.dk) + padded(p.dv)) * 100 > most_percent * keys * (p.dk + p.dv)) return false;
   if (small_grid_group(p) == 0) return keys <= kMostKeys && p.batch * p.heads >= kLeastPairs;
-  if (lanes < 16 || keys >= kManyKeys) return lanes >= 16;
+  if (lanes < 16) return false;
+  if (keys >= kManyKeys) return true;
   auto serve = [&](const TensorView& view, int64_t depth) { return whole_pairs::serves_as_rows(view, depth, lanes); };
   return keys >= kLeastKeys && !p.row_term && !p.col_term && serve(p.query, p.dk) && serve(p.key, p.dk) &&
          serve(p.value, p.dv);

@@ -67,8 +67,8 @@ struct Place {
 struct Pair {
   const Problem& p;
   const int64_t grid, keys, vectors;  // keys: of the grid, then of the prefix
-  const int64_t stride;               // of scores: an odd number of vectors, so that rows spread over all cache sets
-  int64_t most;                       // queries of a block
+  const int64_t stride;  // of scores: past 4 vectors an odd number, so that rows spread over all cache sets
+  int64_t most;          // queries of a block
   Rows query, key, value;
   Scratch<float> turned_key, score;  // (dk, stride), (most, stride)
   Scratch<float> table;              // (bias_rows, bias_columns): key positions count up
