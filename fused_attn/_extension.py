@@ -76,3 +76,8 @@ def set_cpu_capability(name: str) -> None:
     if name not in CPU_CAPABILITIES:
         raise ValueError(f"name must be one of {', '.join(CPU_CAPABILITIES)}, got {name!r}")
     torch.ops.fused_attn_cpu.set_cpu_capability(CPU_CAPABILITIES.index(name))
+
+
+def set_always_tiles(always: bool) -> None:
+    """Use matrix tiles, of the instruction set "amx", also for calls that are faster without them: for tests."""
+    torch.ops.fused_attn_cpu.set_always_tiles(always)

@@ -4,7 +4,6 @@ An implementation is left out only where its own ``can_run`` gives a reason.  Th
 where a compiler is: ``test_extension_is_loaded`` fails then.
 """
 
-import contextlib
 import os
 import random
 import shutil
@@ -16,6 +15,7 @@ import torch
 from bad_inputs import BAD_INPUTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import instruction_set
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attn import _extension
@@ -135,33 +135,22 @@ def test_samples_are_named_apart_and_repeat(spec):
 # --- numbers ----------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def instruction_set(capability: str):
-    """The C++ kernels compiled for ``capability``, where this processor has it."""
-    best = _extension.cpu_capability()
-    _extension.set_cpu_capability(capability)
-    try:
-        assert _extension.cpu_capability() == capability
-        yield
-    except AssertionError as error:
-        raise AssertionError(f"{capability}: {error}") from None
-    finally:
-        _extension.set_cpu_capability(best)
-
-
 @cases()
 def test_numerics(spec, impl, make):
     """The C++ kernels, of every instruction set: what the reference gives is computed once for all."""
     calls = [make(draw=draw) for draw in range(DRAWS)]
     capabilities = _extension.CPU_CAPABILITIES
     if impl == "cpu":
-        # Each processor has all below its own.  Matrix tiles are for bfloat16 alone.
-        halves = any(tensor.dtype == torch.bfloat16 for tensor in tensors(calls[0]).values())
+        # Each processor has all below its own.  Only attention has kernels with matrix tiles.
+        has_tiles = any("rel_attention_2d" in str(operator) for operator, _ in spec.operators(impl, calls[0]))
         for capability in capabilities[: capabilities.index(_extension.cpu_capability()) + 1]:
-            if capability == "amx" and not halves:
+            if capability == "amx" and not has_tiles:
                 continue
-            with instruction_set(capability):
-                checks.check_numerics(spec, impl, *calls)
+            try:
+                with instruction_set(capability):
+                    checks.check_numerics(spec, impl, *calls)
+            except AssertionError as error:
+                raise AssertionError(f"{capability}: {error}") from None
     else:
         checks.check_numerics(spec, impl, *calls)
 

@@ -41,10 +41,13 @@ CpuCapability detect() {
 
 const CpuCapability best = detect();
 std::atomic<CpuCapability> in_use{best};
+std::atomic<bool> tiles_always{false};
 
 }  // namespace
 
 CpuCapability cpu_capability() { return in_use.load(std::memory_order_relaxed); }
+
+bool always_tiles() { return tiles_always.load(std::memory_order_relaxed); }
 
 void set_cpu_capability(CpuCapability capability) {
   if (capability < CpuCapability::generic || capability > best)
@@ -55,16 +58,19 @@ void set_cpu_capability(CpuCapability capability) {
 namespace {
 int64_t cpu_capability_op() { return static_cast<int64_t>(cpu_capability()); }
 void set_cpu_capability_op(int64_t capability) { set_cpu_capability(static_cast<CpuCapability>(capability)); }
+void set_always_tiles_op(bool always) { tiles_always.store(always, std::memory_order_relaxed); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn_cpu, m) {
   m.def("cpu_capability() -> int");
   m.def("set_cpu_capability(int capability) -> ()");
+  m.def("set_always_tiles(bool always) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_attn_cpu, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability_op));
   m.impl("set_cpu_capability", TORCH_BOX(&set_cpu_capability_op));
+  m.impl("set_always_tiles", TORCH_BOX(&set_always_tiles_op));
 }
 
 }  // namespace fused_attn

@@ -10,7 +10,7 @@
 
 namespace fused_attn {
 
-// amx: AVX-512 with products of bfloat16 on matrix tiles, for the kernels that have them.
+// amx: AVX-512 with products on matrix tiles, for the kernels that have them.
 enum class CpuCapability : int { generic = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 // Best instruction set of this processor, unless set_cpu_capability chose a lower one.
@@ -18,5 +18,8 @@ CpuCapability cpu_capability();
 
 // Throws std::runtime_error where the processor lacks it.
 void set_cpu_capability(CpuCapability capability);
+
+// Whether the kernels that have matrix tiles use them for every call, also where others are faster: for tests.
+bool always_tiles();
 
 }  // namespace fused_attn

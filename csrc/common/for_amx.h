@@ -1,4 +1,4 @@
-// As for_each_instruction_set.h, for AVX-512 with matrix tiles.
+// As for_each_instruction_set.h, for AVX-512 with matrix tiles; FUSED_ATTN_ISA is defined before.
 #include <immintrin.h>
 
 #include <cstdint>
@@ -7,7 +7,6 @@
 #include <type_traits>
 #include <utility>
 
-#define FUSED_ATTN_ISA amx
 #define FUSED_ATTN_LANES 16
 #if defined(__clang__)
 #pragma clang attribute push(                                                                                          \
@@ -21,3 +20,4 @@
 #include FUSED_ATTN_KERNELS
 #pragma GCC pop_options
 #endif
+#undef FUSED_ATTN_LANES

@@ -3,6 +3,7 @@
 
 #if defined(FUSED_ATTN_HAS_AMX)
 #define FUSED_ATTN_KERNELS "rel_attention_2d/kernels_impl.h"
+#define FUSED_ATTN_ISA amx
 #define FUSED_ATTN_TILES 1
 #include "common/for_amx.h"
 #endif

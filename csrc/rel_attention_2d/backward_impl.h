@@ -7,18 +7,24 @@ struct Row {
   FA_INLINE vf weight(vf score) const { return exp_nonpositive(score - max) * normalize; }
 };
 
+struct BackwardBlock {
+  BlockRows query, grad_out;
+  BiasBlock bias;
+  Scratch<float> grad_query;                        // (QB, query_stride)
+  Scratch<float> grad_col_logits, grad_row_logits;  // (QB, lanes of a group), (QB, key rows)
+  Row rows[QB];
+};
+
 struct BackwardScratch {
   int64_t col_stride, query_stride;
   Keys key, value;  // the task's keys
   KeySums grad_key, grad_value, grad_table;
-  BlockRows query, grad_out;
   Scratch<float> out, table_row;  // (dv), (dk)
   Weights score, grad_score;
-  Weights grad_product;                             // on the positions of the tables
-  Scratch<float> grad_query, grad_relative;         // (QB, query_stride)
-  Scratch<float> grad_col_logits, grad_row_logits;  // (QB, lanes of a group), (QB, key rows)
-  Scratch<float> grad_block, grad_bias;             // like bias.free.table: of a block of queries, of the task
-  Row rows[QB];
+  Weights grad_product;                  // on the positions of the tables
+  Scratch<float> grad_relative;          // (QB, query_stride)
+  Scratch<float> grad_block, grad_bias;  // like bias.free.table: of a block of queries, of the task
+  BackwardBlock blocks[kBlocks];
 
   BackwardScratch(const Problem& p, const KeyLayout& keys, const BiasTerms& bias, int64_t splits)
       : col_stride(keys.vectors * L), query_stride(row_stride(p.dk)) {
@@ -28,19 +34,23 @@ struct BackwardScratch {
     value.allocate(p.dv, vectors, true, false);
     grad_key.allocate(p.dk, vectors);
     grad_value.allocate(p.dv, vectors);
-    query.allocate(p.dk, true);
-    grad_out.allocate(p.dv, true);
     out.allocate(p.dv);
     score.allocate(tile, false, true);
     grad_score.allocate(tile, true, true);
-    grad_query.allocate(QB * query_stride);
+    for (int64_t i = 0; i < blocks_of(p.queries()); ++i) {
+      BackwardBlock& block = blocks[i];
+      block.query.allocate(p.dk, true);
+      block.grad_out.allocate(p.dv, true);
+      block.grad_query.allocate(QB * query_stride);
+      bias.allocate(block.bias, true);
+      if (p.bias_table) continue;
+      block.grad_col_logits.allocate(QB * col_stride);
+      block.grad_row_logits.allocate(QB * bias.bias_rows);
+    }
     if (p.bias_table) {
       grad_block.allocate(bias.free.table.size);
       grad_block.fill(0.0f);
       grad_bias.allocate(bias.free.table.size);
-    } else {
-      grad_col_logits.allocate(QB * col_stride);
-      grad_row_logits.allocate(QB * bias.bias_rows);
     }
     if (bias.from_tables()) {
       grad_relative.allocate(QB * query_stride);
@@ -74,22 +84,22 @@ struct LaneSums {
 // gradient.  It equals out.grad_out, but summed from the weights at hand it lacks the rounding of out, an error that
 // all gradients of a row would share.
 template <bool Dropout>
-FA_INLINE void weights_and_delta(const Backward& p, BackwardScratch& s, int64_t i, int64_t count,
+FA_INLINE void weights_and_delta(const Backward& p, BackwardScratch& s, Row& own, int64_t i, int64_t count,
                                  const uint32_t* columns, uint64_t row) {
   float* score = s.score.row(i);
   float* grad = s.grad_score.row(i);
   const DropoutKeys keys(p.seed, row);
   const uint32_t drop_below = p.drop_below;
-  const Row own = s.rows[i];
+  const Row state = own;
   vf sum{};
   for (int64_t v = 0; v < count; ++v) {
-    const vf weight = own.weight(load(score + v * L));
+    const vf weight = state.weight(load(score + v * L));
     vf grad_weight = load(grad + v * L);
     if constexpr (Dropout) grad_weight = select(keys.keep(load(columns + v * L), drop_below), grad_weight, vf{});
     store(score + v * L, weight);
     sum += weight * grad_weight;
   }
-  s.rows[i].delta = sum_lanes(sum);
+  own.delta = sum_lanes(sum);
 }
 
 // From a vector of logits (weights when Whole) and of the gradient of the weights, both in place: the dropped weights
@@ -122,14 +132,14 @@ FA_INLINE vf grad_of_logits(const Row& row, float* score, float* grad, uint32_t 
 // The same for one query on one tile, of which the first `grid` vectors are the grid's, with the sums per column and
 // per row.
 template <Bias B, bool Dropout, bool Whole>
-FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, BiasTerms& bias, const KeyRange& range,
-                                     int64_t i, int64_t v0, int64_t grid, int64_t count, const uint32_t* columns,
-                                     uint64_t row, const int32_t* segments, vi own) {
+FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, BackwardBlock& block, const BiasTerms& bias,
+                                     const KeyRange& range, int64_t i, int64_t v0, int64_t grid, int64_t count,
+                                     const uint32_t* columns, uint64_t row, const int32_t* segments, vi own) {
   float* score = s.score.row(i);
   float* grad = s.grad_score.row(i);
   const DropoutKeys keys(p.seed, row);
   const uint32_t drop_below = p.drop_below;
-  const Row state = s.rows[i];
+  const Row state = block.rows[i];
   auto backward = [&](int64_t v, const int32_t* of_keys) FA_INLINE_CALL {
     const int64_t at = v * L;
     return grad_of_logits<Dropout, Whole>(state, score + at, grad + at, drop_below, keys, columns + at, of_keys, own);
@@ -141,12 +151,12 @@ FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, Bias
     return;
   }
 
-  float* to_col = s.grad_col_logits + i * s.col_stride;
+  float* to_col = block.grad_col_logits + i * s.col_stride;
   LaneSums rows;
   const int64_t per_group = bias.keys.vectors, group_rows = bias.keys.rows;
   if (grid == 0) return;
   int64_t group = range.group0 + v0 / per_group, offset = v0 % per_group;
-  float* to_row = s.grad_row_logits + i * bias.bias_rows + group * group_rows;
+  float* to_row = block.grad_row_logits + i * bias.bias_rows + group * group_rows;
 
   // Rows of N vectors, none of which the tile cuts: the sums of the columns stay in registers.
   auto whole_rows = [&]<int N>() FA_INLINE_CALL {
@@ -201,16 +211,17 @@ FA_INLINE void softmax_tile_backward(const Backward& p, BackwardScratch& s, Bias
 }
 
 // Gradients of the tables and of the query through them: products over all table positions, zeros included.
-void table_products(const Backward& p, BackwardScratch& s, BiasTerms& bias, int64_t rows) {
+void table_products(BackwardScratch& s, const BlockRows& query, BiasTerms& bias, int64_t rows) {
   const int64_t vectors = bias.table_vectors;
   s.grad_product.seal(rows, vectors);
-  s.grad_table.accumulate(rows, 0, vectors, vectors * L, s.grad_product, bias.query);
+  s.grad_table.accumulate(rows, 0, vectors, vectors * L, s.grad_product, query);
   bias.table.weigh(rows, 0, vectors, vectors * L, s.grad_product, s.grad_relative.data);
 }
 
 // The same over each query's own positions only: where a query or a table holds NaN or infinities, its product with a
 // zero outside would spread them.
-void table_products_in_windows(const Backward& p, BackwardScratch& s, BiasTerms& bias, int64_t q0, int64_t count) {
+void table_products_in_windows(const Backward& p, BackwardScratch& s, const BlockRows& query, BiasTerms& bias,
+                               int64_t q0, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     auto window = [&](int64_t first, int64_t length) {
       for (int64_t position = first; position < first + length; ++position) {
@@ -218,7 +229,7 @@ void table_products_in_windows(const Backward& p, BackwardScratch& s, BiasTerms&
         bias.table_row(position, s.table_row.data);
         float* grad_table = s.grad_table.at(position);
         for (int64_t d = 0; d < p.dk; ++d) {
-          grad_table[d * s.grad_table.step()] += grad * bias.query.row(i)[d];
+          grad_table[d * s.grad_table.step()] += grad * query.row(i)[d];
           s.grad_relative[i * s.query_stride + d] += grad * s.table_row[d];
         }
       }
@@ -228,20 +239,15 @@ void table_products_in_windows(const Backward& p, BackwardScratch& s, BiasTerms&
   }
 }
 
-template <Bias B, bool Dropout>
-void backward_block(const Backward& p, const KeyLayout& keys, const KeyRange& range, BackwardScratch& s,
-                    BiasTerms& bias, const Segments& segments, const uint32_t* columns, int64_t b, int64_t h,
-                    int64_t split, int64_t q0, int64_t count) {
-  const int64_t rows = round_up(count, 4), pair = b * p.heads + h;
-  const uint64_t row0 = pair * p.queries() + q0;
-
-  const int64_t vectors = range.vectors, all_v0 = range.group0 * keys.vectors;  // all_v0: among those of all groups
-  const bool whole = p.key_splits == 1 && vectors <= kBackwardTile;
+template <Bias B>
+void begin_backward(const Backward& p, BackwardScratch& s, BackwardBlock& block, BiasTerms& bias, int64_t b, int64_t h,
+                    int64_t q0, int64_t count, bool whole) {
+  const uint64_t row0 = (b * p.heads + h) * p.queries() + q0;
   for (int64_t i = 0; i < QB; ++i) {
-    float* query = s.query.row(i);
-    float* grad_out = s.grad_out.row(i);
+    float* query = block.query.row(i);
+    float* grad_out = block.grad_out.row(i);
     // Weights of exactly 0: for padding and for queries with every key masked.
-    Row& row = s.rows[i] = {.max = kInfinity, .normalize = 0.0f, .delta = 0.0f};
+    Row& row = block.rows[i] = {.max = kInfinity, .normalize = 0.0f, .delta = 0.0f};
     set_zero(query, p.dk);
     set_zero(grad_out, p.dv);
     if (i >= count) continue;
@@ -259,85 +265,117 @@ void backward_block(const Backward& p, const KeyLayout& keys, const KeyRange& ra
     }
     for (int64_t d = 0; d < p.dv; ++d) grad_out[d] *= factor_before(p.keep_scale);
   }
-  s.query.seal();
-  s.grad_out.seal();
-  bias.prepare(b, h, q0, count);
-  s.grad_query.fill(0.0f);
+  block.query.seal();
+  block.grad_out.seal();
+  bias.prepare(b, h, q0, count, block.bias);
+  block.grad_query.fill(0.0f);
   if constexpr (B != Bias::table) {
-    s.grad_col_logits.fill(0.0f);
-    s.grad_row_logits.fill(0.0f);
+    block.grad_col_logits.fill(0.0f);
+    block.grad_row_logits.fill(0.0f);
+  }
+}
+
+// Queries [q0, q0 + count) on a tile of keys, `tile` vectors from v0 on; all there are if `whole`.
+template <Bias B, bool Dropout>
+void backward_tile(const Backward& p, const KeyLayout& keys, const KeyRange& range, BackwardScratch& s,
+                   BackwardBlock& block, BiasTerms& bias, const Segments& segments, const uint32_t* columns, int64_t b,
+                   int64_t h, int64_t q0, int64_t count, bool whole, int64_t v0, int64_t tile) {
+  const int64_t rows = round_up(count, 4), grid = range.grid_part(v0, tile);
+  const int64_t all_v0 = range.group0 * keys.vectors + v0;  // among those of all groups
+  const uint64_t row0 = (b * p.heads + h) * p.queries() + q0;
+  if constexpr (B == Bias::table) bias.free.prepare(q0, count, all_v0, grid);
+  score_tile<B>(rows, v0, tile, block.query, s.key, bias, block.bias, range, s.score,
+                [](int64_t, vf) FA_INLINE_CALL {});
+  products(rows, block.grad_out, s.value, v0, tile, p.keep_scale, s.grad_score);
+  if (segments.masks) {
+    segments.hide(q0, rows, all_v0, grid, -kInfinity, s.score);
+    segments.hide(q0, rows, all_v0, grid, 0.0f, s.grad_score);
+  }
+  const int32_t* of_keys = segments.masks ? segments.lane + all_v0 * L : nullptr;
+  for (int64_t i = 0; i < rows; ++i) {
+    const vi own = of_keys ? segments.of_query(q0 + i) : vi{};
+    if (whole) {
+      weights_and_delta<Dropout>(p, s, block.rows[i], i, tile, columns, row0 + i);
+      softmax_tile_backward<B, Dropout, true>(p, s, block, bias, range, i, v0, grid, tile, columns, row0 + i, of_keys,
+                                              own);
+    } else {
+      softmax_tile_backward<B, Dropout, false>(p, s, block, bias, range, i, v0, grid, tile, columns + v0 * L, row0 + i,
+                                               of_keys, own);
+    }
+  }
+  if constexpr (B == Bias::table) {
+    bias.free.accumulate(q0, count, all_v0, grid, s.grad_score.rows.data, s.grad_score.stride, s.grad_block.data);
+    if (kBlocks > 1 || v0 + tile == range.vectors) bias.free.flush(q0, count, s.grad_block.data, s.grad_bias.data);
   }
 
-  for (int64_t v0 = 0; v0 < vectors; v0 += kBackwardTile) {
-    const int64_t tile = smaller(kBackwardTile, vectors - v0), grid = range.grid_part(v0, tile);
-    if constexpr (B == Bias::table) bias.free.prepare(q0, count, all_v0 + v0, grid);
-    score_tile<B>(rows, v0, tile, s.query, s.key, bias, range, s.score, [](int64_t, vf) FA_INLINE_CALL {});
-    products(rows, s.grad_out, s.value, v0, tile, p.keep_scale, s.grad_score);
-    if (segments.masks) {
-      segments.hide(q0, rows, all_v0 + v0, grid, -kInfinity, s.score);
-      segments.hide(q0, rows, all_v0 + v0, grid, 0.0f, s.grad_score);
-    }
-    const int32_t* of_keys = segments.masks ? segments.lane + (all_v0 + v0) * L : nullptr;
-    for (int64_t i = 0; i < rows; ++i) {
-      const vi own = of_keys ? segments.of_query(q0 + i) : vi{};
-      if (whole) {
-        weights_and_delta<Dropout>(p, s, i, tile, columns, row0 + i);
-        softmax_tile_backward<B, Dropout, true>(p, s, bias, range, i, v0, grid, tile, columns, row0 + i, of_keys, own);
-      } else {
-        softmax_tile_backward<B, Dropout, false>(p, s, bias, range, i, v0, grid, tile, columns + v0 * L, row0 + i,
-                                                 of_keys, own);
-      }
-    }
-    if constexpr (B == Bias::table)
-      bias.free.accumulate(q0, count, all_v0 + v0, grid, s.grad_score.rows.data, s.grad_score.stride,
-                           s.grad_block.data);
+  const int64_t lanes = smaller(tile * L, range.lanes - v0 * L);
+  s.score.seal(rows, tile);
+  s.grad_score.seal(rows, tile);
+  s.grad_value.accumulate(rows, v0, tile, lanes, s.score, block.grad_out);
+  s.grad_key.accumulate(rows, v0, tile, lanes, s.grad_score, block.query);
+  s.key.weigh(rows, v0, tile, lanes, s.grad_score, block.grad_query.data);
+}
 
-    const int64_t lanes = smaller(tile * L, range.lanes - v0 * L);
-    s.score.seal(rows, tile);
-    s.grad_score.seal(rows, tile);
-    s.grad_value.accumulate(rows, v0, tile, lanes, s.score, s.grad_out);
-    s.grad_key.accumulate(rows, v0, tile, lanes, s.grad_score, s.query);
-    s.key.weigh(rows, v0, tile, lanes, s.grad_score, s.grad_query.data);
-  }
-
-  if constexpr (B == Bias::table) bias.free.flush(q0, count, s.grad_block.data, s.grad_bias.data);
+template <Bias B>
+void end_backward(const Backward& p, const KeyLayout& keys, BackwardScratch& s, BackwardBlock& block, BiasTerms& bias,
+                  int64_t b, int64_t h, int64_t split, int64_t q0, int64_t count) {
+  const int64_t rows = round_up(count, 4), pair = b * p.heads + h;
   for (int64_t i = 0; B != Bias::table && i < count; ++i)  // fold the rows of a group onto its first
     for (int64_t r = 1; r < keys.rows; ++r)
       for (int64_t x = 0; x < p.wk; ++x)
-        s.grad_col_logits[i * s.col_stride + x] += s.grad_col_logits[i * s.col_stride + r * p.wk + x];
+        block.grad_col_logits[i * s.col_stride + x] += block.grad_col_logits[i * s.col_stride + r * p.wk + x];
 
-  for (int64_t i = 0; i < rows * s.query_stride; ++i) s.grad_query[i] *= p.scale;
+  for (int64_t i = 0; i < rows * s.query_stride; ++i) block.grad_query[i] *= p.scale;
   if (bias.from_tables()) {
     s.grad_product.rows.fill(0.0f);
     s.grad_relative.fill(0.0f);
     for (int64_t i = 0; i < count; ++i) {
       float* product = s.grad_product.row(i);
-      if (p.row_term) copy(s.grad_row_logits + i * bias.bias_rows, p.hk, product + bias.row_start(q0 + i));
-      if (p.col_term) copy(s.grad_col_logits + i * s.col_stride, p.wk, product + bias.col_start(q0 + i));
+      if (p.row_term) copy(block.grad_row_logits + i * bias.bias_rows, p.hk, product + bias.row_start(q0 + i));
+      if (p.col_term) copy(block.grad_col_logits + i * s.col_stride, p.wk, product + bias.col_start(q0 + i));
     }
-    if (bias.finite_tables && bias.finite_queries())
-      table_products(p, s, bias, rows);
+    if (bias.finite_tables && BiasTerms::finite_queries(block.bias))
+      table_products(s, block.bias.query, bias, rows);
     else
-      table_products_in_windows(p, s, bias, q0, count);
-    for (int64_t i = 0; i < rows * s.query_stride; ++i) s.grad_query[i] += p.rel_scale * s.grad_relative[i];
+      table_products_in_windows(p, s, block.bias.query, bias, q0, count);
+    for (int64_t i = 0; i < rows * s.query_stride; ++i) block.grad_query[i] += p.rel_scale * s.grad_relative[i];
   }
 
   for (int64_t i = 0; i < count; ++i) {
     const int64_t q = q0 + i;
     auto at = [&](const TensorView& view) { return bias.queries.offset(view, b, h, q); };
     if (p.key_splits == 1)
-      scatter_row(p, p.grad_query, at(p.grad_query), p.dk, 1.0f, s.grad_query + i * s.query_stride);
+      scatter_row(p, p.grad_query, at(p.grad_query), p.dk, 1.0f, block.grad_query + i * s.query_stride);
     else
-      copy(s.grad_query + i * s.query_stride, p.dk,
+      copy(block.grad_query + i * s.query_stride, p.dk,
            p.query_partials + ((pair * p.key_splits + split) * p.queries() + q) * p.dk);
     if (p.tables) continue;
     if (p.col_term)
       scatter(p.grad_col_term, at(p.grad_col_term), p.grad_col_term.stride[4], p.wk, 1.0f,
-              s.grad_col_logits + i * s.col_stride);
+              block.grad_col_logits + i * s.col_stride);
     if (p.row_term)
       scatter(p.grad_row_term, at(p.grad_row_term), p.grad_row_term.stride[4], p.hk, 1.0f,
-              s.grad_row_logits + i * bias.bias_rows);
+              block.grad_row_logits + i * bias.bias_rows);
   }
+}
+
+// Queries [first, end), kBlocks blocks at most.
+template <Bias B, bool Dropout>
+void backward_blocks(const Backward& p, const KeyLayout& keys, const KeyRange& range, BackwardScratch& s,
+                     BiasTerms& bias, const Segments& segments, const uint32_t* columns, int64_t b, int64_t h,
+                     int64_t split, int64_t first, int64_t end) {
+  const bool whole = p.key_splits == 1 && range.vectors <= kBackwardTile;
+  each_block(s.blocks, first, end, [&](BackwardBlock& block, int64_t q0, int64_t count) FA_INLINE_CALL {
+    begin_backward<B>(p, s, block, bias, b, h, q0, count, whole);
+  });
+  for (int64_t v0 = 0; v0 < range.vectors; v0 += kBackwardTile)
+    each_block(s.blocks, first, end, [&](BackwardBlock& block, int64_t q0, int64_t count) FA_INLINE_CALL {
+      backward_tile<B, Dropout>(p, keys, range, s, block, bias, segments, columns, b, h, q0, count, whole, v0,
+                                smaller(kBackwardTile, range.vectors - v0));
+    });
+  each_block(s.blocks, first, end, [&](BackwardBlock& block, int64_t q0, int64_t count) FA_INLINE_CALL {
+    end_backward<B>(p, keys, s, block, bias, b, h, split, q0, count);
+  });
 }
 
 void backward(const Backward& p, int64_t begin, int64_t end) {
@@ -349,8 +387,8 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
   Segments segments(p, keys);
   Scratch<uint32_t> columns;
   if (p.drop_below > 0) hash_columns(p, keys, columns);
-  const auto block = with_bias(
-      p, keys, [&]<Bias B>() { return p.drop_below > 0 ? backward_block<B, true> : backward_block<B, false>; });
+  const auto run_blocks = with_bias(
+      p, keys, [&]<Bias B>() { return p.drop_below > 0 ? backward_blocks<B, true> : backward_blocks<B, false>; });
   int64_t packed_table = -1;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t split = task % p.key_splits, unit = task / p.key_splits;
@@ -360,17 +398,27 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
     const KeyRange range(keys, split_begin(keys.groups, p.key_splits, split),
                          split_begin(keys.groups, p.key_splits, split + 1), last ? p.prefix : 0);
     if ((bias.from_tables() || p.bias_table) && h != packed_table) bias.pack_tables(packed_table = h);
+    const int64_t first_image = split_begin(p.batch, p.image_runs, run);
+    const int64_t last_image = split_begin(p.batch, p.image_runs, run + 1);
+#if FUSED_ATTN_TILES > 1
+    bool fit = true;
+    for (int64_t b = first_image; b < last_image; ++b) fit &= fit_parts(p, p.grad_out, b, h);
+    if (!fit) {
+      avx512::kernels.backward(p, task, task + 1);
+      continue;
+    }
+#endif
     if (bias.from_tables()) s.grad_table.clear();
     if (p.bias_table) s.grad_bias.fill(0.0f);
-    for (int64_t b = split_begin(p.batch, p.image_runs, run); b < split_begin(p.batch, p.image_runs, run + 1); ++b) {
+    for (int64_t b = first_image; b < last_image; ++b) {
       pack_keys(p.key, p.prefix_key, b, h, p, keys, range, true, s.key);
       pack_keys(p.value, p.prefix_value, b, h, p, keys, range, false, s.value);
       s.grad_key.clear();
       s.grad_value.clear();
       segments.pack(b);
-      for (int64_t q0 = 0; q0 < p.queries(); q0 += QB)
-        block(p, keys, range, s, bias, segments, columns.data + range.group0 * keys.vectors * L, b, h, split, q0,
-              smaller(QB, p.queries() - q0));
+      for (int64_t q = 0; q < p.queries(); q += kBlocks * QB)
+        run_blocks(p, keys, range, s, bias, segments, columns.data + range.group0 * keys.vectors * L, b, h, split, q,
+                   smaller(q + kBlocks * QB, p.queries()));
 
       unpack_keys(p.grad_key, p.grad_prefix_key, b, h, p, keys, range, factor_after(p.scale), s.grad_key);
       unpack_keys(p.grad_value, p.grad_prefix_value, b, h, p, keys, range, factor_after(p.keep_scale), s.grad_value);

@@ -47,21 +47,33 @@ void fill_problem(Problem& p, const Tensor& query, const Tensor& key, const Tens
   p.prefix_key = view_of(prefix_key), p.prefix_value = view_of(prefix_value);
 }
 
-// Whether there are matrix tiles for the problem, which must be of bfloat16.
-bool has_tiles([[maybe_unused]] const Problem& p) {
+// In how many parts matrix tiles hold the numbers of the problem, or 0 without tiles.
+int parts_of_tiles([[maybe_unused]] const Problem& p) {
 #if defined(FUSED_ATTN_HAS_AMX)
-  auto halves = [](const TensorView& view) { return !view || view.dtype == DType::bfloat16; };
-  return cpu_capability() == CpuCapability::amx && halves(p.query) && halves(p.key) && halves(p.value) &&
-         halves(p.prefix_key) && halves(p.prefix_value);
+  if (cpu_capability() != CpuCapability::amx) return 0;
+  auto all = [&](DType dtype) {
+    auto is = [&](const TensorView& view) { return !view || view.dtype == dtype; };
+    return is(p.query) && is(p.key) && is(p.value) && is(p.prefix_key) && is(p.prefix_value);
+  };
+  return all(DType::bfloat16) ? 1 : all(DType::float16) ? 2 : 3;
 #else
-  return false;
+  return 0;
 #endif
 }
 
-// Whether they outweigh what the kernels for small maps save.
+// Whether they outweigh what the kernels for small maps save, and the parts what it takes to make them.
 bool prefers_tiles(const Problem& p) {
-  constexpr int64_t kLeastKeys = 144, kLeastKeysOfDeep = 64, kDeep = 128;
-  return has_tiles(p) && p.hk * p.wk + p.prefix >= (p.dk + p.dv >= kDeep ? kLeastKeysOfDeep : kLeastKeys);
+  constexpr int64_t kDeep = 128, kLeastQueries = 128, kLeastDepths = 64;
+  const int64_t keys = p.hk * p.wk + p.prefix, depths = p.dk + p.dv;
+  const bool large = p.queries() >= kLeastQueries && depths >= kLeastDepths;
+  const int parts = parts_of_tiles(p);
+  if (always_tiles()) return parts > 0;
+  switch (parts) {
+    case 1: return keys >= (depths >= kDeep ? 64 : 144);
+    case 2: return large && keys >= 256;
+    case 3: return large && keys >= 1024;
+    default: return false;
+  }
 }
 
 // Pairs of a group if the kernels of small grids take the problem, or 0.  They are the faster ones up to 20x20 keys or
@@ -109,7 +121,9 @@ void choose_order(Problem& p) {
 // The kernels for everything else.
 const Kernels& split_kernels([[maybe_unused]] const Problem& p) {
 #if defined(FUSED_ATTN_HAS_AMX)
-  if (has_tiles(p)) return amx::kernels;
+  const int parts = parts_of_tiles(p);
+  if (parts == 1) return amx::kernels;
+  if (prefers_tiles(p)) return parts == 2 ? amx_two_parts::kernels : amx_three_parts::kernels;
 #endif
   return best_kernels();
 }

@@ -85,6 +85,12 @@ FUSED_ATTN_DECLARE_KERNELS()
 namespace amx {
 extern const Kernels kernels;  // of tensors of bfloat16
 }
+namespace amx_two_parts {
+extern const Kernels kernels;  // of float16
+}
+namespace amx_three_parts {
+extern const Kernels kernels;  // of float32
+}
 #endif
 
 }  // namespace fused_attn::rel_attention_2d

@@ -10,9 +10,11 @@ namespace {
 #include "rel_attention_2d/shared_impl.h"
 
 constexpr int QB = 32;  // queries to a block
-// Key vectors to a tile: up to 32x32 keys in one, so that forward never rescales and backward sees whole rows.
-constexpr int kForwardTile = 1024 / L;
-constexpr int kBackwardTile = 1024 / L;
+// Key vectors to a tile: up to 32x32 keys in one, so that forward never rescales and backward sees whole rows; fewer in
+// three parts, of which all has to be in the second-level cache.  As many blocks meet a tile while it is there.
+constexpr int kForwardTile = (FUSED_ATTN_TILES == 3 ? 512 : 1024) / L;
+constexpr int kBackwardTile = (FUSED_ATTN_TILES == 3 ? 512 : 1024) / L;
+constexpr int kBlocks = FUSED_ATTN_TILES == 3 ? 8 : 4;
 constexpr int64_t kKeyChunk = 64;  // keys whose rows stay in the first-level cache while the queries pass by
 
 // Row and column of every query.
@@ -114,10 +116,61 @@ FA_INLINE void scatter_row(const Problem& p, const TensorView& view, int64_t off
 #include "rel_attention_2d/tiles_impl.h"
 #endif
 
-// What the rows of a block are multiplied with before a product or, as those of bfloat16 stay exact, after it: one of
+// What the rows of a block are multiplied with before a product or, as those of 16 bits stay exact, after it: one of
 // the two is the constant 1.
-FA_INLINE float factor_before(float factor) { return kTiles ? 1.0f : factor; }
-FA_INLINE float factor_after(float factor) { return kTiles ? factor : 1.0f; }
+constexpr bool kScalesAfter = kTiles && kParts < 3;
+FA_INLINE float factor_before(float factor) { return kScalesAfter ? 1.0f : factor; }
+FA_INLINE float factor_after(float factor) { return kScalesAfter ? factor : 1.0f; }
+
+// Whether parts of bfloat16 hold the numbers of one image and head: queries, keys, values, tables, and `grad_out` where
+// there is one.  Infinities have no parts, nor has what would be rounded to one; and small parts of a tensor that has
+// none but tiny numbers would be flushed to zero.
+bool fit_parts(const Problem& p, const TensorView& grad_out, int64_t b, int64_t h) {
+  constexpr int32_t kSign = INT32_MIN, kLeast = (127 - 60) << 23, kMost = (127 + 127) << 23;  // 2^-60, 2^127
+  bool fit = true;
+  vi most;  // of the numbers of a tensor, without their signs
+  auto add = [&](const TensorView& view, int64_t offset, int64_t step, int64_t depth) {
+    with_element(view.dtype, [&](auto element) FA_INLINE_CALL {
+      const auto* from = at<decltype(element)>(view, offset);
+      auto one = [&](vf x) FA_INLINE_CALL {
+        const vi bits = (vi)x & ~kSign;
+        most = bits > most ? bits : most;
+      };
+      if (step == 1) return each(depth, [&](auto lanes) FA_INLINE_CALL { one(lanes.load_on(from)); });
+      for (int64_t d = 0; d < depth; ++d) one(broadcast(static_cast<float>(from[d * step])));
+    });
+  };
+  auto tensor = [&](const TensorView& view, int64_t offset, int64_t rows, int64_t columns, int64_t row, int64_t column,
+                    int64_t step, int64_t depth) {
+    if (!view) return;
+    most = vi{};
+    for (int64_t y = 0; y < rows; ++y)
+      for (int64_t x = 0; x < columns; ++x) add(view, offset + y * row + x * column, step, depth);
+    int32_t largest = 0;
+    for (int i = 0; i < L; ++i) largest = largest > most[i] ? largest : most[i];
+    fit &= largest < kMost && (largest == 0 || largest >= kLeast);
+  };
+  auto grid = [&](const TensorView& view, int64_t height, int64_t width, int64_t depth) {
+    tensor(view, head_offset(view, b, h), height, width, view.stride[2], view.stride[3], view.stride[4], depth);
+  };
+  auto prefix = [&](const TensorView& view, int64_t depth) {
+    tensor(view, head_offset(view, b, h), p.prefix, 1, view.stride[2], 0, view.stride[3], depth);
+  };
+  auto table = [&](const TensorView& view, int64_t length) {
+    tensor(view, h * view.stride[0], length, 1, view.stride[1], 0, view.stride[2], p.dk);
+  };
+  grid(p.query, p.hq, p.wq, p.dk);
+  grid(grad_out, p.hq, p.wq, p.dv);
+  grid(p.key, p.hk, p.wk, p.dk);
+  grid(p.value, p.hk, p.wk, p.dv);
+  prefix(p.prefix_key, p.dk);
+  prefix(p.prefix_value, p.dv);
+  if (p.tables) {
+    table(p.row_term, p.row_length());
+    table(p.col_term, p.col_length());
+  }
+  return fit;
+}
 
 // Packs the keys of one image and head.  Lanes without a key repeat the last key when `repeat` (their logits are then
 // as finite as a real key's) and are zero otherwise.
@@ -177,19 +230,22 @@ auto with_bias(const Problem& p, const KeyLayout& keys, const Choose& choose) {
 #include "rel_attention_2d/segments_impl.h"
 
 // The logits of one block of queries that do not depend on the key's content.
+struct BiasBlock {
+  Scratch<float> col_logits;  // (QB, keys.vectors * L): column logit per lane of a group, -inf on padding
+  Scratch<float> row_logits;  // (QB, bias_rows): row logit per key row, -inf past the image
+  BlockRows query;            // times rel_scale
+};
+
 struct BiasTerms {
   const Problem& p;
   const KeyLayout& keys;
   const QueryGrid& queries;
   int64_t bias_rows;  // key rows with room for the last group
   int64_t row_vectors = 0, col_vectors = 0, table_vectors = 0;
-  Scratch<float> col_logits;  // (QB, keys.vectors * L): column logit per lane of a group, -inf on padding
-  Scratch<float> row_logits;  // (QB, bias_rows): row logit per key row, -inf past the image
   Scratch<int32_t> row_mask;  // (keys.rows, keys.vectors * L): all ones where the lane lies in that row
   Scratch<int32_t> row_of;    // (keys.vectors * L): the lane's row, counted from the first row of its vector
   Scratch<int32_t> row_span;  // (keys.vectors, 2): first and last row of each vector
   Keys table;                 // row table, then column table
-  BlockRows query;            // times rel_scale
   Scratch<float> product;     // (QB, table_vectors * L): query times every table row
   int64_t col_stride, product_stride, packed_head = 0;
   bool finite_tables = true;
@@ -203,8 +259,6 @@ struct BiasTerms {
         col_stride(layout.vectors * L),
         free(problem, layout, grid) {
     if (p.bias_table) return;
-    col_logits.allocate(QB * col_stride);
-    row_logits.allocate(QB * bias_rows);
     row_mask.allocate(keys.rows * col_stride);
     for (int64_t r = 0; r < keys.rows; ++r)
       for (int64_t lane = 0; lane < col_stride; ++lane) row_mask[r * col_stride + lane] = lane / p.wk == r ? -1 : 0;
@@ -222,9 +276,14 @@ struct BiasTerms {
       table_vectors = row_vectors + col_vectors;
       product_stride = panels_of(table_vectors) * PANEL + L;
       table.allocate(p.dk, table_vectors, true, backward);
-      query.allocate(p.dk, backward);
       product.allocate(QB * product_stride);
     }
+  }
+  void allocate(BiasBlock& block, bool backward) const {
+    if (p.bias_table) return;
+    block.col_logits.allocate(QB * col_stride);
+    block.row_logits.allocate(QB * bias_rows);
+    if (p.tables) block.query.allocate(p.dk, backward);
   }
 
   bool from_tables() const { return table_vectors > 0; }
@@ -233,7 +292,9 @@ struct BiasTerms {
   int64_t row_start(int64_t q) const { return p.hq - 1 - queries.y[q]; }
   int64_t col_start(int64_t q) const { return row_vectors * L + p.wq - 1 - queries.x[q]; }
 
-  bool finite_queries() const { return all_finite(query.rows.data, QB * query.stride); }
+  static bool finite_queries(const BiasBlock& block) {
+    return all_finite(block.query.rows.data, QB * block.query.stride);
+  }
 
   static bool all_finite(const float* x, int64_t count) {  // count: a multiple of L
     vf sum{};                                              // of zeros, or NaN
@@ -263,22 +324,21 @@ struct BiasTerms {
     gather(view, packed_head * view.stride[0] + position * view.stride[1], view.stride[2], p.dk, 1.0f, to);
   }
 
-  // Fills col_logits and row_logits for queries [q0, q0 + count) of head (b, h).
-  void prepare(int64_t b, int64_t h, int64_t q0, int64_t count) {
+  // Fills a block for queries [q0, q0 + count) of head (b, h).
+  void prepare(int64_t b, int64_t h, int64_t q0, int64_t count, BiasBlock& block) {
     if (p.bias_table) return;
+    BlockRows& query = block.query;
     if (from_tables()) {
       for (int64_t i = 0; i < count; ++i)
         gather_row(p, p.query, queries.offset(p.query, b, h, q0 + i), p.dk, factor_before(p.rel_scale), query.row(i));
       for (int64_t i = count; i < QB; ++i) set_zero(query.row(i), p.dk);
       query.seal();
       const float factor = factor_after(p.rel_scale);
-      for (int64_t v = 0; v < table_vectors; v += NR) {
-        float* to = product + v * L;
-        const int64_t vectors = smaller(NR, table_vectors - v);
-        table.product(round_up(count, MR), query, v, vectors, [&](int64_t m, int n, vf x) FA_INLINE_CALL {
-          store(to + m * product_stride + n * L, x * factor);
-        });
-      }
+      float* to = nullptr;
+      table.products(
+          round_up(count, MR), query, 0, table_vectors,
+          [&](int64_t first, int64_t) FA_INLINE_CALL { to = product + first * L; },
+          [&](int64_t m, int n, vf x) FA_INLINE_CALL { store(to + m * product_stride + n * L, x * factor); });
     }
     for (int64_t i = 0; i < QB; ++i) {
       auto fill = [&](const TensorView& term, int64_t start, int64_t length, float* to) {
@@ -289,12 +349,12 @@ struct BiasTerms {
         else
           gather(term, queries.offset(term, b, h, q0 + i), term.stride[4], length, 1.0f, to);
       };
-      float* to_col = col_logits + i * col_stride;
+      float* to_col = block.col_logits + i * col_stride;
       fill(p.col_term, col_start(q0 + i), p.wk, to_col);
       for (int64_t r = 1; r < keys.rows; ++r) copy(to_col, p.wk, to_col + r * p.wk);
       for (int64_t lane = keys.rows * p.wk; lane < col_stride; ++lane) to_col[lane] = -kInfinity;
 
-      float* to_row = row_logits + i * bias_rows;
+      float* to_row = block.row_logits + i * bias_rows;
       fill(p.row_term, row_start(q0 + i), p.hk, to_row);
       for (int64_t y = p.hk; y < bias_rows; ++y) to_row[y] = -kInfinity;
     }
@@ -317,9 +377,9 @@ struct BiasTerms {
     }
   };
   template <Bias B>
-  FA_INLINE Tile<B> tile() const {
+  FA_INLINE Tile<B> tile(const BiasBlock& block) const {
     if constexpr (B == Bias::table) return {nullptr, free.first(), 0, free.logit_stride, nullptr, nullptr};
-    return {row_logits.data, col_logits.data, bias_rows, col_stride, row_span.data, row_of.data};
+    return {block.row_logits.data, block.col_logits.data, bias_rows, col_stride, row_span.data, row_of.data};
   }
 };
 
@@ -342,42 +402,49 @@ void products(int64_t rows, const BlockRows& a, const Keys& keys, int64_t v0, in
   float* const found = to.rows.data;
   const int64_t stride = to.stride;
   const float after = factor_after(factor);
-  for (int64_t v = 0; v < count; v += NR)
-    keys.product(rows, a, v0 + v, smaller(NR, count - v),
-                 [&](int64_t m, int n, vf x) FA_INLINE_CALL { store(found + m * stride + (v + n) * L, x * after); });
+  float* at = nullptr;
+  keys.products(
+      rows, a, v0, count, [&](int64_t first, int64_t) FA_INLINE_CALL { at = found + first * L; },
+      [&](int64_t m, int n, vf x) FA_INLINE_CALL { store(at + m * stride + n * L, x * after); });
 }
 
 // Logits of `rows` queries against key vectors [v0, v0 + count) of a range to `to`, the vector counted from v0, each
 // handed to seen(query, logits) too.
 template <Bias B, class Seen>
 FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const BlockRows& query, const Keys& key,
-                          BiasTerms& bias, const KeyRange& range, const Weights& to, const Seen& seen) {
+                          const BiasTerms& bias, const BiasBlock& block, const KeyRange& range, const Weights& to,
+                          const Seen& seen) {
   const int64_t per_group = bias.keys.vectors, group_rows = bias.keys.rows, stride = to.stride;
   const float scale = factor_after(bias.p.scale);
-  const auto terms = bias.template tile<B>();
+  const auto terms = bias.template tile<B>(block);
   float* const scores = to.rows.data;
   const int64_t grid = range.grid_part(v0, count);
-  for (int64_t v = 0; v < grid; v += NR) {
-    int64_t row[NR], vector[NR], offset[NR];
-    for (int n = 0; n < NR; ++n) {
-      const int64_t all = range.group0 * per_group + v0 + v + n;  // among the vectors of all groups
-      row[n] = all / per_group * group_rows;
-      offset[n] = all % per_group;
-      vector[n] = B == Bias::table ? all : offset[n];
-    }
-    key.product(rows, query, v0 + v, smaller(NR, grid - v), [&](int64_t m, int n, vf x) FA_INLINE_CALL {
-      x *= scale;
-      // Added last: starting the sum from a large bias would round every term of it at its magnitude.
-      x += terms.at(m, row[n], vector[n], offset[n]);
-      store(scores + m * stride + (v + n) * L, x);
-      seen(m, x);
-    });
-  }
+  int64_t row[NR], vector[NR], offset[NR];
+  float* at = nullptr;
+  key.products(
+      rows, query, v0, grid,
+      [&](int64_t first, int64_t vectors) FA_INLINE_CALL {
+        at = scores + first * L;
+        for (int n = 0; n < vectors; ++n) {
+          const int64_t all = range.group0 * per_group + v0 + first + n;  // among the vectors of all groups
+          row[n] = all / per_group * group_rows;
+          offset[n] = all % per_group;
+          vector[n] = B == Bias::table ? all : offset[n];
+        }
+      },
+      [&](int64_t m, int n, vf x) FA_INLINE_CALL {
+        x *= scale;
+        // Added last: starting the sum from a large bias would round every term of it at its magnitude.
+        x += terms.at(m, row[n], vector[n], offset[n]);
+        store(at + m * stride + n * L, x);
+        seen(m, x);
+      });
   if (grid == count) return;
   const int64_t prefix_begin = larger(range.prefix_begin - v0, 0);
-  for (int64_t v = prefix_begin; v < count; v += NR)
-    key.product(rows, query, v0 + v, smaller(NR, count - v),
-                [&](int64_t m, int n, vf x) FA_INLINE_CALL { store(to.row(m) + (v + n) * L, x * scale); });
+  key.products(
+      rows, query, v0 + prefix_begin, count - prefix_begin,
+      [&](int64_t first, int64_t) FA_INLINE_CALL { at = scores + (prefix_begin + first) * L; },
+      [&](int64_t m, int n, vf x) FA_INLINE_CALL { store(at + m * stride + n * L, x * scale); });
   for (int64_t v = grid; v < count; ++v) {
     vi key_there{};
     for (int i = 0; i < L; ++i) key_there[i] = v >= prefix_begin && (v0 + v) * L + i < range.lanes ? -1 : 0;
@@ -388,6 +455,14 @@ FA_INLINE void score_tile(int64_t rows, int64_t v0, int64_t count, const BlockRo
     }
   }
 }
+
+// body(block, first query, count) for the blocks of queries [first, end).
+template <class Block, class Body>
+FA_INLINE void each_block(Block* blocks, int64_t first, int64_t end, const Body& body) {
+  for (int64_t q = first; q < end; q += QB) body(*blocks++, q, smaller(QB, end - q));
+}
+// How many blocks are in use at a time.
+FA_INLINE int64_t blocks_of(int64_t queries) { return smaller(kBlocks, (queries + QB - 1) / QB); }
 
 #include "rel_attention_2d/backward_impl.h"
 #include "rel_attention_2d/forward_impl.h"

@@ -80,9 +80,10 @@ struct KeyMatrix {
 };
 
 #if !FUSED_ATTN_TILES
-// --- the operands of a block of queries, in float32; tiles_impl.h has them for bfloat16 -----------------------------
+// --- the operands of a block of queries, in float32; tiles_impl.h has them for matrix tiles --------------------------
 
 constexpr bool kTiles = false;
+constexpr int kParts = 1;
 struct Instructions {};  // what a range of tasks sets up and takes down
 
 // A block's queries, or gradients of its outputs.
@@ -122,10 +123,17 @@ struct Keys : KeyMatrix {
   void allocate(int64_t depth, int64_t vectors, bool multiplies, bool weighs) {
     KeyMatrix::allocate(depth, vectors, multiplies || !is_wide(depth), weighs && is_wide(depth));
   }
-  // finish(m, n, row m of a times the keys of vector v + n), n < count <= NR.
-  template <class Finish>
-  FA_INLINE void product(int64_t count_rows, const BlockRows& a, int64_t v, int64_t count, const Finish& finish) const {
-    outer_product(count_rows, count, a.rows.data, a.stride, 1, depth, panels + v / NR * depth * PANEL, PANEL, finish);
+  // Products of `count_rows` rows of a with the keys of `count` vectors from v on, some vectors at a time:
+  // start(first, n) for these n <= NR, the first counted from v, then finish(m, i, row m times vector first + i).
+  template <class Start, class Finish>
+  FA_INLINE void products(int64_t count_rows, const BlockRows& a, int64_t v, int64_t count, const Start& start,
+                          const Finish& finish) const {
+    for (int64_t first = 0; first < count; first += NR) {
+      const int64_t vectors = smaller(NR, count - first);
+      start(first, vectors);
+      outer_product(count_rows, vectors, a.rows.data, a.stride, 1, depth, panels + (v + first) / NR * depth * PANEL,
+                    PANEL, finish);
+    }
   }
   void weigh(int64_t count, int64_t v0, int64_t vectors, int64_t lanes, const Weights& weights, float* to) {
     KeyMatrix::weigh(count, v0, vectors, lanes, weights.rows.data, weights.stride, to);

@@ -1,7 +1,10 @@
 """The errors of long sums stay near the reference's, which sums in pairs: those over many keys and over many images."""
 
+import contextlib
+
 import pytest
 import torch
+from instruction_sets import instruction_set
 
 from fused_attn import _extension, bias_attention_2d, rel_attention_2d
 from fused_attn.ops._floor.declarations import convert
@@ -21,14 +24,14 @@ def relative_errors(function, inputs):
     return {name: error / max(errors[1][name], 1e-30) for name, error in errors[0].items()}
 
 
-@pytest.fixture(autouse=True, params=["generic", "avx2", "avx512"])
+@pytest.fixture(autouse=True, params=_extension.CPU_CAPABILITIES)
 def capability(request):
-    best = _extension.cpu_capability()
-    if _extension.CPU_CAPABILITIES.index(request.param) > _extension.CPU_CAPABILITIES.index(best):
-        pytest.skip(f"this processor has no {request.param}")
-    _extension.set_cpu_capability(request.param)
-    yield
-    _extension.set_cpu_capability(best)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(instruction_set(request.param))
+        except RuntimeError as error:
+            pytest.skip(str(error))
+        yield
 
 
 @pytest.mark.parametrize("size", [4, 7, 12, 20])
