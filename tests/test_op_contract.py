@@ -135,16 +135,32 @@ def test_samples_are_named_apart_and_repeat(spec):
 # --- numbers ----------------------------------------------------------------------------------------------------
 
 
+def has_tiles(spec, impl, inputs) -> bool:
+    """Whether there are kernels with matrix tiles here; only attention has them."""
+    return (
+        impl == "cpu"
+        and _extension.cpu_capability() == "amx"
+        and any("rel_attention_2d" in str(operator) for operator, _ in spec.operators(impl, inputs))
+    )
+
+
+def on_tiles_too(spec, impl, inputs, check) -> None:
+    """``check()`` with the kernels that the call takes, and with those that have matrix tiles."""
+    check()
+    if has_tiles(spec, impl, inputs):
+        with instruction_set("amx"):
+            check()
+
+
 @cases()
 def test_numerics(spec, impl, make):
     """The C++ kernels, of every instruction set: what the reference gives is computed once for all."""
     calls = [make(draw=draw) for draw in range(DRAWS)]
     capabilities = _extension.CPU_CAPABILITIES
     if impl == "cpu":
-        # Each processor has all below its own.  Only attention has kernels with matrix tiles.
-        has_tiles = any("rel_attention_2d" in str(operator) for operator, _ in spec.operators(impl, calls[0]))
+        # Each processor has all below its own.
         for capability in capabilities[: capabilities.index(_extension.cpu_capability()) + 1]:
-            if capability == "amx" and not has_tiles:
+            if capability == "amx" and not has_tiles(spec, impl, calls[0]):
                 continue
             try:
                 with instruction_set(capability):
@@ -166,14 +182,17 @@ def test_numerics_of_random_shapes(spec, impl, dtype):
         def calls(number: int):
             return [sample.inputs(dtype, device_of(impl), draw) for draw in range(number)]
 
+        def check():
+            try:
+                checks.check_numerics(spec, impl, *few)
+            except AssertionError:
+                # Among so many shapes and gradients the worst of a few elements is bad luck now and then.
+                checks.check_numerics(spec, impl, *calls(8 * DRAWS))
+
         try:
             few = calls(DRAWS)
             if spec.reason(impl, few[0]) is None:
-                try:
-                    checks.check_numerics(spec, impl, *few)
-                except AssertionError:
-                    # Among so many shapes and gradients the worst of a few elements is bad luck now and then.
-                    checks.check_numerics(spec, impl, *calls(8 * DRAWS))
+                on_tiles_too(spec, impl, few[0], check)
         except Exception as error:
             error.add_note(f"sample: {sample.name}") if hasattr(error, "add_note") else print(sample.name)
             raise
@@ -193,7 +212,8 @@ def test_partial_gradients(spec, impl, make):
 
 @cases(dtypes=(FAST, torch.bfloat16), select=lambda sample: sample.small and is_finite(sample))
 def test_nan_and_infinity(spec, impl, make):
-    checks.check_non_finite(spec, impl, make())
+    inputs = make()
+    on_tiles_too(spec, impl, inputs, lambda: checks.check_non_finite(spec, impl, inputs))
 
 
 @pytest.mark.parametrize(

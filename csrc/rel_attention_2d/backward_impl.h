@@ -23,7 +23,7 @@ struct BackwardScratch {
   Weights score, grad_score;
   Weights grad_product;                  // on the positions of the tables
   Scratch<float> grad_relative;          // (QB, query_stride)
-  Scratch<float> grad_block, grad_bias;  // like bias.free.table: of a block of queries, of the task
+  Scratch<float> grad_block, grad_bias;  // like bias.free.table: of a block on a tile, of the task
   BackwardBlock blocks[kBlocks];
 
   BackwardScratch(const Problem& p, const KeyLayout& keys, const BiasTerms& bias, int64_t splits)
@@ -305,7 +305,7 @@ void backward_tile(const Backward& p, const KeyLayout& keys, const KeyRange& ran
   }
   if constexpr (B == Bias::table) {
     bias.free.accumulate(q0, count, all_v0, grid, s.grad_score.rows.data, s.grad_score.stride, s.grad_block.data);
-    if (kBlocks > 1 || v0 + tile == range.vectors) bias.free.flush(q0, count, s.grad_block.data, s.grad_bias.data);
+    bias.free.flush(q0, count, s.grad_block.data, s.grad_bias.data);
   }
 
   const int64_t lanes = smaller(tile * L, range.lanes - v0 * L);
@@ -378,6 +378,28 @@ void backward_blocks(const Backward& p, const KeyLayout& keys, const KeyRange& r
   });
 }
 
+#if FUSED_ATTN_TILES > 1
+// A task of these images.  Their forward pass is done anew: the logits have to be the same in both passes to the last
+// bit, as weights follow from their difference.
+void backward_without_tiles(const Backward& p, int64_t task, int64_t h, int64_t first_image, int64_t last_image) {
+  const int64_t queries = p.queries(), images = last_image - first_image, first_pair = first_image * p.heads + h;
+  Scratch<float> out(images * queries * p.dv), statistics(2 * images * p.heads * queries);
+  Forward forward;
+  static_cast<Problem&>(forward) = p;
+  forward.query_splits = 1;
+  forward.statistics = statistics.data - 2 * first_pair * queries;
+  forward.out = {out.data - first_image * queries * p.dv, DType::float32, {queries * p.dv, 0, p.wq * p.dv, p.dv, 1}};
+  for (int64_t b = first_image; b < last_image; ++b) {
+    const int64_t pair = p.bias_table ? h * p.batch + b : b * p.heads + h;
+    avx512::kernels.forward(forward, pair, pair + 1);
+  }
+  Backward backward = p;
+  backward.statistics = forward.statistics;
+  backward.out = forward.out;
+  avx512::kernels.backward(backward, task, task + 1);
+}
+#endif
+
 void backward(const Backward& p, int64_t begin, int64_t end) {
   [[maybe_unused]] const Instructions instructions;
   const KeyLayout keys(p);
@@ -402,9 +424,9 @@ void backward(const Backward& p, int64_t begin, int64_t end) {
     const int64_t last_image = split_begin(p.batch, p.image_runs, run + 1);
 #if FUSED_ATTN_TILES > 1
     bool fit = true;
-    for (int64_t b = first_image; b < last_image; ++b) fit &= fit_parts(p, p.grad_out, b, h);
+    for (int64_t b = first_image; b < last_image; ++b) fit = fit && fit_parts(p, p.grad_out, b, h);
     if (!fit) {
-      avx512::kernels.backward(p, task, task + 1);
+      backward_without_tiles(p, task, h, first_image, last_image);
       continue;
     }
 #endif

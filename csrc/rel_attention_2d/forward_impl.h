@@ -134,14 +134,16 @@ void forward(const Forward& p, int64_t begin, int64_t end) {
   const auto run_blocks = with_bias(
       p, keys, [&]<Bias B>() { return p.drop_below > 0 ? forward_blocks<B, true> : forward_blocks<B, false>; });
   int64_t packed_pair = -1, packed_table = -1;
-  bool fit = true;
+  [[maybe_unused]] bool fit = true;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t pair = task / p.query_splits;
     // A free table is expanded once for a head, so its images follow one another.
     const int64_t b = p.bias_table ? pair % p.batch : pair / p.heads,
                   h = p.bias_table ? pair / p.batch : pair % p.heads;
     if (pair != packed_pair) {
-      fit = kParts == 1 || fit_parts(p, {}, b, h);
+#if FUSED_ATTN_TILES > 1
+      fit = fit_parts(p, {}, b, h);
+#endif
       pack_keys(p.key, p.prefix_key, b, h, p, keys, range, true, scratch.key);
       pack_keys(p.value, p.prefix_value, b, h, p, keys, range, false, scratch.value);
       if (h != packed_table) bias.pack_tables(packed_table = h);

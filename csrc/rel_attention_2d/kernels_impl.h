@@ -122,55 +122,61 @@ constexpr bool kScalesAfter = kTiles && kParts < 3;
 FA_INLINE float factor_before(float factor) { return kScalesAfter ? 1.0f : factor; }
 FA_INLINE float factor_after(float factor) { return kScalesAfter ? factor : 1.0f; }
 
-// Whether parts of bfloat16 hold the numbers of one image and head: queries, keys, values, tables, and `grad_out` where
-// there is one.  Infinities have no parts, nor has what would be rounded to one; and small parts of a tensor that has
-// none but tiny numbers would be flushed to zero.
-bool fit_parts(const Problem& p, const TensorView& grad_out, int64_t b, int64_t h) {
-  constexpr int32_t kSign = INT32_MIN, kLeast = (127 - 60) << 23, kMost = (127 + 127) << 23;  // 2^-60, 2^127
-  bool fit = true;
-  vi most;  // of the numbers of a tensor, without their signs
-  auto add = [&](const TensorView& view, int64_t offset, int64_t step, int64_t depth) {
+#if FUSED_ATTN_TILES > 1
+// The largest of rows x columns x depth numbers, without its sign; an infinity or NaN if there is one.
+float largest_number(const TensorView& view, int64_t offset, int64_t rows, int64_t row, int64_t columns, int64_t column,
+                     int64_t depth, int64_t step) {
+  vi most{};
+  auto add = [&](vf x) FA_INLINE_CALL {
+    const vi bits = (vi)x & INT32_MAX;
+    most = bits > most ? bits : most;
+  };
+  for (int64_t i = 0; view && i < rows * columns; ++i)
     with_element(view.dtype, [&](auto element) FA_INLINE_CALL {
-      const auto* from = at<decltype(element)>(view, offset);
-      auto one = [&](vf x) FA_INLINE_CALL {
-        const vi bits = (vi)x & ~kSign;
-        most = bits > most ? bits : most;
-      };
-      if (step == 1) return each(depth, [&](auto lanes) FA_INLINE_CALL { one(lanes.load_on(from)); });
-      for (int64_t d = 0; d < depth; ++d) one(broadcast(static_cast<float>(from[d * step])));
+      const auto* from = at<decltype(element)>(view, offset + i / columns * row + i % columns * column);
+      if (step == 1) return each(depth, [&](auto lanes) FA_INLINE_CALL { add(lanes.load_on(from)); });
+      for (int64_t d = 0; d < depth; ++d) add(broadcast(static_cast<float>(from[d * step])));
     });
-  };
-  auto tensor = [&](const TensorView& view, int64_t offset, int64_t rows, int64_t columns, int64_t row, int64_t column,
-                    int64_t step, int64_t depth) {
-    if (!view) return;
-    most = vi{};
-    for (int64_t y = 0; y < rows; ++y)
-      for (int64_t x = 0; x < columns; ++x) add(view, offset + y * row + x * column, step, depth);
-    int32_t largest = 0;
-    for (int i = 0; i < L; ++i) largest = largest > most[i] ? largest : most[i];
-    fit &= largest < kMost && (largest == 0 || largest >= kLeast);
-  };
+  int32_t largest = 0;
+  for (int i = 0; i < L; ++i) largest = largest > most[i] ? largest : most[i];
+  return __builtin_bit_cast(float, largest);
+}
+
+// Whether parts of bfloat16 serve for one image and head, in the backward pass if there is a `grad_out`.  An infinity
+// has no parts, nor has a number that is rounded to one; tiles take for zero what is not a normal number, such as small
+// parts of a small number, if none beside it is larger.
+bool fit_parts(const Problem& p, const TensorView& grad_out, int64_t b, int64_t h) {
+  constexpr double kLeast = 0x1p-60, kMost = 0x1p120;
   auto grid = [&](const TensorView& view, int64_t height, int64_t width, int64_t depth) {
-    tensor(view, head_offset(view, b, h), height, width, view.stride[2], view.stride[3], view.stride[4], depth);
+    return largest_number(view, head_offset(view, b, h), height, view.stride[2], width, view.stride[3], depth,
+                          view.stride[4]);
   };
   auto prefix = [&](const TensorView& view, int64_t depth) {
-    tensor(view, head_offset(view, b, h), p.prefix, 1, view.stride[2], 0, view.stride[3], depth);
+    return largest_number(view, head_offset(view, b, h), p.prefix, view.stride[2], 1, 0, depth, view.stride[3]);
   };
   auto table = [&](const TensorView& view, int64_t length) {
-    tensor(view, h * view.stride[0], length, 1, view.stride[1], 0, view.stride[2], p.dk);
+    return largest_number(view, h * view.stride[0], length, view.stride[1], 1, 0, p.dk, view.stride[2]);
   };
-  grid(p.query, p.hq, p.wq, p.dk);
-  grid(grad_out, p.hq, p.wq, p.dv);
-  grid(p.key, p.hk, p.wk, p.dk);
-  grid(p.value, p.hk, p.wk, p.dv);
-  prefix(p.prefix_key, p.dk);
-  prefix(p.prefix_value, p.dv);
+  auto holds = [](double x) { return x == 0.0 || (x >= kLeast && x < kMost); };
+  auto hold = [&](double a, double b) { return holds(a) && holds(b); };
+  auto most_of = [](double a, double b) { return a > b ? a : b; };
+  const double query = grid(p.query, p.hq, p.wq, p.dk), scaled = query * __builtin_fabs(p.scale);
+  const double key = grid(p.key, p.hk, p.wk, p.dk), prefix_key = prefix(p.prefix_key, p.dk);
+  const double value = grid(p.value, p.hk, p.wk, p.dv), prefix_value = prefix(p.prefix_value, p.dv);
+  const double most_key = most_of(key, prefix_key), most_value = most_of(value, prefix_value);
+  double most = most_of(scaled, most_key);  // that gradients of logits are multiplied with
+  bool fit = holds(scaled) && hold(key, prefix_key) && hold(value, prefix_value) && scaled * most_key * p.dk < kMost;
   if (p.tables) {
-    table(p.row_term, p.row_length());
-    table(p.col_term, p.col_length());
+    const double row = table(p.row_term, p.row_length()), col = table(p.col_term, p.col_length());
+    const double relative = query * __builtin_fabs(p.rel_scale), most_table = most_of(row, col);
+    fit = fit && holds(relative) && hold(row, col) && relative * most_table * p.dk < kMost;
+    most = most_of(most, most_of(relative, most_table));
   }
-  return fit;
+  if (!grad_out || !fit) return fit;
+  const double grad = grid(grad_out, p.hq, p.wq, p.dv) * p.keep_scale, grad_weight = grad * most_value * p.dv;
+  return hold(grad, grad_weight) && grad_weight * most * p.queries() < kMost;
 }
+#endif
 
 // Packs the keys of one image and head.  Lanes without a key repeat the last key when `repeat` (their logits are then
 // as finite as a real key's) and are zero otherwise.

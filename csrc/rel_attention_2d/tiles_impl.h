@@ -8,8 +8,8 @@
 // FUSED_ATTN_TILES is the number of parts that sum up to a number:
 //   1  of bfloat16.  Inputs are exact; weights and gradients of logits are rounded.
 //   2  of float16, likewise; 16 bits are kept of weights and gradients of logits.
-//   3  of float32: exact.  Of the nine products of parts the six are formed that matter in float32; the others are
-//      2^-25 of it or less.
+//   3  of float32: exact.  Of the nine products of parts the six are formed that matter in float32; each of the others
+//      is 2^-25 of the whole or less.
 // Where a call has numbers that more than one part cannot hold, the kernels without tiles do its task: fit_parts.
 
 constexpr bool kTiles = true;
@@ -69,7 +69,7 @@ struct Parts {
 constexpr int kProducts = kParts * (kParts + 1) / 2;  // of parts
 
 // Tiles 0 to 3, in rows of C, += the products of R tiles, 4 and 5, and C tiles, 6 and 7, of which a(part) and b(part)
-// load a part, small ones first.  meanwhile() is called kProducts times, for what vector instructions do while tiles
+// load a part, the largest last.  meanwhile() is called kProducts times, for what vector instructions do while tiles
 // are multiplied.
 template <int R, int C, class A, class B, class Meanwhile>
 FA_INLINE void add_products(const A& a, const B& b, const Meanwhile& meanwhile) {
@@ -261,7 +261,7 @@ struct Keys {
   template <class Start, class Finish>
   FA_INLINE void products(int64_t count_rows, const BlockRows& a, int64_t v, int64_t count, const Start& start,
                           const Finish& finish) const {
-    alignas(64) float found[2][QB * 2 * L];
+    alignas(64) float found[QB * 2 * L];
     const int64_t deep = half_stride, row_bytes = deep * 2, plane = a.plane(), part_size = deep / 2 * L;
     const int64_t own_size = vector_size(), steps = larger(deep / kDepth * kProducts, 1);
     const int64_t rows_to_a_step = (count_rows + steps - 1) / steps;
@@ -269,12 +269,11 @@ struct Keys {
     const uint32_t* left = of_depth + v * own_size;
     stored_for_tiles();
     // The rows of the vectors before are finished while tiles are multiplied.
-    const float* from = nullptr;
     int64_t row = count_rows, vectors = 0;
     auto finish_rows = [&](int64_t rows) FA_INLINE_CALL {
       const int64_t end = smaller(row + rows, count_rows);
       for (; row < end; ++row)
-        for (int i = 0; i < vectors; ++i) finish(row, i, load(from + (2 * row + i) * L));
+        for (int i = 0; i < vectors; ++i) finish(row, i, load(found + (2 * row + i) * L));
     };
     for (int64_t first = 0; first < count; first += 2, left += 2 * own_size) {
       const uint32_t* const right = left + own_size;
@@ -291,9 +290,8 @@ struct Keys {
             },
             [&]() FA_INLINE_CALL { finish_rows(rows_to_a_step); });
       finish_rows(count_rows);
-      float* const to = found[first / 2 % 2];
-      store_tiles<2, 2>(to, 2 * L * L, L, 2 * L);
-      from = to, row = 0, vectors = smaller(count - first, 2);
+      store_tiles<2, 2>(found, 2 * L * L, L, 2 * L);
+      row = 0, vectors = smaller(count - first, 2);
       start(first, vectors);
     }
     finish_rows(count_rows);
@@ -378,13 +376,12 @@ struct KeySums {
     float* const first = sums + v0 * deep * L;
     stored_for_tiles();
     // In parts, sums are added while the next tiles are multiplied.
-    alignas(64) float found[2][4 * L * L];
-    const float* sum = nullptr;
+    alignas(64) float found[4 * L * L];
     float* target[4];
-    int64_t line = 0, lines = 0, turn = 0;
+    int64_t line = 0, lines = 0;
     auto add_lines = [&](int64_t most) FA_INLINE_CALL {
       const int64_t end = smaller(line + most, lines);
-      for (; line < end; ++line) add_to(target[line / L] + line % L * L, load(sum + line * L));
+      for (; line < end; ++line) add_to(target[line / L] + line % L * L, load(found + line * L));
     };
     for (int64_t v = 0; v < count; v += 2)
       for (int64_t d = 0; d < deep; d += 2 * L)
@@ -406,11 +403,10 @@ struct KeySums {
               [&]() FA_INLINE_CALL { add_lines((4 * L + kProducts - 1) / kProducts); });
           if constexpr (kParts == 1) return store_tiles<R, C>(to, L * L, deep * L, L);
           add_lines(lines);
-          float* const tiles = found[turn];
-          store_tiles<R, C>(tiles, C * L * L, L * L, L);
+          store_tiles<R, C>(found, C * L * L, L * L, L);
           for (int r = 0; r < R; ++r)
             for (int c = 0; c < C; ++c) target[r * C + c] = to + r * L * L + c * deep * L;
-          sum = tiles, turn ^= 1, line = 0, lines = R * C * L;
+          line = 0, lines = R * C * L;
         });
     add_lines(lines);
   }
