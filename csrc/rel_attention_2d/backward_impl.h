@@ -29,7 +29,7 @@ struct BackwardScratch {
   BackwardScratch(const Problem& p, const KeyLayout& keys, const BiasTerms& bias, int64_t splits)
       : col_stride(keys.vectors * L), query_stride(row_stride(p.dk)) {
     const int64_t vectors = KeyRange(keys, 0, (keys.groups + splits - 1) / splits, p.prefix).vectors;
-    const int64_t tile = smaller(panels_of(vectors) * NR, kBackwardTile);
+    const int64_t tile = smaller(panels_of(vectors) * NR, kTile);
     key.allocate(p.dk, vectors, true, true);
     value.allocate(p.dv, vectors, true, false);
     grad_key.allocate(p.dk, vectors);
@@ -364,14 +364,14 @@ template <Bias B, bool Dropout>
 void backward_blocks(const Backward& p, const KeyLayout& keys, const KeyRange& range, BackwardScratch& s,
                      BiasTerms& bias, const Segments& segments, const uint32_t* columns, int64_t b, int64_t h,
                      int64_t split, int64_t first, int64_t end) {
-  const bool whole = p.key_splits == 1 && range.vectors <= kBackwardTile;
+  const bool whole = p.key_splits == 1 && range.vectors <= kTile;
   each_block(s.blocks, first, end, [&](BackwardBlock& block, int64_t q0, int64_t count) FA_INLINE_CALL {
     begin_backward<B>(p, s, block, bias, b, h, q0, count, whole);
   });
-  for (int64_t v0 = 0; v0 < range.vectors; v0 += kBackwardTile)
+  for (int64_t v0 = 0; v0 < range.vectors; v0 += kTile)
     each_block(s.blocks, first, end, [&](BackwardBlock& block, int64_t q0, int64_t count) FA_INLINE_CALL {
       backward_tile<B, Dropout>(p, keys, range, s, block, bias, segments, columns, b, h, q0, count, whole, v0,
-                                smaller(kBackwardTile, range.vectors - v0));
+                                smaller(kTile, range.vectors - v0));
     });
   each_block(s.blocks, first, end, [&](BackwardBlock& block, int64_t q0, int64_t count) FA_INLINE_CALL {
     end_backward<B>(p, keys, s, block, bias, b, h, split, q0, count);

@@ -17,7 +17,7 @@ struct ForwardScratch {
     const int64_t vectors = range.vectors;
     key.allocate(p.dk, vectors, true, false);
     value.allocate(p.dv, vectors, false, true);
-    score.allocate(smaller(panels_of(vectors) * NR, kForwardTile), true, false);
+    score.allocate(smaller(panels_of(vectors) * NR, kTile), true, false);
     for (int64_t i = 0; i < blocks_of(p.queries()); ++i) {
       blocks[i].query.allocate(p.dk, false);
       blocks[i].sum.allocate(QB * sum_stride);
@@ -111,10 +111,10 @@ void forward_blocks(const Forward& p, const KeyRange& range, ForwardScratch& s, 
   each_block(s.blocks, first, end, [&](ForwardBlock& block, int64_t q0, int64_t count) FA_INLINE_CALL {
     begin_forward(p, block, bias, b, h, q0, count);
   });
-  for (int64_t v0 = 0; v0 < range.vectors; v0 += kForwardTile)
+  for (int64_t v0 = 0; v0 < range.vectors; v0 += kTile)
     each_block(s.blocks, first, end, [&](ForwardBlock& block, int64_t q0, int64_t count) FA_INLINE_CALL {
       forward_tile<B, Dropout>(p, range, s, block, bias, segments, columns, b, h, q0, count, v0,
-                               smaller(kForwardTile, range.vectors - v0));
+                               smaller(kTile, range.vectors - v0));
     });
   each_block(s.blocks, first, end, [&](ForwardBlock& block, int64_t q0, int64_t count) FA_INLINE_CALL {
     end_forward(p, s, block, bias, b, h, q0, count);

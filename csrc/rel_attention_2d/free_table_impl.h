@@ -32,7 +32,7 @@ struct FreeTable {
     table.allocate(p.bias_rows() * stride);
     const int64_t vectors = keys.groups * keys.vectors;
     whole = round_up(p.queries(), QB) * vectors * L <= kMostExpanded;
-    logit_stride = (whole ? vectors : smaller(vectors, larger(kForwardTile, kBackwardTile))) * L + L;
+    logit_stride = (whole ? vectors : smaller(vectors, kTile)) * L + L;
     expanded.allocate((whole ? round_up(p.queries(), QB) : QB) * logit_stride);
     expanded.fill(0.0f);
   }

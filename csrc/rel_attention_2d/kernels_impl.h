@@ -12,8 +12,7 @@ namespace {
 constexpr int QB = 32;  // queries to a block
 // Key vectors to a tile: up to 32x32 keys in one, so that forward never rescales and backward sees whole rows; fewer in
 // three parts, of which all has to be in the second-level cache.  As many blocks meet a tile while it is there.
-constexpr int kForwardTile = (FUSED_ATTN_TILES == 3 ? 512 : 1024) / L;
-constexpr int kBackwardTile = (FUSED_ATTN_TILES == 3 ? 512 : 1024) / L;
+constexpr int kTile = (FUSED_ATTN_TILES == 3 ? 512 : 1024) / L;
 constexpr int kBlocks = FUSED_ATTN_TILES == 3 ? 8 : 4;
 constexpr int64_t kKeyChunk = 64;  // keys whose rows stay in the first-level cache while the queries pass by
 

@@ -1,16 +1,16 @@
 """The errors of long sums stay near the reference's, which sums in pairs: those over many keys and over many images."""
 
-import contextlib
-
 import pytest
 import torch
-from instruction_sets import instruction_set
 
 from fused_attn import _extension, bias_attention_2d, rel_attention_2d
 from fused_attn.ops._floor.declarations import convert
 from fused_attn.testing.numerics import evaluate
 
-pytestmark = pytest.mark.skipif(not _extension.available(), reason=str(_extension.reason()))
+pytestmark = [
+    pytest.mark.usefixtures("capability"),
+    pytest.mark.parametrize("capability", _extension.CPU_CAPABILITIES, indirect=True),
+]
 
 
 def relative_errors(function, inputs):
@@ -22,16 +22,6 @@ def relative_errors(function, inputs):
         for results in (evaluate(function, {**inputs, "impl": impl}, grad_out) for impl in ("cpu", "reference"))
     ]
     return {name: error / max(errors[1][name], 1e-30) for name, error in errors[0].items()}
-
-
-@pytest.fixture(autouse=True, params=_extension.CPU_CAPABILITIES)
-def capability(request):
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(instruction_set(request.param))
-        except RuntimeError as error:
-            pytest.skip(str(error))
-        yield
 
 
 @pytest.mark.parametrize("size", [4, 7, 12, 20])

@@ -4,28 +4,13 @@ Output and every gradient are the reference's, on every instruction set, and in 
 interpreter; the reference is PyTorch's softmax.
 """
 
-import contextlib
-
 import mask_checks as masks
 import pytest
 import torch
-from instruction_sets import instruction_set
 
 from fused_attn import _extension
 
 ALL = [*masks.bias_cases(), *masks.OTHER_CASES, *masks.LARGE_CASES, *masks.HUGE_CASES, *masks.LARGE_HUGE_CASES]
-
-
-@pytest.fixture
-def capability(request):
-    if not _extension.available():
-        pytest.skip(_extension.reason())
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(instruction_set(request.param))
-        except RuntimeError as error:
-            pytest.skip(str(error))
-        yield
 
 
 # The instruction sets of one case beside one another: they share what the reference gives.

@@ -291,13 +291,10 @@ def test_maps_too_large_for_the_caches(size, memory_format):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.detach().abs().max()))
 
 
-@needs_extension
-@pytest.mark.parametrize("capability", ["generic", "avx2", "avx512"])
-def test_bits_of_few_samples_at_any_number_of_threads(capability):
+@pytest.mark.usefixtures("capability")
+@pytest.mark.parametrize("capability", ["generic", "avx2", "avx512"], indirect=True)
+def test_bits_of_few_samples_at_any_number_of_threads():
     """Fewer chunks of samples than threads: the channels of a sample, long rows and short ones, are split instead."""
-    best = _extension.cpu_capability()
-    if _extension.CPU_CAPABILITIES.index(capability) > _extension.CPU_CAPABILITIES.index(best):
-        pytest.skip(f"this processor has no {capability}")
     settings = (
         {"size": (1, 70, 31, 31), "hidden": 7, "features": 5, "residual": True, "relu": True},
         {"size": (1, 70, 31, 31), "hidden": 7, "relu": True, "hidden_activation": "silu", "dtype": torch.bfloat16},
@@ -305,14 +302,10 @@ def test_bits_of_few_samples_at_any_number_of_threads(capability):
         {"size": (3, 450, 7, 7), "hidden": 9, "residual": True, "relu": True, "dtype": torch.float16},
         {"size": (1, 73, 170, 170), "hidden": 3, "relu": True},  # streamed
     )
-    _extension.set_cpu_capability(capability)
-    try:
-        for setting in settings:
-            for layout in (spec._contiguous, spec._channels_last):
-                inputs = call(**setting, layout=layout)
-                checks.check_deterministic(spec.SPECS[0], "cpu", inputs, runs=1, threads=(1, 2, 3))
-    finally:
-        _extension.set_cpu_capability(best)
+    for setting in settings:
+        for layout in (spec._contiguous, spec._channels_last):
+            inputs = call(**setting, layout=layout)
+            checks.check_deterministic(spec.SPECS[0], "cpu", inputs, runs=1, threads=(1, 2, 3))
 
 
 @pytest.mark.parametrize("gate", ["sigmoid", "hardsigmoid"])
